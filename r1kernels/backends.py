@@ -1,0 +1,238 @@
+"""Which backend serves a call, and why another does not.
+
+Every public op is served by one of four backends: ``cuda`` (C++ for NVIDIA GPUs), ``triton``, ``cpu`` (C++ with
+vector instructions) and ``reference`` (plain PyTorch). The first three may refuse a call and say why; the reference
+serves every call and is the oracle of the tests.
+
+Who decides, most specific first:
+
+1. ``backend="triton"`` on the call: that backend or an error with its reasons, never another one;
+2. ``with use_backend("reference", op="grpo_loss"):``
+3. ``set_backend("reference")``
+4. the environment: ``R1KERNELS_BACKEND=reference`` or ``R1KERNELS_BACKEND=token_logprobs:triton,*:auto``, read at import
+5. automatic: the first of cuda, triton, cpu, reference that does not refuse.
+
+A backend asked for by 2, 3 or 4 that refuses a call is replaced by the automatic choice, with one log line a reason;
+``R1KERNELS_STRICT=1`` or ``set_strict(True)`` makes that, and an automatic choice of the reference where a kernel for
+the device of the tensors exists, an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+AUTO = "auto"
+EVERY_OP = "*"
+
+_DEVICE_OF = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
+_log = logging.getLogger("r1kernels")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op.
+
+    ``run(*args, **kwargs)`` computes; ``reasons(*args, **kwargs)``, called with the same arguments, returns sentences that
+    say why this call can not be served (none: it can).
+    """
+
+    op: str
+    name: str
+    run: Callable[..., Any]
+    reasons: Callable[..., tuple[str, ...]] | None = None
+
+    def refuses(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        return () if self.reasons is None else self.reasons(*args, **kwargs)
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for can not serve the call; the message holds its reasons."""
+
+
+class _Scopes(threading.local):
+    """The ``use_backend`` blocks that this thread is in (a thread-local: torch.compile guards it, a ContextVar it can't)."""
+
+    entered: tuple[tuple[str, str], ...] = ()
+
+
+_registry: dict[str, dict[str, Backend]] = {}
+_preferred: dict[str, str] = {}
+_scoped = _Scopes()
+_logged: set[tuple[str, str, str]] = set()
+_strict = False
+
+
+def register(
+    op: str, name: str, run: Callable[..., Any], reasons: Callable[..., tuple[str, ...]] | None = None
+) -> None:
+    """Make ``run`` the backend ``name`` of ``op``; ``reasons`` (same arguments) says why it can not serve a call."""
+    if name not in NAMES:
+        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
+    if name == "reference" and reasons is not None:
+        raise ValueError("reasons: the reference serves every call and takes none")
+    backends = _registry.setdefault(op, {})
+    backends[name] = Backend(op, name, run, reasons)
+    _registry[op] = {known: backends[known] for known in NAMES if known in backends}
+
+
+def ops() -> tuple[str, ...]:
+    """The names of all registered ops, in alphabetical order."""
+    return tuple(sorted(_registry))
+
+
+def registered(op: str) -> tuple[str, ...]:
+    """The names of the backends that ``op`` has, in the order of the automatic choice."""
+    return tuple(_backends_of(op))
+
+
+def dispatch(op: str, backend: str | None, /, *args: Any, **kwargs: Any) -> Any:
+    """Run ``op`` on the backend that serves this call; ``backend`` is what the caller of the public op gave."""
+    return choose(op, backend, *args, **kwargs).run(*args, **kwargs)
+
+
+def choose(op: str, backend: str | None, /, *args: Any, **kwargs: Any) -> Backend:
+    """The backend that serves this call (see the order at the top of this file).
+
+    Raises:
+        ValueError: ``backend`` is not the name of a backend of this op.
+        BackendError: ``backend`` refuses the call, or strict mode is on and the call fell back.
+    """
+    available = _backends_of(op)
+    if backend is not None and backend != AUTO:
+        chosen = _named(op, backend)
+        refusal = chosen.refuses(*args, **kwargs)
+        if refusal:
+            raise BackendError(_refusal_text(chosen, refusal))
+        return chosen
+    wanted = _preference(op)
+    if wanted != AUTO and wanted in available:
+        chosen = available[wanted]
+        refusal = chosen.refuses(*args, **kwargs)
+        if not refusal:
+            return chosen
+        _fall_back(chosen, refusal)
+    for chosen in available.values():
+        refusal = chosen.refuses(*args, **kwargs)
+        if not refusal:
+            return chosen
+        if _DEVICE_OF[chosen.name] == _device_type(args, kwargs):
+            _fall_back(chosen, refusal)
+    raise BackendError(f"{op}: no backend can serve this call and no reference is registered")
+
+
+@contextmanager
+def use_backend(name: str, op: str | None = None) -> Iterator[None]:
+    """Prefer backend ``name`` (or "auto") for ``op``, or for every op, inside the ``with`` block (this thread)."""
+    _check_preference(name, op)
+    outer = _scoped.entered
+    _scoped.entered = (*outer, (op or EVERY_OP, name))
+    try:
+        yield
+    finally:
+        _scoped.entered = outer
+
+
+def set_backend(name: str, op: str | None = None) -> None:
+    """Prefer backend ``name`` (or "auto") for ``op``, or for every op, from now on in this process."""
+    _check_preference(name, op)
+    if op is None:
+        _preferred.clear()
+    _preferred[op or EVERY_OP] = name
+
+
+def set_strict(strict: bool) -> None:
+    """Make a fallback an error (True) or a log line (False, the default)."""
+    global _strict
+    _strict = bool(strict)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """A table of the backends of ``op`` for a call with these arguments: which one runs and why the others do not.
+
+    The arguments are those of the backend's ``run``; without any, only what does not depend on the call is known.
+    """
+    backends = _backends_of(op)
+    chosen = None
+    if args or kwargs:
+        try:
+            chosen = choose(op, None, *args, **kwargs).name
+        except BackendError:
+            chosen = None
+    lines = [f"{op} (preference: {_preference(op)})"]
+    for name, backend in backends.items():
+        refusal = backend.refuses(*args, **kwargs) if args or kwargs else ()
+        state = "runs" if name == chosen else ("could run" if not refusal else "can not run")
+        lines.append(f"  {name:<10} {state}" + (": " + "; ".join(refusal) if refusal else ""))
+    return "\n".join(lines)
+
+
+def _backends_of(op: str) -> dict[str, Backend]:
+    if op not in _registry:
+        raise ValueError(f"op: expected one of {', '.join(ops())}, got {op!r}")
+    return _registry[op]
+
+
+def _named(op: str, name: str) -> Backend:
+    available = _backends_of(op)
+    if name not in available:
+        raise ValueError(f"backend: expected one of {', '.join(available)} for {op}, got {name!r}")
+    return available[name]
+
+
+def _check_preference(name: str, op: str | None) -> None:
+    if name not in (*NAMES, AUTO):
+        raise ValueError(f"name: expected one of {', '.join((*NAMES, AUTO))}, got {name!r}")
+    if op is not None and name != AUTO:
+        _named(op, name)
+
+
+def _preference(op: str) -> str:
+    for scope, name in reversed(_scoped.entered):
+        if scope in (op, EVERY_OP):
+            return name
+    return _preferred.get(op) or _preferred.get(EVERY_OP) or AUTO
+
+
+def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value.device.type
+    return ""
+
+
+def _refusal_text(backend: Backend, refusal: tuple[str, ...]) -> str:
+    return f"backend {backend.name!r} can not serve this call of {backend.op}: {'; '.join(refusal)}"
+
+
+def _fall_back(backend: Backend, refusal: tuple[str, ...]) -> None:
+    text = _refusal_text(backend, refusal)
+    if _strict:
+        raise BackendError(text + " (strict mode: no fallback)")
+    if torch.compiler.is_compiling():
+        return
+    key = (backend.op, backend.name, text)
+    if key not in _logged:
+        _logged.add(key)
+        _log.info("%s; another backend runs", text)
+
+
+def _read_environment() -> None:
+    """R1KERNELS_BACKEND=name or op:name,op:name,*:name; ops are not registered yet, so only the names are checked."""
+    for part in filter(None, os.environ.get("R1KERNELS_BACKEND", "").replace(" ", "").split(",")):
+        op, _, name = part.rpartition(":")
+        if name not in (*NAMES, AUTO):
+            raise ValueError(f"R1KERNELS_BACKEND: expected one of {', '.join((*NAMES, AUTO))}, got {name!r}")
+        _preferred[op or EVERY_OP] = name
+    set_strict(os.environ.get("R1KERNELS_STRICT", "0") not in ("", "0"))
+
+
+_read_environment()

@@ -1,0 +1,167 @@
+"""Argument checks shared by all public ops: each raises an error that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_debug = False
+
+
+def debug_checks(enabled: bool) -> None:
+    """Check the values inside CUDA tensors too (targets, indices, temperatures, rewards), at the price of a host sync.
+
+    On the CPU in eager mode values are always checked.
+    """
+    global _debug
+    _debug = boolean("enabled", enabled)
+
+
+def values_visible(*tensors: Tensor | None) -> bool:
+    """Whether values inside the tensors may be looked at now: eager, and on the CPU or with ``debug_checks(True)``."""
+    if torch.compiler.is_compiling():
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(_is_symbolic(tensor) for tensor in given):
+        return False
+    return _debug or all(tensor.device.type == "cpu" for tensor in given)
+
+
+def tensor(
+    name: str,
+    value: Any,
+    *,
+    dtypes: Sequence[torch.dtype] | None = None,
+    shape: Sequence[int | None] | None = None,
+    ndim: int | None = None,
+    like: Tensor | None = None,
+) -> Tensor:
+    """Check that ``value`` is a tensor of one of ``dtypes``, of ``shape`` (None: any size there), on the device of ``like``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if dtypes is not None and value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {_one_of(dtypes)}, got {value.dtype}")
+    if ndim is not None and value.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(value.shape)}")
+    if shape is not None and (
+        value.ndim != len(shape)
+        or any(want is not None and want != got for want, got in zip(shape, value.shape, strict=True))
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(value.shape)}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {value.device}")
+    return value
+
+
+def choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
+    """Check that ``value`` is one of ``choices``."""
+    options = tuple(choices)
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+    return value
+
+
+def integer(name: str, value: Any, minimum: int | None = None) -> int:
+    """Check that ``value`` is an int (a bool is not) and at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def number(name: str, value: Any) -> float:
+    """Check that ``value`` is a finite Python number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+def positive(name: str, value: Any) -> float:
+    """Check that ``value`` is a finite Python number above 0."""
+    if number(name, value) <= 0:
+        raise ValueError(f"{name}: expected a number above 0, got {value}")
+    return value
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Check that ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    return value
+
+
+def in_range(name: str, value: Tensor, low: int, high: int, *, allow: int | None = None) -> None:
+    """Raise IndexError at the first entry of an integer tensor outside [low, high) that is not ``allow``.
+
+    Call it only where ``values_visible(value)``.
+    """
+    bad = (value < low) | (value >= high)
+    if allow is not None:
+        bad &= value != allow
+    if bool(bad.any()):
+        position = first_bad(bad)
+        besides = "" if allow is None else f" or {allow}"
+        raise IndexError(
+            f"{name}: expected values in [{low}, {high}){besides}, got {int(value[position])} at {_show(position)}"
+        )
+
+
+def all_positive(name: str, value: Tensor) -> None:
+    """Raise ValueError at the first entry that is not a finite number above 0. Call only where ``values_visible(value)``."""
+    bad = ~((value > 0) & torch.isfinite(value))
+    if bool(bad.any()):
+        position = first_bad(bad)
+        raise ValueError(
+            f"{name}: expected values above 0, got {float(value[position])} at {_show(position)}"
+        )
+
+
+def first_bad(bad: Tensor) -> tuple[int, ...]:
+    """The index of the first True in ``bad``, row-major."""
+    return tuple(int(entry) for entry in bad.nonzero()[0])
+
+
+def first_derivative_only(op: str, grad: Tensor, *inputs: Tensor) -> Tensor:
+    """``grad``, computed inside a backward by a kernel, such that differentiating it again raises a clear error.
+
+    Without it autograd would take the gradient for a constant under ``create_graph=True``, silently.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return grad
+    return _FirstDerivativeOnly.apply(op, grad, *inputs)
+
+
+class _FirstDerivativeOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: str, grad: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.op = op
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise RuntimeError(f"{ctx.op}: a second derivative is not implemented")
+
+
+def _is_symbolic(value: Tensor) -> bool:
+    return (
+        isinstance(value, torch._subclasses.FakeTensor)
+        or value.is_meta
+        or torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
+
+
+def _one_of(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _show(position: tuple[int, ...]) -> str:
+    return f"position {position[0] if len(position) == 1 else position}"

@@ -1,0 +1,102 @@
+"""token_logprobs in plain PyTorch: the oracle, exact where the textbook form cancels.
+
+Shapes: B, T leading dimensions, N = B * T tokens, V vocabulary. With x_v = z_v / temperature for logits z,
+M = max_v x_v, and sums over all v but one maximum:
+
+    S' = sum e^(x_v - M)          E' = sum e^(x_v - M) (M - x_v)
+    logp = (x_y - M) - log1p(S')  entropy = log1p(S') + E' / (1 + S')
+
+No term cancels, so logp <= 0 and entropy >= 0 hold by construction; ``log_softmax`` and ``lse - sum p x`` lose
+everything once one logit leads by 20 nats.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def forward(
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob (N,), entropy (N,) or empty, and the statistics M, S', E' as (3, N).
+
+    logits (B, T, V), targets (N,) int64, temperatures (N,) or None (then ``temperature`` holds for all tokens).
+    A target outside [0, V) that is not ``ignore_index`` gives NaN in its row.
+    """
+    x = _scaled(logits, temperatures, temperature)
+    largest, position = x.max(dim=-1, keepdim=True)
+    shifted = x - largest
+    others = shifted.exp().scatter(-1, position, 0.0)
+    sum_others = others.sum(dim=-1)
+
+    ignored = targets == ignore_index
+    inside = (targets >= 0) & (targets < x.shape[-1])
+    chosen = torch.where(inside, targets, 0).unsqueeze(-1)
+    log_normaliser = sum_others.log1p()
+    logp = shifted.gather(-1, chosen).squeeze(-1) - log_normaliser
+    logp = torch.where(inside, logp, torch.nan).masked_fill(ignored, 0.0)
+
+    # -inf logits have probability 0 and contribute 0, never 0 * inf
+    spread = (
+        torch.where(others > 0, others * -shifted, 0.0).sum(dim=-1)
+        if entropy
+        else torch.zeros_like(sum_others)
+    )
+    stats = torch.stack((largest.squeeze(-1), sum_others, spread))
+    if not entropy:
+        return logp, logp.new_empty(0), stats
+    value = log_normaliser + spread / (1 + sum_others)
+    value = torch.where(inside, value, torch.nan).masked_fill(ignored, 0.0)
+    return logp, value, stats
+
+
+def backward(
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    logp: Tensor,
+    stats: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """The gradient of the logits (B, T, V), in their dtype, from the gradients of log-prob and entropy (N,) or None."""
+    x = _scaled(logits, temperatures, temperature)
+    largest, sum_others, spread = stats.unsqueeze(-1).unbind(0)
+    shifted = x - largest
+    probs = shifted.exp() / (1 + sum_others)
+    inside = (targets >= 0) & (targets < x.shape[-1])
+    grad = torch.zeros_like(x)
+    if grad_logp is not None:
+        # d logp / d x_v = 1[v = y] - p_v, and 1 - p_y = -expm1(logp) does not round to 0 for a leading target
+        chosen = torch.where(inside, targets, 0).unsqueeze(-1)
+        at_target = -logp.expm1().unsqueeze(-1)
+        grad = grad_logp.unsqueeze(-1) * (-probs).scatter(-1, chosen, at_target)
+    if grad_entropy is not None:
+        # d H / d x_v = p_v ((M - x_v) - E' / (1 + S'))
+        inner = torch.where(probs > 0, probs * (-shifted - spread / (1 + sum_others)), 0.0)
+        inner = torch.where(probs.isnan(), probs, inner)
+        grad = grad + grad_entropy.unsqueeze(-1) * inner
+    if temperatures is not None:
+        grad = grad / temperatures.unsqueeze(-1)
+    elif temperature != 1.0:
+        grad = grad / temperature
+    grad = torch.where(inside.unsqueeze(-1), grad, torch.nan)
+    grad = grad.masked_fill((targets == ignore_index).unsqueeze(-1), 0.0)
+    return grad.to(logits.dtype).view(logits.shape)
+
+
+def _scaled(logits: Tensor, temperatures: Tensor | None, temperature: float) -> Tensor:
+    """logits / temperature as (N, V), in float32 (float64 stays)."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    x = logits.reshape(-1, logits.shape[-1]).to(dtype)
+    if temperatures is not None:
+        return x / temperatures.unsqueeze(-1)
+    return x if temperature == 1.0 else x / temperature
