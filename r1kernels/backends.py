@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,14 @@ class _Scopes(threading.local):
     """The ``use_backend`` blocks that this thread is in (a thread-local: torch.compile guards it, a ContextVar it can't)."""
 
     entered: tuple[tuple[str, str], ...] = ()
+    explaining: bool = False
+
+
+class _Arguments(Exception):
+    """What a public function would have given to the backends; raised instead of running one."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
 
 
 _registry: dict[str, dict[str, Backend]] = {}
@@ -96,6 +105,8 @@ def registered(op: str) -> tuple[str, ...]:
 
 def dispatch(op: str, backend: str | None, /, *args: Any, **kwargs: Any) -> Any:
     """Run ``op`` on the backend that serves this call; ``backend`` is what the caller of the public op gave."""
+    if _scoped.explaining:
+        raise _Arguments(args, kwargs)
     return choose(op, backend, *args, **kwargs).run(*args, **kwargs)
 
 
@@ -155,24 +166,43 @@ def set_strict(strict: bool) -> None:
     _strict = bool(strict)
 
 
-def explain(op: str, *args: Any, **kwargs: Any) -> str:
-    """A table of the backends of ``op`` for a call with these arguments: which one runs and why the others do not.
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """A table of the backends of a public op for one call: which one runs and why the others do not.
 
-    The arguments are those of the backend's ``run``; without any, only what does not depend on the call is known.
+    Args:
+        op: the public function (``r1kernels.token_logprobs``) or its name.
+        args, kwargs: the arguments of the call; nothing is computed. Without any, only the names and the preference are
+            known.
+
+    Raises:
+        ValueError: ``op`` is unknown. Besides: the errors of the op for these arguments.
     """
-    backends = _backends_of(op)
-    chosen = None
-    if args or kwargs:
-        try:
-            chosen = choose(op, None, *args, **kwargs).name
-        except BackendError:
-            chosen = None
-    lines = [f"{op} (preference: {_preference(op)})"]
-    for name, backend in backends.items():
-        refusal = backend.refuses(*args, **kwargs) if args or kwargs else ()
-        state = "runs" if name == chosen else ("could run" if not refusal else "can not run")
-        lines.append(f"  {name:<10} {state}" + (": " + "; ".join(refusal) if refusal else ""))
+    function = op if callable(op) else None
+    name = op if isinstance(op, str) else str(getattr(op, "__name__", op))
+    backends = _backends_of(name)
+    lines = [f"{name} (preference: {_preference(name)})"]
+    if not args and not kwargs:
+        return "\n".join([*lines, *(f"  {backend}" for backend in backends)])
+    if function is None:
+        function = getattr(sys.modules["r1kernels"], name)
+    inner = _arguments_of(function, args, kwargs)
+    chosen = choose(name, kwargs.get("backend"), *inner.args, **inner.kwargs).name
+    for backend in backends.values():
+        refusal = backend.refuses(*inner.args, **inner.kwargs)
+        state = "can not run: " + "; ".join(refusal) if refusal else "could run"
+        lines.append(f"  {backend.name:<10} {'runs' if backend.name == chosen else state}")
     return "\n".join(lines)
+
+
+def _arguments_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+    _scoped.explaining = True
+    try:
+        function(*args, **kwargs)
+    except _Arguments as arguments:
+        return arguments
+    finally:
+        _scoped.explaining = False
+    raise ValueError(f"op: {function.__name__} chose no backend for these arguments")
 
 
 def _backends_of(op: str) -> dict[str, Backend]:

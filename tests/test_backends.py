@@ -89,11 +89,24 @@ def test_strict_mode_refuses_to_fall_back(op):
 
 
 def test_explain_shows_every_backend_and_its_reasons(op):
-    text = r1kernels.explain(op, torch.zeros(6))
+    def public(x):
+        return backends.dispatch(op, None, x)
+
+    public.__name__ = op
+    text = r1kernels.explain(public, torch.zeros(6))
     assert [line.split()[0] for line in text.splitlines()[1:]] == ["triton", "cpu", "reference"]
     assert "triton     can not run: not a CUDA tensor" in text
     assert "cpu        can not run: more than five entries" in text
     assert "reference  runs" in text
+    assert public(X) == "cpu"
+
+
+def test_explain_takes_the_arguments_of_the_public_function():
+    logits, targets = torch.zeros(2, 3).double(), torch.zeros(2, dtype=torch.int64)
+    text = r1kernels.explain("token_logprobs", logits, targets, temperature=0.7)
+    assert "reference  runs" in text and "float64 logits are served by the reference alone" in text
+    with pytest.raises(TypeError, match="targets: expected a torch.Tensor"):
+        r1kernels.explain("token_logprobs", logits, [0, 0])
 
 
 @pytest.mark.parametrize("name", ["eager", "", "CPU"])

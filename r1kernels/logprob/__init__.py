@@ -3,7 +3,7 @@
 from functools import partial
 
 from .. import backends
-from . import autograd, grouped, linear
+from . import autograd, cpu, grouped, linear
 from .grouped import GroupedLogprobs, grouped_logprobs, linear_grouped_logprobs
 from .linear import linear_logprobs
 from .token import token_logprobs
@@ -16,6 +16,7 @@ __all__ = [
     "token_logprobs",
 ]
 
+backends.register("token_logprobs", "cpu", cpu.run, cpu.reasons)
 backends.register("token_logprobs", "reference", partial(autograd.run, "reference"))
 backends.register("linear_logprobs", "reference", linear.reference)
 backends.register("grouped_logprobs", "reference", grouped.reference)

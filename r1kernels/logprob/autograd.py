@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from . import reference
+from . import ops, reference
 
 
 def run(
@@ -83,17 +83,17 @@ class TokenLogprobs(torch.autograd.Function):
 def _forward(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "reference":
         return reference.forward(*arguments)
-    return getattr(torch.ops.r1kernels, f"token_logprobs_{backend}")(*arguments)
+    return getattr(ops.namespace, f"token_logprobs_{backend}")(*arguments)
 
 
 def _backward(backend: str, *arguments: Any) -> Tensor:
     if backend == "reference":
         return reference.backward(*arguments)
-    return getattr(torch.ops.r1kernels, f"token_logprobs_{backend}_backward")(*arguments)
+    return getattr(ops.namespace, f"token_logprobs_{backend}_backward")(*arguments)
 
 
 def _backward_inplace(backend: str, logits: Tensor, *arguments: Any) -> None:
     if backend == "reference":
         logits.copy_(reference.backward(logits, *arguments))
     else:
-        getattr(torch.ops.r1kernels, f"token_logprobs_{backend}_backward_")(logits, *arguments)
+        getattr(ops.namespace, f"token_logprobs_{backend}_backward_")(logits, *arguments)

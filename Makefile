@@ -1,0 +1,53 @@
+# make run and make test set up everything that they need in .venv; only python3 (3.11 or newer), a C++20 compiler and
+# make are taken from the machine. An nvcc is used where there is one.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help setup run test test-all lint clean
+
+help:
+	@echo "make setup      create .venv with every dependency and build the package into it, editable"
+	@echo "make run        train the recipe tiny through every stage; prints where the report is"
+	@echo "make test       the tests of every day"
+	@echo "make test-all   all tests, slow ones too"
+	@echo "make lint       ruff (lint and format) and mypy"
+	@echo "make clean      remove what was built; .venv stays"
+
+setup: $(VENV)/.built
+
+run: setup
+	$(PY) -m training run tiny
+
+test: setup
+	$(ONE_THREAD) $(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: setup
+	$(ONE_THREAD) $(PY) -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf build dist *.egg-info r1kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(VENV)/.built
+
+# torch first, since the build looks for it. Where no index has its CPU build, PyTorch's own is asked.
+$(VENV)/.dependencies: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "r1kernels needs Python 3.11 or newer; $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch || \
+		$(PIP) install -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch
+	$(PIP) install -c constraints.txt setuptools cmake ninja pybind11
+	touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[training,bench,test,dev]"
+	touch $@

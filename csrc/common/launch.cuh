@@ -1,0 +1,26 @@
+// One way to launch a kernel.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace r1kernels {
+
+// Enqueues kernel(arguments...) on a one-dimensional grid and returns cudaGetLastError(). A grid holds at most 2^31 - 1
+// blocks: a kernel strides over its rows by gridDim.x. Nothing is launched for no blocks.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
+           const Arguments&... arguments) {
+    if (blocks == 0) return cudaSuccess;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(blocks, INT32_MAX)));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    return cudaGetLastError();
+}
+
+}  // namespace r1kernels
