@@ -2,6 +2,17 @@
 
 from .backends import BackendError, explain, set_backend, set_strict, use_backend
 from .checks import debug_checks
+from .grpo import (
+    GRPOOutput,
+    group_advantages,
+    grpo_loss,
+    grpo_preset,
+    importance_weights,
+    linear_grpo_loss,
+    off_policy_mask,
+    reduction_weights,
+    top_entropy_mask,
+)
 from .logprob import (
     GroupedLogprobs,
     grouped_logprobs,
@@ -9,19 +20,48 @@ from .logprob import (
     linear_logprobs,
     token_logprobs,
 )
+from .moe import (
+    Routing,
+    grouped_gemm,
+    load_balancing_loss,
+    moe_experts,
+    route,
+    router_z_loss,
+    sequence_balance_loss,
+    sort_by_expert,
+    update_router_bias,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "GRPOOutput",
     "GroupedLogprobs",
+    "Routing",
     "debug_checks",
     "explain",
+    "group_advantages",
+    "grouped_gemm",
     "grouped_logprobs",
+    "grpo_loss",
+    "grpo_preset",
+    "importance_weights",
     "linear_grouped_logprobs",
+    "linear_grpo_loss",
     "linear_logprobs",
+    "load_balancing_loss",
+    "moe_experts",
+    "off_policy_mask",
+    "reduction_weights",
+    "route",
+    "router_z_loss",
+    "sequence_balance_loss",
     "set_backend",
     "set_strict",
+    "sort_by_expert",
     "token_logprobs",
+    "top_entropy_mask",
+    "update_router_bias",
     "use_backend",
 ]

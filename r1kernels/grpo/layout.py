@@ -1,0 +1,95 @@
+"""Padded (B, T) and packed (N,) tokens behind one small interface: sums over a sequence, and their way back to its tokens.
+
+B sequences, T tokens of the longest (padded), N tokens in all (packed).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+
+MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Layout(NamedTuple):
+    """Which token belongs to which sequence, and which tokens count."""
+
+    mask: Tensor
+    """bool, (B, T) or (N,): the tokens that count."""
+    segment: Tensor | None
+    """int64 (N,): the sequence of each packed token; None where tokens are padded."""
+    num_sequences: int
+
+    def keep(self, values: Tensor, other: float = 0.0) -> Tensor:
+        """``values`` with ``other`` in the places that do not count: NaN and inf there reach neither value nor gradient."""
+        return torch.where(self.mask, values, other)
+
+    def total(self, values: Tensor) -> Tensor:
+        """(B,): the sum of ``values`` over the counted tokens of each sequence."""
+        kept = self.keep(values)
+        if self.segment is None:
+            return kept.sum(-1)
+        return kept.new_zeros(self.num_sequences).index_add(0, self.segment, kept)
+
+    def spread(self, per_sequence: Tensor) -> Tensor:
+        """A value a sequence (B,), given to each of its tokens."""
+        if self.segment is None:
+            return per_sequence.unsqueeze(-1).expand(self.mask.shape)
+        return per_sequence.index_select(0, self.segment)
+
+    def to_tokens(self, values: Tensor) -> Tensor:
+        """Values of shape (B, 1), one a sequence, or one a token, as one a token."""
+        if values.shape == (self.num_sequences, 1):
+            return self.spread(values.squeeze(1))
+        return values
+
+    def lengths(self, dtype: torch.dtype) -> Tensor:
+        """(B,): how many tokens of each sequence count."""
+        return self.total(self.mask.to(dtype))
+
+
+def layout_of(mask: Tensor, cu_seqlens: Tensor | None) -> Layout:
+    """The layout of ``mask``, (B, T) or, with ``cu_seqlens``, (N,); both are checked."""
+    checks.tensor("mask", mask, dtypes=MASKS)
+    counted = mask != 0
+    if cu_seqlens is None:
+        if mask.ndim != 2:
+            raise ValueError(
+                "mask: expected shape (B, T), or (N,) together with cu_seqlens, "
+                f"got {tuple(mask.shape)} without cu_seqlens"
+            )
+        return Layout(counted, None, mask.shape[0])
+    if mask.ndim != 1:
+        raise ValueError(f"mask: expected shape (N,) together with cu_seqlens, got {tuple(mask.shape)}")
+    checks.tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int32, torch.int64), ndim=1, like=mask)
+    num_sequences = cu_seqlens.shape[0] - 1
+    if num_sequences < 0 or (num_sequences == 0 and mask.shape[0] > 0):
+        raise ValueError(f"cu_seqlens: expected shape (B + 1,) with B >= 1, got {tuple(cu_seqlens.shape)}")
+    if checks.values_visible(cu_seqlens):
+        _check_boundaries(cu_seqlens, mask.shape[0])
+    ends = cu_seqlens[1:]
+    segment = torch.searchsorted(
+        ends, torch.arange(mask.shape[0], dtype=ends.dtype, device=ends.device), right=True
+    )
+    # Tokens behind the last boundary (an error that only the CPU sees) count nowhere and index nothing out of bounds.
+    return Layout(
+        counted & (segment < num_sequences), segment.clamp(max=max(num_sequences - 1, 0)), num_sequences
+    )
+
+
+def _check_boundaries(cu_seqlens: Tensor, num_tokens: int) -> None:
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != num_tokens:
+        raise ValueError(
+            f"cu_seqlens: expected the first entry 0 and the last {num_tokens}, got {first} and {last}"
+        )
+    falling = cu_seqlens[1:] < cu_seqlens[:-1]
+    if bool(falling.any()):
+        position = checks.first_bad(falling)[0] + 1
+        raise ValueError(
+            f"cu_seqlens: expected entries that never fall, got {int(cu_seqlens[position])} at {position}"
+        )

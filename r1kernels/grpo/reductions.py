@@ -1,0 +1,117 @@
+"""From a mask to the weight of every token in the loss: the denominators of the published losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from .layout import Layout, layout_of
+
+REDUCTIONS: dict[str, tuple[str, ...]] = {
+    "sequence": ("num_sequences",),
+    "token": ("num_tokens",),
+    "constant": ("num_sequences", "max_length"),
+    "sequence-sum": ("num_sequences",),
+}
+"""For each reduction the totals that it uses."""
+
+
+def reduction_weights(
+    mask: Tensor,
+    reduction: str,
+    *,
+    num_sequences: int | float | Tensor | None = None,
+    num_tokens: int | float | Tensor | None = None,
+    max_length: int | float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    r"""The weight w of every token in ``loss = sum_t w_t m_t l_t``, for a named reduction.
+
+    ============== ========================== =======================
+    reduction      w of a counted token       used by
+    ============== ========================== =======================
+    "sequence"     1 / (B max(sum m_i, 1))    GRPO, GSPO, SAPO
+    "token"        1 / max(sum m, 1)          BNPO, DAPO, CISPO, VESPO
+    "constant"     1 / (B L)                  Dr. GRPO
+    "sequence-sum" 1 / B                      LUSPO
+    ============== ========================== =======================
+
+    B, sum m and L are totals of the whole optimizer step: give them as ``num_sequences``, ``num_tokens`` and
+    ``max_length`` where the step consists of several micro-batches (divided by the number of ranks under a wrapper
+    that averages gradients). Without them this call is taken to be the whole step.
+
+    Args:
+        mask: bool or integer, (B, T), or (N,) with ``cu_seqlens``; not 0: the token counts.
+        reduction: a name of the table.
+        num_sequences: B, a number above 0 or a tensor of one; default: the sequences of this call, the empty ones too.
+        num_tokens: sum m, likewise; default: the counted tokens of this call.
+        max_length: L, likewise; default: T, or the longest packed sequence. Dr. GRPO means a constant of the whole run,
+            so give it.
+        cu_seqlens: int32 or int64 (B + 1,), the boundaries of packed sequences.
+
+    Returns:
+        w, float32, shaped like ``mask``; 0 where the mask is 0.
+
+    Raises:
+        ValueError: an unknown reduction, a total that it does not use, a total that is not above 0, a wrong shape.
+        TypeError: a wrong type or dtype.
+
+    No value is read on the host, so totals given as tensors cost no synchronisation.
+    """
+    layout = layout_of(mask, cu_seqlens)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    totals = {"num_sequences": num_sequences, "num_tokens": num_tokens, "max_length": max_length}
+    check_totals(reduction, totals, mask)
+    return token_weights(layout, reduction, totals, cu_seqlens, torch.float32)
+
+
+def check_totals(reduction: str, totals: dict[str, Any], like: Tensor) -> None:
+    """Check the totals given for a known reduction, and refuse those that it does not use."""
+    for name, value in totals.items():
+        if value is None:
+            continue
+        if name not in REDUCTIONS[reduction]:
+            raise ValueError(f"{name}: not used by reduction {reduction!r}, got {value!r}")
+        if not isinstance(value, Tensor):
+            checks.positive(name, value)
+            continue
+        checks.tensor(name, value, like=like if value.ndim else None)
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}"
+            )
+
+
+def token_weights(
+    layout: Layout, reduction: str, totals: dict[str, Any], cu_seqlens: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """w for checked arguments, 0 where a token does not count."""
+    one = torch.ones((), dtype=dtype, device=layout.mask.device)
+    if reduction == "token":
+        count = totals["num_tokens"]
+        weight = one / (layout.mask.sum().clamp(min=1) if count is None else _as_total(count, one))
+        return layout.keep(weight.expand(layout.mask.shape))
+    sequences = totals["num_sequences"]
+    per_sequence = one / (max(layout.num_sequences, 1) if sequences is None else _as_total(sequences, one))
+    if reduction == "constant":
+        longest = totals["max_length"]
+        per_sequence = per_sequence / (
+            _longest(layout, cu_seqlens) if longest is None else _as_total(longest, one)
+        )
+    if reduction == "sequence":
+        return layout.keep(layout.spread(per_sequence / layout.lengths(dtype).clamp(min=1)))
+    return layout.keep(per_sequence.expand(layout.mask.shape))
+
+
+def _as_total(value: int | float | Tensor, one: Tensor) -> float | Tensor:
+    return value.reshape(()).to(one) if isinstance(value, Tensor) else value
+
+
+def _longest(layout: Layout, cu_seqlens: Tensor | None) -> int | Tensor:
+    if cu_seqlens is None:
+        return max(layout.mask.shape[-1], 1)
+    lengths = cu_seqlens.diff()
+    return lengths.amax().clamp(min=1) if lengths.numel() else 1

@@ -1,0 +1,193 @@
+"""The reference backend of the GRPO ops: plain PyTorch, traced by autograd and torch.compile; the oracle of the kernels.
+
+B sequences, T or N tokens (padded or packed), H hidden, V vocabulary.
+
+NaN and inf in places that do not count are replaced where they enter (``Layout.keep``), so that they reach neither a
+value nor a gradient; where a term leaves, the mask is applied again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..logprob import linear_logprobs
+from .kl import kl_estimate
+from .layout import Layout, layout_of
+from .metrics import GRPOOutput, Measured, measure
+from .options import DEFAULTS, LossOptions
+from .reductions import token_weights
+from .terms import Inputs, clipped_tokens, policy_term
+
+LARGEST_LOG_RATIO = 20.0
+IGNORED = -100
+
+
+def grpo_loss(
+    logp: Tensor, old_logp: Tensor | None, advantages: Tensor, mask: Tensor, **keywords: Any
+) -> GRPOOutput:
+    """The loss for checked arguments and resolved keywords (see ``LossOptions``)."""
+    options = LossOptions(**keywords)
+    layout = layout_of(mask, options.cu_seqlens)
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+
+    def constant(values: Tensor) -> Tensor:
+        return layout.keep(values.detach().to(dtype))
+
+    x = layout.keep(logp.to(dtype))
+    old = x.detach() if old_logp is None else constant(old_logp)
+    ref = None if options.ref_logp is None else constant(options.ref_logp)
+    entropy = None if options.entropy is None else layout.keep(options.entropy.to(dtype))
+    per_sequence = advantages.unsqueeze(1) if advantages.shape == (layout.num_sequences,) else advantages
+    policy_weights = None if options.policy_weights is None else options.policy_weights.detach().to(dtype)
+    weights = (
+        token_weights(layout, options.reduction, options._asdict(), options.cu_seqlens, dtype)
+        if options.weights is None
+        else constant(options.weights)
+    )
+
+    log_ratio = x - old
+    ratio = importance_ratio(layout, log_ratio, options.ratio)
+    if options.ratio == "output":
+        x = layout.spread(layout.total(x))
+        ref = None if ref is None else layout.spread(layout.total(ref))
+    inputs = Inputs(layout, x, log_ratio, ratio, constant(layout.to_tokens(per_sequence)), policy_weights)
+
+    policy_loss = layout.keep(weights * policy_term(inputs, options)).sum()
+    loss = policy_loss
+    kl = None
+    if ref is not None:
+        kl = kl_estimate(options.kl, x, ref, ratio)
+        if options.kl_coef != 0:
+            loss = loss + options.kl_coef * layout.keep(weights * kl).sum()
+    if entropy is not None and options.entropy_coef != 0:
+        bonus_weights = weights if options.entropy_weights is None else constant(options.entropy_weights)
+        loss = loss - options.entropy_coef * (bonus_weights * entropy).sum()
+
+    measured = Measured(
+        loss=loss.detach(),
+        policy_loss=policy_loss.detach(),
+        kl=None if kl is None else kl.detach(),
+        entropy=None if entropy is None else entropy.detach(),
+        ratio=ratio.detach(),
+        approx_kl=-log_ratio.detach(),
+        clipped=clipped_tokens(inputs, options) if "clip_high" in DEFAULTS[options.variant] else None,
+    )
+    tokens = layout.mask.to(dtype)
+    once = layout.keep(tokens / layout.spread(layout.lengths(dtype).clamp(min=1)))
+    metrics = measure(
+        measured,
+        layout.mask,
+        units=tokens if options.ratio == "token" else once,
+        kl_units=once if options.ratio == "output" else tokens,
+    )
+    return GRPOOutput(loss, metrics)
+
+
+def importance_ratio(layout: Layout, log_ratio: Tensor, level: str) -> Tensor:
+    """c of every token: e^l of the token, the geometric mean over its sequence, or the ratio of the whole output."""
+    if level == "token":
+        return log_ratio.exp()
+    total = layout.total(log_ratio)
+    if level == "sequence":
+        return layout.spread((total / layout.lengths(total.dtype).clamp(min=1)).exp())
+    return layout.spread(total.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp())
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int | None = None,
+    group: Any = None,
+    **keywords: Any,
+) -> GRPOOutput:
+    """linear_logprobs followed by grpo_loss; ``entropy`` is a bool here."""
+    counted = layout_of(mask, keywords.get("cu_seqlens")).mask
+    if isinstance(temperature, Tensor):
+        temperature = torch.where(counted, temperature, 1.0)
+    measure_entropy = bool(keywords.get("entropy")) or keywords.get("entropy_coef", 0.0) != 0
+    result = linear_logprobs(
+        torch.where(counted.unsqueeze(-1), hidden, 0.0),
+        weight,
+        torch.where(counted, targets, IGNORED),
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        return_entropy=measure_entropy,
+        ignore_index=IGNORED,
+        chunk_size=chunk_size,
+        group=group,
+        backend="reference",
+    )
+    logp, entropy = result if measure_entropy else (result, None)
+    return grpo_loss(logp, old_logp, advantages, mask, **{**keywords, "entropy": entropy})
+
+
+def group_advantages(
+    rewards: Tensor,
+    *,
+    group_size: int | None,
+    group_ids: Tensor | None,
+    valid: Tensor | None,
+    scale: str,
+    eps: float,
+    leave_one_out: bool,
+) -> Tensor:
+    """Advantages for checked arguments, computed in float64 (they are few)."""
+    size = rewards.shape[0]
+    group, num_groups = _groups(rewards, group_size, group_ids)
+    valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
+    values = torch.where(valid, rewards.detach().double(), 0.0)
+
+    def total(entries: Tensor) -> Tensor:
+        """The sum over the group of each entry."""
+        return entries.new_zeros(num_groups).index_add(0, group, entries).index_select(0, group)
+
+    count = total(valid.double())
+    sums = total(values)
+    centred = torch.where(valid, values - sums / count.clamp(min=1), 0.0)
+    if leave_one_out:
+        advantages = values - (sums - values) / (count - 1).clamp(min=1)
+    elif scale == "group":
+        std = (total(centred.square()) / (count - 1).clamp(min=1)).sqrt()
+        advantages = centred / (std + eps)
+    elif scale == "batch":
+        number = valid.sum()
+        from_mean = torch.where(valid, values - values.sum() / number.clamp(min=1), 0.0)
+        std = (from_mean.square().sum() / (number - 1).clamp(min=1)).sqrt()
+        advantages = centred / (std + eps)
+    else:
+        advantages = centred
+
+    # Equal rewards have no advantage, exactly: the rounding of their mean must not become one. NaN is kept.
+    lowest = values.new_full((num_groups,), torch.inf)
+    lowest = lowest.scatter_reduce(0, group, torch.where(valid, values, torch.inf), "amin")
+    highest = values.new_full((num_groups,), -torch.inf)
+    highest = highest.scatter_reduce(0, group, torch.where(valid, values, -torch.inf), "amax")
+    equal = (highest <= lowest).index_select(0, group) if size else valid
+    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    return torch.where(valid & ~equal, advantages, 0.0).to(dtype)
+
+
+def _groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> tuple[Tensor, int]:
+    """The number of each entry's group, counted from 0, and how many groups there are at most."""
+    size = rewards.shape[0]
+    if group_ids is None:
+        assert group_size is not None
+        return torch.arange(size, device=rewards.device) // group_size, size // group_size
+    ordered, order = group_ids.sort(stable=True)
+    # A new group starts where the sorted ids change; the first entry is compared with the last one.
+    ranks = (ordered != ordered.roll(1)).long().cumsum(0)
+    return torch.empty_like(order).scatter(0, order, ranks), size + 1

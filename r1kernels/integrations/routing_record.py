@@ -1,0 +1,170 @@
+"""Expert load, recorded routing and its replay, as plain tensors.
+
+Routers of a model are numbered in module order ("layers", below). T tokens of one forward (batch times length, row-major),
+B sequences, L positions, E experts, K experts per token.
+
+A recorded choice is an int16 tensor of expert indices; NOT_RECORDED marks a token without one, which a replay
+routes live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..moe.reference import count_experts
+
+NOT_RECORDED = -1
+
+
+class ExpertLoad:
+    """How many tokens each expert of each layer got: ``counts`` (layers, E) int64, added up over forwards."""
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.counts = torch.zeros(layers, experts, dtype=torch.int64)
+
+    def add(self, layer: int, indices: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Count indices (T, K); with a mask of T entries in any shape, only tokens where it is not 0."""
+        keep = None
+        if attention_mask is not None:
+            if attention_mask.numel() != indices.shape[0]:
+                raise ValueError(
+                    f"attention_mask: expected {indices.shape[0]} entries, one per token of the forward, "
+                    f"got shape {tuple(attention_mask.shape)}"
+                )
+            keep = (attention_mask != 0).reshape(-1).to(indices.device, torch.int64)
+        if self.counts.device != indices.device:
+            self.counts = self.counts.to(indices.device)
+        self.counts[layer] += count_experts(indices, self.counts.shape[1], keep)
+
+    def max_over_mean(self) -> Tensor:
+        """(layers,) float32: the load of the busiest expert relative to an even load; 1 is even, 0 means no tokens."""
+        counts = self.counts.to(torch.float32)
+        return counts.amax(dim=1) / counts.mean(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+class RoutingRecord:
+    """The expert choices of all forwards in a ``record_routing`` block.
+
+    ``calls[layer]`` holds one (T, K) int16 tensor for each forward, in order: one for a plain forward, prefill and single
+    tokens for a generation with a KV cache.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.calls: list[list[Tensor]] = [[] for _ in range(layers)]
+
+    def add(self, layer: int, indices: Tensor) -> None:
+        self.calls[layer].append(indices.detach().to(torch.int16))
+
+    def forward(self) -> Tensor:
+        """The choices of a single recorded forward, (layers, T, K); ValueError if it was not exactly one."""
+        lengths = {len(calls) for calls in self.calls}
+        if lengths != {1}:
+            raise ValueError(
+                f"record: expected one forward, got {sorted(lengths)} a layer; use sequences() and pad_routing() "
+                "for a generation with a KV cache"
+            )
+        return torch.stack([calls[0] for calls in self.calls])
+
+    def sequences(self, attention_mask: Tensor) -> list[Tensor]:
+        """The choices for each sequence without padding, from a generation with a KV cache or from one forward.
+
+        The forwards must have fed the same B sequences in the same order, one stretch of positions after another, as
+        ``model.generate`` does with sampling or greedy search (not with beams, and with prompts already
+        repeated for several samples each). A call with B * n tokens holds n positions of each sequence.
+
+        Args:
+            attention_mask: (B, L), 1 for real tokens (prompt and response), 0 for padding on either side. L is the number of
+                positions fed to the model, or more: the last sampled token of a generation was never fed, so the mask of
+                the whole output has one column more, whose tokens have no record.
+
+        Returns:
+            for each sequence (layers, tokens, K) int16, its recorded real tokens in order.
+        """
+        batch, length = _check_mask(attention_mask)
+        sizes = [call.shape[0] for call in self.calls[0]]
+        if not sizes:
+            raise ValueError("record: expected at least one forward, got none")
+        if any(size % batch for size in sizes):
+            raise ValueError(
+                f"attention_mask: expected a row for each recorded sequence, got {batch} for forwards of {sizes} tokens"
+            )
+        positions = torch.stack(
+            [
+                torch.cat([call.view(batch, -1, call.shape[-1]) for call in calls], dim=1)
+                for calls in self.calls
+            ]
+        )
+        recorded = positions.shape[2]
+        if recorded > length:
+            raise ValueError(f"attention_mask: expected at least {recorded} columns, got {length}")
+        real = (attention_mask[:, :recorded] != 0).to(positions.device)
+        return [positions[:, row, real[row]] for row in range(batch)]
+
+
+def pad_routing(sequences: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
+    """Lay recorded sequences out for a forward over a padded batch: the inverse of ``RoutingRecord.sequences``.
+
+    Args:
+        sequences: B tensors (layers, tokens, K), int16 or int64. The tokens of a sequence are its first real tokens.
+        attention_mask: (B, L) of the batch to be replayed, 1 for real tokens, padding on either side. A sequence may have
+            more real tokens than recorded ones (the last sampled token), never fewer.
+
+    Returns:
+        (layers, B * L, K) int16 for ``replay_routing``, NOT_RECORDED at padding and at real tokens without record.
+    """
+    batch, length = _check_mask(attention_mask)
+    if len(sequences) != batch:
+        raise ValueError(f"sequences: expected {batch}, one per row of attention_mask, got {len(sequences)}")
+    layers, _, top_k = sequences[0].shape
+    padded = sequences[0].new_full((layers, batch, length, top_k), NOT_RECORDED, dtype=torch.int16)
+    for row, sequence in enumerate(sequences):
+        real = (attention_mask[row] != 0).nonzero().squeeze(1).to(padded.device)
+        tokens = sequence.shape[1]
+        if tokens > real.shape[0]:
+            raise ValueError(
+                f"sequences: expected at most {real.shape[0]} tokens in sequence {row}, the real tokens of its "
+                f"attention_mask, got {tokens}"
+            )
+        padded[:, row, real[:tokens]] = sequence.to(padded.device, torch.int16)
+    return padded.flatten(1, 2)
+
+
+class RoutingReplay:
+    """Recorded choices (layers, T, K) that stand in for the live ones, and how often both agree."""
+
+    def __init__(self, recorded: Tensor) -> None:
+        self.recorded = recorded
+        self._agreed = torch.zeros(recorded.shape[0], dtype=torch.int64, device=recorded.device)
+        self._compared = torch.zeros_like(self._agreed)
+
+    def choose(self, layer: int, live: Tensor, compare: bool) -> Tensor:
+        """The indices (T, K) to route with, given the live choice: the recorded ones where there are any."""
+        recorded = self.recorded[layer]
+        if recorded.shape != live.shape:
+            raise ValueError(
+                f"replay_routing: expected recorded indices of shape {tuple(live.shape)} for layer {layer}, got "
+                f"{tuple(recorded.shape)}"
+            )
+        recorded = recorded.to(live.device, torch.int64)
+        known = (recorded != NOT_RECORDED).all(dim=1)
+        if compare:
+            same = (recorded.sort(dim=1).values == live.sort(dim=1).values).all(dim=1) & known
+            self._agreed[layer] += same.sum().to(self._agreed.device)
+            self._compared[layer] += known.sum().to(self._agreed.device)
+        return torch.where(known.unsqueeze(1), recorded, live)
+
+    @property
+    def agreement(self) -> float:
+        """The share of recorded choices (over tokens and layers) whose live choice is the same set; NaN without any."""
+        compared = int(self._compared.sum())
+        return int(self._agreed.sum()) / compared if compared else float("nan")
+
+
+def _check_mask(attention_mask: Tensor) -> tuple[int, int]:
+    if attention_mask.ndim != 2 or 0 in attention_mask.shape:
+        raise ValueError(f"attention_mask: expected shape (B, L), got {tuple(attention_mask.shape)}")
+    batch, length = attention_mask.shape
+    return batch, length

@@ -1,0 +1,33 @@
+"""Mixture of experts: routing, balance, and the expert GEMMs, forward and backward."""
+
+from .. import backends
+from . import reference
+from .balance import load_balancing_loss, router_z_loss, sequence_balance_loss, update_router_bias
+from .experts import grouped_gemm, moe_experts
+from .routing import Routing, route
+from .sort import ExpertOrder, sort_by_expert
+
+__all__ = [
+    "ExpertOrder",
+    "Routing",
+    "grouped_gemm",
+    "load_balancing_loss",
+    "moe_experts",
+    "route",
+    "router_z_loss",
+    "sequence_balance_loss",
+    "sort_by_expert",
+    "update_router_bias",
+]
+
+for _op in (
+    "grouped_gemm",
+    "load_balancing_loss",
+    "moe_experts",
+    "route",
+    "router_z_loss",
+    "sequence_balance_loss",
+    "sort_by_expert",
+    "update_router_bias",
+):
+    backends.register(_op, "reference", getattr(reference, _op))

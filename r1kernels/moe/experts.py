@@ -1,0 +1,132 @@
+"""The experts: the grouped GEMM and the whole gated MLP.
+
+T tokens, H hidden size, I intermediate size of an expert, E experts, K experts per token, S = T * K routed rows;
+N inputs and M outputs of a GEMM.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from .sort import check_ascending
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+SAVES = ("hidden", "nothing")
+
+
+def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, *, backend: str | None = None) -> Tensor:
+    """Multiply each row with the weight of its expert: y[r] = weight[e] @ x[r] for offsets[e] <= r < offsets[e + 1].
+
+    Args:
+        x: (S, N), float32, bfloat16, float16 or float64, rows sorted by expert.
+        weight: (E, M, N), the dtype of ``x``.
+        offsets: (E + 1,), int32 or int64, ascending from 0 to at most S (see ``sort_by_expert``).
+        backend: "cuda", "triton", "cpu" or "reference": that one or an error; None chooses (see r1kernels.backends).
+
+    Returns:
+        (S, M) in the dtype of ``x``; rows from offsets[E] on are 0 and pass no gradient. An expert without rows gets a
+        zero gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; offsets that do not ascend from 0
+            (on the CPU; on CUDA with ``debug_checks(True)``).
+
+    Precision: float32 accumulation. Under autocast both operands are cast as F.linear casts them. Deterministic on the
+    CPU; traced or on CUDA the reference adds the weight gradient of an expert up with atomics, so there it is
+    deterministic under ``torch.use_deterministic_algorithms(True)`` only.
+    """
+    checks.tensor("x", x, dtypes=checks.FLOATS, ndim=2)
+    checks.tensor("weight", weight, dtypes=checks.FLOATS, shape=(None, None, x.shape[1]), like=x)
+    _at_least_one_expert("weight", weight)
+    checks.tensor("offsets", offsets, dtypes=(torch.int32, torch.int64), shape=(weight.shape[0] + 1,), like=x)
+    x, weight = cast_for_autocast(x, weight)
+    checks.tensor("weight", weight, dtypes=(x.dtype,))
+    if checks.values_visible(offsets):
+        check_ascending("offsets", offsets, x.shape[0])
+        if int(offsets[0]) != 0:
+            raise ValueError(f"offsets: expected 0 at position 0, got {int(offsets[0])}")
+    return backends.dispatch("grouped_gemm", backend, x, weight, offsets)
+
+
+def moe_experts(
+    hidden: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    activation: str = "silu",
+    save: str = "hidden",
+    backend: str | None = None,
+) -> Tensor:
+    r"""The routed experts of a mixture-of-experts layer: gated MLPs, weighted and summed over each token's experts.
+
+    .. math:: out_t = \sum_k w_{tk} \, D_e \big( act(G_e x_t) \odot U_e x_t \big), \qquad e = indices_{tk}
+
+    Args:
+        hidden: (T, H), float32, bfloat16, float16 or float64, any strides.
+        indices: (T, K) int64, in [0, E), or E: the sentinel of expert parallelism, an expert of another rank, which
+            contributes 0 and passes no gradient. An expert may occur more than once in a row.
+        weights: (T, K), any float dtype, the routing weights.
+        gate_up: (E, 2 * I, H), the dtype of ``hidden``: rows G_e, then rows U_e.
+        down: (E, H, I), the dtype of ``hidden``: D_e.
+        activation: "silu" (SwiGLU) or "gelu_tanh".
+        save: "hidden" keeps the hidden states and the pre-activations for the backward, "nothing" only the
+            arguments, and computes the rest again. (The reference backend keeps under "hidden" what autograd keeps.)
+        backend: "cuda", "triton", "cpu" or "reference": that one or an error; None chooses (see r1kernels.backends).
+
+    Returns:
+        (T, H) in the dtype of ``hidden`` (under autocast in the autocast dtype).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; an unknown activation or save.
+        IndexError: an index outside [0, E] (on the CPU; on CUDA it counts as a sentinel unless ``debug_checks(True)``).
+
+    Precision: GEMMs accumulate in float32; pre-activation and activation are rounded to the dtype of ``hidden``; gating
+    and the weighted sum are computed in float32 (float64 for float64). Under autocast hidden, gate_up and down
+    are cast as F.linear casts them. An expert without tokens gets a zero gradient. Deterministic, except that the
+    reference, traced or on CUDA, adds weight gradients up with atomics unless
+    ``torch.use_deterministic_algorithms(True)``.
+
+    Source: SwiGLU experts as in Mixtral, DeepSeek-V3, Qwen3-MoE; the layout of transformers' expert modules.
+    """
+    checks.tensor("hidden", hidden, dtypes=checks.FLOATS, ndim=2)
+    tokens, size = hidden.shape
+    checks.tensor("indices", indices, dtypes=(torch.int64,), shape=(tokens, None), like=hidden)
+    if indices.shape[1] == 0:
+        raise ValueError("indices: expected shape (T, K) with K >= 1, got K = 0")
+    checks.tensor("weights", weights, dtypes=checks.FLOATS, shape=indices.shape, like=hidden)
+    checks.tensor("gate_up", gate_up, dtypes=checks.FLOATS, shape=(None, None, size), like=hidden)
+    experts = _at_least_one_expert("gate_up", gate_up)
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up: expected shape (E, 2 * I, H), got {tuple(gate_up.shape)}")
+    checks.tensor(
+        "down", down, dtypes=checks.FLOATS, shape=(experts, size, gate_up.shape[1] // 2), like=hidden
+    )
+    checks.choice("activation", activation, ACTIVATIONS)
+    checks.choice("save", save, SAVES)
+    hidden, gate_up, down = cast_for_autocast(hidden, gate_up, down)
+    checks.tensor("gate_up", gate_up, dtypes=(hidden.dtype,))
+    checks.tensor("down", down, dtypes=(hidden.dtype,))
+    if checks.values_visible(indices):
+        checks.in_range("indices", indices, 0, experts, allow=experts)
+    return backends.dispatch(
+        "moe_experts", backend, hidden, indices, weights, gate_up, down, activation, save
+    )
+
+
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the autocast dtype if autocast is on for their device, as F.linear has it: float64 stays."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def _at_least_one_expert(name: str, weight: Tensor) -> int:
+    if weight.shape[0] == 0:
+        raise ValueError(f"{name}: expected at least one expert, got shape {tuple(weight.shape)}")
+    return weight.shape[0]

@@ -1,0 +1,238 @@
+"""The mixture-of-experts ops in plain PyTorch: the oracle, differentiable by autograd.
+
+T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows, B sequences;
+N inputs and M outputs of a GEMM. Arguments are those of the public functions, checked.
+
+Where values are visible (eager on the CPU), rows are split by expert and each expert is one GEMM. Where they are not
+(torch.compile, fake tensors, CUDA without a host sync), rows are spread over tiles, each with one expert, whose number
+and size depend on shapes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .. import checks
+from .routing import Routing
+from .sort import ExpertOrder
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    score: str,
+    bias: Tensor | None,
+    n_group: int,
+    topk_group: int,
+    normalize: bool,
+    scale: float,
+    indices: Tensor | None,
+) -> Routing:
+    experts = logits.shape[1]
+    logits = logits.to(_accumulator(logits)).contiguous()
+    scores = _sigmoid(logits) if score == "sigmoid" else logits.softmax(dim=-1)
+    if indices is None:
+        with torch.no_grad():
+            selection = scores if bias is None else scores + bias.to(scores.dtype)
+            if n_group > 1:
+                group_score = _sum_of_two_best if score == "sigmoid" else _best
+                selection = _keep_best_groups(selection, n_group, topk_group, group_score)
+            indices = _descending(selection)[:, :top_k].contiguous()
+    inside = (indices >= 0) & (indices < experts)
+    chosen = indices.clamp(0, experts - 1)
+    if score == "softmax" and normalize:
+        # the lowest finite number and not -inf: a row without any valid index must not become NaN
+        lowest = torch.finfo(logits.dtype).min
+        weights = torch.where(inside, logits.gather(1, chosen), lowest).softmax(dim=-1)
+        weights = torch.where(inside, weights, 0.0)
+    else:
+        weights = torch.where(inside, scores.gather(1, chosen), 0.0)
+        if normalize:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    if scale != 1.0:
+        weights = weights * scale
+    return Routing(weights, indices, count_experts(indices, experts).to(torch.int32))
+
+
+def update_router_bias(bias: Tensor, tokens_per_expert: Tensor, rate: float) -> None:
+    with torch.no_grad():
+        counts = tokens_per_expert.to(torch.int64)
+        # mean(count) - count_e has the sign of sum(count) - E count_e, which integers hold exactly
+        direction = (counts.sum() - counts.shape[0] * counts).sign().to(bias.dtype)
+        step = rate * direction
+        bias += step - step.mean()
+
+
+def sequence_balance_loss(scores: Tensor, indices: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
+    (tokens, experts), top_k = scores.shape, indices.shape[1]
+    sequences = cu_seqlens.shape[0] - 1
+    scores = scores.to(_accumulator(scores))
+    position = torch.arange(tokens, device=scores.device)
+    # the number of boundaries at or before a token: 0 before the first sequence, B + 1 after the last
+    owner = torch.searchsorted(cu_seqlens.to(torch.int64), position, right=True)
+
+    inside = (indices >= 0) & (indices < experts)
+    slot = owner.unsqueeze(1) * experts + indices.clamp(0, experts - 1)
+    counts = scores.new_zeros((sequences + 2) * experts)
+    counts = counts.scatter_add(0, slot.reshape(-1), inside.reshape(-1).to(counts.dtype))
+    counts = counts.view(sequences + 2, experts)[1:-1]
+
+    # a token whose scores are all 0 has no shares, not NaN ones
+    total = scores.sum(dim=-1, keepdim=True)
+    share = torch.where(total > 0, scores / torch.where(total > 0, total, 1.0), 0.0)
+    shares = share.new_zeros(sequences + 2, experts).index_add(0, owner, share)[1:-1]
+
+    length = (cu_seqlens[1:] - cu_seqlens[:-1]).clamp(min=1).to(scores.dtype).unsqueeze(1)
+    frequency = experts / (top_k * length) * counts
+    return alpha * (frequency * shares / length).sum(dim=-1)
+
+
+def load_balancing_loss(logits: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
+    experts = logits.shape[1]
+    probs = logits.to(_accumulator(logits)).softmax(dim=-1)
+    keep = torch.ones_like(probs[:, 0]) if mask is None else (mask != 0).to(probs.dtype)
+    rows = keep.sum().clamp(min=1)
+    with torch.no_grad():
+        indices = _descending(probs)[:, :top_k]
+        counts = count_experts(indices, experts, keep)
+    return experts * (counts / rows * ((probs * keep.unsqueeze(1)).sum(dim=0) / rows)).sum()
+
+
+def router_z_loss(logits: Tensor) -> Tensor:
+    return logits.to(_accumulator(logits)).logsumexp(dim=-1).square().sum() / max(logits.shape[0], 1)
+
+
+def sort_by_expert(indices: Tensor, num_experts: int) -> ExpertOrder:
+    expert = indices.reshape(-1)
+    expert = torch.where((expert >= 0) & (expert < num_experts), expert, num_experts)
+    ordered, permutation = torch.sort(expert, stable=True)
+    boundaries = torch.arange(num_experts + 1, device=expert.device)
+    offsets = torch.searchsorted(ordered, boundaries, out_int32=True)
+    rows = torch.arange(expert.shape[0], device=expert.device)
+    return ExpertOrder(offsets, permutation, torch.empty_like(permutation).scatter_(0, permutation, rows))
+
+
+def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    if checks.values_visible(x, offsets):
+        return _gemm_by_expert(x, weight, offsets)
+    return _gemm_by_tile(x, weight, offsets)
+
+
+def moe_experts(
+    hidden: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    save: str,
+) -> Tensor:
+    arguments = (hidden, indices, weights, gate_up, down, activation)
+    if save == "nothing" and torch.is_grad_enabled():
+        return checkpoint(_moe_experts, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return _moe_experts(*arguments)
+
+
+def _moe_experts(
+    hidden: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str
+) -> Tensor:
+    (tokens, size), (experts, _, intermediate), top_k = hidden.shape, down.shape, indices.shape[1]
+    offsets, permutation, inverse = sort_by_expert(indices, experts)
+    # Expanded before it is permuted: the backward is then one sum over K, with a float32 accumulator, and no
+    # addition into rows that several experts share.
+    rows = hidden.unsqueeze(1).expand(tokens, top_k, size).reshape(tokens * top_k, size)
+    pre_activation = grouped_gemm(rows.index_select(0, permutation), gate_up, offsets)
+    gate, up = pre_activation.to(_accumulator(hidden)).split(intermediate, dim=-1)
+    activated = _activate(gate, activation) * up
+    out = grouped_gemm(activated.to(hidden.dtype), down, offsets)
+    out = out.index_select(0, inverse).view(tokens, top_k, size).to(_accumulator(hidden))
+    inside = (indices >= 0) & (indices < experts)
+    scale = torch.where(inside, weights.to(out.dtype), 0.0)
+    return (out * scale.unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
+
+
+def count_experts(indices: Tensor, num_experts: int, keep: Tensor | None = None) -> Tensor:
+    """How often each expert occurs in indices (T, K), over the tokens with keep (T,) 1: (E,) in keep's dtype or int64."""
+    inside = (indices >= 0) & (indices < num_experts)
+    bins = torch.where(inside, indices, num_experts).reshape(-1)
+    ones = torch.ones_like(bins) if keep is None else keep.unsqueeze(1).expand(indices.shape).reshape(-1)
+    return ones.new_zeros(num_experts + 1).scatter_add_(0, bins, ones)[:num_experts]
+
+
+def _sigmoid(logits: Tensor) -> Tensor:
+    """Rounded once, from float64: torch's vector and scalar loops differ in the last bit, and would undo ties."""
+    return logits.to(torch.float64).sigmoid().to(logits.dtype)
+
+
+def _descending(scores: Tensor) -> Tensor:
+    """Column indices in descending order of score, the lowest index first among equals (torch.topk leaves that open)."""
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices
+
+
+def _best(grouped: Tensor) -> Tensor:
+    return grouped.amax(dim=-1)
+
+
+def _sum_of_two_best(grouped: Tensor) -> Tensor:
+    return grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+
+
+def _keep_best_groups(
+    selection: Tensor, n_group: int, topk_group: int, group_score: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """selection (T, E) with -inf outside the ``topk_group`` best groups of a token."""
+    grouped = selection.unflatten(1, (n_group, -1))
+    best = _descending(group_score(grouped))[:, :topk_group]
+    dropped = torch.ones_like(grouped[:, :, 0], dtype=torch.bool).scatter_(1, best, False)
+    return grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(1)
+
+
+def _activate(gate: Tensor, activation: str) -> Tensor:
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+
+
+def _gemm_by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    bounds = offsets.tolist()
+    sizes = [stop - start for start, stop in pairwise(bounds)]
+    *rows, rest = x.split([*sizes, x.shape[0] - bounds[-1]])
+    # unbind, not weight[e]: its backward writes the gradient of all experts once, and zeros for those without rows.
+    # The first expert always takes part, so that gradients exist without any row too.
+    used = [
+        F.linear(row, matrix)
+        for expert, (row, matrix) in enumerate(zip(rows, weight.unbind(0), strict=True))
+        if sizes[expert] or expert == 0
+    ]
+    return torch.cat([*used, rest.new_zeros(rest.shape[0], weight.shape[1])])
+
+
+def _gemm_by_tile(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """The rows of each expert start a new tile of ``height`` rows; at most S / height + E tiles are needed."""
+    rows, experts = x.shape[0], weight.shape[0]
+    height = max(1, -(-rows // experts))
+    tiles = -(-rows // height) + experts
+    offsets = offsets.to(torch.int64)
+
+    row = torch.arange(rows, device=x.device)
+    expert = torch.searchsorted(offsets[1:], row, right=True)  # E for rows behind the last expert
+    used = (offsets[1:] - offsets[:-1] + height - 1) // height
+    last_tile = used.cumsum(0)
+    first_row = torch.cat(((last_tile - used) * height, row.new_full((1,), tiles * height)))
+    # rows behind the last expert all go to one extra slot, which is never read
+    slot = torch.where(expert < experts, first_row[expert] + row - offsets[expert], tiles * height)
+    slot = slot.clamp(0, tiles * height)  # offsets that nobody could check must not lead out of bounds
+
+    spread = x.new_zeros(tiles * height + 1, x.shape[1]).index_copy(0, slot, x)[:-1]
+    tile = torch.arange(tiles, device=x.device)
+    owner = torch.searchsorted(last_tile, tile, right=True).clamp(max=experts - 1)
+    out = torch.bmm(spread.view(tiles, height, -1), weight.index_select(0, owner).transpose(1, 2))
+    return torch.cat((out.flatten(0, 1), out.new_zeros(1, weight.shape[1]))).index_select(0, slot)
+
+
+def _accumulator(value: Tensor) -> torch.dtype:
+    return torch.float64 if value.dtype == torch.float64 else torch.float32

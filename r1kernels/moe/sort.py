@@ -1,0 +1,67 @@
+"""sort_by_expert: the order in which a grouped GEMM wants its rows.
+
+T tokens, E experts, K experts per token, S = T * K routed rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+
+
+class ExpertOrder(NamedTuple):
+    """What ``sort_by_expert`` returns, for S flattened indices.
+
+    Example: indices [[1, 0], [1, 3]] with 3 experts (3 is the sentinel) give offsets [0, 1, 3, 3],
+    permutation [1, 0, 2, 3] and inverse [1, 0, 2, 3].
+
+    offsets: (E + 1,) int32; the rows of expert e are offsets[e] to offsets[e + 1], sentinel rows follow offsets[E].
+    permutation: (S,) int64; sorted row r is the flattened index permutation[r] (token permutation[r] // K).
+    inverse: (S,) int64; the flattened index s lies in sorted row inverse[s].
+    """
+
+    offsets: Tensor
+    permutation: Tensor
+    inverse: Tensor
+
+
+def sort_by_expert(indices: Tensor, num_experts: int) -> ExpertOrder:
+    """Order routed rows by expert: a stable counting sort.
+
+    Args:
+        indices: int64, any shape, row-major: for each routed row its expert in [0, num_experts), or ``num_experts``, the
+            sentinel of expert parallelism (a row that another rank computes); sentinels come last.
+        num_experts: E, at least 1.
+
+    Returns:
+        ExpertOrder(offsets, permutation, inverse).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype or size.
+        IndexError: an index outside [0, num_experts] (on the CPU; on CUDA it counts as a sentinel unless
+            ``debug_checks(True)``).
+
+    Deterministic; rows of one expert keep their order.
+    """
+    checks.tensor("indices", indices, dtypes=(torch.int64,))
+    checks.integer("num_experts", num_experts, minimum=1)
+    if checks.values_visible(indices):
+        checks.in_range("indices", indices, 0, num_experts, allow=num_experts)
+    return backends.dispatch("sort_by_expert", None, indices, num_experts)
+
+
+def check_ascending(name: str, offsets: Tensor, high: int) -> None:
+    """Raise ValueError unless ``offsets`` ascends from at least 0 to at most ``high``. Needs visible values."""
+    bad = torch.zeros_like(offsets, dtype=torch.bool)
+    bad[0] = offsets[0] < 0
+    bad[1:] = offsets[1:] < offsets[:-1]
+    bad |= offsets > high
+    if bool(bad.any()):
+        (position,) = checks.first_bad(bad)
+        raise ValueError(
+            f"{name}: expected ascending values in [0, {high}], got {int(offsets[position])} at position {position}"
+        )

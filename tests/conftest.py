@@ -1,0 +1,15 @@
+"""What holds for every test: one thread (two on a busy machine run many times slower) and repeatable examples."""
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("r1kernels", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("r1kernels")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Fresh random inputs that are the same in every run."""
+    torch.manual_seed(0)

@@ -1,0 +1,468 @@
+"""r1kernels under transformers' own mixture-of-experts models, on tiny configurations."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import runpy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import r1kernels
+from r1kernels import BackendError
+from r1kernels.integrations import transformers as r1
+
+VOCABULARY = 50
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LATENT = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+MODELS = {
+    "DeepseekV3": {
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        **LATENT,
+    },
+    "DeepseekV2": {
+        "n_routed_experts": 8,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+        "first_k_dense_replace": 0,
+        **LATENT,
+    },
+    "DeepseekV2-greedy": {
+        "n_routed_experts": 8,
+        "topk_method": "greedy",
+        "first_k_dense_replace": 0,
+        **LATENT,
+    },
+    "Glm4Moe": {
+        "n_routed_experts": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "head_dim": 8,
+    },
+    "Qwen2Moe": {"num_experts": 8, "shared_expert_intermediate_size": 16, "norm_topk_prob": False},
+    "Qwen3Moe": {"num_experts": 8, "norm_topk_prob": True, "head_dim": 8},
+    "Mixtral": {"num_local_experts": 8, "intermediate_size": 16},  # 2 * I == H
+    "Olmoe": {"num_experts": 8, "norm_topk_prob": False},
+}
+models = pytest.mark.parametrize("name", MODELS)
+
+
+def build(name, **changes):
+    family = name.split("-")[0]
+    config_class = getattr(transformers, f"{family}Config")
+    config = config_class(**{**SMALL, **MODELS[name], **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).train()
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            nn.init.normal_(module.e_score_correction_bias, std=0.1)
+    return model
+
+
+def tokens(batch=3, length=11):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+
+
+def step(model, ids, **arguments):
+    """Logits and gradients of one training step."""
+    model.zero_grad()
+    out = model(input_ids=ids, labels=ids, **arguments)
+    out.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return out, {name: None if grad is None else grad.clone() for name, grad in gradients.items()}
+
+
+def assert_same_step(first, second):
+    torch.testing.assert_close(first[0].logits, second[0].logits, rtol=1e-4, atol=1e-5)
+    for name, grad in second[1].items():
+        torch.testing.assert_close(
+            first[1][name], grad, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@models
+def test_logits_and_gradients_are_those_of_the_model(name):
+    model, ids = build(name), tokens()
+    model.set_experts_implementation("eager")
+    own = step(model, ids)
+    with r1.patch(model), r1.record_routing(model) as record:
+        ours = step(model, ids)
+    assert_same_step(ours, own)
+    assert record.forward().shape[1:] == (ids.numel(), 2)  # it went through our router
+    again = step(model, ids)
+    assert torch.equal(again[0].logits, own[0].logits)  # undone
+    assert model.get_experts_implementation()[""] == "eager"
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["DeepseekV3", "Qwen3Moe"])
+def test_in_bfloat16(name):
+    model, ids = build(name).bfloat16(), tokens()
+    exact = step(copy.deepcopy(model).float(), ids)[0].logits
+    own = step(model, ids)[0].logits
+    with r1.patch(model):
+        ours, gradients = step(model, ids)
+    assert ours.logits.dtype == torch.bfloat16
+    assert all(grad is None or torch.isfinite(grad).all() for grad in gradients.values())
+    # a token whose experts change with a rounding may differ: compare the typical error
+    error, peer = ((logits.float() - exact).abs().median() for logits in (ours.logits, own))
+    assert error <= 2 * peer + 1e-3
+
+
+def test_under_autocast_the_router_stays_in_float32():
+    model, ids = build("DeepseekV3"), tokens()
+    with r1.patch(model), r1.record_routing(model) as record:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out, gradients = step(model, ids)
+        hidden = []
+        gate = model.model.layers[1].mlp.gate
+        handle = gate.register_forward_hook(lambda module, inputs, output: hidden.append((inputs[0], output)))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(input_ids=ids)
+        handle.remove()
+        inputs, (logits, weights, _) = hidden[0]
+        assert logits.dtype == weights.dtype == torch.float32
+        torch.testing.assert_close(logits, inputs.reshape(-1, 32).float() @ gate.weight.T)
+    assert len(record.calls[0]) == 2
+    assert (
+        torch.isfinite(out.logits).all() and torch.isfinite(gradients["model.layers.1.mlp.gate.weight"]).all()
+    )
+
+
+def test_router_logits_and_the_auxiliary_loss_survive():
+    model, ids = build("Mixtral", output_router_logits=True, router_aux_loss_coef=0.5), tokens()
+    own = step(model, ids)
+    with r1.patch(model):
+        ours = step(model, ids)
+    assert_same_step(ours, own)
+    torch.testing.assert_close(ours[0].aux_loss, own[0].aux_loss)
+    for logits, expected in zip(ours[0].router_logits, own[0].router_logits, strict=True):
+        torch.testing.assert_close(logits, expected)
+
+
+def test_register_alone_is_enough_for_the_experts(tmp_path):
+    build("Qwen3Moe").save_pretrained(tmp_path)
+    r1.register()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, ids = load(tmp_path, experts_implementation="r1kernels").train(), tokens()
+    assert model.get_experts_implementation()[""] == "r1kernels"
+    assert_same_step(step(model, ids), step(load(tmp_path).train(), ids))
+
+
+def experts_of(model):
+    return next(module for module in model.modules() if hasattr(module, "_apply_gate"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda experts: setattr(experts, "act_fn", nn.ReLU()), "its activation is ReLU"),
+        (lambda experts: setattr(experts, "has_bias", True), "has_bias is True"),
+        (lambda experts: setattr(experts, "is_transposed", True), "is_transposed is True"),
+        (lambda experts: setattr(experts, "is_concatenated", False), "is_concatenated is False"),
+        (lambda experts: setattr(experts, "has_post_expert_norm", True), "has_post_expert_norm is True"),
+    ],
+    ids=["activation", "bias", "transposed", "interleaved", "post norm"],
+)
+def test_what_is_not_served_falls_back_with_one_warning(change, reason, monkeypatch):
+    model = build("Qwen3Moe")
+    experts = experts_of(model)
+    change(experts)
+    calls = []
+    monkeypatch.setattr(
+        r1.transformers_moe, "grouped_mm_experts_forward", lambda *a: calls.append(a) or torch.zeros(4, 32)
+    )
+    monkeypatch.setattr(r1, "_warned", set())
+    arguments = (experts, torch.zeros(4, 32), torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2))
+    with pytest.warns(RuntimeWarning, match=f"does not serve Qwen3MoeExperts.*{reason}"):
+        r1.experts_forward(*arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        r1.experts_forward(*arguments)
+    assert len(calls) == 2
+    r1kernels.set_strict(True)
+    try:
+        with pytest.raises(BackendError, match=reason):
+            r1.experts_forward(*arguments)
+    finally:
+        r1kernels.set_strict(False)
+
+
+def test_a_gate_of_its_own_falls_back_to_the_right_numbers(monkeypatch):
+    # gpt-oss: interleaved, transposed, with biases, and its own gate
+    config = transformers.GptOssConfig(**{**SMALL, "num_local_experts": 4, "head_dim": 8})
+    torch.manual_seed(0)
+    model, ids = transformers.GptOssForCausalLM(config).train(), tokens()
+    own = step(model, ids)
+    r1.register()
+    monkeypatch.setattr(r1, "_warned", set())
+    model.set_experts_implementation("r1kernels")
+    with pytest.warns(RuntimeWarning, match="does not serve GptOssExperts"):
+        assert_same_step(step(model, ids), own)
+
+
+def test_expert_parallel_sentinels():
+    experts = experts_of(build("Qwen3Moe"))
+    experts._is_expert_parallel = True
+    hidden, weights = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)), torch.ones(5, 2)
+    indices = torch.tensor([[0, 8], [8, 8], [1, 2], [9, 3], [8, 7]])  # 8 and more: experts of other ranks
+    weights[indices >= 8] = 0.0
+    out = r1.experts_forward(experts, hidden, indices, weights)
+    local = r1.experts_forward(experts, hidden, indices.clamp(max=7), weights)
+    torch.testing.assert_close(out, local)
+    assert (out[1] == 0).all()
+
+
+def test_models_that_can_not_be_patched():
+    config = transformers.LlamaConfig(**{key: SMALL[key] for key in SMALL if key != "moe_intermediate_size"})
+    with pytest.raises(ValueError, match="expected a model with experts, got LlamaForCausalLM without"):
+        r1.patch(transformers.LlamaForCausalLM(config))
+    unknown = transformers.GptOssConfig(**{**SMALL, "num_local_experts": 4, "head_dim": 8})
+    with pytest.raises(ValueError, match="expected a router among .* got GptOssTopKRouter, GptOssExperts"):
+        r1.patch(transformers.GptOssForCausalLM(unknown))
+    model = build("Qwen3Moe")
+    with r1.patch(model), pytest.raises(ValueError, match="not patched yet"):
+        r1.patch(model)
+    with pytest.raises(ValueError, match="expected a model patched by"), r1.record_routing(model):
+        pass
+
+
+@pytest.mark.parametrize("change", ["other weights", "other arguments", "no attribute"])
+def test_a_router_that_changed_is_refused(change, monkeypatch):
+    model = build("DeepseekV3")
+    router = type(model.model.layers[1].mlp.gate)
+    forward = router.forward
+    if change == "other weights":
+
+        def changed(self, hidden_states):
+            logits, weights, indices = forward(self, hidden_states)
+            return logits, weights.sqrt(), indices
+
+        monkeypatch.setattr(router, "forward", changed)
+    elif change == "other arguments":
+        monkeypatch.setattr(router, "forward", lambda self, hidden_states, input_ids: None)
+    else:
+        del model.model.layers[1].mlp.gate.routed_scaling_factor
+    with pytest.raises(RuntimeError, match="DeepseekV3TopkRouter of transformers .* is not the router"):
+        r1.patch(model)
+    assert model.get_experts_implementation()[""] != "r1kernels"
+
+
+# --- load, record, replay ---
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_counts_and_records_once(reentrant):
+    model, ids = build("DeepseekV3"), tokens()
+    with r1.patch(model):
+        with r1.collect_load(model) as load, r1.record_routing(model) as record:
+            expected = step(model, ids)
+        assert load.counts.sum() == ids.numel() * 2 * len(load.counts)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with r1.collect_load(model) as again, r1.record_routing(model) as record_again:
+            checkpointed = step(model, ids)
+        assert_same_step(checkpointed, expected)
+        assert torch.equal(again.counts, load.counts)
+        assert torch.equal(record_again.forward(), record.forward())
+        other = record.forward().flip(1)
+        with r1.replay_routing(model, other) as replay, r1.collect_load(model) as load:
+            step(model, ids)
+        assert 0 <= replay.agreement < 1
+        assert load.counts.sum() == ids.numel() * 2 * len(load.counts)
+
+
+def test_replay_uses_recorded_experts_with_live_weights():
+    model, ids = build("DeepseekV3", num_hidden_layers=3), tokens()
+    with r1.patch(model):
+        with r1.record_routing(model) as record:
+            expected = step(model, ids)
+        with r1.replay_routing(model, record) as replay:
+            assert_same_step(step(model, ids), expected)
+        assert replay.agreement == 1.0
+        with torch.no_grad():  # another policy: its router would choose otherwise
+            for layer in model.model.layers[1:]:
+                layer.mlp.gate.weight.copy_(layer.mlp.gate.weight.flip(0))
+        with r1.replay_routing(model, record) as replay, r1.record_routing(model) as replayed:
+            logits, gradients = step(model, ids)
+        assert replay.agreement < 0.9
+        assert torch.equal(replayed.forward(), record.forward())
+        assert (logits.logits - expected[0].logits).abs().max() > 1e-3  # weights are those of the new router
+        assert gradients["model.layers.1.mlp.gate.weight"].abs().max() > 0
+        with (
+            r1.replay_routing(model, record),
+            pytest.raises(ValueError, match=r"shape \(44, 2\) for layer 0"),
+        ):
+            model(tokens(batch=4))
+
+
+def test_replay_of_a_generation():
+    model, ids = build("DeepseekV3").eval(), tokens()
+    prompt = torch.ones_like(ids)
+    prompt[1, :4], ids[1, :4] = 0, 0
+    with r1.patch(model):
+        with r1.record_routing(model) as record:
+            out = model.generate(
+                ids, attention_mask=prompt, do_sample=True, min_new_tokens=6, max_new_tokens=6
+            )
+        assert [call.shape[0] for call in record.calls[0]] == [33, 3, 3, 3, 3, 3]
+        mask = torch.cat((prompt, torch.ones(3, 6, dtype=torch.int64)), dim=1)
+        mask[2, 14:] = 0  # as if this response had ended early
+        sequences = record.sequences(mask)
+        assert [sequence.shape[1] for sequence in sequences] == [16, 12, 14]
+        # the training batch: without the padding in front
+        lengths = mask.sum(1)
+        batch, batch_mask = torch.zeros(3, 17, dtype=torch.int64), torch.arange(17) < lengths[:, None]
+        batch[batch_mask] = out[mask.bool()]
+        with r1.replay_routing(model, r1.pad_routing(sequences, batch_mask)) as replay, torch.no_grad():
+            model(batch, attention_mask=batch_mask.long())
+        # other padding and no cache: the same tokens at other positions, whose rounding may flip a choice
+        assert replay.agreement > 0.95
+
+
+def test_under_checkpointing_the_backward_belongs_into_the_replay():
+    model, ids = build("DeepseekV3"), tokens()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with r1.patch(model):
+        with r1.record_routing(model) as record:
+            model(ids)
+        with r1.replay_routing(model, record):
+            loss = model(input_ids=ids, labels=ids).loss
+        with pytest.raises(RuntimeError, match="the backward must run inside the block"):
+            loss.backward()
+
+
+def test_bias_update_once_a_step():
+    model, ids = build("DeepseekV3", num_hidden_layers=3), tokens()
+    gates = [layer.mlp.gate for layer in model.model.layers[1:]]
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    with r1.patch(model):
+        with r1.collect_load(model, attention_mask=mask) as load:
+            step(model, ids)
+        first = load.counts.clone()
+        assert first.sum(1).tolist() == [int(mask.sum()) * 2] * 2  # padding does not count
+        with r1.collect_load(model, load):
+            step(model, ids)
+        assert load.counts.sum(1).tolist() == [int(mask.sum()) * 2 + ids.numel() * 2] * 2
+        before = [gate.e_score_correction_bias.clone() for gate in gates]
+        r1.update_bias(model, load, rate=0.01)
+    for gate, bias, counts in zip(gates, before, load.counts, strict=True):
+        direction = (counts.float().mean() - counts).sign()
+        torch.testing.assert_close(gate.e_score_correction_bias, bias + 0.01 * (direction - direction.mean()))
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from r1kernels.integrations import transformers as r1
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+torch.manual_seed(0)
+model = DeepseekV3ForCausalLM(DeepseekV3Config(
+    vocab_size=20, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=2, kv_lora_rank=8, q_lora_rank=None, qk_rope_head_dim=4,
+    qk_nope_head_dim=4, v_head_dim=4, n_routed_experts=4, num_experts_per_tok=1, n_group=1, topk_group=1,
+    first_k_dense_replace=0))
+r1.patch(model)
+load = r1.ExpertLoad(1, 4)
+load.add(0, torch.tensor([[0], [0], [1]] if rank == 0 else [[1], [1], [2]]))  # together 2, 3, 1, 0: the mean is 1.5
+r1.update_bias(model, load, rate=0.1)
+assert load.counts.sum() == 3  # the load itself stays that of this rank
+print(model.model.layers[0].mlp.gate.e_score_correction_bias.tolist())
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_bias_update_sums_over_ranks(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    command = [sys.executable, str(script)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(r1kernels.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")], env=environment, stdout=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    for output in outputs:
+        torch.testing.assert_close(torch.tensor(json.loads(output)), torch.tensor([-0.1, -0.1, 0.1, 0.1]))
+
+
+def test_a_softmax_model_has_no_bias_to_update():
+    model = build("Qwen3Moe")
+    with r1.patch(model):
+        with r1.collect_load(model) as load:
+            model(tokens())
+        assert load.counts.sum() == 33 * 2 * 2
+        with pytest.raises(ValueError, match="with a selection bias, got Qwen3MoeTopKRouter"):
+            r1.update_bias(model, load, rate=0.01)
+
+
+def test_a_copy_is_patched_for_itself():
+    model, ids = build("DeepseekV3"), tokens()
+    with r1.patch(model):
+        reference = copy.deepcopy(model)
+        with torch.no_grad():
+            model.model.layers[1].mlp.gate.weight.zero_()
+        with r1.record_routing(reference) as theirs, r1.record_routing(model) as ours:
+            reference(ids)
+        assert len(theirs.calls[0]) == 1 and not ours.calls[0]
+        assert theirs.forward().unique().numel() > 2  # with its own weights
+        both = nn.ModuleList([model, reference])
+        with pytest.raises(ValueError, match="expected one patched model"), r1.record_routing(both):
+            pass
+
+
+def test_compiled():
+    model, ids = build("Qwen3Moe", num_hidden_layers=1), tokens()
+    with r1.patch(model):
+        expected = step(model, ids)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(ids).logits, expected[0].logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_example_runs(capsys):
+    runpy.run_path(str(Path(__file__).parents[2] / "docs/examples/moe_dropin.py"), run_name="__main__")
+    assert "agreement" in capsys.readouterr().out

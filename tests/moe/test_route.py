@@ -1,0 +1,316 @@
+"""route: choice, weights, gradients, replay. T tokens, E experts, K experts per token."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import r1kernels
+from r1kernels.moe import route
+from tests.support.numerics import same_bits
+
+FAMILIES = {
+    "deepseek-v3": {"top_k": 3, "score": "sigmoid", "n_group": 4, "topk_group": 2, "scale": 2.5},
+    "sigmoid": {"top_k": 2, "score": "sigmoid", "normalize": False},
+    "deepseek-v2": {
+        "top_k": 3,
+        "score": "softmax",
+        "n_group": 4,
+        "topk_group": 2,
+        "normalize": False,
+        "scale": 1.5,
+    },
+    "qwen3": {"top_k": 4, "score": "softmax"},
+    "olmoe": {"top_k": 4, "score": "softmax", "normalize": False},
+}
+families = pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def chosen_by_hand(selection, top_k, score, n_group=1, topk_group=1):
+    """The experts of one token in plain Python: best first, the lowest index among equals."""
+    size = len(selection) // n_group
+    groups = [selection[start : start + size] for start in range(0, len(selection), size)]
+    best = [sum(sorted(group, reverse=True)[:2]) if score == "sigmoid" else max(group) for group in groups]
+    kept = sorted(range(n_group), key=lambda group: (-best[group], group))[:topk_group]
+    eligible = [expert for expert in range(len(selection)) if expert // size in kept]
+    return sorted(eligible, key=lambda expert: (-selection[expert], expert))[:top_k]
+
+
+def check_choice(logits, bias, options):
+    routing = route(logits, bias=bias, **options)
+    # rounded once: see test_equal_logits_tie_wherever_they_stand
+    sigmoid = logits.double().sigmoid().float()
+    scores = sigmoid if options["score"] == "sigmoid" else logits.softmax(-1)
+    selection = (scores if bias is None else scores + bias).double().tolist()
+    groups = {name: options[name] for name in ("n_group", "topk_group") if name in options}
+    expected = [chosen_by_hand(row, options["top_k"], options["score"], **groups) for row in selection]
+    assert routing.indices.tolist() == expected
+    assert routing.indices.dtype == torch.int64
+    counts = [sum(row.count(expert) for row in expected) for expert in range(logits.shape[1])]
+    assert routing.tokens_per_expert.tolist() == counts
+    assert routing.tokens_per_expert.dtype == torch.int32
+
+
+@families
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_choice(options, with_bias):
+    bias = normal(8, seed=1) - 2 if with_bias else None  # negative: a dropped group must not win with 0
+    check_choice(normal(50, 8), bias, options)
+
+
+@families
+def test_ties_go_to_the_lowest_index(options):
+    # two score levels in every row: ties inside groups, between groups and at the edge of the choice
+    check_choice((normal(50, 8) > 0).float(), None, options)
+    check_choice(torch.zeros(3, 8), None, options)
+    check_choice(torch.full((3, 8), 50.0), None, options)  # saturated: sigmoid is 1 in float32
+    check_choice((normal(50, 8) > 0).float(), torch.tensor([0.0, 0.25] * 4), options)
+
+
+def test_ties_at_many_experts():
+    # beyond 16 experts, torch's unstable sorts leave the order of equals open
+    check_choice((normal(20, 96) > 0.5).float(), None, {"top_k": 20, "score": "sigmoid"})
+    check_choice(torch.zeros(5, 256), None, {"top_k": 8, "score": "sigmoid", "n_group": 8, "topk_group": 4})
+
+
+def test_equal_logits_tie_wherever_they_stand():
+    # torch's float32 sigmoid gives some values another last bit at the end of a tensor than in its middle
+    for value in normal(100).tolist():
+        check_choice(torch.full((13, 3), value), None, {"top_k": 3, "score": "sigmoid"})
+
+
+def test_worked_example():
+    # sigmoid(0) = 1/2, sigmoid(ln 3) = 3/4; the bias makes expert 2 the best, its weight stays 1/2
+    logits = torch.tensor([[0.0, math.log(3.0), 0.0, math.log(3.0)]])
+    routing = route(logits, 2, bias=torch.tensor([0.0, 0.0, 1.0, 0.1]), scale=2.5)
+    assert routing.indices.tolist() == [[2, 3]]
+    torch.testing.assert_close(routing.weights, torch.tensor([[1.0, 1.5]]))
+    assert routing.tokens_per_expert.tolist() == [0, 0, 1, 1]
+    softmax = route(logits, 2, score="softmax", normalize=False)  # 3/8 for experts 1 and 3
+    assert softmax.indices.tolist() == [[1, 3]]
+    torch.testing.assert_close(softmax.weights, torch.tensor([[0.375, 0.375]]))
+
+
+@families
+@pytest.mark.parametrize("replay", [False, True])
+def test_gradients_in_float64(options, replay):
+    logits = normal(6, 8, dtype=torch.float64).requires_grad_()
+    indices = torch.randint(0, 8, (6, options["top_k"]), generator=torch.Generator().manual_seed(3))
+    recorded = indices if replay else None
+    assert torch.autograd.gradcheck(lambda z: route(z, indices=recorded, **options).weights, logits)
+    assert torch.autograd.gradgradcheck(lambda z: route(z, indices=recorded, **options).weights, logits)
+
+
+def test_closed_form_backward_of_the_sigmoid_router():
+    logits = normal(20, 8, dtype=torch.float64).requires_grad_()
+    options = FAMILIES["deepseek-v3"]
+    routing = route(logits, bias=normal(8, seed=1).double(), **options)
+    g = normal(20, 3, seed=2, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(routing.weights, logits, g)
+    p = logits.detach().sigmoid().gather(1, routing.indices)
+    n = p.sum(1, keepdim=True) + 1e-20
+    dp = options["scale"] / n * (g - (g * p).sum(1, keepdim=True) / n)
+    expected = torch.zeros(20, 8, dtype=torch.float64).scatter(1, routing.indices, dp * p * (1 - p))
+    torch.testing.assert_close(grad, expected)
+
+
+def test_closed_form_backward_of_the_softmax_routers():
+    logits = normal(20, 8, dtype=torch.float64).requires_grad_()
+    g = normal(20, 4, seed=2, dtype=torch.float64)
+    renormalised = route(logits, 4, score="softmax")
+    (grad,) = torch.autograd.grad(renormalised.weights, logits, g)
+    w = renormalised.weights.detach()
+    torch.testing.assert_close(w, logits.detach().gather(1, renormalised.indices).softmax(-1))
+    expected = torch.zeros(20, 8, dtype=torch.float64)
+    expected.scatter_(1, renormalised.indices, w * (g - (g * w).sum(1, keepdim=True)))
+    torch.testing.assert_close(grad, expected)
+
+    plain = route(logits, 4, score="softmax", normalize=False)
+    (grad,) = torch.autograd.grad(plain.weights, logits, g)
+    p = logits.detach().softmax(-1)
+    scattered = torch.zeros(20, 8, dtype=torch.float64).scatter(1, plain.indices, g)
+    torch.testing.assert_close(grad, p * (scattered - (scattered * p).sum(1, keepdim=True)))
+
+
+@families
+def test_replay_of_the_own_choice_changes_nothing(options):
+    logits = normal(30, 8).requires_grad_()
+    live = route(logits, **options)
+    replayed = route(logits, indices=live.indices, **options)
+    assert same_bits(live.weights, replayed.weights)
+    assert torch.equal(live.tokens_per_expert, replayed.tokens_per_expert)
+    g = normal(*live.weights.shape, seed=2)
+    (first,) = torch.autograd.grad(live.weights, logits, g)
+    (second,) = torch.autograd.grad(replayed.weights, logits, g)
+    assert same_bits(first, second)
+
+
+def test_replay_counts_duplicates_twice():
+    logits = torch.tensor([[0.0, math.log(3.0), 1.0]], requires_grad=True)
+    routing = route(logits, 3, indices=torch.tensor([[1, 1, 0]]))
+    torch.testing.assert_close(routing.weights, torch.tensor([[0.375, 0.375, 0.25]]))
+    assert routing.tokens_per_expert.tolist() == [1, 2, 0]
+    (grad,) = torch.autograd.grad(routing.weights[:, :2].sum(), logits)
+    # w = 2 p / (2 p + q), p = 3/4, q = 1/2: dw/dp = 2 q / 4 = 1/4, times p (1 - p) = 3/16
+    torch.testing.assert_close(grad[0, 1], torch.tensor(3 / 64))
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_replay_of_hopeless_experts_stays_finite(score):
+    logits = torch.tensor([[200.0, -200.0, -200.0]], requires_grad=True)
+    routing = route(logits, 2, score=score, indices=torch.tensor([[1, 2]]))
+    routing.weights.square().sum().backward()
+    expected = [[0.0, 0.0]] if score == "sigmoid" else [[0.5, 0.5]]  # both scores underflow to 0
+    assert routing.weights.tolist() == expected
+    assert torch.isfinite(logits.grad).all()
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_logits_are_routed_in_float32(options, dtype):
+    logits = normal(40, 8).to(dtype).requires_grad_()
+    wide = logits.detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        routing = route(logits, **options)
+    expected = route(wide, **options)
+    assert same_bits(routing.weights, expected.weights)
+    assert torch.equal(routing.indices, expected.indices)
+    routing.weights.square().sum().backward()
+    expected.weights.square().sum().backward()
+    assert same_bits(logits.grad, wide.grad.to(dtype))
+
+
+@families
+def test_strides_do_not_matter(options):
+    logits = normal(8, 2, 30).transpose(0, 2)[:, 0]
+    assert not logits.is_contiguous()
+    for ours, expected in zip(route(logits, **options), route(logits.contiguous(), **options), strict=True):
+        assert same_bits(ours, expected)
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_all_one_and_no_token(score):
+    everything = route(normal(5, 6), 6, score=score)
+    assert torch.equal(everything.indices.sort(1).values, torch.arange(6).expand(5, 6))
+    assert everything.tokens_per_expert.tolist() == [5] * 6
+    single = route(normal(5, 1), 1, score=score)
+    torch.testing.assert_close(single.weights, torch.ones(5, 1))
+    logits = normal(0, 6).requires_grad_()
+    empty = route(logits, 2, score=score, n_group=3, topk_group=2)
+    assert empty.weights.shape == (0, 2) and empty.indices.shape == (0, 2)
+    assert empty.tokens_per_expert.tolist() == [0] * 6
+    empty.weights.sum().backward()
+    assert logits.grad.shape == (0, 6)
+
+
+def test_groups_of_one_expert():
+    check_choice(normal(20, 8), None, {"top_k": 2, "score": "sigmoid", "n_group": 8, "topk_group": 3})
+
+
+def test_a_nan_row_stays_alone():
+    logits = normal(4, 8)
+    clean = route(logits, 2)
+    logits[1, 3] = torch.nan
+    routing = route(logits, 2)
+    assert routing.weights[1].isnan().all()
+    rows = [0, 2, 3]
+    assert same_bits(routing.weights[rows], clean.weights[rows])
+    assert torch.equal(routing.indices[rows], clean.indices[rows])
+
+
+def test_the_bias_gets_no_gradient():
+    bias = torch.zeros(8, requires_grad=True)
+    logits = normal(4, 8).requires_grad_()
+    (grad,) = torch.autograd.grad(route(logits, 2, bias=bias).weights.sum(), bias, allow_unused=True)
+    assert grad is None
+
+
+@families
+def test_compiled(options):
+    compiled = torch.compile(lambda z, b: route(z, bias=b, **options), backend="aot_eager", fullgraph=True)
+    logits, bias = normal(12, 8).requires_grad_(), normal(8, seed=1)
+    traced, eager = compiled(logits, bias), route(logits, bias=bias, **options)
+    for ours, expected in zip(traced, eager, strict=True):
+        assert same_bits(ours, expected)
+    (first,) = torch.autograd.grad(traced.weights.square().sum(), logits)
+    (second,) = torch.autograd.grad(eager.weights.square().sum(), logits)
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_an_index_nobody_can_check_gets_no_weight_and_no_count(score):
+    compiled = torch.compile(
+        lambda z, i: route(z, 2, score=score, indices=i), backend="aot_eager", fullgraph=True
+    )
+    logits = normal(3, 4).requires_grad_()
+    routing = compiled(logits, torch.tensor([[0, 4], [-1, 3], [9, -5]]))
+    torch.testing.assert_close(routing.weights, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    assert routing.tokens_per_expert.tolist() == [1, 0, 0, 1]
+    routing.weights.square().sum().backward()
+    assert torch.isfinite(logits.grad).all() and (logits.grad[2] == 0).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_invariants(data):
+    experts = data.draw(st.integers(1, 40))
+    tokens = data.draw(st.integers(0, 20))
+    top_k = data.draw(st.integers(1, experts))
+    score = data.draw(st.sampled_from(["sigmoid", "softmax"]))
+    logits = normal(tokens, experts, seed=data.draw(st.integers(0, 10**6)))
+    routing = route(logits, top_k, score=score, scale=2.0)
+    assert int(routing.tokens_per_expert.sum()) == tokens * top_k
+    assert all(len(set(row)) == top_k for row in routing.indices.tolist())
+    torch.testing.assert_close(routing.weights.sum(1), torch.full((tokens,), 2.0))
+    assert (routing.weights.diff(dim=1) <= 0).all()  # without a bias weights descend as scores do
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))
+    permuted = route(logits[order], top_k, score=score, scale=2.0)
+    assert same_bits(permuted.weights, routing.weights[order])
+    assert torch.equal(permuted.indices, routing.indices[order])
+
+
+LOGITS = torch.zeros(3, 8)
+BAD = {
+    "logits: expected 2 dimensions": (ValueError, {"logits": torch.zeros(8)}),
+    "logits: expected dtype": (TypeError, {"logits": torch.zeros(3, 8, dtype=torch.int64)}),
+    "logits: expected a torch.Tensor": (TypeError, {"logits": [[0.0]]}),
+    "top_k: expected at least 1": (ValueError, {"top_k": 0}),
+    "top_k: expected an int": (TypeError, {"top_k": 2.0}),
+    "top_k: expected at most the 8 eligible": (ValueError, {"top_k": 9}),
+    "top_k: expected at most the 4 eligible": (ValueError, {"top_k": 5, "n_group": 4, "topk_group": 2}),
+    "score: expected one of 'sigmoid', 'softmax'": (ValueError, {"score": "relu"}),
+    "bias: expected shape": (ValueError, {"bias": torch.zeros(7)}),
+    "n_group: expected a divisor": (ValueError, {"n_group": 3}),
+    "topk_group: expected at most n_group": (ValueError, {"n_group": 2, "topk_group": 3}),
+    "normalize: expected a bool": (TypeError, {"normalize": 1}),
+    "scale: expected a finite": (ValueError, {"scale": math.inf}),
+    "indices: expected shape": (ValueError, {"indices": torch.zeros(3, 3, dtype=torch.int64)}),
+    "indices: expected dtype": (TypeError, {"indices": torch.zeros(3, 2, dtype=torch.int32)}),
+    r"indices: expected values in \[0, 8\), got 8 at position \(1, 0\)": (
+        IndexError,
+        {"indices": torch.tensor([[0, 1], [8, 2], [-1, 0]])},
+    ),
+    "backend: expected one of": (ValueError, {"backend": "tpu"}),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    error, arguments = BAD[message]
+    with pytest.raises(error, match=message):
+        route(**{"logits": LOGITS, "top_k": 2, **arguments})
+
+
+def test_backend_can_be_forced():
+    routing = route(LOGITS, 2, backend="reference")
+    with r1kernels.use_backend("reference", op="route"):
+        assert same_bits(route(LOGITS, 2).weights, routing.weights)
+    assert "reference" in r1kernels.explain("route")
