@@ -166,6 +166,11 @@ def set_strict(strict: bool) -> None:
     _strict = bool(strict)
 
 
+def strict() -> bool:
+    """Whether a fallback is an error."""
+    return _strict
+
+
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """A table of the backends of a public op for one call: which one runs and why the others do not.
 

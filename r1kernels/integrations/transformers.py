@@ -104,7 +104,7 @@ def _unsupported(experts: Any) -> str:
 
 def _fall_back(experts_class: type, reason: str) -> None:
     text = f"r1kernels does not serve {experts_class.__name__}, transformers' grouped_mm does: {reason}"
-    if backends._strict:
+    if backends.strict():
         raise backends.BackendError(text + " (strict mode: no fallback)")
     if not torch.compiler.is_compiling() and (experts_class, reason) not in _warned:
         _warned.add((experts_class, reason))

@@ -47,9 +47,7 @@ def route(
     inside = (indices >= 0) & (indices < experts)
     chosen = indices.clamp(0, experts - 1)
     if score == "softmax" and normalize:
-        # the lowest finite number and not -inf: a row without any valid index must not become NaN
-        lowest = torch.finfo(logits.dtype).min
-        weights = torch.where(inside, logits.gather(1, chosen), lowest).softmax(dim=-1)
+        weights = torch.where(inside, logits.gather(1, chosen), -torch.inf).softmax(dim=-1)
         weights = torch.where(inside, weights, 0.0)
     else:
         weights = torch.where(inside, scores.gather(1, chosen), 0.0)

@@ -456,11 +456,16 @@ def test_a_copy_is_patched_for_itself():
 
 
 def test_compiled():
-    model, ids = build("Qwen3Moe", num_hidden_layers=1), tokens()
+    model, ids = build("DeepseekV3", num_hidden_layers=1, first_k_dense_replace=0), tokens()
     with r1.patch(model):
-        expected = step(model, ids)
+        with r1.collect_load(model) as load, r1.record_routing(model) as record:
+            expected = model(ids).logits
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(ids).logits, expected[0].logits, rtol=1e-4, atol=1e-5)
+        with r1.collect_load(model) as counted, r1.record_routing(model) as recorded:
+            logits = compiled(ids).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(counted.counts, load.counts)
+        assert torch.equal(recorded.forward(), record.forward())
 
 
 def test_the_example_runs(capsys):
