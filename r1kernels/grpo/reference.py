@@ -181,11 +181,10 @@ def group_advantages(
     return torch.where(valid & ~equal, advantages, 0.0).to(dtype)
 
 
-def _groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> tuple[Tensor, int]:
+def _groups(rewards: Tensor, group_size: int | None, group_ids: Any) -> tuple[Tensor, int]:
     """The number of each entry's group, counted from 0, and how many groups there are at most."""
     size = rewards.shape[0]
-    if group_ids is None:
-        assert group_size is not None
+    if group_size is not None:
         return torch.arange(size, device=rewards.device) // group_size, size // group_size
     ordered, order = group_ids.sort(stable=True)
     # A new group starts where the sorted ids change; the first entry is compared with the last one.

@@ -151,7 +151,7 @@ def _log_policy_weight(layout: Layout, weights: Tensor) -> Tensor:
     """(B,): the bounded log of a sequence's weight, or the sum over those of its tokens."""
     if weights.shape == (layout.num_sequences, 1):
         return weights.squeeze(1).log().clamp(LOWEST_LOG_WEIGHT, HIGHEST_LOG_WEIGHT)
-    return layout.total(layout.keep(weights, 1.0).log().clamp(LOWEST_LOG_WEIGHT, HIGHEST_LOG_WEIGHT))
+    return layout.total(weights.log().clamp(LOWEST_LOG_WEIGHT, HIGHEST_LOG_WEIGHT))
 
 
 def _by_sign(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:

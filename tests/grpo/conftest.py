@@ -54,13 +54,16 @@ def make_batch(
         mask[:, 0] = True
     if empty and num_sequences > 2:
         mask[2] = False
+    advantages = noise(num_sequences)
+    if num_sequences > 4:  # on both sides of 0, and close to it
+        advantages[3:5] = torch.tensor([-0.05, 0.05], dtype=dtype)
     return Batch(
         logp=(old + drift * noise(*shape)).requires_grad_(),
         old_logp=old,
         ref_logp=old + drift * noise(*shape),
         sampler_logp=old + drift * noise(*shape),
         entropy=noise(*shape).abs().requires_grad_(),
-        advantages=noise(num_sequences),
+        advantages=advantages,
         mask=mask,
     )
 

@@ -92,7 +92,7 @@ def test_entries_that_are_not_valid_do_not_count(options):
     rewards = torch.tensor([1.0, nan, 0.0, 4.0, nan, float("inf"), 3.0, nan])
     advantages = group_advantages(rewards, group_size=4, valid=valid, **options)
     assert advantages[[1, 4, 5, 6, 7]].tolist() == [0.0] * 5
-    if not options.get("scale") == "batch":
+    if options.get("scale") != "batch":
         alone = group_advantages(torch.tensor([1.0, 0.0, 4.0]), group_size=3, **options)
         torch.testing.assert_close(advantages[[0, 2, 3]], alone)
 
