@@ -46,7 +46,9 @@ def torch_dir() -> Path:
     if given:
         folder = Path(given).resolve()
         if not (folder / marker).is_file():
-            raise SystemExit(f"R1KERNELS_TORCH_DIR: expected the folder of torch >= 2.10, {folder} has no {marker}")
+            raise SystemExit(
+                f"R1KERNELS_TORCH_DIR: expected the folder of torch >= 2.10, {folder} has no {marker}"
+            )
         return folder
     folder = package_dir("torch", marker)
     if folder is None:
@@ -66,10 +68,19 @@ def cutlass_dir() -> str:
     given = os.environ.get("R1KERNELS_CUTLASS_DIR")
     if given:
         if not Path(given, "cute/tensor.hpp").is_file():
-            raise SystemExit(f"R1KERNELS_CUTLASS_DIR: expected CUTLASS's include folder, {given} has no cute/tensor.hpp")
+            raise SystemExit(
+                f"R1KERNELS_CUTLASS_DIR: expected CUTLASS's include folder, {given} has no cute/tensor.hpp"
+            )
         return str(Path(given).resolve())
     folder = package_dir("cutlass_library", "source/include/cute/tensor.hpp")
     return str(folder / "source" / "include") if folder else ""
+
+
+def cuda() -> str:
+    given = os.environ.get("R1KERNELS_CUDA", "AUTO")
+    if given.upper() not in ("AUTO", "ON", "OFF"):
+        raise SystemExit(f"R1KERNELS_CUDA: expected AUTO, ON or OFF, got {given!r}")
+    return given.upper()
 
 
 def jobs() -> int:
@@ -114,15 +125,15 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "R1KERNELS_TORCH_DIR": torch,
             "R1KERNELS_TORCH_VERSION": torch_version(torch),
-            "R1KERNELS_CUDA": os.environ.get("R1KERNELS_CUDA", "AUTO").upper(),
+            "R1KERNELS_CUDA": cuda(),
             "R1KERNELS_CUTLASS_DIR": cutlass_dir(),
             "R1KERNELS_OUTPUT_DIR": target.parent,
             "R1KERNELS_OUTPUT_NAME": target.name,
         }
-        cmake = program("cmake")
+        cmake, parallel = program("cmake"), str(jobs())
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *definitions], check=True)
-        subprocess.run([cmake, "--build", build, "--parallel", str(jobs())], check=True)
+        subprocess.run([cmake, "--build", build, "--parallel", parallel], check=True)
 
 
 def extensions() -> list[Extension]:

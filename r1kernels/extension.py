@@ -35,7 +35,9 @@ def _diagnose(error: Exception) -> str:
             "R1KERNELS_NO_EXTENSION=1"
         )
     record = _RECORD.search(path.read_bytes())
-    built_torch, built_python = (part.decode() for part in record.groups()) if record else ("unknown", "unknown")
+    built_torch, built_python = (
+        (part.decode() for part in record.groups()) if record else ("unknown", "unknown")
+    )
     here = ".".join(platform.python_version_tuple()[:2])
     if built_python not in ("unknown", here):
         return f"the extension {path.name} was built for Python {built_python}, this is Python {here}: reinstall r1kernels"

@@ -59,7 +59,13 @@ inline Floats load(const float* from) {
 inline Floats load(const BFloat16* from) {
     Halves bits;
     memcpy(&bits, from, sizeof bits);
+#if defined(__AVX512F__)
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
+#else
     return (Floats)(__builtin_convertvector(bits, Words) << 16);
+#endif
 }
 
 inline Floats load(const Float16* from) {
@@ -82,6 +88,15 @@ inline Floats load(const Float16* from) {
 
 // --- store: rounds to nearest, ties to even; NaN stays NaN ---
 
+// the low 16 bits of each word, the high ones being 0
+inline Halves narrow(Words words) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)words), _mm256_extracti128_si256((__m256i)words, 1));
+#else
+    return __builtin_convertvector(words, Halves);
+#endif
+}
+
 inline void store(float* to, Floats value) { memcpy(to, &value, sizeof value); }
 
 inline void store(BFloat16* to, Floats value) {
@@ -91,7 +106,7 @@ inline void store(BFloat16* to, Floats value) {
     const Words word = (Words)value;
     const Words rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
     const Words quiet = (word >> 16) | 0x40u;
-    const Halves bits = __builtin_convertvector((Words)(value == value ? rounded : quiet), Halves);
+    const Halves bits = narrow((Words)(value == value ? rounded : quiet));
 #endif
     memcpy(to, &bits, sizeof bits);
 }
@@ -112,7 +127,7 @@ inline void store(Float16* to, Floats value) {
     const Words large = magnitude > 0x7f800000u ? Words{} + 0x7e00u : Words{} + 0x7c00u;  // NaN, or infinity
     Words result = magnitude < 0x38800000u ? small : normal;
     result = magnitude >= 0x477ff000u ? large : result;
-    const Halves bits = __builtin_convertvector(sign | result, Halves);
+    const Halves bits = narrow(sign | result);
 #endif
     memcpy(to, &bits, sizeof bits);
 }

@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/memory.h"
 #include "common/stable.h"
 #include "logprob/cpu.h"
 #include "logprob/cuda.h"
@@ -131,6 +132,7 @@ Tensor backward_cpu(const Tensor& logits, const Tensor& targets, const std::opti
                     double temperature, int64_t ignore_index, const Tensor& logp, const Tensor& stats,
                     const std::optional<Tensor>& grad_logp, const std::optional<Tensor>& grad_entropy) {
     Tensor grad = empty_on(logits, logits.sizes(), logits.scalar_type());
+    want_huge_pages(grad.data_ptr(), grad.numel() * grad.element_size());
     backward_into(grad, logits, targets, temperatures, temperature, ignore_index, logp, stats, grad_logp, grad_entropy);
     return grad;
 }

@@ -3,7 +3,7 @@
 from functools import partial
 
 from .. import backends
-from . import autograd, cpu, grouped, linear
+from . import autograd, cpu, cuda, grouped, linear, triton
 from .grouped import GroupedLogprobs, grouped_logprobs, linear_grouped_logprobs
 from .linear import linear_logprobs
 from .token import token_logprobs
@@ -16,6 +16,8 @@ __all__ = [
     "token_logprobs",
 ]
 
+backends.register("token_logprobs", "cuda", cuda.run, cuda.reasons)
+backends.register("token_logprobs", "triton", triton.run, triton.reasons)
 backends.register("token_logprobs", "cpu", cpu.run, cpu.reasons)
 backends.register("token_logprobs", "reference", partial(autograd.run, "reference"))
 backends.register("linear_logprobs", "reference", linear.reference)

@@ -9,6 +9,9 @@ from .. import extension
 from . import autograd
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = (8, 0)  # the capability of sm_80
+
+_missing = extension.cuda_missing()  # read once: torch.compile can not trace a call into the extension
 
 
 def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
@@ -16,12 +19,19 @@ def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
     found = []
     if logits.device.type != "cuda":
         found.append(f"the logits are on {logits.device}, this backend is for NVIDIA GPUs")
+    elif older_than_supported(logits.device.index):
+        found.append(f"{logits.device} is older than sm_80")
     if logits.dtype not in DTYPES:
         found.append(f"{str(logits.dtype).removeprefix('torch.')} logits are served by the reference alone")
-    failure = extension.cuda_missing()
-    if failure:
-        found.append(failure)
+    if _missing:
+        found.append(_missing)
     return tuple(found)
+
+
+@torch.compiler.assume_constant_result
+def older_than_supported(device: int) -> bool:
+    """Whether a CUDA device is too old for the kernels."""
+    return torch.cuda.get_device_capability(device) < OLDEST
 
 
 def run(
@@ -38,4 +48,6 @@ def run(
         logits = logits.contiguous()
     if temperatures is not None:
         temperatures = temperatures.float()
-    return autograd.run("cuda", logits, targets, temperatures, temperature, ignore_index, entropy, inplace_backward)
+    return autograd.run(
+        "cuda", logits, targets, temperatures, temperature, ignore_index, entropy, inplace_backward
+    )

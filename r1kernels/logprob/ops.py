@@ -59,7 +59,9 @@ def _fake_backward_inplace(logits: Tensor, *unused: object) -> None:
 
 for _backend in BACKENDS:
     _name = f"token_logprobs_{_backend}"
-    library.define(f"{_name}(Tensor logits, {_CALL}, bool entropy) -> (Tensor logp, Tensor entropy, Tensor stats)")
+    library.define(
+        f"{_name}(Tensor logits, {_CALL}, bool entropy) -> (Tensor logp, Tensor entropy, Tensor stats)"
+    )
     library.define(f"{_name}_backward(Tensor logits, {_CALL}, {_GRADS}) -> Tensor")
     library.define(f"{_name}_backward_(Tensor(a!) logits, {_CALL}, {_GRADS}) -> ()")
     torch.library.register_fake(f"r1kernels::{_name}", _fake_forward, lib=library)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import autograd, ops
+from .cuda import DTYPES, older_than_supported
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ROWS = 2**31 - 1  # programs in the first dimension of a grid
 VECTOR_BYTES = 16
 
@@ -26,7 +26,10 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
     """Why this call can not be served (arguments of ``run``)."""
     found = []
-    if logits.device.type != "cuda" and not _INTERPRETED:
+    if logits.device.type == "cuda":
+        if older_than_supported(logits.device.index):
+            found.append(f"{logits.device} is older than sm_80")
+    elif not _INTERPRETED:
         found.append(f"the logits are on {logits.device}, Triton needs a GPU")
     if not _INSTALLED:
         found.append("the package triton is not installed")
@@ -176,8 +179,8 @@ def backward_into(
 
 def _strides(tensor: Tensor, unit: int) -> tuple[int, int]:
     """The strides of B and T in units; that of a dimension of size 1 is never used."""
-    batch, token = (0 if size == 1 else stride for size, stride in zip(tensor.shape[:2], tensor.stride()[:2]))
-    return batch // unit, token // unit
+    batch, token = (0 if tensor.shape[i] == 1 else tensor.stride(i) // unit for i in (0, 1))
+    return batch, token
 
 
 def _rows_are_multiples_of(unit: int, *tensors: Tensor) -> bool:

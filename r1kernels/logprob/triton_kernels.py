@@ -8,7 +8,8 @@ Strides and V are passed in units of ``UNIT`` elements, so that the compiler kno
 specialising on their values: no recompilation when a length changes.
 """
 
-from __future__ import annotations
+# mypy: disable-error-code="no-untyped-def"
+# (Triton reads annotations of a kernel as its own types)
 
 import triton
 import triton.language as tl
@@ -78,13 +79,19 @@ def forward_kernel(
     spread = tl.zeros((BLOCK,), tl.float32)
     readable = tl.where(ignored, 0, size)
     for first in range(0, readable, BLOCK):
-        z = tl.load(row_logits + first + columns, mask=first + columns < size, other=float("-inf")).to(tl.float32)
+        z = tl.load(row_logits + first + columns, mask=first + columns < size, other=float("-inf")).to(
+            tl.float32
+        )
         present = z != float("-inf")
         larger = z > largest
         distance = tl.abs(z - largest) * inverse_temperature
         weight = tl.exp(-distance)
         if entropy is not None:
-            grown = tl.where(larger, weighted(weight, spread + distance * (1.0 + others)), spread + weighted(weight, distance))
+            grown = tl.where(
+                larger,
+                weighted(weight, spread + distance * (1.0 + others)),
+                spread + weighted(weight, distance),
+            )
             spread = tl.where(present, grown, spread)
         others = tl.where(present, tl.where(larger, weight * (1.0 + others), others + weight), others)
         largest = tl.where(larger, z, largest)
@@ -98,7 +105,9 @@ def forward_kernel(
     row_others = tl.where(tl.abs(top) < float("inf"), row_others, float("nan"))
 
     inside = (target >= 0) & (target < size)
-    chosen = tl.load(row_logits + target, mask=(target >= 0) & (target < readable), other=float("nan")).to(tl.float32)
+    chosen = tl.load(row_logits + target, mask=(target >= 0) & (target < readable), other=float("nan")).to(
+        tl.float32
+    )
     log_normaliser = log1p(row_others)
     value = (chosen - top) * inverse_temperature - log_normaliser
     tl.store(logp + row, tl.where(ignored, 0.0, value))

@@ -1,0 +1,50 @@
+"""One small call of every op that has backends, for ``python -m r1kernels`` and the tests.
+
+Shapes: B sequences of T tokens, N = B * T, V vocabulary, H hidden, I intermediate, E experts, K chosen experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def calls(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
+    """The name of each op -> the (args, kwargs) of a valid call on ``device``; parameters and states are of ``dtype``."""
+    B, T, V, H, I, E, K = 2, 3, 16, 8, 4, 4, 2  # noqa: E741
+    N = B * T
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    targets = (torch.arange(N) % V).view(B, T).to(device)
+    mask = torch.ones(B, T, dtype=torch.bool, device=device)
+    logp = -torch.rand(B, T, generator=generator).to(device)
+    advantages = torch.tensor([1.0, -1.0], device=device)
+    experts = torch.stack((torch.arange(N) % E, (torch.arange(N) + 1) % E), dim=-1).to(device)
+    shares = torch.full((N, K), 0.5, device=device)
+    offsets = torch.arange(0, N + 1, N // 2, device=device)
+    return {
+        "token_logprobs": ((normal(B, T, V), targets), {"return_entropy": True}),
+        "linear_logprobs": ((normal(B, T, H), normal(V, H), targets), {"return_entropy": True}),
+        "grouped_logprobs": ((normal(B, T, V), targets), {"mask": mask, "group_size": 2}),
+        "linear_grouped_logprobs": (
+            (normal(B, T, H), normal(V, H), targets),
+            {"mask": mask, "group_size": 2},
+        ),
+        "group_advantages": ((advantages,), {"group_size": 2}),
+        "grpo_loss": ((logp, None, advantages, mask), {}),
+        "linear_grpo_loss": ((normal(B, T, H), normal(V, H), targets, None, advantages, mask), {}),
+        "route": ((normal(N, E), K), {}),
+        "sort_by_expert": ((experts, E), {}),
+        "grouped_gemm": ((normal(N, H), normal(2, I, H), offsets), {}),
+        "moe_experts": ((normal(N, H), experts, shares, normal(E, 2 * I, H), normal(E, H, I)), {}),
+        "load_balancing_loss": ((normal(N, E), K), {}),
+        "router_z_loss": ((normal(N, E),), {}),
+        "sequence_balance_loss": ((normal(N, E).sigmoid(), experts, offsets, 1e-4), {}),
+        "update_router_bias": ((torch.zeros(E, device=device), experts.flatten().bincount(), 1e-3), {}),
+    }

@@ -1,0 +1,220 @@
+// The scheduler of the emulator: blocks one after another, the threads of a block as fibers that run until they wait.
+#include <ucontext.h>
+
+#include <exception>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+namespace r1kernels {
+// the name that every kernel gives its dynamic shared memory
+__shared__ __align__(16) unsigned char shared_memory[emulator::kMaxSharedBytes + 256];
+}  // namespace r1kernels
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr unsigned char kPoison = 0xFF, kCanary = 0xA5;
+
+using r1kernels::shared_memory;
+
+struct Fiber {
+    enum State { kReady, kAtBarrier, kAtWarp, kDone };
+    ucontext_t context;
+    uint3 index;
+    int warp, lane;
+    State state;
+    std::string waits_for;  // a barrier's place in the source, or a warp operation
+};
+
+// Where lanes of one mask hand each other a value.
+struct Meeting {
+    WarpValues arriving, result;
+    uint32_t arrived = 0;
+    std::string operation;
+};
+
+class Block {
+public:
+    Block(dim3 size, const std::function<void()>& kernel, char* stacks) : kernel_(kernel) {
+        const int threads = size.x * size.y * size.z;
+        fibers_.resize(threads);
+        for (int i = 0; i < threads; ++i) {
+            Fiber& fiber = fibers_[i];
+            fiber.index = uint3(i % size.x, i / size.x % size.y, i / (size.x * size.y));
+            fiber.warp = i / kWarpSize;
+            fiber.lane = i % kWarpSize;
+            fiber.state = Fiber::kReady;
+            getcontext(&fiber.context);
+            fiber.context.uc_stack.ss_sp = stacks + i * kStackBytes;
+            fiber.context.uc_stack.ss_size = kStackBytes;
+            fiber.context.uc_link = &scheduler_;
+            makecontext(&fiber.context, &Block::enter, 0);
+        }
+    }
+
+    void run(std::mt19937_64& random);
+    void wait(Fiber::State state, std::string reason);
+    Meeting& meeting(uint32_t mask) { return meetings_[{running_->warp, mask}]; }
+    Fiber& running() { return *running_; }
+
+    // Of `mask`, the lanes that the warp of the running thread has.
+    uint32_t present(uint32_t mask) const {
+        const size_t lanes = fibers_.size() - size_t{kWarpSize} * running_->warp;
+        return lanes >= kWarpSize ? mask : mask & ((1u << lanes) - 1);
+    }
+
+    void wake_warp(uint32_t lanes) {
+        for (int lane = 0; lane < kWarpSize; ++lane) {
+            if (lanes >> lane & 1u) fibers_[running_->warp * kWarpSize + lane].state = Fiber::kReady;
+        }
+    }
+
+private:
+    static void enter();
+    void resume(Fiber& fiber);
+    void release_barrier();
+    std::string where_threads_are() const;
+
+    const std::function<void()>& kernel_;
+    std::vector<Fiber> fibers_;
+    std::map<std::pair<int, uint32_t>, Meeting> meetings_;
+    ucontext_t scheduler_;
+    Fiber* running_ = nullptr;
+    std::exception_ptr error_;
+};
+
+uint64_t current_seed = 0;
+Block* current_block = nullptr;
+
+void Block::enter() {
+    Block& block = *current_block;
+    try {
+        block.kernel_();
+    } catch (...) {
+        block.error_ = std::current_exception();
+    }
+    block.running_->state = Fiber::kDone;
+}
+
+void Block::resume(Fiber& fiber) {
+    running_ = &fiber;
+    threadIdx = fiber.index;
+    swapcontext(&scheduler_, &fiber.context);
+    if (error_) std::rethrow_exception(error_);
+}
+
+void Block::wait(Fiber::State state, std::string reason) {
+    Fiber& fiber = *running_;
+    fiber.state = state;
+    fiber.waits_for = std::move(reason);
+    swapcontext(&fiber.context, &scheduler_);
+}
+
+void Block::run(std::mt19937_64& random) {
+    std::vector<size_t> order(fibers_.size());
+    std::iota(order.begin(), order.end(), 0);
+    for (;;) {
+        std::shuffle(order.begin(), order.end(), random);
+        bool progress = false, ended = true;
+        for (const size_t i : order) {
+            if (fibers_[i].state == Fiber::kReady) {
+                resume(fibers_[i]);
+                progress = true;
+            }
+            ended = ended && fibers_[i].state == Fiber::kDone;
+        }
+        if (ended) return;
+        if (!progress) release_barrier();
+    }
+}
+
+// Nobody can run: all threads wait at the same barrier, or they never will.
+void Block::release_barrier() {
+    for (const Fiber& fiber : fibers_) {
+        if (fiber.state != Fiber::kAtBarrier || fiber.waits_for != fibers_[0].waits_for) {
+            throw EmulatorError("divergence: " + where_threads_are());
+        }
+    }
+    for (Fiber& fiber : fibers_) fiber.state = Fiber::kReady;
+}
+
+std::string Block::where_threads_are() const {
+    std::map<std::string, int> counts;
+    for (const Fiber& fiber : fibers_) ++counts[fiber.state == Fiber::kDone ? "exited" : "at " + fiber.waits_for];
+    std::string text;
+    for (const auto& [place, count] : counts) {
+        text += (text.empty() ? "" : ", ") + std::to_string(count) + " threads " + place;
+    }
+    return text;
+}
+
+void check_shared_memory(size_t shared_bytes) {
+    for (size_t i = shared_bytes; i < sizeof(shared_memory); ++i) {
+        if (shared_memory[i] != kCanary) {
+            throw EmulatorError("write past the end of the shared memory: byte " + std::to_string(i) + " of " +
+                                std::to_string(shared_bytes));
+        }
+    }
+}
+
+}  // namespace
+
+void set_seed(uint64_t seed) { current_seed = seed; }
+
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+    const size_t threads = size_t{block.x} * block.y * block.z;
+    const auto stacks = std::make_unique_for_overwrite<char[]>(threads * kStackBytes);
+    std::mt19937_64 random(current_seed);
+    std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), random);
+
+    gridDim = grid;
+    blockDim = block;
+    for (const uint64_t i : order) {
+        blockIdx = uint3(i % grid.x, i / grid.x % grid.y, i / (uint64_t{grid.x} * grid.y));
+        std::memset(shared_memory, kPoison, shared_bytes);
+        std::memset(shared_memory + shared_bytes, kCanary, sizeof(shared_memory) - shared_bytes);
+        Block running(block, kernel, stacks.get());
+        current_block = &running;
+        running.run(random);
+        check_shared_memory(shared_bytes);
+    }
+}
+
+void sync_threads(const char* file, int line) {
+    current_block->wait(Fiber::kAtBarrier, std::string("__syncthreads at ") + file + ":" + std::to_string(line));
+}
+
+int lane() { return current_block->running().lane; }
+
+WarpValues exchange(uint32_t mask, uint64_t value, const char* operation) {
+    Block& block = *current_block;
+    const uint32_t self = 1u << lane();
+    if (!(mask & self)) throw EmulatorError(std::string(operation) + ": a lane that its own mask leaves out");
+    Meeting& meeting = block.meeting(mask);
+    if (meeting.arrived == 0) meeting.operation = operation;
+    if (meeting.operation != operation) {
+        throw EmulatorError("lanes of a warp meet in " + meeting.operation + " and in " + operation);
+    }
+    meeting.arriving[lane()] = value;
+    meeting.arrived |= self;
+    if (meeting.arrived == block.present(mask)) {
+        meeting.result = meeting.arriving;
+        meeting.arrived = 0;
+        block.wake_warp(block.present(mask));
+    } else {
+        block.wait(Fiber::kAtWarp, operation);
+    }
+    return meeting.result;
+}
+
+}  // namespace emulator

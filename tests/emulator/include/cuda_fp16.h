@@ -1,0 +1,35 @@
+// Stands in for the CUDA toolkit's header: float16 with round to nearest even.
+#pragma once
+
+#include <math.h>
+
+#include <cstdint>
+
+struct __half {
+    uint16_t bits;
+};
+
+inline float __half2float(__half value) {
+    const int exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
+    float result;
+    if (exponent == 31) {
+        result = fraction ? NAN : INFINITY;
+    } else if (exponent == 0) {
+        result = ldexpf(static_cast<float>(fraction), -24);
+    } else {
+        result = ldexpf(static_cast<float>(fraction + 1024), exponent - 25);
+    }
+    return copysignf(result, value.bits >> 15 ? -1.0f : 1.0f);
+}
+
+inline __half __float2half_rn(float value) {
+    const uint16_t sign = signbit(value) ? 0x8000 : 0;
+    const float size = fabsf(value);
+    if (value != value) return {0x7fff};
+    if (size >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds past the largest, 65504
+    // a float16 is a whole number of steps of 2^(exponent - 10), the smallest step being 2^-24
+    const int exponent = size < 0x1p-14f ? -14 : ilogbf(size);
+    const int steps = static_cast<int>(nearbyintf(ldexpf(size, 10 - exponent)));
+    // a carry of the rounding runs into the exponent's bits, which is what it must do
+    return {static_cast<uint16_t>(sign | ((exponent + 14) * 1024 + steps))};
+}

@@ -1,0 +1,127 @@
+// Stands in for the CUDA toolkit's header: the part of the language and of the runtime that the kernels use.
+#pragma once
+
+#include <math.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "emulator.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+// dynamic shared memory is an extern array; on a local variable this attribute does not compile
+#define __shared__ __attribute__((section("emulated_shared_memory")))
+
+#define __syncthreads() ::emulator::sync_threads(__FILE__, __LINE__)
+
+// --- warps ---
+
+inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::exchange(mask, 0, "__syncwarp"); }
+
+template <class Value>
+Value __shfl_sync(unsigned mask, Value value, int source) {
+    return emulator::shuffle(mask, value, source % emulator::kWarpSize, "__shfl_sync");
+}
+
+template <class Value>
+Value __shfl_down_sync(unsigned mask, Value value, unsigned delta) {
+    const int source = emulator::lane() + static_cast<int>(delta);
+    return emulator::shuffle(mask, value, source < emulator::kWarpSize ? source : emulator::lane(), "__shfl_down_sync");
+}
+
+template <class Value>
+Value __shfl_up_sync(unsigned mask, Value value, unsigned delta) {
+    const int source = emulator::lane() - static_cast<int>(delta);
+    return emulator::shuffle(mask, value, source >= 0 ? source : emulator::lane(), "__shfl_up_sync");
+}
+
+template <class Value>
+Value __shfl_xor_sync(unsigned mask, Value value, int lanes) {
+    return emulator::shuffle(mask, value, emulator::lane() ^ lanes, "__shfl_xor_sync");
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+    const emulator::WarpValues all = emulator::exchange(mask, predicate != 0, "__ballot_sync");
+    unsigned ballot = 0;
+    for (int lane = 0; lane < emulator::kWarpSize; ++lane) {
+        if (mask >> lane & 1u && all[lane]) ballot |= 1u << lane;
+    }
+    return ballot;
+}
+
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+// --- atomics: fibers do not preempt each other ---
+
+template <class Value>
+Value atomicExch(Value* address, Value value) {
+    const Value old = *address;
+    *address = value;
+    return old;
+}
+
+template <class Value>
+Value atomicAdd(Value* address, Value value) {
+    return atomicExch(address, static_cast<Value>(*address + value));
+}
+
+template <class Value>
+Value atomicMax(Value* address, Value value) {
+    return atomicExch(address, std::max(*address, value));
+}
+
+template <class Value>
+Value atomicMin(Value* address, Value value) {
+    return atomicExch(address, std::min(*address, value));
+}
+
+template <class Value>
+Value atomicCAS(Value* address, Value expected, Value value) {
+    return *address == expected ? atomicExch(address, value) : *address;
+}
+
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+
+// --- runtime ---
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+using cudaStream_t = void*;
+
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes = 0;
+    cudaStream_t stream = nullptr;
+};
+
+inline cudaError_t emulated_last_error = cudaSuccess;
+
+inline cudaError_t cudaGetLastError() { return std::exchange(emulated_last_error, cudaSuccess); }
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+    switch (error) {
+        case cudaSuccess: return "no error";
+        case cudaErrorInvalidValue: return "invalid argument";
+        default: return "invalid configuration argument";
+    }
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
+    const dim3 block = config->blockDim;
+    if (size_t{block.x} * block.y * block.z > emulator::kMaxThreads || config->gridDim.x == 0 ||
+        config->dynamicSmemBytes > emulator::kMaxSharedBytes) {
+        return emulated_last_error = cudaErrorInvalidConfiguration;
+    }
+    emulator::run_grid(config->gridDim, block, config->dynamicSmemBytes, [=] { kernel(arguments...); });
+    return cudaSuccess;
+}

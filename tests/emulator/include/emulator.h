@@ -1,0 +1,60 @@
+// Runs CUDA kernels on the host, one fiber a thread, so that their source can be tested without a GPU.
+//
+// Compile a .cu or .cuh with a C++ compiler and this folder first on the include path: the headers beside this one stand
+// in for those of the CUDA toolkit. A launch runs at once and returns when the grid has ended.
+//
+// What it notices: a missing barrier (threads run one after another between barriers, in an order shuffled by the seed,
+// as do blocks), a divergent barrier or warp operation (EmulatorError), reads of uninitialised shared memory (poisoned
+// with 0xFF before every block: NaN as a float) and writes past its end. What it does not cover: tensor cores, TMA,
+// asynchronous copies, memory order inside a warp, and static __shared__ variables (a compile error: use the dynamic
+// shared memory).
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+using uint3 = dim3;
+
+// Of the thread that runs now.
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace emulator {
+
+struct EmulatorError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+constexpr int kWarpSize = 32;
+constexpr size_t kMaxThreads = 1024;
+constexpr size_t kMaxSharedBytes = 227 * 1024;
+using WarpValues = std::array<uint64_t, kWarpSize>;
+
+void set_seed(uint64_t seed);
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+
+// What a kernel calls.
+void sync_threads(const char* file, int line);
+// Waits until all lanes of `mask` have come; every lane's value.
+WarpValues exchange(uint32_t mask, uint64_t value, const char* operation);
+int lane();
+
+template <class Value>
+Value shuffle(uint32_t mask, Value value, int source, const char* operation) {
+    static_assert(sizeof(Value) <= sizeof(uint64_t), "a shuffle moves at most 8 bytes");
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof(Value));
+    const WarpValues all = exchange(mask, bits, operation);
+    std::memcpy(&value, &all[source], sizeof(Value));
+    return value;
+}
+
+}  // namespace emulator

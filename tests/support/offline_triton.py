@@ -1,0 +1,108 @@
+"""Compiles Triton kernels for a GPU that is not there, and reads what they need from the machine code.
+
+A driver that names the wanted target makes Triton specialise and compile as a launch on that GPU would.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+SHARED_BYTES = {
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    120: 99 << 10,
+}  # that a block may have
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class OfflineDriver(DriverBase):
+    """Stands for a GPU of one capability; the capability is the device index too, since compiled kernels are kept by it."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError("nothing is launched here")
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> None:
+        raise NotImplementedError("nothing is launched here")
+
+    def get_benchmarker(self) -> None:
+        raise NotImplementedError("nothing is launched here")
+
+
+@contextmanager
+def compile_only(capability: int) -> Iterator[list]:
+    """Inside the block, launches compile for this capability (90: sm_90) and run nothing; yields the compiled kernels."""
+    compiled = []
+    driver, run = triton.runtime.driver, triton.JITFunction.run
+    active = driver._active  # the public property would look for a GPU
+
+    def compile_instead(self, *args, grid, warmup, **kwargs):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    driver.set_active(OfflineDriver(capability))
+    triton.JITFunction.run = compile_instead
+    try:
+        yield compiled
+    finally:
+        triton.JITFunction.run = run
+        driver._active = active
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    spill_instructions: int
+    instructions: str
+
+    def widest_load_bits(self) -> int:
+        """Of the loads from global memory."""
+        widths = re.findall(r"\bLDG\.E(?:\.\w+)*?\.(64|128)\b", self.instructions)
+        return max(map(int, widths), default=32)
+
+
+def resources(compiled, folder: Path) -> Resources:
+    """What a compiled kernel needs on its GPU."""
+    cubin = folder / f"{compiled.name}.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = _cuobjdump("-res-usage", cubin)
+    instructions = _cuobjdump("-sass", cubin)
+    return Resources(
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        stack_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)),
+        shared_bytes=compiled.metadata.shared,
+        spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", instructions)),
+        instructions=instructions,
+    )
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    command = [str(TOOLS / "cuobjdump"), option, str(cubin)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,313 @@
+"""The command line: what a person types, what is printed, and exit codes."""
+
+import json
+
+import pytest
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from r1kernels import backends, extension, use_backend
+from training.checkpoint import save_model
+from training.cli import main, table
+from training.estimate import CPU, deepseek_parameters, dense_parameters, estimate
+from training.files import write_jsonl
+from training.model import build_model
+from training.recipe import STAGE_NAMES, load
+from training.run_dir import RunDir
+from training.tokenizer import build_tokenizer
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run of `tiny` in which nothing is done."""
+    run = RunDir(tmp_path / "run")
+    run.write_recipe(load("tiny"))
+    return run
+
+
+def finish(run, name, samples=(), **data):
+    stage = run.stage(name)
+    stage.begin({}, {})
+    stage.add_samples(samples)
+    for file, rows in data.items():
+        stage.write_data(f"{file}.jsonl", rows)
+    return stage
+
+
+def lines(capsys):
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["run", "tinny", "--dry-run"], "unknown recipe 'tinny': did you mean 'tiny'?"),
+        (["run", "tiny", "zero.step=1", "--dry-run"], "unknown key 'zero.step': did you mean 'zero.steps'?"),
+        (["run", "tiny", "zero.steps=x", "--dry-run"], "zero.steps: expected a whole number, got 'x'"),
+        (["run", "tiny", "smoke", "--dry-run"], "expected one recipe and then key=value words"),
+        (["run", "nowhere.yaml", "--dry-run"], "there is no recipe file nowhere.yaml"),
+        (["stage", "zerro", "--run", "RUN"], "unknown stage 'zerro': did you mean 'zero'?"),
+        (
+            ["stage", "zero", "--run", "RUN"],
+            "stage zero needs base, which is not done: first run `python -m training",
+        ),
+        (["stage", "zero", "--run", "nowhere"], "nowhere is not the folder of a run"),
+        (["report", "--run", "nowhere"], "nowhere is not the folder of a run"),
+        (["samples", "--run", "RUN"], "has no samples of any stage"),
+        (["samples", "zerro", "--run", "RUN"], "unknown stage 'zerro': did you mean 'zero'?"),
+        (["chat", "--run", "RUN"], "has no checkpoint yet"),
+        (["evaluate", "zero", "--run", "RUN"], "unknown checkpoint 'zero'"),
+        (["review", "--run", "RUN"], "stage cold_start of RUN is not done: run it first"),
+        (["run", "tiny", "--run", "RUN", "--redo", "zerro"], "unknown stage 'zerro': did you mean 'zero'?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(command, message, run_dir, capsys):
+    place = str(run_dir.path)
+    assert main([place if word == "RUN" else word for word in command]) == 2
+    _, err = lines(capsys)
+    assert err.startswith("error: ")
+    assert message.replace("RUN", place) in err
+    assert err.count("\n") == 1
+
+
+def test_settings_may_stand_before_and_after_options(capsys, tmp_path):
+    folder = str(tmp_path / "run")
+    assert (
+        main(["run", "tiny", "zero.steps=7", "--run", folder, "zero.prompts=3", "--dry-run", "seed=4"]) == 0
+    )
+    assert "7 rollouts of 48" in lines(capsys)[0]
+
+
+def test_an_unknown_option_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "tiny", "--dry", "--nonsense"])
+    assert caught.value.code == 2
+    assert "--nonsense" in lines(capsys)[1]
+
+
+def test_the_backend_of_every_op_is_shown():
+    with use_backend("reference"):
+        assert f"reference (PyTorch) for {len(backends.ops())} others" in table.backends(
+            load("tiny", ["device=cpu"])
+        )
+    shown = table.backends(load("tiny", ["device=cpu"]))
+    kernels = [
+        op for op in backends.ops() if "cpu" in backends.registered(op) and extension.missing() is None
+    ]
+    for op in kernels:
+        assert op in shown
+
+
+def test_the_plan_of_the_paper(capsys):
+    assert main(["run", "deepseek-r1", "--dry-run"]) == 0
+    out, _ = lines(capsys)
+    assert "671G parameters, 37.6G of them active" in out
+    assert "sft2           <- base, rejection" in out
+    assert "650 rollouts of 8,192 in 16 minibatches" in out
+    for name in (*STAGE_NAMES, "llama-70b"):
+        assert name in out
+    assert "GPUs of 80 GiB" in out
+    assert "dollars" in out
+
+
+@pytest.mark.parametrize("name", ["tiny", "smoke", pytest.param("smollm2", marks=pytest.mark.slow)])
+def test_a_dry_run_writes_nothing(name, capsys, tmp_path):
+    assert main(["run", name, "--dry-run", "--run", str(tmp_path / "run")]) == 0
+    out, _ = lines(capsys)
+    assert "stage graph" in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["model.q_lora_rank=12", "model.shared_experts=2", "model.dense_layers=2", "model.layers=5"]],
+)
+def test_parameters_are_counted_as_transformers_builds_them(overrides):
+    recipe, tokenizer = load("tiny", overrides), build_tokenizer()
+    model = build_model(recipe.model, tokenizer, seed=0)
+    assert isinstance(model, DeepseekV3ForCausalLM)
+    assert isinstance(model.config, DeepseekV3Config)
+    counted = deepseek_parameters(recipe.model, len(tokenizer))
+    assert counted.total == sum(parameter.numel() for parameter in model.parameters())
+    experts = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if ".experts." in name and "shared" not in name
+    )
+    unused = experts * (recipe.model.experts - recipe.model.experts_per_token) // recipe.model.experts
+    assert counted.active == counted.total - unused
+
+
+@pytest.mark.parametrize(("key_heads", "tied"), [(4, True), (2, False)])
+def test_dense_parameters_are_counted_as_transformers_builds_them(key_heads, tied):
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=key_heads,
+        intermediate_size=24,
+        tie_word_embeddings=tied,
+    )
+    expected = sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameters())
+    assert dense_parameters(32, 3, 4, 24, 50, key_heads, tied).total == expected
+
+
+def test_the_cost_of_grpo_by_hand():
+    """2 steps of 3 x 4 outputs of 0.25 x 80 = 20 tokens, seen at 10 tokens of context on average."""
+    words = [
+        "zero.steps=2",
+        "zero.prompts=3",
+        "zero.group_size=4",
+        "zero.max_new_tokens=80",
+        "zero.max_new_tokens_from={}",
+    ]
+    recipe = load("tiny", [*words, "stages=[base, zero]"])
+    (row,) = [row for row in estimate(recipe) if row.stage == "zero"]
+    model = deepseek_parameters(recipe.model, 300)
+    forward = 2 * model.active + 2 * model.attention_width * 10
+    assert row.sampled_tokens == 2 * 12 * 20
+    assert row.sampling_flops == pytest.approx(480 * forward)
+    assert row.training_flops == pytest.approx(
+        480 * forward * 5
+    )  # update 3, old and reference log-probs 1 each
+    assert row.memory_bytes == model.total * 4 * 5
+    assert row.hours(CPU) == pytest.approx((480 * forward / 5e9 + 2400 * forward / 20e9) / 3600)
+
+
+def sample(step, reward, text="<think> a </think> <answer> 3 </answer>"):
+    return {
+        "step": step,
+        "language": "en",
+        "question": f"question {step}",
+        "text": text,
+        "rewards": {"accuracy": 1.0, "format": None},
+        "reward": reward,
+        "advantage": 0.25,
+        "finished": step != 1,
+    }
+
+
+def test_samples_are_shown_latest_best_or_worst_first(run_dir, capsys):
+    finish(run_dir, "zero", [sample(0, 1.0), sample(1, 3.0), sample(2, 2.0)])
+
+    def shown(*more):
+        assert main(["samples", "--run", str(run_dir.path), *more]) == 0
+        out, _ = lines(capsys)
+        return [line.strip() for line in out.splitlines() if "question" in line], out
+
+    order, out = shown()
+    assert order == ["question 2", "question 1", "question 0"]
+    assert "accuracy 1, reward 3, advantage 0.25, cut off" in out
+    assert shown("--sort", "best")[0] == ["question 1", "question 2", "question 0"]
+    assert shown("zero", "--sort", "worst", "--count", "1")[0] == ["question 0"]
+    assert shown("--step", "1")[0] == ["question 1"]
+
+
+@pytest.fixture
+def with_base(run_dir):
+    stage = finish(run_dir, "base")
+    tokenizer = build_tokenizer()
+    save_model(build_model(load("tiny").model, tokenizer, seed=0), tokenizer, stage.path / "checkpoint")
+    stage.finish({})
+    return run_dir
+
+
+def speak(monkeypatch, *words):
+    said = iter(words)
+
+    def read(_=""):
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+def test_chat_answers_the_same_for_the_same_seed(with_base, capsys, monkeypatch):
+    replies = []
+    for _ in range(2):
+        speak(monkeypatch, "12 plus 34", "ŵŵ plus 1")
+        assert main(["chat", "base", "--run", str(with_base.path), "--max-new-tokens", "8"]) == 0
+        replies.append(lines(capsys)[0])
+    assert replies[0] == replies[1]
+    assert "it has never seen: ŵŵ" in replies[0]
+    assert len(replies[0].splitlines()) == 3
+
+
+def row(number):
+    text = f"<|special_token|> a <|special_token|> <answer> {number} </answer>"
+    return {
+        "language": "en",
+        "question": f"question {number}",
+        "response_text": text,
+        "response_ids": [number],
+    }
+
+
+def review(run_dir, monkeypatch, *words):
+    speak(monkeypatch, *words)
+    return main(["review", "--run", str(run_dir.path)])
+
+
+def test_a_review_keeps_edits_and_drops(with_base, capsys, monkeypatch):
+    stage = finish(with_base, "cold_start", data=[row(number) for number in range(4)])
+    stage.finish({})
+    before = stage.record()["hash"]
+    edited = "<|special_token|> 1 plus 2 <|special_token|> <answer> 3 </answer>"
+    assert review(with_base, monkeypatch, "a", "?", "e", "no answer", "e", edited, "q") == 0
+    assert stage.record()["hash"] == before  # nothing changes until every row is decided
+    assert stage.done
+    out, _ = lines(capsys)
+    assert "not a well-formed response" in out
+    assert "2 of 4 decided" in out
+
+    assert review(with_base, monkeypatch, "r", "a") == 0
+    rows = stage.read_data("data.jsonl")
+    assert [each["question"] for each in rows] == ["question 0", "question 1", "question 3"]
+    assert rows[1]["response_text"] == edited
+    assert rows[1]["before"] == row(1)["response_text"]
+    assert rows[1]["rules"] == ["edited by a person"]
+    tokenizer = build_tokenizer()
+    assert tokenizer.decode(rows[1]["response_ids"][:-1]) == edited
+    assert rows[1]["response_ids"][-1] == tokenizer.eos_token_id
+    assert stage.done
+    assert stage.record()["hash"] != before
+    assert stage.record()["changed_by_hand"] is True
+
+
+def test_a_review_that_rejects_everything_changes_nothing(with_base, capsys, monkeypatch):
+    stage = finish(with_base, "cold_start", data=[row(0)])
+    stage.finish({})
+    assert review(with_base, monkeypatch, "r") == 2
+    assert "everything was rejected" in lines(capsys)[1]
+    assert stage.done
+    assert len(stage.read_data("data.jsonl")) == 1
+
+
+def test_accept_all_leaves_the_data_as_it_was(with_base, monkeypatch):
+    stage = finish(with_base, "cold_start", data=[row(number) for number in range(3)])
+    stage.finish({})
+    before = stage.record()["hash"]
+    assert review(with_base, monkeypatch, "A") == 0
+    assert stage.record()["hash"] == before
+    assert [each["decision"] for each in stage.read_data("review.jsonl")] == ["accept"] * 3
+
+
+def test_ctrl_c_is_no_traceback(run_dir, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.cli.report.write_report", stop)
+    assert main(["report", "--run", str(run_dir.path)]) == 130
+    assert "the same command goes on from here" in lines(capsys)[1]
+
+
+def test_a_broken_line_of_samples_is_named(run_dir, capsys):
+    stage = finish(run_dir, "zero")
+    write_jsonl(stage.path / "samples.jsonl", [sample(0, 1.0)])
+    with (stage.path / "samples.jsonl").open("a") as file:
+        file.write(json.dumps(sample(1, 1.0))[:20])
+    assert main(["samples", "--run", str(run_dir.path)]) == 2
+    assert "samples.jsonl, line 2: not valid JSON" in lines(capsys)[1]

@@ -1,0 +1,314 @@
+"""Next-token training and GRPO: what is learnt, what carries a loss, resume bit for bit, and steps that are not finite."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from training import prompts, rewards
+from training.context import StageContext
+from training.errors import UserError
+from training.loops import grpo, next_token
+from training.loops.next_token import Document
+from training.loops.optim import MAX_BAD_STEPS, Optimizer, learning_rate
+from training.model import build_model
+from training.progress import Progress
+from training.recipe import load
+from training.rewards import Reward, Scored
+from training.run_dir import StageDir
+from training.sections import Grpo, Model, NextToken
+from training.tasks.arithmetic import make_problem
+from training.tokenizer import build_tokenizer
+
+TOKENIZER = build_tokenizer()
+SIZES = Model(hidden_size=32, layers=2, heads=2, intermediate_size=32, moe_intermediate_size=16, experts=4)
+DOCUMENTS = [Document(f"{a} plus {b} makes {a + b} .") for a in range(1, 7) for b in range(1, 7)]
+PROBLEMS = [make_problem(a, 7, "en") for a in (3, 5, 8, 9)]
+
+
+def model(seed=0):
+    return build_model(SIZES, TOKENIZER, seed)
+
+
+def context(folder, config, name="stage"):
+    stage = StageDir(folder)
+    stage.begin({}, {})
+    return StageContext(name, load("smoke"), config, stage, {}, Progress(quiet=True))
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if not k.endswith(("_seconds", "_per_second"))} for row in rows]
+
+
+class Stop(Exception):
+    """A kill in the middle of a run."""
+
+
+# --- the learning rate and the guarded step ---
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # warm-up 2 of 6 steps: 1/2, 2/2 of 1.0, then over 4 steps from 1.0 towards 0.2
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.8, 0.6, 0.4]),
+        ("cosine", [0.5, 1.0, 1.0, 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6, 0.2 + 0.4 * (1 - math.sqrt(0.5))]),
+    ],
+)
+def test_the_learning_rate_by_hand(schedule, expected):
+    found = [learning_rate(s, 6, lr=1.0, lr_end=0.2, schedule=schedule, warmup=2) for s in range(6)]
+    assert found == pytest.approx(expected)
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_at_last_fatal():
+    layer = torch.nn.Linear(2, 2)
+    optimizer = Optimizer(layer, weight_decay=0.0, grad_clip=1.0)
+
+    def step(loss):
+        layer.weight.grad = torch.ones_like(layer.weight)
+        return optimizer.step(loss, 0.1)[1]
+
+    before = layer.weight.clone()
+    assert not step(math.nan) and torch.equal(layer.weight, before)
+    assert step(1.0) and not torch.equal(layer.weight, before)
+    for _ in range(MAX_BAD_STEPS - 1):
+        assert not step(math.inf)
+    with pytest.raises(UserError, match=f"{MAX_BAD_STEPS} steps in a row"):
+        step(math.nan)
+    assert optimizer.skipped == MAX_BAD_STEPS + 1
+
+
+# --- next-token training ---
+
+
+def test_the_first_loss_is_the_one_of_transformers(tmp_path):
+    config = NextToken(steps=1, batch_size=len(DOCUMENTS), lr=0.0, lr_end=0.0)
+    built = model()
+    total, count = 0.0, 0
+    for document in DOCUMENTS:
+        ids = torch.tensor([[1, *TOKENIZER.encode(document.text, add_special_tokens=False), 2]])
+        with torch.no_grad():
+            total += float(built(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    found = next_token.train(built, TOKENIZER, DOCUMENTS, config, context(tmp_path / "a", config))
+    assert found["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_prompt_carries_no_loss_and_eos_does(tmp_path):
+    """A model that has learnt the response knows it with its eos, and nothing of the prompt."""
+    config = NextToken(steps=80, batch_size=4, lr=1e-2, lr_end=1e-3)
+    built = model()
+    documents = [Document("makes 7", prompt_text="carry carry plus")] * 4
+    next_token.train(built, TOKENIZER, documents, config, context(tmp_path / "a", config))
+    ids = torch.tensor([[1, *TOKENIZER.encode("carry carry plus makes 7", add_special_tokens=False), 2]])
+    logp = built(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    assert logp[3:].min() > -0.2  # makes, 7, eos
+    assert logp[:3].max() < -1.0  # carry, carry, plus
+
+
+def test_training_lowers_the_loss_and_evens_the_load(tmp_path):
+    config = NextToken(steps=120, batch_size=16, lr=5e-3, lr_end=5e-4, bias_rate=2e-2)
+    at = context(tmp_path / "a", config)
+    next_token.train(model(), TOKENIZER, DOCUMENTS, config, at)
+    rows = at.stage.metrics()
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    busiest = [row["expert_load"] for row in rows]
+    assert sum(busiest[-10:]) < sum(busiest[:10])
+
+
+def test_an_epoch_shows_every_document_once():
+    seen = [i for step in range(5) for i in next_token._batch(10, 4, step, (0, "s"))]
+    assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+
+
+def test_documents_that_are_too_long_are_cut_and_counted(tmp_path):
+    config = NextToken(steps=1, batch_size=2, max_length=5)
+    documents = [Document("1 plus 2 makes 3 ."), Document("7")]
+    found = next_token.train(model(), TOKENIZER, documents, config, context(tmp_path / "a", config))
+    assert found["truncated"] == 1
+    with pytest.raises(UserError, match="no documents"):
+        next_token.train(model(), TOKENIZER, [], config, context(tmp_path / "b", config))
+
+
+def run_next_token(folder, config, stop_at=None):
+    at = context(folder, config)
+    built = model()
+    if stop_at is not None:
+        log = at.stage.log
+
+        def log_until(**row):
+            log(**row)
+            if row["step"] == stop_at:
+                raise Stop
+
+        at.stage.log = log_until
+    next_token.train(built, TOKENIZER, DOCUMENTS, config, at)
+    return without_times(at.stage.metrics()), built.state_dict()
+
+
+def test_a_killed_pretraining_ends_as_if_it_had_not_been(tmp_path):
+    config = NextToken(steps=7, batch_size=10, lr=5e-3, save_every=2)
+    expected, weights = run_next_token(tmp_path / "whole", config)
+    for stop_at in (1, 2, 5):  # after a resume point, between two, and again
+        with pytest.raises(Stop):
+            run_next_token(tmp_path / "killed", config, stop_at)
+    rows, resumed = run_next_token(tmp_path / "killed", config)
+    assert rows == expected
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+# --- GRPO ---
+
+CONFIG = Grpo(
+    steps=4, prompts=4, group_size=4, minibatches=2, lr=3e-3, max_new_tokens=8, save_every=1, batch_size=8
+)
+
+
+def share_of_makes(step, samples):
+    word = TOKENIZER.convert_tokens_to_ids("makes")
+    scored = []
+    for sample in samples:
+        value = sample.token_ids.count(word) / len(sample.token_ids)
+        scored.append(Scored(sample, value, {"format": Reward(value, "share of makes")}))
+    return scored
+
+
+def run_grpo(folder, config=CONFIG, reward=share_of_makes, stop_at=None, policy=None):
+    at = context(folder, config)
+    policy = policy or model()
+    if stop_at is not None:
+        whole = reward
+
+        def reward(step, samples):
+            if step == stop_at:
+                raise Stop
+            return whole(step, samples)
+
+    found = grpo.train(policy, TOKENIZER, lambda step: PROBLEMS, prompts.chat, reward, config, at)
+    return without_times(at.stage.metrics()), policy.state_dict(), found, at
+
+
+def test_grpo_raises_the_reward(tmp_path):
+    config = replace(CONFIG, steps=25, group_size=16, batch_size=64, lr=5e-3)
+    rows, _, _, _ = run_grpo(tmp_path / "a", config)
+    assert rows[-1]["reward"] > 10 * rows[0]["reward"] and rows[-1]["reward"] > 0.1
+
+
+def test_the_metrics_are_complete_and_consistent(tmp_path):
+    rows, _, final, at = run_grpo(tmp_path / "a")
+    named = {
+        *("reward", "reward/format", "reward_std", "zero_std_groups", "format", "language_consistency", "reward_errors"),
+        *("step", "length", "finished", "loss", "kl", "entropy", "clip_low", "clip_high", "ratio_mean", "ratio_max"),
+        *("lr", "grad_norm", "expert_load", "skipped", "replay_agreement"),
+    }
+    assert named <= set(rows[0])
+    assert {
+        "rollout_seconds",
+        "reward_seconds",
+        "logprob_seconds",
+        "update_seconds",
+        "tokens_per_second",
+    } <= set(at.stage.metrics()[0])
+    assert rows[0]["kl"] < 0.01  # of two minibatches, the first is still at the reference
+    assert [row["lr"] for row in rows] == pytest.approx([3e-3, 2.25e-3, 1.5e-3, 0.75e-3])
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert final["reward"] == rows[-1]["reward"]
+    sample = at.stage.samples()[0]
+    assert set(sample) >= {
+        "step",
+        "problem_id",
+        "question",
+        "text",
+        "rewards",
+        "reward",
+        "advantage",
+        "finished",
+    }
+    json.dumps(sample)
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
+    config = replace(CONFIG, reference_every=2, save_every=2, steps=5)
+    expected, weights, _, whole = run_grpo(tmp_path / "whole", config)
+    for stop_at in (1, 3, 4):
+        with pytest.raises(Stop):
+            run_grpo(tmp_path / "killed", config, stop_at=stop_at)
+    rows, resumed, _, killed = run_grpo(tmp_path / "killed", config)
+    assert rows == expected
+    assert killed.stage.samples() == whole.stage.samples()
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+def test_equal_rewards_change_nothing_but_the_bias(tmp_path):
+    def equal(step, samples):
+        return [Scored(sample, 1.0, {}) for sample in samples]
+
+    before = {name: tensor.clone() for name, tensor in model().state_dict().items()}
+    rows, after, _, _ = run_grpo(tmp_path / "a", replace(CONFIG, kl_coef=0.0, steps=1), equal)
+    assert rows[0]["zero_std_groups"] == 1.0 and rows[0]["grad_norm"] == 0.0
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.endswith("e_score_correction_bias") for name in changed)
+
+
+def test_a_sample_without_a_reward_is_left_out(tmp_path):
+    def none_for_the_first(step, samples):
+        scored = share_of_makes(step, samples)
+        failed = Scored(samples[0], None, {"accuracy": Reward(None, "error: ValueError: broken")})
+        return [failed, *scored[1:]]
+
+    rows, _, _, _ = run_grpo(tmp_path / "a", replace(CONFIG, steps=1), none_for_the_first)
+    assert rows[0]["reward_errors"] == 1
+    assert math.isfinite(rows[0]["loss"]) and rows[0]["grad_norm"] > 0
+
+
+def test_a_policy_that_is_not_finite_stops_with_one_line(tmp_path):
+    built = model()
+    with torch.no_grad():
+        built.model.layers[1].mlp.shared_experts.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(UserError, match=f"not a finite number {MAX_BAD_STEPS} steps in a row"):
+        run_grpo(tmp_path / "a", replace(CONFIG, steps=9), policy=built)
+
+
+@pytest.mark.parametrize("ratio", ["sequence", "output"])
+@pytest.mark.parametrize("reduction", ["sequence", "token", "constant"])
+def test_other_ratios_and_reductions_learn_too(tmp_path, ratio, reduction):
+    config = replace(CONFIG, steps=1, ratio=ratio, reduction=reduction)
+    rows, _, _, _ = run_grpo(tmp_path / "a", config)
+    assert math.isfinite(rows[0]["loss"]) and rows[0]["grad_norm"] > 0
+
+
+def test_routing_replay_can_be_turned_off(tmp_path):
+    rows, _, _, _ = run_grpo(tmp_path / "a", replace(CONFIG, replay=False, steps=1))
+    assert "replay_agreement" not in rows[0]
+
+
+def test_minibatches_of_uneven_micro_batches_are_one_batch(tmp_path, monkeypatch):
+    """The gradient of a step does not depend on how the responses are cut into forward passes."""
+    config = replace(CONFIG, steps=1, minibatches=1)
+    _, whole, _, _ = run_grpo(tmp_path / "a", config)
+    monkeypatch.setattr("training.loops.batch.MICRO_BATCH_TOKENS", 60)
+    _, pieces, _, _ = run_grpo(tmp_path / "b", config)
+    for name in whole:
+        torch.testing.assert_close(whole[name], pieces[name], rtol=1e-3, atol=2e-4)
+
+
+def test_the_length_limit_follows_the_step():
+    config = Grpo(max_new_tokens=8, max_new_tokens_from={10: 16, 20: 32})
+    assert [grpo.max_new_tokens(config, step) for step in (0, 9, 10, 19, 20, 99)] == [8, 8, 16, 16, 32, 32]
+
+
+def test_rewards_of_the_trainer_are_scored_samples(tmp_path):
+    """The seam to training.rewards: samples as the loop makes them, scored by the real terms."""
+    from training.tasks import get_task
+
+    task = get_task("arithmetic", digits=1)
+
+    def reward(step, samples):
+        return rewards.score(samples, {"accuracy": 1.0, "format": 1.0}, task)
+
+    rows, _, _, _ = run_grpo(tmp_path / "a", replace(CONFIG, steps=1), reward)
+    assert rows[0]["accuracy"] == rows[0]["reward/accuracy"]

@@ -1,0 +1,219 @@
+"""kill -9 at any moment, the same command again: every number but times is that of a run that was never stopped.
+
+The fast test kills real processes that run small stages of the same shape as the real ones; the slow one kills the
+whole recipe `smoke` in every stage.
+"""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from training.recipe import STAGE_NAMES
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 1800  # seconds until a subprocess is given up
+
+# For every line on its input it forks a process that runs two stages in the folder of that name, and prints the id of
+# that process and later its exit code: torch is imported once, and kill -9 still hits a process of its own.
+PROGRAM = """
+import os, sys, time, traceback, types
+import torch
+from training import pipeline, seeding
+from training.pipeline import Stage
+from training.progress import Progress
+from training.recipe import load
+from training.run_dir import RunDir
+
+def work(context):
+    layer = torch.nn.Linear(8, 8)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(8, 8, generator=seeding.torch_rng(context.recipe.seed, context.name)))
+        layer.bias.zero_()
+    state = context.stage.load_state()
+    start = 0
+    if state is not None:
+        start = state.step
+        layer.load_state_dict({name: state.tensors[name] for name in ("weight", "bias")})
+    for step in range(start, 40):
+        x = torch.randn(4, 8, generator=seeding.torch_rng(context.recipe.seed, context.name, step))
+        loss = (layer(x) - x).square().mean()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+        time.sleep(0.01)
+        context.stage.log(step=step, loss=loss, update_seconds=time.perf_counter())
+        context.stage.add_samples([{"step": step, "text": f"{float(x.sum()):.9f}"}])
+        if step % 7 == 6:
+            context.stage.save_state(step + 1, layer.state_dict(), {"step": step})
+    before = [row for stage in context.inputs.values() for row in stage.read_data("data.jsonl")]
+    context.stage.write_data("data.jsonl", [{"weights": layer.weight.tolist(), "inputs": before}])
+    return {"loss": loss.item()}
+
+for name in ("base", "zero"):
+    sys.modules[f"work_{name}"] = types.SimpleNamespace(run=work)
+table = {
+    "base": Stage("first", lambda recipe: (), "work_base"),
+    "zero": Stage("second", lambda recipe: ("base",), "work_zero"),
+}
+recipe = load("tiny", ["stages=[base, zero]"])
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        try:
+            pipeline.run(recipe, RunDir(line.strip()), stages=table, progress=Progress(quiet=True))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def start(command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run_to_the_end(command):
+    process = start(command)
+    _, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, err
+
+
+def wait_for(due):
+    end = time.monotonic() + DEADLINE
+    while not due():
+        assert time.monotonic() < end, "the moment never came"
+        time.sleep(0.002)
+
+
+def run_and_kill(command, due):
+    """Starts the command and kills it with SIGKILL once `due()`; returns whether it was still running."""
+    process = start(command)
+    wait_for(lambda: due() or process.poll() is not None)
+    running = process.poll() is None
+    if running:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=DEADLINE)
+    assert process.returncode == (-signal.SIGKILL if running else 0)
+    return running
+
+
+def lines(path):
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {
+            key: without_times(entry)
+            for key, entry in value.items()
+            if not key.endswith(("_seconds", "_per_second"))
+        }
+    if isinstance(value, list):
+        return [without_times(entry) for entry in value]
+    return value
+
+
+def numbers(run):
+    """Every number a run wrote: all JSONL files line by line, final metrics, and the hash of every output."""
+    found = {}
+    for path in sorted(run.rglob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found[str(path.relative_to(run))] = [without_times(row) for row in rows]
+    for path in sorted(run.glob("*/done.json")):
+        record = json.loads(path.read_text())
+        found[str(path.relative_to(run))] = [
+            record["hash"],
+            record["outputs"],
+            without_times(record["metrics"]),
+        ]
+    return found
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == value, f"{name} differs"
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """small_run(folder, due=None): runs the small stages there, to the end or until `due()`, and returns the exit code."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, str(program)],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+
+        def small_run(folder, due=None):
+            server.stdin.write(f"{folder}\n")
+            server.stdin.flush()
+            child = int(server.stdout.readline())
+            if due is not None:
+                wait_for(due)
+                os.kill(child, signal.SIGKILL)
+            return int(server.stdout.readline())
+
+        yield small_run
+        server.stdin.close()
+
+
+def test_small_stages_killed_again_and_again_give_the_same_numbers(tmp_path, small_run):
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    assert small_run(whole) == 0
+    for stage, count in (("base", 1), ("base", 17), ("base", 33), ("zero", 8), ("zero", 30)):
+        due = functools.partial(
+            lambda path, count: lines(path) >= count, run / stage / "metrics.jsonl", count
+        )
+        assert small_run(run, due) == -signal.SIGKILL
+    assert small_run(run) == 0
+    assert_same(numbers(run), numbers(whole))
+    assert lines(run / "zero" / "metrics.jsonl") == 40
+    assert not list(run.rglob("state*"))
+
+
+@pytest.mark.slow
+def test_smoke_killed_in_every_stage_gives_the_same_numbers(tmp_path):
+    def command(name):
+        return [sys.executable, "-m", "training", "run", "smoke", "--run", str(tmp_path / name)]
+
+    run_to_the_end(command("whole"))
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    kills = {}
+    for stage in STAGE_NAMES:
+        # In the middle of the stage by its metrics; a stage that logs little is killed when it begins to write.
+        middle = max(1, lines(whole / stage / "metrics.jsonl") // 2)
+
+        def due(stage=stage, middle=middle):
+            metrics = run / stage / "metrics.jsonl"
+            return lines(metrics) >= middle if middle > 1 else (run / stage / "started.json").is_file()
+
+        kills[stage] = run_and_kill(command("killed"), due)
+    assert all(kills.values()), f"stages that were not killed in time: {kills}"
+    run_to_the_end(command("killed"))
+    assert_same(numbers(run), numbers(whole))

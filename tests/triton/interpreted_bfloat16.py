@@ -1,0 +1,62 @@
+"""The repair of bfloat16 in Triton's interpreter, against PyTorch. Run by test_interpreter.py in a process of its own."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from tests.support import interpreter_bfloat16
+from tests.support.numerics import same_bits
+
+interpreter_bfloat16.repair()
+
+
+@triton.jit
+def arithmetic_kernel(x, y, out, OPERATION: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    a, b = tl.load(x + at), tl.load(y + at)
+    if OPERATION == "add":
+        result = a + b
+    elif OPERATION == "multiply":
+        result = a * b
+    elif OPERATION == "negate":
+        result = -a
+    elif OPERATION == "maximum":
+        result = tl.maximum(a, b)
+    elif OPERATION == "less":
+        result = tl.where(a < b, a, b)
+    else:
+        result = a.to(tl.float32) * 1.0001
+    tl.store(out + at, result.to(tl.bfloat16))
+
+
+@triton.jit
+def dot_kernel(x, y, out, SIZE: tl.constexpr):
+    rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    at = rows * SIZE + columns
+    tl.store(out + at, tl.dot(tl.load(x + at), tl.load(y + at)))
+
+
+EXPECTED = {
+    "add": lambda a, b: a + b,
+    "multiply": lambda a, b: a * b,
+    "negate": lambda a, b: -a,
+    "maximum": torch.maximum,
+    "less": torch.minimum,
+    "round": lambda a, b: (a.float() * 1.0001).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("operation", EXPECTED)
+def test_arithmetic_rounds_as_torch_does(operation):
+    x, y = torch.randn(2, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    out = torch.full_like(x, torch.nan)
+    arithmetic_kernel[(1,)](x, y, out, OPERATION=operation, SIZE=4096)
+    assert same_bits(out, EXPECTED[operation](x, y))
+
+
+def test_a_dot_multiplies_values_and_not_bits():
+    x, y = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    out = torch.full((32, 32), torch.nan)
+    dot_kernel[(1,)](x, y, out, SIZE=32)
+    torch.testing.assert_close(out.double(), x.double() @ y.double(), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,75 @@
+"""The Triton kernels of token_logprobs in Triton's interpreter. Run by test_interpreter.py in a process of its own."""
+
+import pytest
+import torch
+
+from r1kernels import token_logprobs
+from r1kernels.logprob import triton as backend
+from tests.support import interpreter_bfloat16
+from tests.support.numerics import same_bits
+from tests.support.token_logprobs_kernel import IGNORED, TokenLogprobsKernel, random_case
+
+interpreter_bfloat16.repair()
+
+
+class InterpretedKernel:
+    device = "cpu"
+    forward_into = staticmethod(backend.forward_into)
+    backward_into = staticmethod(backend.backward_into)
+
+
+@pytest.fixture
+def kernel():
+    return InterpretedKernel
+
+
+class TestTokenLogprobsTriton(TokenLogprobsKernel):
+    pass
+
+
+def test_the_public_op_and_its_gradient():
+    logits, targets, grad_logp, grad_entropy = random_case(2, 3, 50)
+    targets[2] = IGNORED
+    results = []
+    for name in ("triton", "reference"):
+        z = logits.clone().requires_grad_()
+        logp, entropy = token_logprobs(
+            z, targets.view(2, 3), temperature=0.7, return_entropy=True, backend=name
+        )
+        (logp.flatten() * grad_logp + entropy.flatten() * grad_entropy).sum().backward()
+        results.append((logp.detach(), entropy.detach(), z.grad))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_that_are_not_contiguous_in_the_vocabulary():
+    logits, targets, *_ = random_case(1, 3, 50)
+    turned = logits[0].t().contiguous().t()
+    assert turned.stride() == (1, 3)
+    expected = token_logprobs(logits[0], targets, backend="triton")
+    assert same_bits(token_logprobs(turned, targets, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_the_ops_keep_their_schemas(entropy):
+    logits, targets, grad_logp, grad_entropy = random_case(2, 3, 20)
+    ops = torch.ops.r1kernels
+    shared = (targets, None, 0.7, IGNORED)
+    torch.library.opcheck(ops.token_logprobs_triton.default, (logits, *shared, entropy))
+    logp, _, stats = ops.token_logprobs_triton(logits, *shared, entropy)
+    saved = (logp, stats, grad_logp, grad_entropy if entropy else None)
+    torch.library.opcheck(ops.token_logprobs_triton_backward.default, (logits, *shared, *saved))
+    torch.library.opcheck(ops.token_logprobs_triton_backward_.default, (logits.clone(), *shared, *saved))
+
+
+def test_a_compiled_call_holds_the_op():
+    logits, targets, *_ = random_case(2, 3, 20)
+    z = logits.requires_grad_()
+
+    def loss(z, y):
+        return token_logprobs(z, y, backend="triton").sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(loss(z, targets.view(2, 3)), z)
+    (gradient,) = torch.autograd.grad(compiled(z, targets.view(2, 3)), z)
+    assert same_bits(gradient, expected)

@@ -1,0 +1,1 @@
+"""The DeepSeek-R1 training pipeline, stage by stage: `python -m training run`."""

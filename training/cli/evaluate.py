@@ -1,0 +1,56 @@
+"""`evaluate`: the marks of one checkpoint, of a run or any other folder."""
+
+import argparse
+from pathlib import Path
+
+from training import files
+from training.cli.arguments import add_run, checkpoint, existing_run
+from training.errors import UserError
+from training.format import align, percent
+
+
+def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The command `evaluate`."""
+    parser = subparsers.add_parser("evaluate", help="marks of one checkpoint on held-out problems")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="CHECKPOINT | key=value",
+        help="such as zero, or a folder (default: the last policy), then settings such as evaluate.k=8",
+    )
+    add_run(parser)
+    parser.add_argument("--out", type=Path, help="also write the rows to this JSONL file")
+    parser.set_defaults(run_command=run_command)
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    """Prints one line a split and language."""
+    from training import responses  # loads transformers
+    from training.stages.evaluate import marks
+
+    named = [word for word in arguments.words if "=" not in word]
+    if len(named) > 1:
+        raise UserError(f"expected one checkpoint and then key=value words, got {' '.join(named)}")
+    run_dir = existing_run(arguments.run)
+    recipe = run_dir.read_recipe([word for word in arguments.words if "=" in word])
+    if named and Path(named[0]).is_dir():
+        name, path = named[0], Path(named[0])
+    else:
+        name, path = checkpoint(run_dir, named[0] if named else None)
+    rows, _ = marks(responses.load_source(name.split("-")[0], path), name, recipe, recipe.evaluate)
+    shown = [key for key in rows[0] if key not in ("checkpoint", "split", "language", "problems", "length")]
+    header = ["split", "language", "problems", *shown, "length"]
+    body = [
+        [
+            row["split"],
+            row["language"],
+            str(row["problems"]),
+            *(percent(row[key]) for key in shown),
+            f"{row['length']:.1f}",
+        ]
+        for row in rows
+    ]
+    print(f"{name} (in %, length in tokens)")
+    print("\n".join(align([header, *body])))
+    if arguments.out:
+        files.write_jsonl(arguments.out, rows)

@@ -1,0 +1,66 @@
+"""`run --dry-run`: the plan of a recipe, its stage graph, memory and cost."""
+
+from training.estimate import CPU, GPU, LENGTH_SHARE, estimate, parameters
+from training.files import readable_bytes
+from training.format import align, short
+from training.pipeline import parents_of, plan
+from training.recipe import Recipe
+
+GPU_BYTES = 80 * 2**30
+
+
+def text(recipe: Recipe) -> str:
+    """Everything that a dry run prints."""
+    model = parameters(recipe)
+    rows = estimate(recipe)
+    device = GPU if recipe.device == "cuda" else CPU
+    lines = [
+        f"recipe {recipe.name}: {recipe.description}",
+        f"model: {short(model.total)} parameters, {short(model.active)} of them active for a token; {recipe.dtype}",
+        "",
+        "stage graph",
+        *graph(recipe),
+        "",
+    ]
+    header = ["stage", "work", "tokens sampled", "tokens trained", "operations", "memory", device.name]
+    body = [
+        [
+            row.stage,
+            row.work,
+            short(row.sampled_tokens),
+            short(row.trained_tokens),
+            f"{row.sampling_flops + row.training_flops:.1e}",
+            readable_bytes(row.memory_bytes),
+            f"{row.hours(device):,.2f}" if row.hours(device) < 100 else f"{row.hours(device):,.0f}",
+        ]
+        for row in rows
+    ]
+    lines += align([header, *body])
+    hours = sum(row.hours(device) for row in rows)
+    memory = max(row.memory_bytes for row in rows)
+    lines += [
+        "",
+        f"largest stage: {readable_bytes(memory)} for weights, gradients, optimizer moments and reference, activations "
+        "and caches not counted"
+        + (f"; at least {-(-memory // GPU_BYTES):.0f} GPUs of 80 GiB" if memory > GPU_BYTES else ""),
+        f"in all: about {hours:,.{0 if hours > 100 else 2}f} {device.name}"
+        + (
+            f", {hours * device.dollars_per_hour:,.0f} dollars at {device.dollars_per_hour:g} an hour"
+            if device is GPU
+            else ""
+        ),
+        f"assumed: responses and documents {LENGTH_SHARE:.0%} as long as the longest allowed, nothing filtered out, "
+        f"{device.training_flops:.1e} operations a second in training and {device.sampling_flops:.1e} in sampling",
+    ]
+    if recipe.name == "deepseek-r1":
+        lines.append(
+            "the paper reports 147,000 H800 hours (101,000 for zero, 5,000 for data, 41,000 for the rest): 294,000 dollars"
+        )
+    return "\n".join(lines)
+
+
+def graph(recipe: Recipe) -> list[str]:
+    """One line a stage: what it is made from."""
+    start = recipe.model.pretrained or "nothing"
+    rows = [["  " + name, "<- " + (", ".join(parents_of(name, recipe)) or start)] for name in plan(recipe)]
+    return align(rows)

@@ -1,0 +1,86 @@
+"""`run`: every stage of a recipe, and `stage`: one of them."""
+
+import argparse
+import time
+from pathlib import Path
+
+from training import pipeline
+from training.cli import plan, table
+from training.errors import UserError
+from training.format import duration
+from training.progress import Progress
+from training.recipe import Recipe, load, names
+from training.report import write_report
+from training.run_dir import RunDir
+
+DEFAULT = "tiny"
+
+
+def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The commands `run` and `stage`."""
+    run = subparsers.add_parser("run", help="run every stage of a recipe that is not done yet")
+    run.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE | key=value",
+        help=f"one of {', '.join(names())} or a YAML file (default: that of the run folder, else {DEFAULT}), "
+        "then settings such as zero.steps=10",
+    )
+    run.add_argument("--run", type=Path, help="folder of the run (default: runs/RECIPE)")
+    run.add_argument("--dry-run", action="store_true", help="print plan, memory and cost, and run nothing")
+    _add_common(run)
+    run.set_defaults(run_command=run_all)
+    stage = subparsers.add_parser("stage", help="run one stage of a run")
+    stage.add_argument("name", help="name of the stage")
+    stage.add_argument("words", nargs="*", metavar="key=value", help="settings such as zero.steps=10")
+    stage.add_argument("--run", type=Path, required=True, help="folder of the run")
+    _add_common(stage)
+    stage.set_defaults(run_command=run_one)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--redo",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="throw the work of this stage away and do it again",
+    )
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Runs what is not done, shows the marks and writes the report."""
+    recipe, folder = _recipe(arguments.words, arguments.run)
+    if arguments.dry_run:
+        print(plan.text(recipe))
+        return
+    run_dir, progress = RunDir(folder), Progress()
+    progress.say(f"recipe {recipe.name}, seed {recipe.seed}, folder {folder}")
+    progress.say(table.backends(recipe))
+    began = time.monotonic()
+    pipeline.run(recipe, run_dir, redo=arguments.redo, progress=progress)
+    path = write_report(run_dir)
+    progress.say()
+    progress.say(table.stages(run_dir))
+    progress.say(f"{duration(time.monotonic() - began)} in this command; the report is {path}")
+
+
+def run_one(arguments: argparse.Namespace) -> None:
+    """Runs one stage, whose inputs must be done."""
+    run_dir = RunDir(arguments.run)
+    recipe = run_dir.read_recipe(arguments.words)
+    ran = pipeline.run(recipe, run_dir, arguments.name, redo=arguments.redo, progress=Progress())
+    if ran:
+        print(table.final_metrics(run_dir.stage(arguments.name)))
+
+
+def _recipe(words: list[str], folder: Path | None) -> tuple[Recipe, Path]:
+    """The recipe and the folder that the words of a command mean."""
+    named = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    if len(named) > 1:
+        raise UserError(f"expected one recipe and then key=value words, got {' '.join(named)}")
+    if not named and folder is not None and (folder / "recipe.yaml").is_file():
+        return RunDir(folder).read_recipe(overrides), folder
+    recipe = load(named[0] if named else DEFAULT, overrides)
+    return recipe, folder or Path("runs") / recipe.name

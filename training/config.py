@@ -1,0 +1,185 @@
+"""Strict settings: nested dataclasses from mappings, where a wrong key or type is one clear line.
+
+`build` turns a mapping into a dataclass and refuses unknown keys (the nearest known one is named), wrong types
+and values below a field's minimum. `merge` and `override` work on mappings that spell a dataclass of the given
+type, so that defaults, YAML files and `key=value` words are laid over each other before anything is built.
+"""
+
+import copy
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Union, get_args, get_origin
+
+from training.errors import UserError
+
+
+def at_least(minimum: float, default: Any) -> Any:
+    """A dataclass field with a default whose value must be at least `minimum`."""
+    return dataclasses.field(default=default, metadata={"minimum": minimum})
+
+
+def operational(default: Any) -> Any:
+    """A field (at least 0) that steers how a stage runs, never what it computes: a change keeps finished work."""
+    return dataclasses.field(default=default, metadata={"minimum": 0, "operational": True})
+
+
+def nearest(name: str, known: Iterable[str], likeness: float = 0.0) -> str:
+    """The entry of `known` that is spelt most like `name`; "" where none has that `likeness` (0: any, 1: equal)."""
+    matches = difflib.get_close_matches(name, sorted(known), n=1, cutoff=likeness)
+    return matches[0] if matches else ""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that does not exist; it names the nearest one that does."""
+    known = sorted(known)
+    suggestion = nearest(name, known)
+    return UserError(f"unknown {kind} {name!r}" + (f": did you mean {suggestion!r}?" if suggestion else ""))
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Field name -> resolved type of a dataclass, in the order of its fields."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def is_section(kind: Any) -> bool:
+    """Whether a field type is itself a dataclass."""
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def paths(cls: type, prefix: str = "") -> list[str]:
+    """Every dotted key of a dataclass, sections and leaves."""
+    found = []
+    for name, kind in field_types(cls).items():
+        found.append(prefix + name)
+        if is_section(kind):
+            found += paths(kind, f"{prefix}{name}.")
+    return found
+
+
+def build(cls: type, values: Any, where: str = "", root: type | None = None) -> Any:
+    """An instance of the dataclass `cls` from a mapping; missing keys take their defaults.
+
+    Args:
+        cls: dataclass type.
+        values: mapping of field names to values, nested as the dataclass is.
+        where: dotted key of this section, for messages.
+        root: outermost dataclass, whose dotted keys are offered as the nearest; `cls` itself by default.
+
+    Raises:
+        UserError: a key that does not exist, a value of the wrong type, or one below its minimum.
+    """
+    root = root or cls
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where or 'the recipe'}: expected keys with values, got {values!r}")
+    kinds = field_types(cls)
+    prefix = f"{where}." if where else ""
+    for name in values:
+        if name not in kinds:
+            known = paths(root) if where in ("", *paths(root)) else [prefix + kind for kind in kinds]
+            raise unknown("key", f"{prefix}{name}", known)
+    built = {}
+    for field in dataclasses.fields(cls):
+        if field.name in values:
+            place = prefix + field.name
+            value = _value(kinds[field.name], values[field.name], place, root)
+            minimum = field.metadata.get("minimum")
+            if minimum is not None and value < minimum:
+                raise UserError(f"{place}: expected at least {minimum:g}, got {value:g}")
+            built[field.name] = value
+    return cls(**built)
+
+
+def _value(kind: Any, value: Any, where: str, root: type) -> Any:
+    origin = get_origin(kind)
+    if kind is Any:
+        return value
+    if is_section(kind):
+        return build(kind, value, where, root)
+    if origin in (Union, types.UnionType):
+        options = [option for option in get_args(kind) if option is not type(None)]
+        return None if value is None else _value(options[0], value, where, root)
+    if origin is Literal:
+        if value in get_args(kind):
+            return value
+        choices = ", ".join(str(choice) for choice in get_args(kind))
+        raise UserError(f"{where}: expected one of {choices}, got {value!r}")
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where}: expected a list, got {value!r}")
+        (item,) = get_args(kind)
+        return [_value(item, entry, f"{where}[{index}]", root) for index, entry in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}: expected names with values, got {value!r}")
+        key_kind, item = get_args(kind)
+        return {
+            _value(key_kind, key, f"{where} (name)", root): _value(item, entry, f"{where}.{key}", root)
+            for key, entry in value.items()
+        }
+    return _scalar(kind, value, where)
+
+
+def _scalar(kind: type, value: Any, where: str) -> Any:
+    if kind is float:
+        # YAML 1.1 reads 5e-4 as text, so text that spells a number is a number here.
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif (kind is int and isinstance(value, int) and not isinstance(value, bool)) or (
+        kind in (bool, str) and isinstance(value, kind)
+    ):
+        return value
+    names = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text"}
+    raise UserError(f"{where}: expected {names[kind]}, got {value!r}")
+
+
+def merge(cls: type, below: dict[str, Any], above: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """`above` laid over `below`: sections are merged key by key, everything else is replaced whole."""
+    merged = copy.deepcopy(below)
+    kinds = field_types(cls)
+    for name, value in above.items():
+        kind = kinds.get(name)
+        if kind is not None and is_section(kind) and isinstance(value, Mapping):
+            merged[name] = merge(kind, merged.get(name, {}), value, f"{where}{name}.")
+        else:
+            merged[name] = copy.deepcopy(value)
+    return merged
+
+
+def override(cls: type, values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """`values` with one dotted `key` replaced; every key but the last of a plain table must exist.
+
+    Raises:
+        UserError: the key does not exist; the nearest one is named.
+    """
+    changed = copy.deepcopy(values)
+    parts = key.split(".")
+    table: Any = changed
+    kind: Any = cls
+    for depth, part in enumerate(parts):
+        if is_section(kind):
+            kinds = field_types(kind)
+            if part not in kinds:
+                raise unknown(
+                    "key", key, paths(cls) if depth < 2 else [".".join([*parts[:depth], n]) for n in kinds]
+                )
+            kind = kinds[part]
+        elif get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+            if is_section(kind) and part not in table:
+                raise unknown("key", key, [".".join([*parts[:depth], name]) for name in table])
+        else:
+            raise UserError(f"unknown key {key!r}: {'.'.join(parts[:depth])} holds a single value")
+        if depth == len(parts) - 1:
+            table[part] = value
+        else:
+            table = table.setdefault(part, {})
+    return changed

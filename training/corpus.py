@@ -1,0 +1,49 @@
+"""The pretraining corpus: documents of the tasks behind the prompts that later stages use, good ones a minority."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from training import prompts, seeding
+from training.errors import UserError
+from training.loops.next_token import Document
+from training.tasks import arithmetic, general
+from training.tasks.problem import Problem
+
+SHOTS = 2  # worked examples in a few-shot document
+
+
+def documents(seed: int, count: int, *, mix: Mapping[str, float], digits: int = 2) -> list[Document]:
+    """Draw `count` documents.
+
+    Args:
+        seed: the seed of the run.
+        mix: share of each kind (arithmetic.corpus_document, and "general"); they are normalised to a sum of 1.
+        digits: digits of the numbers of the arithmetic documents.
+    """
+    kinds = list(mix)
+    shares = np.array([mix[kind] for kind in kinds], dtype=np.float64)
+    if len(kinds) == 0 or shares.min() < 0 or shares.sum() <= 0:
+        raise UserError(f"base.corpus: shares must be non-negative and not all 0, got {dict(mix)}")
+    rng = seeding.numpy_rng(seed, "base", "corpus")
+    chosen = rng.choice(len(kinds), size=count, p=shares / shares.sum())
+    return [_document(rng, kinds[i], digits) for i in chosen]
+
+
+def _document(rng: np.random.Generator, kind: str, digits: int) -> Document:
+    if kind == "general":
+        return general.corpus_document(rng)
+    problem, response = arithmetic.corpus_document(rng, kind, digits)
+    if kind == "reflect":
+        return Document(f"{prompts.reflect(problem)} {response}")
+    if kind == "few_shot":
+        examples = arithmetic.ArithmeticTask(digits).worked_examples(problem.language)
+        order = rng.permutation(len(examples))[:SHOTS]
+        return Document(f"{prompts.few_shot(problem, [examples[i] for i in order])} {response}")
+    return Document(f"{_plain_prompt(problem, rng)} {response}")
+
+
+def _plain_prompt(problem: Problem, rng: np.random.Generator) -> str:
+    return prompts.zero(problem) if rng.random() < 0.6 else prompts.chat(problem)

@@ -1,0 +1,235 @@
+"""What a recipe will cost, before it runs: parameters, memory and arithmetic of every stage.
+
+Upper bounds where the recipe leaves a number open: every sampled response is taken to be kept, and to be
+`LENGTH_SHARE` of the longest one long. The arithmetic counts 2 operations a weight and token in a forward pass, 4 in
+a backward pass, and attention over half the context.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from training.format import short
+from training.pipeline import parents_of, plan
+from training.pretrained import pretrained_config
+from training.recipe import Grpo, Model, NextToken, Recipe, Sampling
+
+LENGTH_SHARE = 0.25
+PROMPT_TOKENS = 16
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Arithmetic a second that a device really does in this kind of work, and what an hour costs."""
+
+    name: str
+    training_flops: float
+    sampling_flops: float
+    dollars_per_hour: float
+
+
+GPU = Device("H800 hours", 0.35 * 989e12, 0.02 * 989e12, 2.0)
+CPU = Device("core hours", 20e9, 5e9, 0.0)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Weights of a model: all of them, those that one token uses, and the width of its attention."""
+
+    total: int
+    active: int
+    attention_width: (
+        int  # layers x heads x (query-key + value width): operations a token and context position / 2
+    )
+
+    def forward(self, context: float) -> float:
+        """Operations of one token in a forward pass that sees `context` tokens on average."""
+        return 2 * self.active + 2 * self.attention_width * context
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One stage: what it does, tokens, operations, and bytes for weights, gradients, moments and reference."""
+
+    stage: str
+    parents: list[str]
+    work: str
+    sampled_tokens: float
+    trained_tokens: float
+    sampling_flops: float
+    training_flops: float
+    memory_bytes: float
+
+    def hours(self, device: Device) -> float:
+        """Hours on one `device`."""
+        return (
+            self.sampling_flops / device.sampling_flops + self.training_flops / device.training_flops
+        ) / 3600
+
+
+def deepseek_parameters(model: Model, vocab_size: int) -> Parameters:
+    """Parameters of a DeepSeek-V3 model without the prediction module, exactly as transformers builds it."""
+    hidden, heads = model.hidden_size, model.heads
+    query_key = model.qk_nope_head_dim + model.qk_rope_head_dim
+    if model.q_lora_rank:
+        queries = hidden * model.q_lora_rank + model.q_lora_rank + model.q_lora_rank * heads * query_key
+    else:
+        queries = hidden * heads * query_key
+    keys_values = hidden * (model.kv_lora_rank + model.qk_rope_head_dim) + model.kv_lora_rank
+    keys_values += model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
+    attention = queries + keys_values + heads * model.v_head_dim * hidden + 2 * hidden
+    expert = 3 * hidden * model.moe_intermediate_size
+    always = attention + expert * model.shared_experts + model.experts * hidden
+    sparse_layers = model.layers - model.dense_layers
+    dense = model.dense_layers * (attention + 3 * hidden * model.intermediate_size)
+    rest = 2 * vocab_size * hidden + hidden + dense + sparse_layers * always
+    width = model.layers * heads * (query_key + model.v_head_dim)
+    return Parameters(
+        rest + sparse_layers * expert * model.experts,
+        rest + sparse_layers * expert * model.experts_per_token,
+        width,
+    )
+
+
+def dense_parameters(
+    hidden: int,
+    layers: int,
+    heads: int,
+    intermediate: int,
+    vocab_size: int,
+    key_heads: int | None = None,
+    tied: bool = True,
+) -> Parameters:
+    """Parameters of a Llama-shaped model without biases; `tied`: input and output embeddings are one matrix."""
+    keys_values = 2 * hidden * (hidden // heads) * (key_heads or heads)
+    attention = 2 * hidden * hidden + keys_values + 2 * hidden
+    rest = hidden + layers * (attention + 3 * hidden * intermediate)
+    total = rest + vocab_size * hidden * (1 if tied else 2)
+    return Parameters(total, total, 2 * layers * hidden)
+
+
+def parameters(recipe: Recipe, vocab_size: int = 300) -> Parameters:
+    """Parameters of the recipe's model; a pretrained one that is on this machine is asked for its sizes."""
+    config = pretrained_config(recipe.model.pretrained) if recipe.model.pretrained else None
+    if config is not None and not hasattr(config, "n_routed_experts"):
+        return dense_parameters(
+            config.hidden_size,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.intermediate_size,
+            config.vocab_size,
+            config.num_key_value_heads,
+            config.tie_word_embeddings,
+        )
+    return deepseek_parameters(recipe.model, recipe.model.vocab_size or vocab_size)
+
+
+def estimate(recipe: Recipe) -> list[Estimate]:
+    """One row a stage of the recipe, a row a student for the distillation."""
+    model = parameters(recipe)
+    size = BYTES[recipe.dtype]
+    rows = []
+    for stage in plan(recipe):
+        config, parents = getattr(recipe, stage), parents_of(stage, recipe)
+        if stage == "distill":
+            rows += list(_distillation(recipe, model, parents))
+        elif isinstance(config, Grpo):
+            rows.append(_grpo(stage, parents, config, model, size))
+        elif isinstance(config, NextToken):
+            rows.append(_next_token(stage, parents, config, recipe, model, size))
+        else:
+            responses = _responses(recipe, stage)
+            work = f"{_count(responses)} responses"
+            rows.append(_sampling(stage, parents, work, responses, config, model, size))
+    return rows
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def _length(longest: int) -> float:
+    return max(1.0, LENGTH_SHARE * longest)
+
+
+def _responses(recipe: Recipe, stage: str) -> int:
+    """Responses that a stage samples."""
+    if stage == "cold_start":
+        return 3 * recipe.cold_start.prompts * recipe.cold_start.samples
+    if stage == "rejection":
+        return recipe.rejection.prompts * recipe.rejection.samples
+    config = recipe.evaluate
+    marks = len(config.splits) * (config.problems + config.k * config.k_problems)
+    return marks * sum(parent != "reward_models" for parent in parents_of("evaluate", recipe))
+
+
+def _sampling(
+    stage: str, parents: list[str], work: str, responses: int, config: Sampling, model: Parameters, size: int
+) -> Estimate:
+    length = _length(config.max_new_tokens)
+    flops = responses * length * model.forward(length / 2)
+    return Estimate(stage, parents, work, responses * length, 0, flops, 0, model.total * size)
+
+
+def _grpo(stage: str, parents: list[str], config: Grpo, model: Parameters, size: int) -> Estimate:
+    outputs = config.prompts * config.group_size
+    tokens = flops = 0.0
+    for step in range(config.steps):
+        reached = [first for first in config.max_new_tokens_from if first <= step]
+        longest = config.max_new_tokens_from[max(reached)] if reached else config.max_new_tokens
+        step_tokens = outputs * _length(longest)
+        tokens += step_tokens
+        flops += step_tokens * model.forward(_length(longest) / 2)
+    passes = 3 + 1 + bool(config.kl_coef)  # forward and backward of the update, old and reference log-probs
+    work = f"{_count(config.steps)} rollouts of {_count(outputs)} in {config.minibatches} minibatches"
+    memory = model.total * size * (4 + bool(config.kl_coef))
+    return Estimate(stage, parents, work, tokens, tokens, flops, passes * flops, memory)
+
+
+def _next_token(
+    stage: str, parents: list[str], config: NextToken, recipe: Recipe, model: Parameters, size: int
+) -> Estimate:
+    if stage == "base" and recipe.model.pretrained:
+        return Estimate(stage, parents, "taken as it is", 0, 0, 0, 0, model.total * size)
+    if config.steps:
+        documents, work = config.steps * config.batch_size, f"{_count(config.steps)} steps"
+    else:
+        documents, work = config.epochs * _documents(recipe, stage), f"{config.epochs} epochs"
+    tokens = documents * _length(config.max_length)
+    flops = 3 * tokens * model.forward(_length(config.max_length) / 2)
+    work += f" of {config.batch_size} documents"
+    return Estimate(stage, parents, work, 0, tokens, 0, flops, 4 * model.total * size)
+
+
+def _documents(recipe: Recipe, stage: str) -> int:
+    """Documents that a supervised stage learns from, at most."""
+    if stage == "sft1":
+        return _responses(recipe, "cold_start")
+    if stage == "sft2":
+        return round(_responses(recipe, "rejection") / max(1e-9, 1 - recipe.rejection.general_share))
+    config: Any = getattr(recipe, stage)
+    return int(config.prompts * config.samples * len(config.samples_from))
+
+
+def _distillation(recipe: Recipe, model: Parameters, parents: list[str]) -> Iterator[Estimate]:
+    documents = _documents(recipe, "sft2") * recipe.distill.samples
+    size = BYTES[recipe.dtype]
+    yield _sampling(
+        "distill", parents, f"{_count(documents)} responses", documents, recipe.distill, model, size
+    )
+    for name, student in recipe.distill.students.items():
+        sizes = dense_parameters(
+            student.hidden_size,
+            student.layers,
+            student.heads,
+            student.intermediate_size,
+            recipe.model.vocab_size or 300,
+        )
+        tokens = (student.steps * student.batch_size or student.epochs * documents) * _length(
+            student.max_length
+        )
+        flops = 3 * tokens * sizes.forward(_length(student.max_length) / 2)
+        length = f"{_count(student.steps)} steps" if student.steps else f"{student.epochs} epochs"
+        work = f"student of {short(sizes.total)} parameters, {length}"
+        yield Estimate(f"  {name}", [], work, 0, tokens, 0, flops, 4 * sizes.total * size)

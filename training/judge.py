@@ -1,0 +1,127 @@
+"""The generative judge: a small language model that reads question, reference and response and writes its verdict.
+
+The verdict is JSON with the keys "analysis" and "correctness". The analysis lays reference and answer side by side,
+piece by piece, before the verdict is said: a model of half a million parameters can copy and compare two digits, but
+not two numbers at a glance. For the reference 57 and the answer 58:
+
+    { " analysis " : " 5 5 right , 7 8 wrong " , " correctness " : " wrong " }
+
+A verdict that cannot be parsed counts as wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+from training import prompts, seeding
+from training.loops.next_token import Document
+from training.loops.sample import Prompt, sample
+from training.rewards import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+RIGHT, WRONG = "right", "wrong"
+MISSING = "-"
+MAX_PIECES = 6
+MAX_VERDICT_TOKENS = 24 + 4 * MAX_PIECES
+_PIECE = re.compile(r"\d|[^\W\d]+|\S")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge said. correct is False where `parsed` is False, that is, where the text is no verdict."""
+
+    correct: bool
+    analysis: str
+    parsed: bool
+
+
+def write_verdict(reference: str, answer: str | None, right: bool) -> str:
+    """The verdict that the judge is taught to write; `right` is the label of the rule."""
+    if answer is None:
+        analysis = "no answer"
+    else:
+        pieces = zip_longest(_PIECE.findall(reference), _PIECE.findall(answer), fillvalue=MISSING)
+        pairs = [f"{ours} {theirs} {RIGHT if ours == theirs else WRONG}" for ours, theirs in pieces]
+        analysis = " , ".join(pairs[:MAX_PIECES])
+    return f'{{ " analysis " : " {analysis} " , " correctness " : " {RIGHT if right else WRONG} " }}'
+
+
+def parse_verdict(text: str) -> Verdict:
+    """Read a verdict. Anything but one JSON object with both keys and a known correctness is not parsed."""
+    try:
+        fields = {key.strip(): value.strip() for key, value in json.loads(text).items()}
+    except (ValueError, AttributeError):
+        return Verdict(False, "", False)
+    if set(fields) != {"analysis", "correctness"} or fields["correctness"] not in (RIGHT, WRONG):
+        return Verdict(False, "", False)
+    return Verdict(fields["correctness"] == RIGHT, fields["analysis"], True)
+
+
+def document(candidate: Sample, right: bool) -> Document:
+    """A training text of the judge: the loss is on the verdict alone."""
+    problem = candidate.problem
+    verdict = write_verdict(problem.reference, candidate.response.answer, right)
+    return Document(verdict, prompts.judge(problem, problem.reference, candidate.text))
+
+
+def is_hard(candidate: Sample, right: bool) -> bool:
+    """A hard negative: a wrong answer as long as the reference, or the reference in the text outside the answer."""
+    if right or candidate.response.answer is None:
+        return False
+    answer, reference = candidate.response.answer, candidate.problem.reference
+    return len(answer) == len(reference) or f" {reference} " in f" {candidate.text} "
+
+
+def balance(
+    candidates: Sequence[tuple[Sample, bool, str]], seed_parts: tuple[int | str, ...]
+) -> list[tuple[Sample, bool, str]]:
+    """As many right as wrong ones from every checkpoint, hard negatives first.
+
+    Balanced within each checkpoint, so that the style of a strong or a weak model says nothing about the label.
+
+    Args:
+        candidates: (sample, label of the rule, name of the checkpoint) each; equal texts to a problem count once.
+        seed_parts: key of the random choice.
+    """
+    pools: dict[tuple[str, bool], list[tuple[Sample, bool, str]]] = defaultdict(list)
+    seen: set[tuple[str, str]] = set()
+    for candidate, right, source in candidates:
+        if (candidate.problem.id, candidate.text) not in seen:
+            seen.add((candidate.problem.id, candidate.text))
+            pools[source, right].append((candidate, right, source))
+    chosen = []
+    for source in sorted({source for source, _ in pools}):
+        rng = seeding.numpy_rng(*seed_parts, "balance", source)
+        count = min(len(pools[source, True]), len(pools[source, False]))
+        for right in (True, False):
+            pool = pools[source, right]
+            order = sorted(rng.permutation(len(pool)), key=lambda index: not is_hard(pool[index][0], right))
+            chosen += [pool[index] for index in order[:count]]
+    return chosen
+
+
+def judge(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, candidates: Sequence[Sample]
+) -> list[Verdict]:
+    """The judge's verdict on each response, read greedily; one a candidate, in order."""
+    asked = [
+        Prompt(each.problem, prompts.judge(each.problem, each.problem.reference, each.text))
+        for each in candidates
+    ]
+    written = sample(
+        model,
+        tokenizer,
+        asked,
+        temperature=0.0,
+        max_new_tokens=MAX_VERDICT_TOKENS,
+        seed_parts=("judge",),
+    )
+    return [parse_verdict(completion.text) for completion in written]

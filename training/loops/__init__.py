@@ -1,0 +1,1 @@
+"""The three loops under every stage: next-token training, sampling, GRPO."""

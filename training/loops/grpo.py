@@ -1,0 +1,351 @@
+"""GRPO (DeepSeek-R1, arXiv 2501.12948, equations 1 to 3): sample groups, reward them, update the policy.
+
+One step: `prompts` questions, `group_size` responses each, advantages within each group, then one pass over the
+responses in `minibatches` optimizer steps at random order. The old and the reference log-probs are computed before the
+first update, with the routing of the rollout replayed in all passes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import r1kernels
+from training import checkpoint, rewards, seeding
+from training.context import StageContext
+from training.loops.batch import collate, logprobs, micro_batches
+from training.loops.optim import Optimizer, learning_rate, save_due
+from training.loops.sample import Completion, Prompt, sample
+from training.model import StepLoad, frozen_copy
+from training.recipe import Grpo
+from training.response import parse
+from training.rewards import Sample, Scored
+from training.tasks.problem import Problem
+
+SHOWN_PER_STEP = (
+    2  # groups whose samples go to samples.jsonl every step: the one with the best and the worst response
+)
+
+
+def train(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Callable[[int], list[Problem]],
+    prompt: Callable[[Problem], str],
+    reward: Callable[[int, list[Sample]], list[Scored]],
+    config: Grpo,
+    context: StageContext,
+    reference: PreTrainedModel | None = None,
+) -> dict[str, float]:
+    """Trains `policy` in place for config.steps and returns the mean of the last tenth of the metrics.
+
+    Args:
+        problems: step -> the questions of that step, config.prompts of them, a pure function of the step.
+        prompt: problem -> text before the response.
+        reward: step, all responses of the step -> their rewards, in order.
+        config: sizes, learning rate, loss. Its `rewards` are the caller's business.
+        context: where metrics, samples and resume points go; `context.stage` resumes a run that was cut off.
+        reference: the policy that the KL term stays near; None: a copy of `policy` as it comes in.
+
+    Raises:
+        UserError: too many steps in a row without a finite loss or gradient.
+    """
+    optimizer = Optimizer(policy, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
+    reference = reference or frozen_copy(policy)
+    state = context.stage.load_state()
+    start = 0
+    if state is not None:
+        start = state.step
+        optimizer.restore(state.tensors, state.counters)
+        if config.reference_every:
+            checkpoint.load_model_tensors(reference, state.tensors, "reference.")
+    history: list[dict[str, float]] = []
+    with context.progress.grpo_bar(config.steps, start, context.name) as bar:
+        for step in range(start, config.steps):
+            metrics = _step(
+                policy, reference, tokenizer, optimizer, problems(step), prompt, reward, config, context, step
+            )
+            context.stage.log(step=step, **metrics)
+            history.append(metrics)
+            shown = ("reward", "accuracy", "format", "language_consistency", "length", "loss")
+            bar.advance(1, **{name: metrics[name] for name in shown if name in metrics})
+            if config.reference_every and (step + 1) % config.reference_every == 0:
+                reference.load_state_dict(policy.state_dict())
+            if save_due(step + 1, config.steps, config.save_every):
+                tensors = optimizer.tensors()
+                if config.reference_every:
+                    tensors |= checkpoint.model_tensors(reference, "reference.")
+                context.stage.save_state(step + 1, tensors, optimizer.counters())
+    policy.eval()
+    return _final(context.stage.metrics(), config.steps)
+
+
+def _step(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: Optimizer,
+    problems: list[Problem],
+    prompt: Callable[[Problem], str],
+    reward: Callable[[int, list[Sample]], list[Scored]],
+    config: Grpo,
+    context: StageContext,
+    step: int,
+) -> dict[str, float]:
+    clock = _Clock()
+    key = (context.recipe.seed, context.name)
+    completions = sample(
+        policy,
+        tokenizer,
+        [Prompt(problem, prompt(problem)) for problem in problems],
+        samples=config.group_size,
+        temperature=config.temperature,
+        max_new_tokens=max_new_tokens(config, step),
+        seed_parts=(*key, "rollout", step),
+        batch_size=config.batch_size,
+        record_routing=config.replay,
+    )
+    clock.mark("rollout")
+    samples = [
+        Sample(c.problem, c.text, parse(c.text), c.token_ids, c.sample_id, c.finished) for c in completions
+    ]
+    scored = reward(step, samples)
+    values = torch.tensor([0.0 if s.total is None else s.total for s in scored])
+    valid = torch.tensor([s.total is not None for s in scored])
+    advantages = r1kernels.group_advantages(values, group_size=config.group_size, valid=valid)
+    _show(context, step, scored, advantages, config.group_size)
+    clock.mark("reward")
+    pad = tokenizer.pad_token_id
+    policy.eval()  # no dropout: the policy that samples and the one that learns are the same function
+    old, ref, entropy = _fixed_logprobs(policy, reference, completions, pad, config)
+    clock.mark("logprob")
+    order = seeding.numpy_rng(*key, "minibatches", step).permutation(len(completions))
+    parts: list[dict[str, float]] = []
+    lr = learning_rate(
+        step,
+        config.steps,
+        lr=config.lr,
+        lr_end=config.lr_end,
+        schedule=config.lr_schedule,
+        warmup=config.warmup,
+    )
+    for chosen in torch.from_numpy(order).tensor_split(config.minibatches):
+        rows = [int(i) for i in chosen if valid[i]]
+        if rows:
+            parts.append(_update(policy, optimizer, completions, rows, old, ref, advantages, pad, config, lr))
+    clock.mark("update")
+    tokens = sum(len(c.token_ids) for c in completions)
+    return {
+        **_reward_metrics(scored, values, valid, config.group_size),
+        "length": tokens / len(completions),
+        "finished": fmean(c.finished for c in completions),
+        "entropy": entropy,
+        "lr": lr,
+        **_mean(parts),
+        "skipped": optimizer.skipped,
+        **clock.seconds,
+        "tokens_per_second": tokens / sum(clock.seconds.values()),
+    }
+
+
+def max_new_tokens(config: Grpo, step: int) -> int:
+    """The longest response at `step`: config.max_new_tokens, or the latest entry of max_new_tokens_from."""
+    reached = [first for first in config.max_new_tokens_from if first <= step]
+    return config.max_new_tokens_from[max(reached)] if reached else config.max_new_tokens
+
+
+@torch.no_grad()
+def _fixed_logprobs(
+    policy: PreTrainedModel, reference: PreTrainedModel, completions: list[Completion], pad: int, config: Grpo
+) -> tuple[list[Tensor], list[Tensor] | None, float]:
+    """Log-probs of every response under the policy as it is now and under the reference; mean entropy a token."""
+    old: dict[int, Tensor] = {}
+    ref: dict[int, Tensor] = {}
+    entropy = 0.0
+    for rows in micro_batches(completions):
+        batch = collate([completions[i] for i in rows], pad, policy.device, config.replay)
+        found = logprobs(policy, batch, config.temperature)
+        entropy += float(found.entropy.sum())
+        old.update(zip(rows, found.logp, strict=True))
+        if config.kl_coef:
+            ref.update(zip(rows, logprobs(reference, batch, config.temperature).logp, strict=True))
+    everything = range(len(completions))
+    tokens = sum(len(c.token_ids) for c in completions)
+    return [old[i] for i in everything], [ref[i] for i in everything] if ref else None, entropy / tokens
+
+
+def _update(
+    policy: PreTrainedModel,
+    optimizer: Optimizer,
+    completions: list[Completion],
+    rows: list[int],
+    old: list[Tensor],
+    ref: list[Tensor] | None,
+    advantages: Tensor,
+    pad: int,
+    config: Grpo,
+    lr: float,
+) -> dict[str, float]:
+    """One optimizer step on the responses `rows`, in micro-batches whose losses add up to that of the minibatch."""
+    chosen = [completions[i] for i in rows]
+    totals = {
+        "num_sequences": len(rows),
+        "num_tokens": sum(len(c.token_ids) for c in chosen),
+        "max_length": max_new_tokens(config, 0),
+    }
+    loss = 0.0
+    sums: dict[str, float] = {}
+    maxima = 0.0
+    load = StepLoad(policy)
+    for piece in micro_batches(chosen):
+        batch = collate([chosen[i] for i in piece], pad, policy.device, config.replay)
+        ids = [rows[i] for i in piece]
+        found = logprobs(policy, batch, config.temperature, load)
+        width = batch.targets.shape[1]
+        output = r1kernels.grpo_loss(
+            found.logp,
+            _stack(old, ids, width),
+            advantages[ids].to(found.logp),
+            batch.response_mask,
+            ref_logp=None if ref is None else _stack(ref, ids, width),
+            **loss_arguments(config, totals),
+        )
+        output.loss.backward()
+        loss += float(output.loss.detach())
+        share = int(batch.response_mask.sum()) / totals["num_tokens"]
+        measured = output.metrics.floats()
+        for name, source in METRICS.items():
+            if source in measured:
+                sums[name] = sums.get(name, 0.0) + share * measured[source]
+        if batch.routing is not None:
+            sums["replay_agreement"] = sums.get("replay_agreement", 0.0) + share * found.agreement
+        maxima = max(maxima, measured.get("ratio/max", 0.0))
+    norm, taken = optimizer.step(loss, lr)
+    if taken:
+        load.update_bias(config.bias_rate)
+    return {"loss": loss, **sums, "ratio_max": maxima, "grad_norm": norm, "expert_load": load.max_over_mean()}
+
+
+# Name in metrics.jsonl -> name in the metrics of r1kernels.grpo_loss, all means over tokens.
+METRICS = {
+    "kl": "kl",
+    "ratio_mean": "ratio/mean",
+    "clip_low": "clip_ratio/low_mean",
+    "clip_high": "clip_ratio/high_mean",
+}
+
+
+def loss_arguments(config: Grpo, totals: dict[str, int]) -> dict[str, Any]:
+    """Keyword arguments of r1kernels.grpo_loss for a recipe; only those that its variant knows."""
+    arguments: dict[str, Any] = {
+        "variant": config.variant,
+        "reduction": config.reduction,
+        "kl_coef": config.kl_coef,
+    }
+    if config.variant in ("grpo", "dual_clip", "gmpo"):
+        arguments |= {"clip_low": config.clip, "clip_high": config.clip}
+    if config.variant in ("grpo", "dual_clip", "cispo", "sapo"):
+        arguments["ratio"] = config.ratio
+    needed = {
+        "sequence": ("num_sequences",),
+        "sequence-sum": ("num_sequences",),
+        "token": ("num_tokens",),
+        "constant": ("num_sequences", "max_length"),
+    }
+    return arguments | {name: totals[name] for name in needed.get(config.reduction, ())}
+
+
+def _stack(values: list[Tensor], rows: Sequence[int], width: int) -> Tensor:
+    """Rows of log-probs, cut or padded by 0 to one width."""
+    stacked = values[0].new_zeros((len(rows), width))
+    for row, i in enumerate(rows):
+        length = min(width, values[i].shape[0])
+        stacked[row, :length] = values[i][:length]
+    return stacked
+
+
+def _reward_metrics(scored: list[Scored], values: Tensor, valid: Tensor, group_size: int) -> dict[str, float]:
+    """Means over the step's responses; a metric of parts that no response has is left out."""
+    kept = [s for s in scored if s.total is not None]
+    metrics = {"reward": float(values[valid].mean()) if kept else 0.0}
+    terms = sorted({name for s in kept for name in s.parts})
+    for name in terms:
+        metrics[f"reward/{name}"] = fmean(s.parts[name].value or 0.0 for s in kept if name in s.parts)
+    groups = values.view(-1, group_size)
+    spread = [
+        group[ok].std() for group, ok in zip(groups, valid.view(-1, group_size), strict=True) if ok.sum() > 1
+    ]
+    metrics["reward_std"] = float(torch.stack(spread).mean()) if spread else 0.0
+    metrics["zero_std_groups"] = 1 - sum(bool(s > 0) for s in spread) / len(groups)
+    if "accuracy" in terms:
+        metrics["accuracy"] = metrics["reward/accuracy"]
+    metrics["format"] = fmean(rewards.format(s.sample).value or 0.0 for s in scored)
+    metrics["language_consistency"] = fmean(
+        rewards.language_consistency(s.sample).value or 0.0 for s in scored
+    )
+    metrics["reward_errors"] = sum(rewards.errors(scored).values())
+    return metrics
+
+
+def _show(
+    context: StageContext, step: int, scored: list[Scored], advantages: Tensor, group_size: int
+) -> None:
+    """Writes the groups with the step's best and worst response to samples.jsonl."""
+    totals = [-1e9 if s.total is None else s.total for s in scored]
+    best, worst = (
+        max(range(len(scored)), key=totals.__getitem__),
+        min(range(len(scored)), key=totals.__getitem__),
+    )
+    rows = []
+    for index in sorted({best, worst}):
+        one = scored[index]
+        rows.append(
+            {
+                "step": step,
+                "problem_id": one.sample.problem.id,
+                "language": one.sample.problem.language,
+                "kind": one.sample.problem.kind,
+                "question": one.sample.problem.question,
+                "text": one.sample.text,
+                "rewards": {name: part.value for name, part in one.parts.items()},
+                "reward": one.total,
+                "advantage": float(advantages[index]),
+                "finished": one.sample.finished,
+            }
+        )
+    context.stage.add_samples(rows)
+
+
+def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
+    if not parts:
+        return {}
+    means = {name: fmean(part[name] for part in parts) for name in parts[0]}
+    return {**means, "ratio_max": max(part["ratio_max"] for part in parts)}
+
+
+def _final(rows: list[dict[str, float]], steps: int) -> dict[str, float]:
+    """Means over the last tenth of the steps, without times."""
+    last = rows[-max(1, steps // 10) :]
+    names = (
+        [name for name in last[-1] if not name.endswith(("_seconds", "_per_second", "step"))] if last else []
+    )
+    return {name: fmean(row[name] for row in last if name in row) for name in names} | {"steps": steps}
+
+
+class _Clock:
+    """Wall-clock seconds of the parts of a step, under their names in metrics.jsonl."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def mark(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"{part}_seconds"] = now - self._last
+        self._last = now

@@ -1,0 +1,125 @@
+"""The model that `base` pretrains, and what every loop does with a model: its routers, its bias update, its copies.
+
+The architecture is transformers' DeepSeek-V3 (multi-head latent attention, shared and routed experts, sigmoid router
+with the auxiliary-loss-free bias); its router and experts run on r1kernels. Dense models have no routers, and all
+functions here then do nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from r1kernels.integrations import transformers as integration
+from r1kernels.integrations.transformers import ExpertLoad
+from training import checkpoint, seeding
+from training.errors import UserError
+from training.recipe import Model
+
+
+def build_model(sizes: Model, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A DeepSeek-V3 model with random weights, a function of the sizes and the seed alone.
+
+    Raises:
+        UserError: sizes that do not fit each other.
+    """
+    if sizes.dense_layers > sizes.layers:
+        raise UserError(
+            f"model.dense_layers: expected at most model.layers = {sizes.layers}, got {sizes.dense_layers}"
+        )
+    if sizes.experts_per_token > sizes.experts:
+        raise UserError(
+            f"model.experts_per_token: expected at most model.experts = {sizes.experts}, got {sizes.experts_per_token}"
+        )
+    if sizes.experts % sizes.expert_groups:
+        raise UserError(
+            f"model.expert_groups: {sizes.expert_groups} does not divide model.experts = {sizes.experts}"
+        )
+    if sizes.qk_rope_head_dim % 2:
+        raise UserError(f"model.qk_rope_head_dim: expected an even number, got {sizes.qk_rope_head_dim}")
+    config = DeepseekV3Config(
+        vocab_size=sizes.vocab_size or len(tokenizer),
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.layers,
+        first_k_dense_replace=sizes.dense_layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
+        intermediate_size=sizes.intermediate_size,
+        moe_intermediate_size=sizes.moe_intermediate_size,
+        n_routed_experts=sizes.experts,
+        num_experts_per_tok=sizes.experts_per_token,
+        n_shared_experts=sizes.shared_experts,
+        n_group=sizes.expert_groups,
+        topk_group=sizes.expert_groups_per_token,
+        routed_scaling_factor=sizes.routed_scaling_factor,
+        q_lora_rank=sizes.q_lora_rank or None,
+        kv_lora_rank=sizes.kv_lora_rank,
+        qk_rope_head_dim=sizes.qk_rope_head_dim,
+        qk_nope_head_dim=sizes.qk_nope_head_dim,
+        v_head_dim=sizes.v_head_dim,
+        max_position_embeddings=sizes.max_length,
+        num_nextn_predict_layers=0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    # transformers draws initial weights from torch's global generator: set it from the key, and put it back.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeding.key(seed, "base", "weights"))
+        model = DeepseekV3ForCausalLM(config)
+    return prepare(model)
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Puts the router and the experts of `model` on r1kernels (nothing to do for a dense model) and returns it."""
+    if has_routers(model):
+        integration.patch(model)
+    return model
+
+
+def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint's model, ready for the loops, and its tokenizer."""
+    model, tokenizer = checkpoint.load_model(path)
+    return prepare(model), tokenizer
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in eval mode with buffers (the router bias included) and without gradients: the reference policy."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def has_routers(model: nn.Module) -> bool:
+    """Whether the model has routers with an auxiliary-loss-free bias."""
+    return any(hasattr(module, "e_score_correction_bias") for module in model.modules())
+
+
+class StepLoad:
+    """Tokens of every expert in one optimizer step, over all its micro-batches; nothing for a dense model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.load: ExpertLoad | None = None
+
+    @contextmanager
+    def counting(self, attention_mask: Tensor) -> Iterator[None]:
+        """Counts the tokens of a forward pass whose attention_mask (any shape, one entry a token) is not 0."""
+        if not has_routers(self.model):
+            yield
+            return
+        with integration.collect_load(self.model, self.load, attention_mask) as self.load:
+            yield
+
+    def update_bias(self, rate: float) -> None:
+        """Moves the bias of every router a step of `rate` towards an even load; call it once an optimizer step."""
+        if self.load is not None:
+            integration.update_bias(self.model, self.load, rate)
+
+    def max_over_mean(self) -> float:
+        """Load of the busiest expert over an even load, averaged over the layers: 1 is even, 0 for a dense model."""
+        return 0.0 if self.load is None else float(self.load.max_over_mean().mean())

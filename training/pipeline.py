@@ -1,0 +1,260 @@
+"""The stages of the pipeline, and which of them runs next.
+
+    base -> zero -> cold_start -> sft1 -> rl_reasoning -> judge -> rejection -> sft2 -> reward_models -> rl_all
+         -> distill -> evaluate
+
+A stage runs when it is not done. It is done when its outputs are what it wrote and it was made with these settings
+from these inputs, all by hash. Finished or half-finished work that does not fit is never thrown away unasked: the
+run stops with one line that says what differs and how to force it (`--redo STAGE`). What comes after a stage that ran
+again runs again by itself where its input changed.
+"""
+
+import importlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from training import files
+from training.config import unknown
+from training.context import StageContext
+from training.errors import UserError
+from training.progress import Progress
+from training.recipe import Recipe, stage_config
+from training.run_dir import RunDir, StageDir
+
+POLICIES = ("base", "zero", "sft1", "rl_reasoning", "sft2", "rl_all", "distill")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: what it does in a few words, what it is made from, and where its `run(context)` is."""
+
+    title: str
+    parents: Callable[[Recipe], Sequence[str]]
+    module: str
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Does the work of the stage (its module is imported only now) and returns its final metrics."""
+        metrics: dict[str, Any] = importlib.import_module(self.module).run(context)
+        return metrics
+
+
+def _stage(name: str, title: str, parents: Callable[[Recipe], Sequence[str]]) -> Stage:
+    return Stage(title, parents, f"training.stages.{name}")
+
+
+def _evaluated(recipe: Recipe) -> Sequence[str]:
+    return [name for name in (*POLICIES, "reward_models") if name in recipe.stages]
+
+
+STAGES: Mapping[str, Stage] = {
+    "base": _stage("base", "pretraining", lambda recipe: ()),
+    "zero": _stage("zero", "R1-Zero: GRPO with rule rewards only", lambda recipe: ("base",)),
+    "cold_start": _stage("cold_start", "cold-start data by three routes", lambda recipe: ("base", "zero")),
+    "sft1": _stage("sft", "SFT on the cold-start data", lambda recipe: ("base", "cold_start")),
+    "rl_reasoning": _stage("rl_reasoning", "GRPO with the language reward", lambda recipe: ("sft1",)),
+    "judge": _stage("judge", "the generative judge", lambda recipe: ("base", *recipe.judge.samples_from)),
+    "rejection": _stage(
+        "rejection",
+        "rejection sampling",
+        lambda recipe: ("rl_reasoning", "judge", recipe.rejection.general_from),
+    ),
+    "sft2": _stage("sft", "SFT on the mix", lambda recipe: (recipe.sft2.start, "rejection")),
+    "reward_models": _stage(
+        "reward_models",
+        "helpful and safety reward models",
+        lambda recipe: (recipe.reward_models.start, *recipe.reward_models.samples_from),
+    ),
+    "rl_all": _stage("rl_all", "GRPO over all scenarios", lambda recipe: ("sft2", "reward_models")),
+    "distill": _stage("distill", "distillation to dense students", lambda recipe: ("rl_all", "rejection")),
+    "evaluate": _stage("evaluate", "marks of every checkpoint", _evaluated),
+}
+
+
+def parents_of(name: str, recipe: Recipe, stages: Mapping[str, Stage] = STAGES) -> list[str]:
+    """The stages that `name` is made from, each once, in the order of the pipeline."""
+    named = set(stages[name].parents(recipe))
+    for parent in sorted(named - set(stages)):
+        raise UserError(f"{name}: {unknown('stage', parent, stages)}")
+    return [stage for stage in stages if stage in named]
+
+
+def plan(recipe: Recipe, stages: Mapping[str, Stage] = STAGES) -> list[str]:
+    """The stages that the recipe runs, in order.
+
+    Raises:
+        UserError: a stage needs one that the recipe leaves out, or one that comes after it.
+    """
+    for stage in recipe.stages:
+        if stage not in stages:
+            raise unknown("stage", stage, stages)
+    order = [stage for stage in stages if stage in recipe.stages]
+    for position, name in enumerate(order):
+        for parent in parents_of(name, recipe, stages):
+            if parent not in recipe.stages:
+                raise UserError(f"stage {name} needs {parent}, which the recipe's list of stages leaves out")
+            if parent not in order[:position]:
+                raise UserError(f"stage {name} cannot be made from {parent}, which comes after it")
+    return order
+
+
+def run(
+    recipe: Recipe,
+    run_dir: RunDir,
+    only: str | None = None,
+    *,
+    redo: Collection[str] = (),
+    progress: Progress | None = None,
+    stages: Mapping[str, Stage] = STAGES,
+) -> list[str]:
+    """Runs what is not done, in order; a stage that was cut off goes on where it was.
+
+    Args:
+        recipe: settings; written to recipe.yaml once nothing speaks against the run.
+        run_dir: folder of the run; one process at a time.
+        only: run this stage alone; its parents must be done.
+        redo: stages whose work is thrown away and done again.
+        progress: where a person sees it; the terminal by default.
+        stages: the table of stages.
+
+    Returns:
+        The stages that ran.
+
+    Raises:
+        UserError: unknown stage, a missing or changed input, work made with other settings, a run in use.
+    """
+    progress = progress or Progress()
+    order = plan(recipe, stages)
+    for name in (*redo, *([only] if only else ())):
+        if name not in order:
+            raise unknown("stage", name, order)
+    wanted = [only] if only else order
+    with run_dir.lock():
+        again: set[str] = set()  # stages whose work on the disk is to be replaced
+        for name in wanted:  # before anything is written
+            parents = parents_of(name, recipe, stages)
+            if only:
+                _require(run_dir, name, parents)
+            if name in redo or again & set(parents):
+                again.add(name)
+            else:
+                _refuse_changed(run_dir, name, recipe, parents, certain=_all_done(run_dir, parents))
+        run_dir.write_recipe(recipe)
+        _prepare(recipe)
+        ran = []
+        for number, name in enumerate(wanted, start=1):
+            heading = f"[{number}/{len(wanted)}] {name}: {stages[name].title}"
+            if _run_stage(run_dir, name, recipe, stages, heading, name in redo, name in again, progress):
+                ran.append(name)
+    return ran
+
+
+def _all_done(run_dir: RunDir, parents: Sequence[str]) -> bool:
+    return all(run_dir.stage(parent).record() is not None for parent in parents)
+
+
+def _require(run_dir: RunDir, name: str, parents: Sequence[str]) -> None:
+    for parent in parents:
+        stage = run_dir.stage(parent)
+        if stage.record() is None:
+            command = f"python -m training stage {parent} --run {run_dir.path}"
+            raise UserError(f"stage {name} needs {parent}, which is not done: first run `{command}`")
+        changed = stage.changed_output()
+        if changed:
+            raise UserError(
+                f"stage {name} reads {changed}, which is missing or not what stage {parent} wrote: put it back, or "
+                f"run {parent} again with --redo {parent}"
+            )
+
+
+def _refuse_changed(
+    run_dir: RunDir, name: str, recipe: Recipe, parents: Sequence[str], certain: bool
+) -> None:
+    """Raises where work on the disk was made otherwise; inputs are compared where they are `certain` by now."""
+    stage = run_dir.stage(name)
+    record = stage.record() or stage.started()
+    if record is None:
+        return
+    force = f"put it back, or run {name} and what depends on it again with --redo {name}"
+    changed = stage.changed_output()
+    if changed:
+        raise UserError(f"{changed} is missing or not what stage {name} wrote: {force}")
+    differs = difference(record["config"], stage_config(recipe, name))
+    if differs:
+        raise UserError(f"stage {name} was made with {differs}: {force}; or use another --run folder")
+    if certain and record["inputs"] != inputs_of(run_dir, parents):
+        which = difference(record["inputs"], inputs_of(run_dir, parents), shorten=8)
+        raise UserError(f"stage {name} was made from other inputs ({which}): {force}")
+
+
+def inputs_of(run_dir: RunDir, parents: Sequence[str]) -> dict[str, str]:
+    """Parent -> hash of what it made; the parents must be done."""
+    return {parent: (run_dir.stage(parent).record() or {})["hash"] for parent in parents}
+
+
+def difference(before: Any, after: Any, place: str = "", shorten: int | None = None) -> str:
+    """The first place where two nested values differ: "zero.lr = 0.0005 and now it is 0.001"; "" where none does."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in (*before, *(key for key in after if key not in before)):
+            found = difference(
+                before.get(key), after.get(key), f"{place}.{key}" if place else str(key), shorten
+            )
+            if found:
+                return found
+        return ""
+    if before == after:
+        return ""
+    return f"{place} = {str(before)[:shorten]} and now it is {str(after)[:shorten]}"
+
+
+def _run_stage(
+    run_dir: RunDir,
+    name: str,
+    recipe: Recipe,
+    stages: Mapping[str, Stage],
+    heading: str,
+    redo: bool,
+    may_replace: bool,
+    progress: Progress,
+) -> bool:
+    stage = run_dir.stage(name)
+    parents = parents_of(name, recipe, stages)
+    inputs, config = inputs_of(run_dir, parents), stage_config(recipe, name)
+    record = stage.record()
+    made = record or stage.started()
+    fits = (
+        made is not None
+        and made["inputs"] == inputs
+        and made["config"] == config
+        and not stage.changed_output()
+    )
+    if record and fits and not redo:
+        progress.say(f"{heading} (done before)")
+        return False
+    if made is not None and (redo or not fits):
+        if not may_replace:
+            raise UserError(f"stage {name} was made from other inputs: run it again with --redo {name}")
+        files.remove(stage.path)
+    goes_on = stage.started() is not None
+    progress.say(heading + (" (goes on)" if goes_on else ""))
+    stage.begin(config, inputs)
+    context = StageContext(
+        name, recipe, getattr(recipe, name), stage, {p: run_dir.stage(p) for p in parents}, progress
+    )
+    metrics = stages[name].run(context)
+    stage.finish(metrics)
+    return True
+
+
+def _prepare(recipe: Recipe) -> None:
+    torch.set_num_threads(recipe.threads)
+    if recipe.deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
+def stage_dirs(run_dir: RunDir, recipe: Recipe) -> dict[str, StageDir]:
+    """The folders of the stages of a run that are done, in order."""
+    found = {name: run_dir.stage(name) for name in STAGES if name in recipe.stages}
+    return {name: stage for name, stage in found.items() if stage.record() is not None}

@@ -1,0 +1,155 @@
+"""A recipe is read here: the defaults of training.sections, YAML files over them, `key=value` words over both.
+
+`load("tiny", ["zero.steps=10"])` reads recipes/tiny.yaml (or a path), lays it over the defaults, lays the
+overrides over that and builds a `Recipe`. A YAML file may start with `extends: NAME` and then holds only what
+differs. An unknown key is an error that names the nearest one.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from training.config import build, merge, override, unknown
+from training.errors import UserError
+from training.sections import (
+    STAGE_NAMES,
+    Base,
+    ColdStart,
+    Distill,
+    Evaluate,
+    Grpo,
+    Judge,
+    Model,
+    NextToken,
+    Recipe,
+    Rejection,
+    RewardModels,
+    RlAll,
+    RlReasoning,
+    Sampling,
+    Sft2,
+    Student,
+)
+
+__all__ = [
+    "STAGE_NAMES",
+    "Base",
+    "ColdStart",
+    "Distill",
+    "Evaluate",
+    "Grpo",
+    "Judge",
+    "Model",
+    "NextToken",
+    "Recipe",
+    "Rejection",
+    "RewardModels",
+    "RlAll",
+    "RlReasoning",
+    "Sampling",
+    "Sft2",
+    "Student",
+    "load",
+    "names",
+    "stage_config",
+    "to_dict",
+]
+
+RECIPES = Path(__file__).parent / "recipes"
+
+SHARED = ("seed", "threads", "device", "dtype", "deterministic", "task", "task_options", "model")
+
+
+def stage_config(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """What decides the result of a stage: its own section and the shared settings, without operational fields."""
+    shared = {name: _plain(getattr(recipe, name)) for name in SHARED}
+    config = {**shared, stage: _plain(getattr(recipe, stage), keep_operational=False)}
+    read_back: dict[str, Any] = json.loads(json.dumps(config))  # as it comes back from a file: keys are text
+    return read_back
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain nested dictionaries, in the order of the fields; `load` reads it back unchanged."""
+    return _plain(recipe)
+
+
+def _plain(value: Any, keep_operational: bool = True) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {
+            item.name: _plain(getattr(value, item.name), keep_operational)
+            for item in dataclasses.fields(value)
+            if keep_operational or not item.metadata.get("operational")
+        }
+    if isinstance(value, dict):
+        return {key: _plain(entry, keep_operational) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry, keep_operational) for entry in value]
+    return value
+
+
+def names() -> list[str]:
+    """The recipes that come with the trainer."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe `name_or_path` with `key=value` overrides.
+
+    Args:
+        name_or_path: a name of `names()`, or the path of a YAML file (it ends in .yaml or .yml).
+        overrides: words of the form "zero.steps=10"; the value is read as YAML.
+
+    Raises:
+        UserError: unknown recipe, key or stage (the nearest is named), wrong type, broken YAML, or a stage whose
+            parent the recipe leaves out.
+    """
+    values = _read(_find(name_or_path), ())
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word!r}: expected key=value, as in zero.steps=10")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{word!r}: the value is not YAML") from None
+        values = override(Recipe, values, key, value)
+    recipe: Recipe = build(Recipe, values)
+    for stage in recipe.stages:
+        if stage not in STAGE_NAMES:
+            raise unknown("stage", stage, STAGE_NAMES)
+    return recipe
+
+
+def _find(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"there is no recipe file {path}")
+        return path
+    if str(name_or_path) not in names():
+        raise unknown("recipe", str(name_or_path), names())
+    return RECIPES / f"{name_or_path}.yaml"
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise UserError(f"{path}: extends itself")
+    try:
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        raise UserError(
+            f"{path}" + (f", line {line + 1}" if line is not None else "") + ": not valid YAML"
+        ) from None
+    written = {} if written is None else written
+    if not isinstance(written, dict):
+        raise UserError(f"{path}: expected keys with values")
+    parent = written.pop("extends", None)
+    written.setdefault("name", path.stem)
+    below = to_dict(Recipe()) if parent is None else _read(_find(str(parent)), (*seen, path))
+    build(Recipe, written)  # unknown keys are reported before they are merged
+    return merge(Recipe, below, written)

@@ -1,0 +1,133 @@
+"""Responses of a checkpoint: problems in, samples and provenance rows out.
+
+What several stages share: which problems a recipe has, which prompt a checkpoint was trained with, how a completion
+becomes a `Sample` for rewards and filters, and the data row that says where a response came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training import checkpoint, prompts, seeding
+from training.errors import UserError
+from training.loops.sample import Completion, Prompt, sample
+from training.model import load
+from training.recipe import Recipe
+from training.response import parse
+from training.rewards import Sample
+from training.tasks import get_task
+from training.tasks.problem import Problem, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# Checkpoints that know the R1-Zero template; all later ones answer the plain chat prompt.
+ZERO_PROMPT = ("base", "zero")
+BATCH_SIZE = 256  # sequences in flight
+
+
+@dataclass
+class Source:
+    """A checkpoint to sample from: the stage that made it, its model and tokenizer, and the hash of its files."""
+
+    stage: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    hash: str
+
+
+def load_source(stage: str, path: Path) -> Source:
+    """Load the checkpoint folder `path` that the named stage wrote."""
+    model, tokenizer = load(path)
+    return Source(stage, model, tokenizer, checkpoint.checkpoint_hash(path))
+
+
+def tasks(recipe: Recipe) -> dict[str, Task]:
+    """The tasks of a recipe by name."""
+    made = [get_task(spec, **recipe.task_options.get(spec, {})) for spec in recipe.task]
+    return {task.name: task for task in made}
+
+
+def problems(recipe: Recipe, split: str, kinds: Iterable[str]) -> list[Problem]:
+    """All problems of a recipe in a split, of some kinds ("reasoning", "helpful", "unsafe")."""
+    wanted = frozenset(kinds)
+    return [each for task in tasks(recipe).values() for each in task.problems(split) if each.kind in wanted]
+
+
+def choose(pool: Sequence[Problem], count: int, *seed_parts: int | str) -> list[Problem]:
+    """`count` problems of the pool without repetition (all of them where there are fewer), keyed by seed_parts."""
+    order = seeding.numpy_rng(*seed_parts).permutation(len(pool))[:count]
+    return [pool[index] for index in order]
+
+
+def prompt_of(stage: str) -> Callable[[Problem], str]:
+    """The prompt that the checkpoint of a stage answers."""
+    return prompts.zero if stage in ZERO_PROMPT else prompts.chat
+
+
+def draw(
+    source: Source,
+    asked: Sequence[Problem],
+    *,
+    samples: int,
+    temperature: float,
+    top_p: float = 1.0,
+    max_new_tokens: int,
+    seed_parts: tuple[int | str, ...],
+    batch_size: int = BATCH_SIZE,
+    prompt: Callable[[Problem], str] | None = None,
+) -> list[Completion]:
+    """Sample `samples` responses to every problem, with the prompt of the source's stage unless one is given."""
+    if not asked:
+        raise UserError(f"no problems to ask the checkpoint of {source.stage}")
+    write = prompt or prompt_of(source.stage)
+    return sample(
+        source.model,
+        source.tokenizer,
+        [Prompt(problem, write(problem)) for problem in asked],
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed_parts=(*seed_parts, source.stage),
+        batch_size=batch_size,
+    )
+
+
+def as_sample(completion: Completion) -> Sample:
+    """What rewards and filters read."""
+    return Sample(
+        problem=completion.problem,
+        text=completion.text,
+        response=parse(completion.text),
+        token_ids=completion.token_ids,
+        sample_id=completion.sample_id,
+        finished=completion.finished,
+    )
+
+
+def row(completion: Completion, source: Source, seed: int, **more: Any) -> dict[str, Any]:
+    """The data row of a response: what was asked, what was answered, and which checkpoint, seed and sample it is."""
+    problem = completion.problem
+    return {
+        "problem_id": problem.id,
+        "kind": problem.kind,
+        "language": problem.language,
+        "question": problem.question,
+        "prompt_ids": list(completion.prompt_ids),
+        "response_text": completion.text,
+        "response_ids": list(completion.token_ids),
+        "stage": source.stage,
+        "checkpoint": source.hash,
+        "seed": seed,
+        "sample_id": completion.sample_id,
+        **more,
+    }
+
+
+def by_id(pool: Iterable[Problem]) -> Mapping[str, Problem]:
+    """Problems by their id."""
+    return {problem.id: problem for problem in pool}

@@ -1,0 +1,247 @@
+"""Reward models: the policy's own architecture with a scalar head, trained on sampled and labelled responses.
+
+helpful   pairwise (Bradley-Terry): loss = -log sigmoid(r(chosen) - r(rejected)), on prompt and summary;
+safety    pointwise: loss = binary cross-entropy of sigmoid(r) against the label, on prompt and whole response.
+
+Both are DeepSeek-R1's (arXiv 2501.12948v2, equations 5 and 6). The score that GRPO sees lies in (0, 1):
+sigmoid(r - offset). Bradley-Terry leaves r free up to a constant, so the helpful model's offset is the mean reward
+of its training pairs; the safety model's is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForSequenceClassification
+
+from training import prompts, seeding
+from training.context import StageContext
+from training.errors import UserError
+from training.loops.optim import Optimizer, learning_rate, save_due
+from training.model import prepare
+from training.recipe import NextToken
+from training.tasks.problem import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+T = TypeVar("T")
+BATCH_SIZE = 256  # texts in one forward pass without gradients
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two texts to one problem: the oracle found the first one helpful and the second one not."""
+
+    problem: Problem
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """A text with the label of the oracle."""
+
+    problem: Problem
+    text: str
+    label: bool
+
+
+Labelled = Pair | Point
+
+
+def from_language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The body of a causal language model under a new scalar head, which starts at 0 (so nothing is drawn)."""
+    config = type(model.config).from_dict({**model.config.to_dict(), "num_labels": 1})
+    with torch.random.fork_rng(devices=[]):
+        reward_model = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+    reward_model.model.load_state_dict(model.model.state_dict())
+    torch.nn.init.zeros_(reward_model.score.weight)
+    reward_model.config.reward_offset = 0.0
+    return prepare(reward_model.to(model.device))
+
+
+def rewards(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, items: Sequence[tuple[Problem, str]]
+) -> torch.Tensor:
+    """The scalar rewards of (problem, text) items, float32 (N,); read at the end-of-sequence token behind the text."""
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
+    texts = [f"{bos}{prompts.chat(problem)} {text}{eos}" for problem, text in items]
+    batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False).to(model.device)
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
+    return logits.float().squeeze(-1)
+
+
+def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Mean of -log sigmoid(chosen - rejected); rewards of shape (N,)."""
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def pointwise_loss(reward: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Mean binary cross-entropy of sigmoid(reward) against labels in {0, 1}; both of shape (N,)."""
+    return F.binary_cross_entropy_with_logits(reward, label)
+
+
+def loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: Sequence[Labelled]
+) -> torch.Tensor:
+    """The loss of a batch of pairs (helpful) or of points (safety)."""
+    pairs, points = _pairs(batch), _points(batch)
+    if pairs:
+        return pairwise_loss(*_pair_rewards(model, tokenizer, pairs))
+    label = torch.tensor([float(point.label) for point in points], device=model.device)
+    return pointwise_loss(rewards(model, tokenizer, [(point.problem, point.text) for point in points]), label)
+
+
+def _pairs(data: Sequence[Labelled]) -> list[Pair]:
+    return [each for each in data if isinstance(each, Pair)]
+
+
+def _points(data: Sequence[Labelled]) -> list[Point]:
+    return [each for each in data if isinstance(each, Point)]
+
+
+def _pair_rewards(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards of the chosen and of the rejected texts, (N,) each, in one forward pass."""
+    texts = [(pair.problem, pair.chosen) for pair in pairs] + [
+        (pair.problem, pair.rejected) for pair in pairs
+    ]
+    chosen, rejected = rewards(model, tokenizer, texts).chunk(2)
+    return chosen, rejected
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    data: Sequence[Labelled],
+    config: NextToken,
+    context: StageContext,
+) -> dict[str, float]:
+    """Train `model` in place on pairs or points and set its offset; resumes from context.stage.
+
+    config: steps, or epochs where steps is 0; batch_size in pairs or points; lr falls on a cosine to lr_end.
+    Returns the metrics of the last step. The router bias, if there is one, stays as it is.
+    """
+    if not data:
+        raise UserError(f"{context.name}: no labelled responses to learn from; raise its prompts or samples")
+    steps = config.steps or max(1, round(config.epochs * len(data) / config.batch_size))
+    optimizer = Optimizer(model, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
+    state = context.stage.load_state()
+    start = state.step if state else 0
+    if state:
+        optimizer.restore(state.tensors, state.counters)
+    metrics: dict[str, float] = {}
+    model.train()
+    with context.progress.bar(steps, start, context.name) as bar:
+        for step in range(start, steps):
+            batch = [
+                data[i]
+                for i in _batch(len(data), config.batch_size, step, (context.recipe.seed, context.name))
+            ]
+            value = loss(model, tokenizer, batch)
+            value.backward()
+            lr = learning_rate(
+                step, steps, lr=config.lr, lr_end=config.lr_end, schedule="cosine", warmup=config.warmup
+            )
+            norm, _ = optimizer.step(value.item(), lr)
+            metrics = {"loss": value.item(), "lr": lr, "grad_norm": norm, "skipped": optimizer.skipped}
+            context.stage.log(step=step, **metrics)
+            bar.advance(loss=metrics["loss"])
+            if save_due(step + 1, steps, config.save_every):
+                context.stage.save_state(step + 1, optimizer.tensors(), optimizer.counters())
+    model.eval()
+    model.config.reward_offset = _mean_reward(model, tokenizer, data)
+    return {**metrics, "steps": steps}
+
+
+def _batch(count: int, size: int, step: int, key: tuple[int | str, ...]) -> list[int]:
+    """Indices of a step's data: pass after pass, each in its own keyed order; a short last batch is not filled."""
+    epoch, position = divmod(step, max(1, math.ceil(count / size)))
+    order = seeding.numpy_rng(*key, "order", epoch).permutation(count)
+    return order[position * size : (position + 1) * size].tolist()
+
+
+@torch.no_grad()
+def _mean_reward(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: Sequence[Labelled]
+) -> float:
+    """Mean reward of all texts of the pairs; 0 for points, whose reward has its zero where it belongs."""
+    pairs = _pairs(data)
+    parts = [_pair_rewards(model, tokenizer, batch) for batch in _batches(pairs)]
+    return torch.cat([reward for part in parts for reward in part]).mean().item() if parts else 0.0
+
+
+@torch.no_grad()
+def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: Sequence[Labelled]) -> float:
+    """Share of pairs whose chosen text has the higher reward, or of points on the right side of 1/2; nan without data."""
+    right = 0
+    for batch in _batches(_pairs(data)):
+        chosen, rejected = _pair_rewards(model, tokenizer, batch)
+        right += int((chosen > rejected).sum())
+    for points in _batches(_points(data)):
+        reward = rewards(model, tokenizer, [(point.problem, point.text) for point in points])
+        label = torch.tensor([point.label for point in points], device=reward.device)
+        right += int(((reward > 0) == label).sum())
+    return right / len(data) if data else float("nan")
+
+
+def _batches(data: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (data[start : start + BATCH_SIZE] for start in range(0, len(data), BATCH_SIZE))
+
+
+def scorer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> Callable[[Sequence[tuple[Problem, str]]], list[float]]:
+    """The model as a preference reward: (problem, text) items -> scores in (0, 1)."""
+
+    @torch.no_grad()
+    def score(items: Sequence[tuple[Problem, str]]) -> list[float]:
+        found: list[float] = []
+        for batch in _batches(items):
+            reward = rewards(model, tokenizer, batch)
+            found += torch.sigmoid(reward - model.config.reward_offset).tolist()
+        return found
+
+    return score
+
+
+def make_pairs(
+    labelled: Sequence[tuple[Problem, str, bool]], most: int, seed_parts: tuple[int | str, ...]
+) -> list[Pair]:
+    """Pairs of a helpful and an unhelpful text to the same problem, at most `most` a problem, each text once a problem.
+
+    labelled: (problem, text, label) in any order; equal texts of a problem count once.
+    """
+    pools: dict[str, dict[bool, dict[str, None]]] = {}
+    problems = {problem.id: problem for problem, _, _ in labelled}
+    for problem, text, label in labelled:
+        pools.setdefault(problem.id, {True: {}, False: {}})[label][text] = None
+    pairs = []
+    for name, pool in pools.items():
+        combinations = [(chosen, rejected) for chosen in pool[True] for rejected in pool[False]]
+        order = seeding.numpy_rng(*seed_parts, "pairs", name).permutation(len(combinations))[:most]
+        pairs += [Pair(problems[name], *combinations[index]) for index in order]
+    return pairs
+
+
+def make_points(
+    labelled: Sequence[tuple[Problem, str, bool]], seed_parts: tuple[int | str, ...]
+) -> list[Point]:
+    """Labelled texts, each once a problem, as many safe as unsafe ones."""
+    distinct = {(problem.id, text): Point(problem, text, label) for problem, text, label in labelled}
+    by_label = {flag: [point for point in distinct.values() if point.label is flag] for flag in (True, False)}
+    count = min(len(points) for points in by_label.values())
+    chosen = []
+    for flag, points in by_label.items():
+        order = seeding.numpy_rng(*seed_parts, "points", int(flag)).permutation(len(points))[:count]
+        chosen += [points[index] for index in order]
+    return chosen

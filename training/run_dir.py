@@ -1,0 +1,370 @@
+"""The folder of a run: one folder a stage, written so that a kill at any moment loses nothing.
+
+    <run>/recipe.yaml            the resolved recipe
+    <run>/<stage>/started.json   settings and inputs of the work under way
+                  metrics.jsonl  one line a step             (append-only)
+                  samples.jsonl  decoded samples             (append-only)
+                  state.json, state-<0 or 1>.safetensors     the resume point, while the stage runs
+                  checkpoint*/, *.jsonl ...                  what the stage makes: its outputs
+                  lineage.json   parents, hashes, settings, versions
+                  done.json      written last: hashes of the outputs, final metrics
+
+Fields that may differ between two equal runs end in `_seconds` or `_per_second`; everything else is the same bit
+for bit.
+"""
+
+import contextlib
+import fcntl
+import os
+import resource
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from training import files, lineage
+from training.errors import UserError
+from training.recipe import Recipe, load, to_dict
+
+APPEND_ONLY = ("metrics.jsonl", "samples.jsonl")
+_TENSOR_FILES = ("state-0.safetensors", "state-1.safetensors")  # taken in turn, so that one is always whole
+REVIEW_FILES = (
+    "unreviewed.jsonl",
+    "review.jsonl",
+)  # what a person was asked and said; see training.cli.review
+_BOOKKEEPING = (
+    *APPEND_ONLY,
+    *_TENSOR_FILES,
+    *REVIEW_FILES,
+    "started.json",
+    "state.json",
+    "lineage.json",
+    "done.json",
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """A resume point: the step it was taken after, named tensors on the CPU, and JSON counters."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    counters: dict[str, Any]
+
+
+class StageDir:
+    """The files of one stage."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.name = self.path.name
+        self._began = time.monotonic()
+        self._seconds_before = 0.0
+
+    # What a stage writes while it runs
+
+    def log(self, **metrics: Any) -> None:
+        """Appends one line to metrics.jsonl."""
+        self._append("metrics.jsonl", [metrics])
+
+    def add_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends rows to samples.jsonl."""
+        self._append("samples.jsonl", rows)
+
+    def _append(self, name: str, rows: Iterable[Any]) -> None:
+        path = self.path / name
+        lines = "".join(files.json_line(row) for row in rows)
+        with files.disk_faults(path), path.open("a", encoding="utf-8") as file:
+            file.write(lines)
+
+    def data(self, name: str) -> Path:
+        """The path of a data file of this stage."""
+        return self.path / name
+
+    def write_data(self, name: str, rows: Iterable[Any]) -> Path:
+        """Writes a JSONL data file atomically and returns its path."""
+        files.write_jsonl(self.data(name), rows)
+        return self.data(name)
+
+    # What others read
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; empty where there is none."""
+        return self._rows("metrics.jsonl")
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The rows of samples.jsonl; empty where there is none."""
+        return self._rows("samples.jsonl")
+
+    def read_data(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a data file.
+
+        Raises:
+            UserError: the file is missing, or a line is broken (its number is named).
+        """
+        if not self.data(name).is_file():
+            raise UserError(f"{self.data(name)} is missing: stage {self.name} has not made it")
+        return files.read_jsonl(self.data(name))
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
+        return files.read_jsonl(path) if path.is_file() else []
+
+    def checkpoints(self) -> dict[str, Path]:
+        """Name -> folder of every checkpoint here: "zero" for zero/checkpoint, "distill-llama" for a suffix."""
+        found = {}
+        for folder in sorted(self.path.glob("checkpoint*")):
+            if (folder / "config.json").is_file():
+                found[self.name + folder.name.removeprefix("checkpoint")] = folder
+        return found
+
+    # Resume points
+
+    def save_state(self, step: int, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, Any]) -> None:
+        """Writes a resume point atomically: the one before stays valid until the new one is whole on the disk.
+
+        Args:
+            step: steps that are finished.
+            tensors: everything that training changes (model with buffers, optimizer, reference), any device.
+            counters: JSON values.
+
+        The lengths of metrics.jsonl and samples.jsonl are recorded with it, after their lines are on the disk.
+        """
+        lengths = {}
+        for name in APPEND_ONLY:
+            appended = self.path / name
+            if appended.is_file():
+                files.sync(appended)
+                lengths[name] = appended.stat().st_size
+        path = self.path / "state.json"
+        before = files.read_json(path)["tensors"] if path.is_file() else ""
+        tensor_path = self.path / next(name for name in _TENSOR_FILES if name != before)
+        with files.replacing(tensor_path) as temporary:
+            save_file(_separate(tensors), temporary)
+        body = {
+            "step": step,
+            "counters": dict(counters),
+            "lengths": lengths,
+            "elapsed_seconds": self.elapsed_seconds,
+            "tensors": tensor_path.name,
+            "tensors_hash": files.file_hash(tensor_path),
+        }
+        files.write_json(path, {**body, "hash": files.value_hash(body)})
+        if before:
+            files.remove(self.path / before)
+
+    def load_state(self) -> State | None:
+        """The latest resume point, or None; metrics.jsonl and samples.jsonl are cut back to its lengths.
+
+        Raises:
+            UserError: the resume point, or a file it counts on, is damaged; the file is named.
+        """
+        path = self.path / "state.json"
+        if not path.is_file():
+            self._truncate({})
+            return None
+        body = files.read_json(path)
+        expected = body.pop("hash", None) if isinstance(body, dict) else None
+        if expected != files.value_hash(body):
+            raise self._damaged(path)
+        tensor_path = self.path / body["tensors"]
+        if not tensor_path.is_file() or files.file_hash(tensor_path) != body["tensors_hash"]:
+            raise self._damaged(tensor_path)
+        try:
+            tensors = load_file(tensor_path)
+        except SafetensorError:
+            raise self._damaged(tensor_path) from None
+        self._truncate(body["lengths"])
+        self._seconds_before = body["elapsed_seconds"]
+        self._began = time.monotonic()
+        return State(body["step"], tensors, body["counters"])
+
+    def _truncate(self, lengths: Mapping[str, int]) -> None:
+        for name in APPEND_ONLY:
+            path = self.path / name
+            length = lengths.get(name, 0)
+            if (path.stat().st_size if path.is_file() else 0) < length:
+                raise self._damaged(path)
+            if path.is_file():
+                os.truncate(path, length)
+
+    def _damaged(self, path: Path) -> UserError:
+        return UserError(
+            f"{path} is damaged: put it back, or start stage {self.name} anew with --redo {self.name}"
+        )
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Seconds of work in this stage, over all its resumed parts."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    # Beginning and end
+
+    def begin(self, config: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+        """Prepares the folder for work: without a resume point all leftovers of a killed attempt go."""
+        self._began, self._seconds_before = time.monotonic(), 0.0
+        if not (self.path / "state.json").is_file():
+            files.remove(self.path)
+        with files.disk_faults(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        files.write_json(self.path / "started.json", {"config": config, "inputs": inputs})
+
+    def started(self) -> dict[str, Any] | None:
+        """Settings and input hashes of work that has a resume point and is not done; None otherwise."""
+        if self.record() is not None or not (self.path / "state.json").is_file():
+            return None
+        path = self.path / "started.json"
+        if not path.is_file():
+            raise self._damaged(path)
+        return dict(files.read_json(path))
+
+    def outputs(self) -> list[Path]:
+        """Every file and folder here that the stage made for others."""
+        made = []
+        for path in sorted(self.path.iterdir()) if self.path.is_dir() else ():
+            if path.name not in _BOOKKEEPING and not path.name.startswith("."):
+                made.append(path)
+        return made
+
+    def finish(self, metrics: Mapping[str, Any], outputs: Sequence[Path] | None = None) -> None:
+        """Records the stage as done: lineage.json, then done.json, then the resume point goes.
+
+        Args:
+            metrics: final metrics of the stage.
+            outputs: files and folders that later stages may read; all that the stage made by default.
+        """
+        started = files.read_json(self.path / "started.json")
+        hashes = self._output_hashes(self.outputs() if outputs is None else outputs)
+        shared = {"config": started["config"], "inputs": started["inputs"], "outputs": hashes}
+        versions = {"code": lineage.code_version(), "packages": lineage.package_versions()}
+        files.write_json(self.path / "lineage.json", {"stage": self.name, **shared, **versions})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        record = {
+            "hash": files.value_hash(hashes),
+            **shared,
+            "metrics": dict(metrics),
+            "stage_seconds": round(self.elapsed_seconds, 3),
+            "peak_memory_bytes": peak,
+        }
+        files.write_json(self.path / "done.json", record)
+        for name in ("state.json", *_TENSOR_FILES):
+            files.remove(self.path / name)
+
+    def seal(self) -> None:
+        """Renews the recorded hashes after a person changed the outputs of a finished stage on purpose."""
+        hashes = self._output_hashes(self.outputs())
+        for name in ("lineage.json", "done.json"):
+            path = self.path / name
+            record = {**files.read_json(path), "outputs": hashes, "changed_by_hand": True}
+            if "hash" in record:
+                record["hash"] = files.value_hash(hashes)
+            files.write_json(path, record)
+
+    def _output_hashes(self, outputs: Sequence[Path]) -> dict[str, str]:
+        """Relative path -> SHA-256 of every file in `outputs`, after it is on the disk."""
+        hashes: dict[str, str] = {}
+        for path in outputs:
+            place = path.relative_to(self.path).as_posix()
+            files.sync(path)
+            if path.is_dir():
+                hashes |= {f"{place}/{name}": digest for name, digest in files.folder_hashes(path).items()}
+            else:
+                hashes[place] = files.file_hash(path)
+        return hashes
+
+    def record(self) -> dict[str, Any] | None:
+        """What done.json says, or None where the stage is not done."""
+        path = self.path / "done.json"
+        return dict(files.read_json(path)) if path.is_file() else None
+
+    def changed_output(self) -> str | None:
+        """The first output that is missing or differs from what done.json recorded; None if all are as they were."""
+        for place, digest in (self.record() or {}).get("outputs", {}).items():
+            path = self.path / place
+            if not path.is_file() or files.file_hash(path) != digest:
+                return str(path)
+        return None
+
+    @property
+    def done(self) -> bool:
+        """Whether the stage is finished, its outputs are intact, and the inputs it used are those of its parents."""
+        record = self.record()
+        if record is None or self.changed_output() is not None:
+            return False
+        for parent, digest in record["inputs"].items():
+            made = StageDir(self.path.parent / parent).record()
+            if made is None or made["hash"] != digest:
+                return False
+        return True
+
+
+def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Detached contiguous CPU tensors of which no two share memory (safetensors refuses shared memory)."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        whole = storage.nbytes() == plain.numel() * plain.element_size()
+        if not whole or (plain.numel() and storage.data_ptr() in seen):
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        separate[name] = plain
+    return separate
+
+
+class RunDir:
+    """The folder of a run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def stage(self, name: str) -> StageDir:
+        """The folder of a stage, which need not exist."""
+        return StageDir(self.path / name)
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Writes recipe.yaml, the resolved recipe."""
+        files.write_text(
+            self.path / "recipe.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+        )
+
+    def read_recipe(self, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe this folder was made with, with overrides.
+
+        Raises:
+            UserError: the folder is no run.
+        """
+        path = self.path / "recipe.yaml"
+        if not path.is_file():
+            raise UserError(f"{self.path} is not the folder of a run (it has no recipe.yaml)")
+        return load(path, overrides)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the run for this process; a second process gets one clear line."""
+        with files.disk_faults(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a+")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise UserError(f"{self.path} is in use by another process (process id {holder})") from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def free_bytes(self) -> int:
+        """Free space on the disk of the run."""
+        return shutil.disk_usage(self.path).free

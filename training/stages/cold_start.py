@@ -1,0 +1,109 @@
+"""cold_start: long chain-of-thought data by three routes, kept where it is right, readable and in one language.
+
+few_shot: the base model continues worked examples in the special-token form. reflect: the base model is asked to reflect
+and verify. refine: outputs of zero. Every response is sampled; named rules (training/refine.py) put it into the
+special-token form, and where they change it the row keeps what was sampled as `before`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from training import filters, prompts, responses, seeding
+from training.context import StageContext
+from training.errors import UserError
+from training.loops.sample import Completion
+from training.refine import refine
+from training.response import parse
+from training.responses import Source
+from training.tasks.problem import Problem, Task
+
+EXAMPLES = 3  # rejected responses shown for each filter and route
+
+# Route -> the stage whose checkpoint answers.
+ROUTES = {"few_shot": "base", "reflect": "base", "refine": "zero"}
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Sample, refine, filter; writes data.jsonl and rejected.jsonl. Metrics: asked, kept and rejections of every route."""
+    filters.check_names(context.config.filters)
+    tasks = responses.tasks(context.recipe)
+    sources = {
+        stage: responses.load_source(stage, context.inputs[stage].path / "checkpoint")
+        for stage in ("base", "zero")
+    }
+    metrics: dict[str, Any] = {}
+    kept_rows: list[dict[str, Any]] = []
+    rejected_rows: list[dict[str, Any]] = []
+    with context.progress.bar(len(ROUTES), 0, context.name) as bar:
+        for route, stage in ROUTES.items():
+            drawn = _draw(context, route, sources[stage], tasks)
+            kept, rejected, rejections = _select(context, route, drawn, sources[stage], tasks)
+            kept_rows += kept
+            rejected_rows += rejected
+            metrics |= {f"{route}/asked": len(drawn), f"{route}/kept": len(kept)}
+            metrics |= {f"{route}/rejected/{name}": count for name, count in rejections.items()}
+            bar.advance(1, kept=len(kept), asked=len(drawn))
+            if not kept:
+                context.progress.say(f"{context.name}: nothing of the route {route} passed the filters")
+    if not kept_rows:
+        raise UserError(
+            f"{context.name}: no response passed the filters: raise {context.name}.prompts or train base longer"
+        )
+    context.stage.write_data("data.jsonl", kept_rows)
+    context.stage.write_data("rejected.jsonl", rejected_rows)
+    context.stage.log(step=0, **metrics)
+    return {"asked": sum(metrics[f"{route}/asked"] for route in ROUTES), "kept": len(kept_rows), **metrics}
+
+
+def _draw(context: StageContext, route: str, source: Source, tasks: dict[str, Task]) -> list[Completion]:
+    config, key = context.config, (context.recipe.seed, context.name, route)
+    pool = responses.problems(context.recipe, "train", ("reasoning",))
+
+    def few_shot(problem: Problem) -> str:
+        examples = tasks[problem.task].worked_examples(problem.language)
+        order = seeding.numpy_rng(*key, "examples", problem.id).permutation(len(examples))
+        return prompts.few_shot(problem, [examples[i] for i in order[: config.examples]])
+
+    prompt: dict[str, Callable[[Problem], str]] = {
+        "few_shot": few_shot,
+        "reflect": prompts.reflect,
+        "refine": prompts.zero,
+    }
+    return responses.draw(
+        source,
+        responses.choose(pool, config.prompts, *key, "problems"),
+        samples=config.samples,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        seed_parts=key,
+        batch_size=config.batch_size,
+        prompt=prompt[route],
+    )
+
+
+def _select(
+    context: StageContext, route: str, drawn: list[Completion], source: Source, tasks: dict[str, Task]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Counter[str]]:
+    """The rows that pass the recipe's filters after refinement, examples of those that do not, and counts by filter."""
+    rows, samples = {}, []
+    for completion in drawn:
+        text, rules = refine(completion.text, completion.problem)
+        sample = responses.as_sample(completion)
+        samples.append(replace(sample, text=text, response=parse(text)))
+        refined = {"before": completion.text, "rules": rules} if rules else {}
+        row = responses.row(completion, source, context.recipe.seed, route=route, **refined)
+        rows[completion.problem.id, completion.sample_id] = {**row, "response_text": text}
+    kept, rejections, examples = filters.apply(
+        samples, context.config.filters, filters.Settings(task=tasks), examples=EXAMPLES
+    )
+    rejected = [
+        {"filter": name, "reason": reason, **rows[sample.problem.id, sample.sample_id]}
+        for name, shown in examples.items()
+        for sample, reason in shown
+    ]
+    return [rows[sample.problem.id, sample.sample_id] for sample in kept], rejected, rejections

@@ -1,0 +1,103 @@
+"""distill: the teacher answers the SFT prompts anew, and small dense students learn from what passes the filters.
+
+SFT only, no RL. Reasoning responses have to be right by the rule, the others helpful by the oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from training import checkpoint, filters, prompts, responses, rewards, student
+from training.context import StageContext
+from training.errors import UserError
+from training.loops import next_token
+from training.loops.next_token import Document
+from training.parts import run_parts
+from training.responses import Source, as_sample
+from training.selection import Selection, select
+from training.tasks.problem import Problem
+
+UNSEEN_PROBLEMS = 256  # held-out reasoning problems on which a student is measured here; evaluate takes more
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Sample the teacher, filter, train every student; writes data.jsonl, rejected.jsonl and checkpoint-<student>."""
+    config, seed = context.config, context.recipe.seed
+    if not context.stage.data("data.jsonl").is_file():
+        selection = _teach(context)
+        context.stage.write_data("rejected.jsonl", selection.examples)
+        context.stage.write_data(
+            "counts.jsonl", [{"asked": selection.asked, "rejections": dict(selection.rejections)}]
+        )
+        context.stage.write_data("data.jsonl", selection.kept)
+    rows = context.stage.read_data("data.jsonl")
+    if not rows:
+        raise UserError("distill: no response of the teacher passed the filters")
+    by_id = responses.by_id(responses.problems(context.recipe, "train", ("reasoning", "helpful", "unsafe")))
+    documents = [Document(row["response_text"], prompts.chat(by_id[row["problem_id"]])) for row in rows]
+    teacher = context.inputs["rl_all"].path / "checkpoint"
+
+    def train(part: StageContext, name: str) -> dict[str, Any]:
+        sizes = config.students[name]
+        _, teacher_tokenizer = checkpoint.load_model(teacher)
+        model, tokenizer = student.build(sizes, teacher_tokenizer, seed, context.recipe.model.max_length)
+        metrics = next_token.train(model, tokenizer, documents, sizes, part)
+        folder = context.stage.path / f"checkpoint-{name}"
+        checkpoint.save_model(model, tokenizer, folder)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return {**metrics, "parameters": parameters, "accuracy": _accuracy(context, name, folder)}
+
+    trained = run_parts(context, list(config.students), train)
+    counts = context.stage.read_data("counts.jsonl")[0]
+    return {
+        **counts,
+        "kept": len(rows),
+        **{f"{name}/{key}": value for name, metrics in trained.items() for key, value in metrics.items()},
+    }
+
+
+def _teach(context: StageContext) -> Selection:
+    """The teacher's responses to the prompts of the SFT mix, filtered."""
+    config, seed = context.config, context.recipe.seed
+    teacher = responses.load_source("rl_all", context.inputs["rl_all"].path / "checkpoint")
+    asked = {row["problem_id"] for row in context.inputs["rejection"].read_data("data.jsonl")}
+    tasks = responses.tasks(context.recipe)
+    settings = filters.Settings(task=tasks, paragraph_words=context.recipe.rejection.paragraph_words)
+    found = Selection()
+    for kind, checked_by in (("reasoning", "rule"), ("helpful", "oracle")):
+        problems = [each for each in responses.problems(context.recipe, "train", (kind,)) if each.id in asked]
+        if problems:
+            drawn = _draw(context, teacher, problems, config.samples, config.temperature, config.top_p)
+            found.add(select(drawn, teacher, seed, config.filters, settings, checked_by=checked_by))
+    return found
+
+
+def _accuracy(context: StageContext, name: str, folder: Any) -> float:
+    """Share of held-out reasoning problems that the student gets right at temperature 1, one sample each."""
+    pool = responses.problems(context.recipe, "test", ("reasoning",))
+    asked = responses.choose(pool, UNSEEN_PROBLEMS, context.recipe.seed, context.name, "unseen")
+    source = responses.load_source(f"{context.name}-{name}", folder)
+    drawn = _draw(context, source, asked, 1, 1.0, 1.0)
+    tasks = responses.tasks(context.recipe)
+    return sum(rewards.accuracy(as_sample(each), tasks).value == 1.0 for each in drawn) / len(drawn)
+
+
+def _draw(
+    context: StageContext,
+    source: Source,
+    asked: Sequence[Problem],
+    samples: int,
+    temperature: float,
+    top_p: float,
+) -> list[Any]:
+    return responses.draw(
+        source,
+        asked,
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=context.config.max_new_tokens,
+        seed_parts=(context.recipe.seed, context.name),
+        batch_size=context.config.batch_size,
+    )

@@ -1,0 +1,82 @@
+"""reward_models: the helpful model (pairwise, on the summary) and the safety model (pointwise, on the whole response).
+
+Both learn from responses that checkpoints really gave to training problems, labelled by the oracle of
+`training.preferences`. Their accuracy is measured on responses to held-out problems.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from training import checkpoint, preferences, responses, reward_model
+from training.context import StageContext
+from training.model import load
+from training.parts import run_parts
+from training.response import parse
+from training.reward_model import Pair, Point
+from training.tasks.problem import Problem
+
+MODELS = {"helpful": "helpful", "safety": "unsafe"}  # model -> kind of the problems it learns from
+SPLITS = {"data.jsonl": "train", "held_out.jsonl": "test"}
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Collect and label responses, train both models, measure; writes checkpoint-helpful and checkpoint-safety."""
+    for name, split in SPLITS.items():
+        if not context.stage.data(name).is_file():
+            context.stage.write_data(name, _collect(context, split))
+    start = context.inputs[context.config.start].path / "checkpoint"
+
+    def train(part: StageContext, name: str) -> dict[str, Any]:
+        language_model, tokenizer = load(start)
+        model = reward_model.from_language_model(language_model)
+        data, held_out = (_data(context, file, name) for file in SPLITS)
+        metrics = reward_model.train(model, tokenizer, data, context.config, part)
+        checkpoint.save_model(model, tokenizer, context.stage.path / f"checkpoint-{name}")
+        return {
+            **metrics,
+            "data": len(data),
+            "held_out": len(held_out),
+            "accuracy_train": reward_model.accuracy(model, tokenizer, data),
+            "accuracy": reward_model.accuracy(model, tokenizer, held_out),
+        }
+
+    metrics = run_parts(context, list(MODELS), train)
+    return {f"{name}/{key}": value for name, found in metrics.items() for key, value in found.items()}
+
+
+def _collect(context: StageContext, split: str) -> list[dict[str, Any]]:
+    """Rows of responses to helpful and unsafe problems of a split, each with the oracle's label."""
+    config, seed = context.config, context.recipe.seed
+    rows = []
+    for stage in config.samples_from:
+        source = responses.load_source(stage, context.inputs[stage].path / "checkpoint")
+        for kind, samples in (("helpful", config.samples), ("unsafe", config.unsafe_samples)):
+            pool = responses.problems(context.recipe, split, (kind,))
+            drawn = responses.draw(
+                source,
+                responses.choose(pool, config.prompts, seed, context.name, split, kind),
+                samples=samples,
+                temperature=config.temperature,
+                max_new_tokens=config.max_new_tokens,
+                seed_parts=(seed, context.name, split),
+            )
+            for completion in drawn:
+                label = preferences.oracle(completion.problem, parse(completion.text))
+                rows.append(responses.row(completion, source, seed, label=label))
+    return rows
+
+
+def _data(context: StageContext, file: str, name: str) -> list[Pair] | list[Point]:
+    """Pairs of summaries for the helpful model, points of whole responses for the safety model."""
+    kind = MODELS[name]
+    problems = responses.by_id(responses.problems(context.recipe, SPLITS[file], (kind,)))
+    labelled: list[tuple[Problem, str, bool]] = []
+    for row in context.stage.read_data(file):
+        text = parse(row["response_text"]).summary if name == "helpful" else row["response_text"]
+        if row["kind"] == kind and text:
+            labelled.append((problems[row["problem_id"]], text, row["label"]))
+    key = (context.recipe.seed, context.name, file)
+    if name == "helpful":
+        return reward_model.make_pairs(labelled, context.config.pairs, key)
+    return reward_model.make_points(labelled, key)

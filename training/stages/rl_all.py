@@ -1,0 +1,115 @@
+"""rl_all: GRPO over all scenarios, from sft2.
+
+Reasoning problems are rewarded by the rule. Helpful and unsafe ones are rewarded for their format throughout, and in
+the last share of the steps by the reward models: the helpful model reads the summary alone, the safety model the
+whole response. Language consistency is added for all. Before and after, the policy is scored on unseen prompts by the
+oracle, which it was never rewarded by; the reward models' scores stand beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from training import checkpoint, preferences, prompts, responses, reward_model, rewards, seeding
+from training.context import StageContext
+from training.errors import UserError
+from training.loops import grpo
+from training.model import load
+from training.responses import Source, as_sample
+from training.rewards import Sample, Scored, Scorer
+from training.tasks.problem import Problem
+
+MODELS = {"helpful": "checkpoint-helpful", "harmless": "checkpoint-safety"}
+TERM_OF = {"helpful": "helpful", "unsafe": "harmless"}
+UNSEEN_SAMPLES = 2  # responses to every unseen prompt, before and after
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train the policy and score it on unseen prompts before and after; writes checkpoint."""
+    config, seed, tasks = context.config, context.recipe.seed, responses.tasks(context.recipe)
+    sft2 = context.inputs["sft2"].path / "checkpoint"
+    scorers = {
+        name: reward_model.scorer(*load(context.inputs["reward_models"].path / folder))
+        for name, folder in MODELS.items()
+    }
+    pools = {kind: responses.problems(context.recipe, "train", (kind,)) for kind in config.mix}
+    for kind, pool in pools.items():
+        if not pool:
+            raise UserError(f"rl_all.mix: no task of the recipe has problems of kind {kind!r}")
+
+    def reward(step: int, samples: list[Sample]) -> list[Scored]:
+        return rewards.rl_all(
+            samples,
+            config.rewards,
+            tasks,
+            scorers,
+            step=step,
+            steps=config.steps,
+            preference_share=config.preference_share,
+            length_limit=grpo.max_new_tokens(config, step),
+        )
+
+    policy, tokenizer = load(sft2)
+    metrics = grpo.train(
+        policy,
+        tokenizer,
+        lambda step: problems_of_step(pools, config.mix, config.prompts, seed, step),
+        prompts.chat,
+        reward,
+        config,
+        context,
+    )
+    checkpoint.save_model(policy, tokenizer, context.stage.path / "checkpoint")
+    before = score_unseen(context, responses.load_source("sft2", sft2), scorers)
+    after = score_unseen(context, responses.load_source("rl_all", context.stage.path / "checkpoint"), scorers)
+    return {
+        **metrics,
+        **{f"unseen/{name}/before": value for name, value in before.items()},
+        **{f"unseen/{name}/after": value for name, value in after.items()},
+    }
+
+
+def problems_of_step(
+    pools: Mapping[str, Sequence[Problem]], mix: Mapping[str, float], count: int, seed: int, step: int
+) -> list[Problem]:
+    """The questions of a step: `count` of them, each kind by its share (largest remainders get what rounding leaves).
+
+    Every kind is drawn without repetition, keyed by seed and step.
+    """
+    total = sum(mix.values())
+    exact = {kind: count * share / total for kind, share in mix.items()}
+    counts = {kind: int(value) for kind, value in exact.items()}
+    by_remainder = sorted(mix, key=lambda kind: counts[kind] - exact[kind])
+    for kind in by_remainder[: count - sum(counts.values())]:
+        counts[kind] += 1
+    chosen = []
+    for kind, pool in pools.items():
+        order = seeding.numpy_rng(seed, "rl_all", "problems", kind, step).permutation(len(pool))
+        chosen += [pool[order[i % len(pool)]] for i in range(counts[kind])]
+    return chosen
+
+
+def score_unseen(context: StageContext, source: Source, scorers: Mapping[str, Scorer]) -> dict[str, float]:
+    """Oracle and reward models on responses to unseen general prompts, sampled at temperature 1.
+
+    Returns:
+        "helpful" and "harmless" (shares by the oracle), "helpful_model" and "harmless_model" (mean scores).
+    """
+    unseen = responses.problems(context.recipe, "test", TERM_OF)
+    drawn = responses.draw(
+        source,
+        unseen,
+        samples=UNSEEN_SAMPLES,
+        temperature=1.0,
+        max_new_tokens=context.config.max_new_tokens,
+        seed_parts=(context.recipe.seed, context.name, "unseen"),
+    )
+    found = {}
+    for kind, term in TERM_OF.items():
+        samples = [as_sample(completion) for completion in drawn if completion.problem.kind == kind]
+        found[term] = fmean(preferences.oracle(sample.problem, sample.response) for sample in samples)
+        scored = rewards.score(samples, {term: 1.0}, {}, preferences=scorers)
+        found[f"{term}_model"] = fmean(one.total for one in scored if one.total is not None)
+    return found

@@ -1,0 +1,27 @@
+"""sft1 and sft2: next-token training on sampled and selected responses, with the loss on the response alone.
+
+sft1 starts from base and learns the cold-start data. sft2 learns the mix of rejection and starts where the recipe says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from training import checkpoint, prompts
+from training.context import StageContext
+from training.loops import next_token
+from training.loops.next_token import Document
+from training.model import load
+
+DATA = {"sft1": "cold_start", "sft2": "rejection"}
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train on the data of the parent; writes checkpoint."""
+    start = "base" if context.name == "sft1" else context.config.start
+    rows = context.inputs[DATA[context.name]].read_data("data.jsonl")
+    documents = [Document(row["response_text"], prompts.ask(row["question"])) for row in rows]
+    model, tokenizer = load(context.inputs[start].path / "checkpoint")
+    metrics = next_token.train(model, tokenizer, documents, context.config, context)
+    checkpoint.save_model(model, tokenizer, context.stage.path / "checkpoint")
+    return {**metrics, "documents": len(documents)}

@@ -1,0 +1,40 @@
+"""zero: R1-Zero, GRPO from the base model with rule rewards (accuracy and format) and no supervised data before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from training import checkpoint, prompts, responses, rewards
+from training.context import StageContext
+from training.errors import UserError
+from training.loops import grpo
+from training.model import load
+from training.rewards import Sample, Scored
+from training.tasks.problem import Problem
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train the base model with the R1-Zero template; writes checkpoint."""
+    return reinforce(context, "base", prompts.zero)
+
+
+def reinforce(context: StageContext, parent: str, prompt: Callable[[Problem], str]) -> dict[str, Any]:
+    """GRPO on the reasoning problems, from the checkpoint of `parent`, rewarded by what the recipe lists."""
+    config, seed = context.config, context.recipe.seed
+    tasks = responses.tasks(context.recipe)
+    pool = responses.problems(context.recipe, "train", ("reasoning",))
+    if not pool:
+        raise UserError(f"{context.name}: no task of the recipe has reasoning problems to train on")
+    rewards.check_terms(config.rewards)
+
+    def problems(step: int) -> list[Problem]:
+        return responses.choose(pool, config.prompts, seed, context.name, "problems", step)
+
+    def reward(step: int, samples: list[Sample]) -> list[Scored]:
+        return rewards.score(samples, config.rewards, tasks, length_limit=grpo.max_new_tokens(config, step))
+
+    policy, tokenizer = load(context.inputs[parent].path / "checkpoint")
+    metrics = grpo.train(policy, tokenizer, problems, prompt, reward, config, context)
+    checkpoint.save_model(policy, tokenizer, context.stage.path / "checkpoint")
+    return metrics

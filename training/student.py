@@ -1,0 +1,56 @@
+"""Students of the distillation: small dense models of a public architecture, from random weights or a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from training import seeding
+from training.errors import UserError
+from training.model import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from training.sections import Student
+
+ARCHITECTURES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+
+
+def build(
+    sizes: Student, tokenizer: PreTrainedTokenizerBase, seed: int, max_length: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The student's start and its tokenizer: `sizes.pretrained`, or random weights keyed by seed and architecture.
+
+    A student from random weights uses the teacher's tokenizer; a pretrained one keeps its own. Input and output
+    embeddings are tied, as in the small models of both families.
+
+    Raises:
+        UserError: the hidden size is not divisible by the heads, or a pretrained folder holds no checkpoint.
+    """
+    if sizes.pretrained:
+        return load(Path(sizes.pretrained))
+    if sizes.hidden_size % sizes.heads:
+        raise UserError(
+            f"distill.students: hidden_size {sizes.hidden_size} is not divisible by heads {sizes.heads}"
+        )
+    make_config, make_model = ARCHITECTURES[sizes.architecture]
+    config = make_config(
+        vocab_size=len(tokenizer),
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
+        intermediate_size=sizes.intermediate_size,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeding.key(seed, "distill", sizes.architecture, "weights"))
+        return make_model(config), tokenizer
