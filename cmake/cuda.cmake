@@ -1,12 +1,17 @@
 # Finds an nvcc and builds the CUDA kernels. Sets R1KERNELS_CUDA_BUILT, _OBJECTS and _ARCHITECTURES.
 
-# the toolkit's own nvcc before one on PATH, which may be a wrapper that hides the toolkit's root
-find_program(R1KERNELS_NVCC nvcc
-  HINTS $ENV{CUDACXX} ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin NO_DEFAULT_PATH)
-find_program(R1KERNELS_NVCC nvcc)
+# CUDACXX, or the toolkit's own nvcc before one on PATH, which may be a wrapper that hides the toolkit's root
+unset(R1KERNELS_NVCC CACHE)
+if(NOT "$ENV{CUDACXX}" STREQUAL "")
+  find_program(R1KERNELS_NVCC $ENV{CUDACXX})
+else()
+  find_program(R1KERNELS_NVCC nvcc
+    HINTS ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin NO_DEFAULT_PATH)
+  find_program(R1KERNELS_NVCC nvcc)
+endif()
 if(NOT R1KERNELS_NVCC)
   if(R1KERNELS_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "R1KERNELS_CUDA=ON, and no nvcc was found: put it on PATH or set CUDA_HOME")
+    message(FATAL_ERROR "R1KERNELS_CUDA=ON, and no nvcc was found: put it on PATH, or set CUDACXX or CUDA_HOME")
   endif()
   message(STATUS "r1kernels: no nvcc was found, the CUDA kernels are not built")
   return()

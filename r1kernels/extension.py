@@ -57,6 +57,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 _module, _failure = _load()
+_build_info: dict[str, str] = {} if _module is None else _module.build_info()
 
 
 def missing() -> str | None:
@@ -73,12 +74,12 @@ def cuda_missing() -> str | None:
 
 def build_info() -> dict[str, str]:
     """What the library was built with (keys: torch, python, compiler, cpu_isas, cuda, cuda_architectures), or {}."""
-    return {} if _module is None else _module.build_info()
+    return dict(_build_info)
 
 
 def cuda_architectures() -> tuple[str, ...]:
     """The CUDA architectures inside the library, such as "80" or "90a"."""
-    return tuple(build_info().get("cuda_architectures", "").split())
+    return tuple(_build_info.get("cuda_architectures", "").split())
 
 
 def supported_isas() -> tuple[str, ...]:

@@ -28,10 +28,11 @@ def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
     return tuple(found)
 
 
-@torch.compiler.assume_constant_result
 def older_than_supported(device: int) -> bool:
     """Whether a CUDA device is too old for the kernels."""
-    return torch.cuda.get_device_capability(device) < OLDEST
+    # torch.compile takes the properties, not the capability, for constants
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor) < OLDEST
 
 
 def run(
