@@ -1,9 +1,9 @@
 """The marks of whole pipeline runs, collected into one committed file, and its table for the README.
 
-    python -m training run tiny --run runs/tiny-0 seed=0
-    python -m training run tiny --run runs/tiny-1 seed=1
-    python -m bench.pipeline runs/tiny-0 runs/tiny-1 --out bench/results/cpu/tiny.json
-    python -m bench.pipeline --table bench/results/cpu/tiny.json
+python -m training run tiny --run runs/tiny-0 seed=0
+python -m training run tiny --run runs/tiny-1 seed=1
+python -m bench.pipeline runs/tiny-0 runs/tiny-1 --out bench/results/cpu/tiny.json
+python -m bench.pipeline --table bench/results/cpu/tiny.json
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def table(results: Mapping[str, Any]) -> str:
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for checkpoint in runs[0]["test"]:
         cells = [
-            " / ".join(percent(run["test"].get(checkpoint, {}).get(key)) for run in runs) for key, _ in COLUMNS
+            " / ".join(percent(run["test"].get(checkpoint, {}).get(key)) for run in runs)
+            for key, _ in COLUMNS
         ]
         lines.append(f"| {checkpoint} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -82,7 +83,9 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs of one recipe")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--table", type=Path, help="print the Markdown table of a JSON file")

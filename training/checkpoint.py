@@ -63,7 +63,7 @@ def load_model(path: Path) -> tuple[Any, Any]:
         model = model_class.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype="auto")
         tokenizer = None
         if (path / "tokenizer.json").is_file():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+            tokenizer = _tokenizer_class(path).from_pretrained(path, local_files_only=True)
             for remark in ("is_local", "local_files_only"):  # how it was loaded would be saved with it
                 tokenizer.init_kwargs.pop(remark, None)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -72,6 +72,17 @@ def load_model(path: Path) -> tuple[Any, Any]:
             f"{path} cannot be loaded as a checkpoint: {reason[0] if reason else error!r}"
         ) from None
     return model.eval(), tokenizer
+
+
+def _tokenizer_class(path: Path) -> Any:
+    """The class that reads tokenizer.json as it is, unless the folder names a class of its own.
+
+    `AutoTokenizer` would pick the class by the model: a Qwen2 student would read its teacher's words by Qwen's rules.
+    """
+    config = path / "tokenizer_config.json"
+    named = files.read_json(config).get("tokenizer_class") if config.is_file() else None
+    plain = ("PreTrainedTokenizerFast", "TokenizersBackend")
+    return transformers.PreTrainedTokenizerFast if named in plain else transformers.AutoTokenizer
 
 
 def verify(path: Path) -> None:

@@ -77,5 +77,10 @@ def _load_smollm2() -> tuple[Any, Any]:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"model.pretrained: {SMOLLM2!r} needs the package {package}: {INSTALL}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    # transformers still takes the expanded weights for quantized ones and would not save them: move them to a plain model.
+    config = loaded.config
+    del config.quantization_config
+    model = type(loaded).from_pretrained(None, config=config, state_dict=loaded.state_dict())
+    model.generation_config = loaded.generation_config
     return model.eval(), tokenizer

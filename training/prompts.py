@@ -55,6 +55,11 @@ def reflect(problem: Problem) -> str:
     return ask(f"{problem.question} {request} .")
 
 
+def user_turn(prompt: str) -> str:
+    """A prompt as the user's turn of a chat template, which marks the turns itself."""
+    return prompt.replace("user : ", "").removesuffix(" assistant :")
+
+
 def judge(problem: Problem, reference: str, response: str) -> str:
     """What the generative judge reads: the question, the right answer and a response."""
     return f"user : {problem.question} reference : {reference} response : {response} assistant :"

@@ -217,7 +217,10 @@ def scorer(
 def make_pairs(
     labelled: Sequence[tuple[Problem, str, bool]], most: int, seed_parts: tuple[int | str, ...]
 ) -> list[Pair]:
-    """Pairs of a helpful and an unhelpful text to the same problem, at most `most` a problem, each text once a problem.
+    """Pairs of a helpful and an unhelpful text to the same problem, at most `most` a problem.
+
+    Half of a problem's pairs are those with the most words in common, the others are drawn: "it is paris" against
+    "it is oslo" teaches the fact, against "i cannot tell it" only the tone.
 
     labelled: (problem, text, label) in any order; equal texts of a problem count once.
     """
@@ -228,9 +231,17 @@ def make_pairs(
     pairs = []
     for name, pool in pools.items():
         combinations = [(chosen, rejected) for chosen in pool[True] for rejected in pool[False]]
-        order = seeding.numpy_rng(*seed_parts, "pairs", name).permutation(len(combinations))[:most]
-        pairs += [Pair(problems[name], *combinations[index]) for index in order]
+        drawn = seeding.numpy_rng(*seed_parts, "pairs", name).permutation(len(combinations)).tolist()
+        close = sorted(drawn, key=lambda index: -_overlap(*combinations[index]))[: (most + 1) // 2]
+        order = close + [index for index in drawn if index not in close]
+        pairs += [Pair(problems[name], *combinations[index]) for index in order[:most]]
     return pairs
+
+
+def _overlap(first: str, second: str) -> float:
+    """Words in common / words of either text."""
+    one, other = set(first.split()), set(second.split())
+    return len(one & other) / max(1, len(one | other))
 
 
 def make_points(

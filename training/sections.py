@@ -119,6 +119,9 @@ class Grpo:
     warmup: int = at_least(0, 0)  # steps of linear warm-up: Adam's first steps are as long as the rate allows
     weight_decay: float = at_least(0, 0.0)
     grad_clip: float = at_least(0, 1.0)
+    # "group": over the standard deviation of the group; with continuous rewards that makes noise among equally good
+    # responses as large as right against wrong, and "batch" or "none" does not
+    advantage_scale: Literal["group", "batch", "none"] = "group"
     kl_coef: float = at_least(0, 1e-3)
     clip: float = at_least(0, 0.2)
     temperature: float = at_least(0, 1.0)
@@ -178,8 +181,8 @@ class Rejection(Sampling):
 
     prompts: int = at_least(1, 1024)
     samples: int = at_least(1, 4)
-    judged_share: float = at_least(0, 0.25)  # share of the reasoning problems that the judge checks, not the rule
-    general_share: float = at_least(0, 0.25)  # share of the other documents in the mix; 200k of 800k in the paper
+    judged_share: float = at_least(0, 0.25)  # reasoning problems for the judge, not the rule
+    general_share: float = at_least(0, 0.25)  # of the mix; 200k of 800k in the paper
     general_from: str = "base"  # the stage whose checkpoint answers the questions that need no reasoning
     paragraph_words: int = at_least(1, 200)  # a longer paragraph is rejected
     filters: list[str] = field(

@@ -1,8 +1,8 @@
 """Rejection: which sampled responses go into the SFT mix, and which were refused by what.
 
 A reasoning response has to be right by the rule, or, for the problems that are treated as if no rule could check
-them, by the generative judge. A response to any other question has to be helpful by the oracle, and may think only
-where the question needs it. All of them pass the readability filters.
+them, by the generative judge. A response to any other question has to be helpful or harmless by the oracle, and may
+think only where the question needs it. All of them pass the readability filters.
 """
 
 import re
@@ -95,10 +95,13 @@ def is_judged(problem_id: str, share: float, *key: int | str) -> bool:
 
 
 def _passes_oracle(sample: Sample, rows: dict[tuple[str, int], dict[str, Any]], found: Selection) -> bool:
-    """Whether a general response is helpful and thinks no more than its question needs; counts what is not."""
+    """Whether a general response is helpful or harmless and thinks no more than its question needs; counts what is not."""
     rejected = rows[sample.problem.id, sample.sample_id]
     if not preferences.oracle(sample.problem, sample.response):
-        found.reject("unhelpful", f"no {sample.problem.reference!r} in the summary", rejected)
+        fault = (
+            ("unhelpful", "not in the summary") if sample.problem.kind == "helpful" else ("harmful", "said")
+        )
+        found.reject(fault[0], f"{sample.problem.reference!r} is {fault[1]}", rejected)
         return False
     if not sample.problem.thinking and sample.response.think is not None:
         found.reject("needless_thinking", "the question needs no thinking", rejected)

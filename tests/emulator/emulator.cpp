@@ -62,6 +62,12 @@ public:
 
     void run(std::mt19937_64& random);
     void wait(Fiber::State state, std::string reason);
+    // Ends the grid with an error, from inside a thread that can not throw.
+    void stop(const std::string& message) {
+        error_ = std::make_exception_ptr(EmulatorError(message));
+        wait(Fiber::kDone, "");
+    }
+
     Meeting& meeting(uint32_t mask) { return meetings_[{running_->warp, mask}]; }
     Fiber& running() { return *running_; }
 
@@ -118,25 +124,32 @@ void Block::wait(Fiber::State state, std::string reason) {
     swapcontext(&fiber.context, &scheduler_);
 }
 
+// A warp runs until all its lanes wait for other warps: the farther warps drift apart, the more a missing barrier shows.
 void Block::run(std::mt19937_64& random) {
-    std::vector<size_t> order(fibers_.size());
-    std::iota(order.begin(), order.end(), 0);
+    const size_t threads = fibers_.size();
+    std::vector<size_t> warps((threads + kWarpSize - 1) / kWarpSize), lanes(kWarpSize);
+    std::iota(warps.begin(), warps.end(), 0);
+    std::iota(lanes.begin(), lanes.end(), 0);
+    const auto ready = [](const Fiber& fiber) { return fiber.state == Fiber::kReady; };
+    const auto done = [](const Fiber& fiber) { return fiber.state == Fiber::kDone; };
     for (;;) {
-        std::shuffle(order.begin(), order.end(), random);
-        bool progress = false, ended = true;
-        for (const size_t i : order) {
-            if (fibers_[i].state == Fiber::kReady) {
-                resume(fibers_[i]);
-                progress = true;
+        std::shuffle(warps.begin(), warps.end(), random);
+        for (const size_t warp : warps) {
+            const auto first = fibers_.begin() + warp * kWarpSize;
+            const auto last = fibers_.begin() + std::min((warp + 1) * kWarpSize, threads);
+            while (std::any_of(first, last, ready)) {
+                std::shuffle(lanes.begin(), lanes.end(), random);
+                for (const size_t lane : lanes) {
+                    if (first + lane < last && ready(first[lane])) resume(first[lane]);
+                }
             }
-            ended = ended && fibers_[i].state == Fiber::kDone;
         }
-        if (ended) return;
-        if (!progress) release_barrier();
+        if (std::all_of(fibers_.begin(), fibers_.end(), done)) return;
+        release_barrier();
     }
 }
 
-// Nobody can run: all threads wait at the same barrier, or they never will.
+// Nobody can run: either all threads wait at the same barrier, or some wait for what never comes.
 void Block::release_barrier() {
     for (const Fiber& fiber : fibers_) {
         if (fiber.state != Fiber::kAtBarrier || fiber.waits_for != fibers_[0].waits_for) {
@@ -218,3 +231,13 @@ WarpValues exchange(uint32_t mask, uint64_t value, const char* operation) {
 }
 
 }  // namespace emulator
+
+// What -fsanitize=alignment calls before a misaligned access: a GPU stops there, most CPUs do not. The thread ends here.
+extern "C" void __ubsan_handle_type_mismatch_v1(void* place, void*) {
+    struct {
+        const char* file;
+        uint32_t line;
+    } source;
+    std::memcpy(&source, place, sizeof(source));
+    emulator::current_block->stop("misaligned access at " + std::string(source.file) + ":" + std::to_string(source.line));
+}

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/block_reduce.cuh"
+#include "common/elements.cuh"
 #include "common/launch.cuh"
 
 namespace {
@@ -41,6 +42,12 @@ __global__ void uninitialised(const float*, float* out, Mistake) {
     out[threadIdx.x] = reinterpret_cast<float*>(shared_memory)[threadIdx.x];
 }
 
+// out = in, four at a time, though `out` may lie anywhere.
+__global__ void copy_chunks(const float* in, float* out, Mistake) {
+    using Chunk = r1kernels::Chunk<float>;
+    if (threadIdx.x % 4 == 0) reinterpret_cast<Chunk*>(out)[threadIdx.x / 4] = r1kernels::load_chunk(in, threadIdx.x, blockDim.x);
+}
+
 // out[block] = how many blocks came before it.
 __global__ void arrival(float* counter, float* out) {
     if (threadIdx.x == 0) out[blockIdx.x] = atomicAdd(counter, 1.0f);
@@ -66,6 +73,11 @@ Floats run(void (*kernel)(const float*, float*, Mistake), const Floats& in, Mist
     launch(kernel, 1, static_cast<int>(in.size()), in.size() * sizeof(float), nullptr, in.data(), out.mutable_data(),
            mistake);
     return out;
+}
+
+void copy_to_an_odd_address() {
+    alignas(16) float in[32] = {}, out[33];
+    launch(copy_chunks, 1, 32, 0, nullptr, in, out + 1, kNone);
 }
 
 Floats block_order(int blocks, uint64_t seed) {
@@ -95,6 +107,7 @@ PYBIND11_MODULE(probes, m) {
     def("uninitialised", uninitialised);
     def("block_sum_and_max", block_sum_and_max);
     def("ballot", ballot);
+    m.def("copy_to_an_odd_address", &copy_to_an_odd_address);
     m.def("block_order", &block_order);
     m.def("launch_too_large", [] { return launch(arrival, 1, 2048, 0, nullptr, nullptr, nullptr); });
 }

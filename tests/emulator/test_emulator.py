@@ -78,6 +78,11 @@ def test_the_reduction_over_a_block(probes, threads, seed):
     np.testing.assert_array_equal(results, np.full(threads, values.sum() + values.max()))
 
 
+def test_a_misaligned_access_is_an_error(probes):
+    with pytest.raises(RuntimeError, match=r"misaligned access at .*probes\.cpp:\d+"):
+        probes.copy_to_an_odd_address()
+
+
 def test_shared_memory_begins_as_nan(probes, values):
     assert np.isnan(probes.uninitialised(values, probes.Mistake.none, 0)).all()
 

@@ -13,10 +13,9 @@ from r1kernels import extension, token_logprobs
 from tests.support.numerics import same_bits
 from tests.support.token_logprobs_kernel import IGNORED, TokenLogprobsKernel, random_case
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
-]
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device here", allow_module_level=True)
 
 
 @pytest.fixture(params=["cuda", "triton"])

@@ -201,8 +201,27 @@ def test_grpo_raises_the_reward(tmp_path):
 def test_the_metrics_are_complete_and_consistent(tmp_path):
     rows, _, final, at = run_grpo(tmp_path / "a")
     named = {
-        *("reward", "reward/format", "reward_std", "zero_std_groups", "format", "language_consistency", "reward_errors"),
-        *("step", "length", "finished", "loss", "kl", "entropy", "clip_low", "clip_high", "ratio_mean", "ratio_max"),
+        *(
+            "reward",
+            "reward/format",
+            "reward_std",
+            "zero_std_groups",
+            "format",
+            "language_consistency",
+            "reward_errors",
+        ),
+        *(
+            "step",
+            "length",
+            "finished",
+            "loss",
+            "kl",
+            "entropy",
+            "clip_low",
+            "clip_high",
+            "ratio_mean",
+            "ratio_max",
+        ),
         *("lr", "grad_norm", "expert_load", "skipped", "replay_agreement"),
     }
     assert named <= set(rows[0])

@@ -84,10 +84,10 @@ def whole_run(path):
     finish(run, "base", {"loss": 0.6}, losses)
     for name in ("zero", "rl_reasoning", "rl_all"):
         rolled = [
-            sample(step % 7, name, step=step, reward=1.0 + step / 60, advantage=0.5)
-            for step in range(60)
+            sample(step % 7, name, step=step, reward=1.0 + step / 60, advantage=0.5) for step in range(60)
         ]
-        finish(run, name, {"reward": 1.9}, [grpo_row(step, 60) for step in range(60)], rolled)
+        unseen = {"unseen/helpful/before": 0.61, "unseen/helpful/after": 0.875} if name == "rl_all" else {}
+        finish(run, name, {"reward": 1.9, **unseen}, [grpo_row(step, 60) for step in range(60)], rolled)
     routes = {
         f"{route}/{key}": value
         for route in ("few_shot", "reflect", "refine")
@@ -208,6 +208,8 @@ def test_every_section_is_there_with_its_numbers(report):
     assert "agrees with the rule on 97.1 % of 200 held-out responses" in text
     assert "helpful 93.0 %, safety 99.0 %" in text
     assert "near 0 by construction" in text
+    assert "0.610" in text
+    assert "0.875" in text
     assert "1,024 held-out problems" in text
     assert text.count("pass@4") >= 1
     for stage in ("zero", "rl_reasoning", "rl_all", "base", "sft1"):

@@ -137,6 +137,16 @@ def test_pairs_are_of_one_problem_and_each_text_counts_once():
     assert len(reward_model.make_pairs(labelled, 1, (0,))) == 1
 
 
+def test_half_of_the_pairs_are_close_ones():
+    problem = CAPITALS[0]
+    labelled = [(problem, "it is paris", True), (problem, "it is oslo", False)]
+    labelled += [(problem, f"i cannot tell it {number}", False) for number in range(20)]
+    for seed in range(5):
+        rejected = [pair.rejected for pair in reward_model.make_pairs(labelled, 2, (seed,))]
+        assert len(rejected) == 2
+        assert rejected[0] == "it is oslo"
+
+
 def test_points_are_balanced_and_distinct():
     problem = CAPITALS[0]
     labelled = [(problem, "a", True), (problem, "a", True), (problem, "b", False), (problem, "c", False)]

@@ -5,9 +5,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +13,6 @@ from training import files
 from training.errors import UserError
 from training.recipe import load
 from training.run_dir import RunDir
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -215,18 +210,30 @@ def test_numbers_of_torch_and_numpy_are_written_as_numbers(stage):
     assert stage.metrics() == [{"loss": 0.25, "count": 3}]
 
 
+def locked_elsewhere(run):
+    """Whether another process is refused the lock, and what it is told."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with RunDir(run.path).lock():
+                os.write(write, b"mine")
+        except UserError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        return answer.read()
+
+
 def test_a_second_process_is_refused_in_one_line(tmp_path):
     run = RunDir(tmp_path / "run")
-    program = (
-        "import sys; from training.run_dir import RunDir\nwith RunDir(sys.argv[1]).lock(): print('mine')"
-    )
-    command = [sys.executable, "-c", program, str(run.path)]
     with run.lock():
-        other = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-        assert other.returncode != 0
-        assert f"is in use by another process (process id {os.getpid()})" in other.stderr.splitlines()[-1]
-    after = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert after.stdout == "mine\n"
+        expected = f"{run.path} is in use by another process (process id {os.getpid()})"
+        assert locked_elsewhere(run) == expected
+    assert locked_elsewhere(run) == "mine"
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -47,6 +47,8 @@ def test_one_grpo_step(tmp_path):
     samples = [json.loads(line) for line in (tmp_path / "run/zero/samples.jsonl").read_text().splitlines()]
     assert all(row["question"] and row["text"].strip() for row in samples)
     # a pretrained model answers in words, not in noise
-    assert any(word in " ".join(row["text"] for row in samples).lower() for word in ("the", "to", "answer", "is"))
+    assert any(
+        word in " ".join(row["text"] for row in samples).lower() for word in ("the", "to", "answer", "is")
+    )
     report = list((tmp_path / "run").glob("*.html"))
     assert report and report[0].stat().st_size > 10_000

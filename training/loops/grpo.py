@@ -28,10 +28,6 @@ from training.response import parse
 from training.rewards import Sample, Scored
 from training.tasks.problem import Problem
 
-SHOWN_PER_STEP = (
-    2  # groups whose samples go to samples.jsonl every step: the one with the best and the worst response
-)
-
 
 def train(
     policy: PreTrainedModel,
@@ -65,14 +61,12 @@ def train(
         optimizer.restore(state.tensors, state.counters)
         if config.reference_every:
             checkpoint.load_model_tensors(reference, state.tensors, "reference.")
-    history: list[dict[str, float]] = []
     with context.progress.grpo_bar(config.steps, start, context.name) as bar:
         for step in range(start, config.steps):
             metrics = _step(
                 policy, reference, tokenizer, optimizer, problems(step), prompt, reward, config, context, step
             )
             context.stage.log(step=step, **metrics)
-            history.append(metrics)
             shown = ("reward", "accuracy", "format", "language_consistency", "length", "loss")
             bar.advance(1, **{name: metrics[name] for name in shown if name in metrics})
             if config.reference_every and (step + 1) % config.reference_every == 0:
@@ -118,8 +112,10 @@ def _step(
     scored = reward(step, samples)
     values = torch.tensor([0.0 if s.total is None else s.total for s in scored])
     valid = torch.tensor([s.total is not None for s in scored])
-    advantages = r1kernels.group_advantages(values, group_size=config.group_size, valid=valid)
-    _show(context, step, scored, advantages, config.group_size)
+    advantages = r1kernels.group_advantages(
+        values, group_size=config.group_size, valid=valid, scale=config.advantage_scale
+    )
+    _show(context, step, scored, advantages)
     clock.mark("reward")
     pad = tokenizer.pad_token_id
     policy.eval()  # no dropout: the policy that samples and the one that learns are the same function
@@ -293,10 +289,8 @@ def _reward_metrics(scored: list[Scored], values: Tensor, valid: Tensor, group_s
     return metrics
 
 
-def _show(
-    context: StageContext, step: int, scored: list[Scored], advantages: Tensor, group_size: int
-) -> None:
-    """Writes the groups with the step's best and worst response to samples.jsonl."""
+def _show(context: StageContext, step: int, scored: list[Scored], advantages: Tensor) -> None:
+    """Writes the best and the worst response of the step to samples.jsonl."""
     totals = [-1e9 if s.total is None else s.total for s in scored]
     best, worst = (
         max(range(len(scored)), key=totals.__getitem__),

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from r1kernels.integrations import transformers as integration
 from training import seeding
 from training.model import has_routers
+from training.prompts import user_turn
 from training.tasks.problem import Problem
 
 
@@ -65,7 +66,7 @@ def sample(
     """Samples `samples` responses to every prompt.
 
     Args:
-        prompts: any number; bos is put before each text.
+        prompts: any number; see `encode_prompts`.
         temperature: 0 takes the most probable token. top_p: the smallest set of tokens with at least this probability.
         max_new_tokens: a response is cut there, and then it is not `finished`.
         seed_parts: key of the draw; with the problem's id and the sample's number it decides every token.
@@ -77,15 +78,10 @@ def sample(
     """
     was_training = model.training
     model.eval()
-    bos = tokenizer.bos_token_id
-    texts = (
-        tokenizer([prompt.text for prompt in prompts], add_special_tokens=False)["input_ids"]
-        if prompts
-        else []
-    )
+    encoded = encode_prompts(tokenizer, [prompt.text for prompt in prompts])
     jobs = [
-        (prompt.problem, ([] if bos is None else [bos]) + ids, number)
-        for prompt, ids in zip(prompts, texts, strict=True)
+        (prompt.problem, ids, number)
+        for prompt, ids in zip(prompts, encoded, strict=True)
         for number in range(samples)
     ]
     # Prompts of one length share a batch, so that nothing is padded. Keyed draws make the order irrelevant.
@@ -109,6 +105,20 @@ def sample(
                 found[i] = Completion(problem, *ids, text, number, finished, routing)
     model.train(was_training)
     return [found[i] for i in range(len(jobs))]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of prompts: the user's turn of the tokenizer's chat template where it has one, else bos and the text."""
+    if tokenizer.chat_template:
+        turns = [[{"role": "user", "content": user_turn(text)}] for text in texts]
+        return [
+            tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+            for turn in turns
+        ]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return (
+        [bos + ids for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+    )
 
 
 def uniforms(keys: Sequence[int], count: int) -> Tensor:

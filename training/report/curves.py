@@ -12,6 +12,7 @@ matplotlib.use("svg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from training.report.marks import number
 
@@ -73,10 +74,15 @@ LOSS_PANELS = (Panel("loss", {"loss": "loss"}), Panel("expert load (max / mean)"
 def with_reward_terms(panels: Sequence[Panel], rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
     """The panels, with every reward term of the rows in the first one."""
     terms = dict.fromkeys(name for row in rows for name in row if name.startswith("reward/"))
-    first = Panel(
-        panels[0].title, {**panels[0].metrics, **{term: term.removeprefix("reward/") for term in terms}}
-    )
+    first = Panel(panels[0].title, {**panels[0].metrics, **{term: label(term) for term in terms}})
     return [first, *panels[1:]]
+
+
+def label(term: str) -> str:
+    """ "reward/language_consistency" -> "language": the name of a reward term in a legend."""
+    return {"language_consistency": "language"}.get(
+        term.removeprefix("reward/"), term.removeprefix("reward/")
+    )
 
 
 def figure(name: str, rows: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -> str:
@@ -86,7 +92,7 @@ def figure(name: str, rows: Sequence[Mapping[str, Any]], panels: Sequence[Panel]
     if not series:
         return ""
     with plt.rc_context({**STYLE, "svg.hashsalt": name}):
-        size = (PANEL_WIDTH * max(len(series), 2), 2.0)
+        size = (PANEL_WIDTH * max(len(series), 2), 2.2)
         figure, axes = plt.subplots(1, len(series), figsize=size, squeeze=False, layout="constrained")
         for axis, (panel, lines) in zip(axes[0], series, strict=True):
             _draw(axis, panel, lines)
@@ -108,7 +114,7 @@ def load_figure(by_stage: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             x = [start + position / max(len(values) - 1, 1) for position in range(len(values))]
             y = [value for _, value in values]
             axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
-            axis.plot(x, smooth(y), color=colour)
+            axis.plot(x, smooth(y), color=colour, marker="o" if len(y) == 1 else "", markersize=4)
             ticks.append((start + 0.5, stage))
             start += 1.08
         axis.axhline(1.0, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
@@ -155,8 +161,18 @@ def _draw(axis: Axes, panel: Panel, lines: list[tuple[str, list[tuple[float, flo
     if panel.share:
         axis.set_ylim(-3, 103)
     axis.tick_params(length=0)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     if len(lines) > 1:
-        axis.legend(fontsize=7.5, loc="best", handlelength=1.2, labelspacing=0.25)
+        axis.legend(
+            fontsize=7.5,
+            loc="upper left",
+            bbox_to_anchor=(-0.05, -0.12),
+            ncols=2,
+            handlelength=1.1,
+            columnspacing=1.2,
+            labelspacing=0.25,
+            borderpad=0,
+        )
 
 
 def _svg(figure: Any, label: str) -> str:

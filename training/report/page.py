@@ -31,7 +31,9 @@ def page(run_dir: RunDir) -> str:
     done = {name: record for name, record in records.items() if record}
     sections = [
         _section(
-            "Stages", _stages_text(run_dir, recipe), tables.stage_table(run_dir, recipe) if done else ""
+            "Stages",
+            _stages_text(run_dir, recipe),
+            (tables.stage_table(run_dir, recipe) + tables.unseen(run_dir)) if done else "",
         ),
         _section(
             "Lineage", _LINEAGE, f'<div class="panel">{lineage.drawing(recipe, _notes(run_dir, done))}</div>'
@@ -133,6 +135,8 @@ def _notes(run_dir: RunDir, done: dict[str, dict[str, Any]]) -> dict[str, str]:
             notes[name] = f"{metrics['kept']:,} kept" if "kept" in metrics else "done"
         elif name == "judge" and number(metrics.get("agreement")) is not None:
             notes[name] = f"agrees {percent(metrics['agreement'])} %"
+        elif name == "reward_models" and number(metrics.get("helpful/accuracy")) is not None:
+            notes[name] = f"{percent(metrics['helpful/accuracy'])}, {percent(metrics['safety/accuracy'])} %"
         elif name == "distill":
             notes[name] = f"{sum(key.endswith('/parameters') for key in metrics)} students"
         else:

@@ -48,7 +48,7 @@ def side_by_side(run_dir: RunDir) -> str:
             by_problem.setdefault(row["problem_id"], []).append(row)
     complete = [group for group in by_problem.values() if len(group) == max(map(len, by_problem.values()))]
     ranked = sorted(complete, key=_gain, reverse=True)
-    best = ranked[:PROBLEMS]
+    best = [group for group in ranked[:PROBLEMS] if _gain(group)[0] > 0]
     worst = [group for group in sorted(complete, key=_score)[:PROBLEMS] if group not in best]
     general = _general(rows)
     parts = [f"<h3>learnt on the way</h3>{''.join(map(_group, best))}"] if best else []

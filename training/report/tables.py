@@ -131,7 +131,11 @@ def rejections(run_dir: RunDir) -> str:
         bars = [
             bar(count / largest, name.replace("_", " "), f"{count:,}", 5)
             for name, count in counted.most_common()
+            if count
         ]
+        never = [name.replace("_", " ") for name, count in counted.items() if not count]
+        if never:
+            bars.append(f"<p><small>nothing by {escape(', '.join(never))}</small></p>")
         routes = [
             f"{route} {metrics[f'{route}/kept']:,} of {metrics[f'{route}/asked']:,}"
             for route in dict.fromkeys(name.split("/")[0] for name in metrics if name.endswith("/asked"))
@@ -179,6 +183,32 @@ def times(run_dir: RunDir, recipe: Recipe) -> str:
         lines.append(stacked(shares, name, duration(whole)))
     total = sum(record["stage_seconds"] for record in done.values())
     return legend((*TIMES, "everything else")) + "".join(lines) + f"<p>{duration(total)} in all.</p>"
+
+
+def unseen(run_dir: RunDir) -> str:
+    """rl_all before and after, on prompts it never saw: by the task's oracle, and by the reward models beside it."""
+    metrics = (run_dir.stage("rl_all").record() or {}).get("metrics", {})
+    names = [
+        name.split("/")[1] for name in metrics if name.startswith("unseen/") and name.endswith("/before")
+    ]
+    if not names:
+        return ""
+    rows = "".join(
+        f"<tr><th>{escape(name.replace('_', ' '))}</th>"
+        + "".join(f"<td>{_plain(metrics[f'unseen/{name}/{when}'])}</td>" for when in ("before", "after"))
+        + "</tr>"
+        for name in names
+    )
+    return (
+        "<h3>rl_all on unseen prompts</h3><p><small>By the task's oracle, which it was not trained on; the scores of the "
+        'reward models that it was trained on stand beside.</small></p><table class="small"><thead><tr><th></th>'
+        f"<th>before</th><th>after</th></tr></thead><tbody>{rows}</tbody></table>"
+    )
+
+
+def _plain(value: Any) -> str:
+    found = number(value)
+    return "-" if found is None else f"{found:.3f}"
 
 
 def languages(run_dir: RunDir) -> str:

@@ -65,8 +65,8 @@ def _teach(context: StageContext) -> Selection:
     tasks = responses.tasks(context.recipe)
     settings = filters.Settings(task=tasks, paragraph_words=context.recipe.rejection.paragraph_words)
     found = Selection()
-    for kind, checked_by in (("reasoning", "rule"), ("helpful", "oracle")):
-        problems = [each for each in responses.problems(context.recipe, "train", (kind,)) if each.id in asked]
+    for kinds, checked_by in ((("reasoning",), "rule"), (("helpful", "unsafe"), "oracle")):
+        problems = [each for each in responses.problems(context.recipe, "train", kinds) if each.id in asked]
         if problems:
             drawn = _draw(context, teacher, problems, config.samples, config.temperature, config.top_p)
             found.add(select(drawn, teacher, seed, config.filters, settings, checked_by=checked_by))

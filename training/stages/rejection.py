@@ -79,9 +79,9 @@ def _reasoning(context: StageContext, source: Source) -> tuple[Selection, int]:
 
 
 def _general(context: StageContext, reasoning_kept: int) -> Selection:
-    """Selected responses to helpful questions, as many as the share of the recipe asks for, every problem in turn."""
+    """Selected responses to helpful and unsafe questions, as many as the share of the recipe asks for, every problem in turn."""
     config, seed = context.config, context.recipe.seed
-    pool = responses.problems(context.recipe, "train", ("helpful",))
+    pool = responses.problems(context.recipe, "train", ("helpful", "unsafe"))
     if not pool or not config.general_share:
         return Selection()
     stage = config.general_from

