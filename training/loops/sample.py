@@ -101,8 +101,9 @@ def sample(
                 problem, prompt_ids, number = jobs[i]
                 finished = token_ids[-1] == tokenizer.eos_token_id
                 text = tokenizer.decode(token_ids[:-1] if finished else token_ids)
-                ids = (tuple(prompt_ids), tuple(token_ids))
-                found[i] = Completion(problem, *ids, text, number, finished, routing)
+                found[i] = Completion(
+                    problem, tuple(prompt_ids), tuple(token_ids), text, number, finished, routing
+                )
     model.train(was_training)
     return [found[i] for i in range(len(jobs))]
 
