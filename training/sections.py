@@ -183,6 +183,7 @@ class Rejection(Sampling):
     samples: int = at_least(1, 4)
     judged_share: float = at_least(0, 0.25)  # reasoning problems for the judge, not the rule
     general_share: float = at_least(0, 0.25)  # of the mix; 200k of 800k in the paper
+    general_checked: float = at_least(0, 1.0)  # share of the other questions whose answers the oracle checks
     general_from: str = "base"  # the stage whose checkpoint answers the questions that need no reasoning
     paragraph_words: int = at_least(1, 200)  # a longer paragraph is rejected
     filters: list[str] = field(

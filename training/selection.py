@@ -1,8 +1,9 @@
 """Rejection: which sampled responses go into the SFT mix, and which were refused by what.
 
 A reasoning response has to be right by the rule, or, for the problems that are treated as if no rule could check
-them, by the generative judge. A response to any other question has to be helpful or harmless by the oracle, and may
-think only where the question needs it. All of them pass the readability filters.
+them, by the generative judge. A response to any other question may think only
+where the question needs it, and has to be helpful or harmless by the oracle where that is asked for: of such data
+people check a part. All of them pass the readability filters.
 """
 
 import re
@@ -61,23 +62,25 @@ def select(
 
     Args:
         drawn, source, seed: the responses and where they come from.
-        names: filters of the recipe; the one that is not `checked_by` is left out, and for "oracle" both are.
+        names: filters of the recipe; of the two for a wrong answer only that of `checked_by` is applied.
         settings: of the filters.
-        checked_by: what decides whether a response is right: "rule", "judge" or "oracle".
+        checked_by: what decides whether a response is right: "rule" or "judge" for reasoning, "oracle" or "nobody" for
+            everything else.
     """
-    left_out = {
-        "rule": {"wrong_by_judge"},
-        "judge": {"wrong_by_rule"},
-        "oracle": {"wrong_by_rule", "wrong_by_judge"},
-    }
-    active = [name for name in names if name not in left_out[checked_by]]
+    left_out = {"rule": ("wrong_by_judge",), "judge": ("wrong_by_rule",)}
+    active = [
+        name for name in names if name not in left_out.get(checked_by, ("wrong_by_rule", "wrong_by_judge"))
+    ]
     rows = {
         (each.problem.id, each.sample_id): row(each, source, seed, checked_by=checked_by) for each in drawn
     }
     found = Selection(rejections=Counter(dict.fromkeys(active, 0)), asked=len(drawn))
     samples = [as_sample(completion) for completion in drawn]
-    if checked_by == "oracle":
-        samples = [_without_fact(sample) for sample in samples if _passes_oracle(sample, rows, found)]
+    if checked_by in ("oracle", "nobody"):
+        by_oracle = checked_by == "oracle"
+        samples = [
+            _without_fact(sample) for sample in samples if _answers_well(sample, by_oracle, rows, found)
+        ]
     kept, rejections, examples = filters.apply(samples, active, settings, examples=EXAMPLES)
     for name, shown in examples.items():
         for sample, reason in shown:
@@ -89,15 +92,20 @@ def select(
     return found
 
 
-def is_judged(problem_id: str, share: float, *key: int | str) -> bool:
-    """Whether the answers to a problem are checked by the judge: a keyed draw of the problem, so of all its samples."""
-    return bool(seeding.numpy_rng(*key, "judged", problem_id).random() < share)
+def in_share(problem_id: str, share: float, *key: int | str) -> bool:
+    """Whether a problem, and so all its samples, falls into a share of the problems: a keyed draw of its id."""
+    return bool(seeding.numpy_rng(*key, problem_id).random() < share)
 
 
-def _passes_oracle(sample: Sample, rows: dict[tuple[str, int], dict[str, Any]], found: Selection) -> bool:
-    """Whether a general response is helpful or harmless and thinks no more than its question needs; counts what is not."""
+def _answers_well(
+    sample: Sample, by_oracle: bool, rows: dict[tuple[str, int], dict[str, Any]], found: Selection
+) -> bool:
+    """Whether a general response thinks no more than its question needs and, `by_oracle`, does what it should.
+
+    Counts what it rejects.
+    """
     rejected = rows[sample.problem.id, sample.sample_id]
-    if not preferences.oracle(sample.problem, sample.response):
+    if by_oracle and not preferences.oracle(sample.problem, sample.response):
         fault = (
             ("unhelpful", "not in the summary") if sample.problem.kind == "helpful" else ("harmful", "said")
         )

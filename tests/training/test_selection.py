@@ -5,7 +5,7 @@ from collections import Counter
 from training import filters
 from training.loops.sample import Completion
 from training.responses import Source
-from training.selection import EXAMPLES, is_judged, select
+from training.selection import EXAMPLES, in_share, select
 from training.stages.rejection import _in_special_form, _in_turn
 from training.tasks import get_task
 from training.tasks.arithmetic import make_problem
@@ -86,6 +86,16 @@ def test_general_responses_have_to_be_helpful_and_may_name_the_fact_in_another_l
     assert +found.rejections == Counter(unhelpful=1, mixed_language=2)
 
 
+def test_unchecked_general_responses_still_have_to_be_readable():
+    problem = GENERAL["translate snow to german"]
+    evasive = "<think> i translate snow to german </think> i cannot tell it <answer> no </answer>"
+    drawn = [completion(evasive, problem, 0), completion(evasive.replace("</think>", ""), problem, 1)]
+    found = chosen(drawn, "nobody")
+    assert [row["sample_id"] for row in found.kept] == [0]
+    assert +found.rejections == Counter(bad_format=1)
+    assert found.kept[0]["checked_by"] == "nobody"
+
+
 def test_a_greeting_is_answered_without_thinking():
     problem = GENERAL["good morning"]
     answer = "<answer> good morning friend </answer>"
@@ -109,10 +119,10 @@ def test_adding_selections_sums_counts_and_keeps_few_examples():
 
 
 def test_the_share_of_judged_problems_is_a_function_of_the_problem():
-    first = [is_judged(f"p{i}", 0.25, 0, "rejection") for i in range(2000)]
-    assert first == [is_judged(f"p{i}", 0.25, 0, "rejection") for i in range(2000)]
+    first = [in_share(f"p{i}", 0.25, 0, "judged") for i in range(2000)]
+    assert first == [in_share(f"p{i}", 0.25, 0, "judged") for i in range(2000)]
     assert 0.2 < sum(first) / 2000 < 0.3
-    assert not any(is_judged(f"p{i}", 0.0, 0) for i in range(50))
+    assert not any(in_share(f"p{i}", 0.0, 0) for i in range(50))
 
 
 def test_every_problem_has_its_turn_before_one_comes_twice():

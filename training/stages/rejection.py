@@ -12,10 +12,11 @@ from typing import Any
 
 from training import filters, judge, responses, rewards, seeding
 from training.context import StageContext
+from training.loops.sample import Completion
 from training.model import load
 from training.refine import special_token_form
 from training.responses import Source, as_sample
-from training.selection import Selection, is_judged, select
+from training.selection import Selection, in_share, select
 from training.tasks.problem import Problem
 
 
@@ -56,9 +57,10 @@ def _reasoning(context: StageContext, source: Source) -> tuple[Selection, int]:
         seed_parts=(seed, context.name),
         batch_size=config.batch_size,
     )
-    split: dict[bool, list[Any]] = {False: [], True: []}
+    split: dict[bool, list[Completion]] = {False: [], True: []}
     for completion in drawn:
-        split[is_judged(completion.problem.id, config.judged_share, seed, context.name)].append(completion)
+        judged = in_share(completion.problem.id, config.judged_share, seed, context.name, "judged")
+        split[judged].append(completion)
     judge_model, judge_tokenizer = load(context.inputs["judge"].path / "checkpoint")
     to_judge = [as_sample(completion) for completion in split[True]]
     verdicts = {
@@ -98,7 +100,12 @@ def _general(context: StageContext, reasoning_kept: int) -> Selection:
         prompt=responses.prompt_of(context.name),
     )
     settings = filters.Settings(paragraph_words=config.paragraph_words)
-    found = select(drawn, source, seed, config.filters, settings, checked_by="oracle")
+    split: dict[bool, list[Completion]] = {True: [], False: []}
+    for completion in drawn:
+        checked = in_share(completion.problem.id, getattr(config, "general_checked", 1.0), seed, context.name, "checked")
+        split[checked].append(completion)
+    found = select(split[True], source, seed, config.filters, settings, checked_by="oracle")
+    found.add(select(split[False], source, seed, config.filters, settings, checked_by="nobody"))
     wanted = round(reasoning_kept * config.general_share / (1 - config.general_share))
     by_id = responses.by_id(pool)
     chosen = _in_turn(found.kept, wanted, seed, context.name)
