@@ -57,7 +57,9 @@ Labelled = Pair | Point
 
 def from_language_model(model: PreTrainedModel) -> PreTrainedModel:
     """The body of a causal language model under a new scalar head, which starts at 0 (so nothing is drawn)."""
-    config = type(model.config).from_dict({**model.config.to_dict(), "num_labels": 1})
+    config = type(model.config).from_dict(
+        model.config.to_dict() | {"id2label": {0: "reward"}, "label2id": {"reward": 0}}
+    )
     with torch.random.fork_rng(devices=[]):
         reward_model = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
     reward_model.model.load_state_dict(model.model.state_dict())

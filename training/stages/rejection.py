@@ -2,8 +2,9 @@
 
 Most reasoning problems are checked by the rule; a share is checked by the generative judge alone, as if no rule
 existed for them, and how often the rule contradicts it is reported. Questions that need no reasoning (writing, facts,
-translation, self-knowledge, greetings) are answered by an earlier checkpoint and selected by the oracle; their
-thinking, where they have some, is put into the special-token form. Data: reasoning to general as the recipe says.
+translation, self-knowledge, greetings, secrets) are answered by an earlier checkpoint; all of those answers are
+filtered for readability, and a share of them by the oracle. Their thinking, where they have some, is put into the
+special-token form. Data: reasoning to general as the recipe says.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def _general(context: StageContext, reasoning_kept: int) -> Selection:
     settings = filters.Settings(paragraph_words=config.paragraph_words)
     split: dict[bool, list[Completion]] = {True: [], False: []}
     for completion in drawn:
-        checked = in_share(completion.problem.id, getattr(config, "general_checked", 1.0), seed, context.name, "checked")
+        checked = in_share(completion.problem.id, config.general_checked, seed, context.name, "checked")
         split[checked].append(completion)
     found = select(split[True], source, seed, config.filters, settings, checked_by="oracle")
     found.add(select(split[False], source, seed, config.filters, settings, checked_by="nobody"))
