@@ -22,6 +22,11 @@ from training.pipeline import STAGES
 from training.report.marks import MARKS, marks_of
 from training.run_dir import RunDir
 
+MODELS = (
+    ("judge (against the rule)", "judge", "agreement"),
+    ("helpful model (pairs)", "reward_models", "helpful/accuracy"),
+    ("safety model", "reward_models", "safety/accuracy"),
+)
 COLUMNS = (*MARKS, ("pass@1", "pass@1"), ("greedy", "greedy"))
 
 
@@ -64,7 +69,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """One sentence: seeds, problems, times and memory."""
+    """Seeds, problems, times and memory, in words."""
     runs = results["runs"]
     problems = next(iter(runs[0]["test"].values()))["problems"]
     seeds = " / ".join(str(run["seed"]) for run in runs)
@@ -75,6 +80,15 @@ def summary(results: Mapping[str, Any]) -> str:
         f"in %; pass@1 is the mean of {next(iter(runs[0]['test'].values()))['k']} at temperature 0.6, top-p 0.95. "
         f"{minutes} minutes on {results['machine']['cores']} cores, {memory:.1f} GiB at most."
     )
+
+
+def models(results: Mapping[str, Any]) -> str:
+    """One sentence: how often the judge and the reward models are right on held-out responses."""
+    parts = []
+    for title, stage, metric in MODELS:
+        shares = [percent(run["final_metrics"][stage][metric]) for run in results["runs"]]
+        parts.append(f"{title} {' / '.join(shares)}")
+    return "Right on held-out responses, in %: " + ", ".join(parts) + "."
 
 
 def machine() -> dict[str, Any]:
@@ -98,7 +112,7 @@ def main() -> None:
         results = {"machine": machine(), "runs": [collect(folder) for folder in arguments.runs]}
         if arguments.out:
             files.write_json(arguments.out, results)
-    print(f"{summary(results)}\n\n{table(results)}")
+    print(f"{summary(results)}\n\n{table(results)}\n\n{models(results)}")
 
 
 if __name__ == "__main__":
