@@ -33,7 +33,8 @@ def forward(
     largest, position = x.max(dim=-1, keepdim=True)
     shifted = x - largest
     others = shifted.exp().scatter(-1, position, 0.0)
-    sum_others = others.sum(dim=-1)
+    # a logit at +inf has no finite normaliser: its row is NaN, as for log_softmax
+    sum_others = torch.where(largest.squeeze(-1) == torch.inf, torch.nan, others.sum(dim=-1))
 
     ignored = targets == ignore_index
     inside = (targets >= 0) & (targets < x.shape[-1])

@@ -108,8 +108,8 @@ class _ShardedLogprobs(torch.autograd.Function):
         owned = torch.arange(maxima.shape[0], device=maxima.device).unsqueeze(-1) == owner
         sum_others = torch.where(owned, sums, torch.where(weights == 0, 0.0, weights * (1 + sums))).sum(0)
         spread = torch.where(weights == 0, 0.0, weights * (spreads + distance * (1 + sums))).sum(0)
-        # a column of NaN, or of -inf alone on every rank, makes its row NaN on all of them
-        broken = maxima.isnan().any(0) | (largest == -torch.inf)
+        # NaN or +inf on any rank, or -inf alone on every one, makes the row NaN on all of them
+        broken = maxima.isnan().any(0) | largest.isinf()
         found = owners.sum(0) > 0
         ignored = targets == ignore_index
         logp = (targets_x.sum(0) - largest) - sum_others.log1p()

@@ -41,7 +41,7 @@ def token_logprobs(
 
     Precision: float32 accumulation in a form without cancellation (specs: ``reference.py``): logp <= 0, entropy >= 0, and
     neither they nor the gradient lose digits where one logit leads. -inf logits have probability 0; a target at -inf has
-    logp -inf; a row that is all -inf or holds NaN gives NaN for that row alone. Deterministic, and bitwise independent of
+    logp -inf; a row that is all -inf, or holds NaN or +inf, gives NaN for that row alone. Deterministic, and bitwise independent of
     the other rows and the number of threads. float64 is served by the reference alone.
     """
     checks.tensor("logits", logits, dtypes=checks.FLOATS)

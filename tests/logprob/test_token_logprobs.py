@@ -123,6 +123,19 @@ def test_masked_vocabulary_is_exact_and_broken_rows_stay_alone(place):
     assert (z.grad[0, :600] == 0).all() and (z.grad[4] == 0).all()
 
 
+def test_a_logit_at_plus_infinity_makes_its_row_nan(place):
+    backend, device = place
+    logits = torch.randn(3, 700, generator=torch.Generator().manual_seed(6))
+    logits[0, 5] = logits[1, 5] = float("inf")
+    z = logits.to(device, copy=True).requires_grad_()
+    targets = torch.tensor([5, 7, 7], device=device)
+    logp, entropy = token_logprobs(z, targets, return_entropy=True, backend=backend)
+    assert logp[:2].isnan().all() and entropy[:2].isnan().all()
+    assert torch.isfinite(logp[2]) and torch.isfinite(entropy[2])
+    logp.sum().backward()
+    assert z.grad[:2].isnan().all() and torch.isfinite(z.grad[2]).all()
+
+
 def test_ignored_tokens_give_exact_zeros_whatever_they_hold(place):
     backend, device = place
     logits = torch.randn(4, 33, generator=torch.Generator().manual_seed(2))
