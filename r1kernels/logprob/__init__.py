@@ -16,9 +16,8 @@ __all__ = [
     "token_logprobs",
 ]
 
-backends.register("token_logprobs", "cuda", cuda.run, cuda.reasons)
-backends.register("token_logprobs", "triton", triton.run, triton.reasons)
-backends.register("token_logprobs", "cpu", cpu.run, cpu.reasons)
+for _name, _module in (("cuda", cuda), ("triton", triton), ("cpu", cpu)):
+    backends.register("token_logprobs", _name, partial(autograd.run, _name), _module.reasons)
 backends.register("token_logprobs", "reference", partial(autograd.run, "reference"))
 backends.register("linear_logprobs", "reference", linear.reference)
 backends.register("grouped_logprobs", "reference", grouped.reference)

@@ -25,7 +25,15 @@ def run(
     entropy: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy (both (N,); entropy is empty where not asked for), differentiable in the logits."""
+    """Log-prob and entropy (both (N,); entropy is empty where not asked for), differentiable in the logits.
+
+    The arguments are those of ``ops.py``, with logits (B, T, V) of any strides and temperatures of any floating dtype.
+    """
+    if backend != "reference":
+        # kernels read rows of stride 1 and temperatures in float32
+        if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+            logits = logits.contiguous()
+        temperatures = None if temperatures is None else temperatures.float()
     arguments = (logits, targets, temperatures, temperature, ignore_index, entropy)
     if torch.is_grad_enabled() and logits.requires_grad:
         logp, value = TokenLogprobs.apply(*arguments, inplace_backward, backend)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from . import autograd
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (8, 0)  # the capability of sm_80
@@ -15,7 +14,7 @@ _missing = extension.cuda_missing()  # read once: torch.compile can not trace a 
 
 
 def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
-    """Why this call can not be served (arguments of ``run``)."""
+    """Why this call can not be served (arguments of ``autograd.run``)."""
     found = []
     if logits.device.type != "cuda":
         found.append(f"the logits are on {logits.device}, this backend is for NVIDIA GPUs")
@@ -33,22 +32,3 @@ def older_than_supported(device: int) -> bool:
     # torch.compile takes the properties, not the capability, for constants
     properties = torch.cuda.get_device_properties(device)
     return (properties.major, properties.minor) < OLDEST
-
-
-def run(
-    logits: Tensor,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    entropy: bool,
-    inplace_backward: bool,
-) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy (both (N,)) of logits (B, T, V); see ``ops.py`` for the arguments and ``autograd.run``."""
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        logits = logits.contiguous()
-    if temperatures is not None:
-        temperatures = temperatures.float()
-    return autograd.run(
-        "cuda", logits, targets, temperatures, temperature, ignore_index, entropy, inplace_backward
-    )

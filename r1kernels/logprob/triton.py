@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, ops
+from . import ops
 from .cuda import DTYPES, older_than_supported
 
 MAX_ROWS = 2**31 - 1  # programs in the first dimension of a grid
@@ -24,7 +24,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
-    """Why this call can not be served (arguments of ``run``)."""
+    """Why this call can not be served (arguments of ``autograd.run``)."""
     found = []
     if logits.device.type == "cuda":
         if older_than_supported(logits.device.index):
@@ -38,25 +38,6 @@ def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
     if logits.shape[0] * logits.shape[1] > MAX_ROWS:
         found.append(f"{logits.shape[0] * logits.shape[1]} rows, a grid holds at most {MAX_ROWS}")
     return tuple(found)
-
-
-def run(
-    logits: Tensor,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    entropy: bool,
-    inplace_backward: bool,
-) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy (both (N,)) of logits (B, T, V); see ``ops.py`` for the arguments and ``autograd.run``."""
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        logits = logits.contiguous()
-    if temperatures is not None:
-        temperatures = temperatures.float()
-    return autograd.run(
-        "triton", logits, targets, temperatures, temperature, ignore_index, entropy, inplace_backward
-    )
 
 
 def forward(
