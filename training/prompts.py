@@ -61,5 +61,5 @@ def user_turn(prompt: str) -> str:
 
 
 def judge(problem: Problem, reference: str, response: str) -> str:
-    """What the generative judge reads: the question, the right answer and a response."""
-    return f"user : {problem.question} reference : {reference} response : {response} assistant :"
+    """What the generative judge reads: question, response, and last the right answer, so that it stands beside the given one."""
+    return f"user : {problem.question} response : {response} reference : {reference} assistant :"
