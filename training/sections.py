@@ -119,9 +119,6 @@ class Grpo:
     warmup: int = at_least(0, 0)  # steps of linear warm-up: Adam's first steps are as long as the rate allows
     weight_decay: float = at_least(0, 0.0)
     grad_clip: float = at_least(0, 1.0)
-    # "group": over the standard deviation of the group; with continuous rewards that makes noise among equally good
-    # responses as large as right against wrong, and "batch" or "none" does not
-    advantage_scale: Literal["group", "batch", "none"] = "group"
     kl_coef: float = at_least(0, 1e-3)
     clip: float = at_least(0, 0.2)
     temperature: float = at_least(0, 1.0)

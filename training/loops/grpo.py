@@ -112,9 +112,7 @@ def _step(
     scored = reward(step, samples)
     values = torch.tensor([0.0 if s.total is None else s.total for s in scored])
     valid = torch.tensor([s.total is not None for s in scored])
-    advantages = r1kernels.group_advantages(
-        values, group_size=config.group_size, valid=valid, scale=config.advantage_scale
-    )
+    advantages = r1kernels.group_advantages(values, group_size=config.group_size, valid=valid)
     _show(context, step, scored, advantages)
     clock.mark("reward")
     pad = tokenizer.pad_token_id
