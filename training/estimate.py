@@ -16,7 +16,7 @@ from training.recipe import Grpo, Model, NextToken, Recipe, Sampling
 
 LENGTH_SHARE = 0.25
 PROMPT_TOKENS = 16
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = 4  # parameters, gradients and both moments are float32 (training/placement.py)
 
 
 @dataclass(frozen=True)
@@ -128,20 +128,19 @@ def parameters(recipe: Recipe, vocab_size: int = 300) -> Parameters:
 def estimate(recipe: Recipe) -> list[Estimate]:
     """One row a stage of the recipe, a row a student for the distillation."""
     model = parameters(recipe)
-    size = BYTES[recipe.dtype]
     rows = []
     for stage in plan(recipe):
         config, parents = getattr(recipe, stage), parents_of(stage, recipe)
         if stage == "distill":
             rows += list(_distillation(recipe, model, parents))
         elif isinstance(config, Grpo):
-            rows.append(_grpo(stage, parents, config, model, size))
+            rows.append(_grpo(stage, parents, config, model))
         elif isinstance(config, NextToken):
-            rows.append(_next_token(stage, parents, config, recipe, model, size))
+            rows.append(_next_token(stage, parents, config, recipe, model))
         else:
             responses = _responses(recipe, stage)
             work = f"{_count(responses)} responses"
-            rows.append(_sampling(stage, parents, work, responses, config, model, size))
+            rows.append(_sampling(stage, parents, work, responses, config, model))
     return rows
 
 
@@ -165,14 +164,14 @@ def _responses(recipe: Recipe, stage: str) -> int:
 
 
 def _sampling(
-    stage: str, parents: list[str], work: str, responses: int, config: Sampling, model: Parameters, size: int
+    stage: str, parents: list[str], work: str, responses: int, config: Sampling, model: Parameters
 ) -> Estimate:
     length = _length(config.max_new_tokens)
     flops = responses * length * model.forward(length / 2)
-    return Estimate(stage, parents, work, responses * length, 0, flops, 0, model.total * size)
+    return Estimate(stage, parents, work, responses * length, 0, flops, 0, model.total * BYTES)
 
 
-def _grpo(stage: str, parents: list[str], config: Grpo, model: Parameters, size: int) -> Estimate:
+def _grpo(stage: str, parents: list[str], config: Grpo, model: Parameters) -> Estimate:
     outputs = config.prompts * config.group_size
     tokens = flops = 0.0
     for step in range(config.steps):
@@ -183,15 +182,15 @@ def _grpo(stage: str, parents: list[str], config: Grpo, model: Parameters, size:
         flops += step_tokens * model.forward(_length(longest) / 2)
     passes = 3 + 1 + bool(config.kl_coef)  # forward and backward of the update, old and reference log-probs
     work = f"{_count(config.steps)} rollouts of {_count(outputs)} in {config.minibatches} minibatches"
-    memory = model.total * size * (4 + bool(config.kl_coef))
+    memory = model.total * BYTES * (4 + bool(config.kl_coef))
     return Estimate(stage, parents, work, tokens, tokens, flops, passes * flops, memory)
 
 
 def _next_token(
-    stage: str, parents: list[str], config: NextToken, recipe: Recipe, model: Parameters, size: int
+    stage: str, parents: list[str], config: NextToken, recipe: Recipe, model: Parameters
 ) -> Estimate:
     if stage == "base" and recipe.model.pretrained:
-        return Estimate(stage, parents, "taken as it is", 0, 0, 0, 0, model.total * size)
+        return Estimate(stage, parents, "taken as it is", 0, 0, 0, 0, model.total * BYTES)
     if config.steps:
         documents, work = config.steps * config.batch_size, f"{_count(config.steps)} steps"
     else:
@@ -199,7 +198,7 @@ def _next_token(
     tokens = documents * _length(config.max_length)
     flops = 3 * tokens * model.forward(_length(config.max_length) / 2)
     work += f" of {config.batch_size} documents"
-    return Estimate(stage, parents, work, 0, tokens, 0, flops, 4 * model.total * size)
+    return Estimate(stage, parents, work, 0, tokens, 0, flops, 4 * model.total * BYTES)
 
 
 def _documents(recipe: Recipe, stage: str) -> int:
@@ -214,10 +213,7 @@ def _documents(recipe: Recipe, stage: str) -> int:
 
 def _distillation(recipe: Recipe, model: Parameters, parents: list[str]) -> Iterator[Estimate]:
     documents = _documents(recipe, "sft2") * recipe.distill.samples
-    size = BYTES[recipe.dtype]
-    yield _sampling(
-        "distill", parents, f"{_count(documents)} responses", documents, recipe.distill, model, size
-    )
+    yield _sampling("distill", parents, f"{_count(documents)} responses", documents, recipe.distill, model)
     for name, student in recipe.distill.students.items():
         sizes = dense_parameters(
             student.hidden_size,
@@ -232,4 +228,4 @@ def _distillation(recipe: Recipe, model: Parameters, parents: list[str]) -> Iter
         flops = 3 * tokens * sizes.forward(_length(student.max_length) / 2)
         length = f"{_count(student.steps)} steps" if student.steps else f"{student.epochs} epochs"
         work = f"student of {short(sizes.total)} parameters, {length}"
-        yield Estimate(f"  {name}", [], work, 0, tokens, 0, flops, 4 * sizes.total * size)
+        yield Estimate(f"  {name}", [], work, 0, tokens, 0, flops, 4 * sizes.total * BYTES)

@@ -20,6 +20,7 @@ from r1kernels.integrations import transformers as integration
 from r1kernels.integrations.transformers import ExpertLoad
 from training import checkpoint, seeding
 from training.errors import UserError
+from training.placement import current_device
 from training.recipe import Model
 
 
@@ -77,7 +78,8 @@ def build_model(sizes: Model, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Puts the router and the experts of `model` on r1kernels (nothing to do for a dense model) and returns it."""
+    """`model` on the device of the run, with its router and experts on r1kernels (a dense model has none)."""
+    model = model.to(current_device())
     if has_routers(model):
         integration.patch(model)
     return model

@@ -20,6 +20,7 @@ from training import files
 from training.config import unknown
 from training.context import StageContext
 from training.errors import UserError
+from training.placement import device_of, placed
 from training.progress import Progress
 from training.recipe import Recipe, stage_config
 from training.run_dir import RunDir, StageDir
@@ -123,7 +124,7 @@ def run(
         The stages that ran.
 
     Raises:
-        UserError: unknown stage, a missing or changed input, work made with other settings, a run in use.
+        UserError: unknown stage, a missing or changed input, work made with other settings, a run in use, no such device.
     """
     progress = progress or Progress()
     order = plan(recipe, stages)
@@ -131,6 +132,7 @@ def run(
         if name not in order:
             raise unknown("stage", name, order)
     wanted = [only] if only else order
+    device_of(recipe)
     with run_dir.lock():
         again: set[str] = set()  # stages whose work on the disk is to be replaced
         for name in wanted:  # before anything is written
@@ -243,7 +245,8 @@ def _run_stage(
     context = StageContext(
         name, recipe, getattr(recipe, name), stage, {p: run_dir.stage(p) for p in parents}, progress
     )
-    metrics = stages[name].run(context)
+    with placed(recipe):
+        metrics = stages[name].run(context)
     stage.finish(metrics)
     return True
 

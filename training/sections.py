@@ -285,8 +285,8 @@ class Recipe:
     description: str = ""
     seed: int = at_least(0, 0)
     threads: int = at_least(1, 1)  # torch CPU threads; another number may change the last bits
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where torch sees one
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of forward passes (autocast); parameters are float32
     deterministic: bool = False  # on CUDA: deterministic algorithms, so that a resume is exact there too
     stages: list[str] = field(default_factory=lambda: list(STAGE_NAMES))
     task: list[str] = field(default_factory=lambda: ["arithmetic", "general"])

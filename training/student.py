@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from training import seeding
 from training.errors import UserError
-from training.model import load
+from training.model import load, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,4 +53,4 @@ def build(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.key(seed, "distill", sizes.architecture, "weights"))
-        return make_model(config), tokenizer
+        return prepare(make_model(config)), tokenizer

@@ -7,6 +7,7 @@ from typing import Any
 from training.cli.arguments import add_run, checkpoint, existing_run
 from training.config import nearest
 from training.errors import UserError
+from training.placement import placed
 from training.response import parse
 from training.tasks.problem import Problem, problem_id
 
@@ -34,11 +35,19 @@ def run_command(arguments: argparse.Namespace) -> None:
     name, path = checkpoint(run_dir, arguments.checkpoint)
     if name.split("-")[0] in ("judge", "reward_models"):
         raise UserError(f"{name} judges responses and gives none: choose another checkpoint")
-    source = responses.load_source(name.split("-")[0], path)
+    with placed(recipe):
+        _talk(responses.load_source(name.split("-")[0], path), recipe, arguments)
+
+
+def _talk(source: Any, recipe: Any, arguments: argparse.Namespace) -> None:
+    from training import responses
+
     asked = 0
     interactive = sys.stdin.isatty()
     if interactive:
-        print(f"{name} of {run_dir.path}; it knows what its tasks taught it, such as {_examples(recipe)}")
+        print(
+            f"{source.stage} of {arguments.run}; it knows what its tasks taught it, such as {_examples(recipe)}"
+        )
         print("an empty line ends the talk")
     while True:
         try:

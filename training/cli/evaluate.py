@@ -7,6 +7,7 @@ from training import files
 from training.cli.arguments import add_run, checkpoint, existing_run
 from training.errors import UserError
 from training.format import align, percent
+from training.placement import placed
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -37,7 +38,8 @@ def run_command(arguments: argparse.Namespace) -> None:
         name, path = named[0], Path(named[0])
     else:
         name, path = checkpoint(run_dir, named[0] if named else None)
-    rows, _ = marks(responses.load_source(name.split("-")[0], path), name, recipe, recipe.evaluate)
+    with placed(recipe):
+        rows, _ = marks(responses.load_source(name.split("-")[0], path), name, recipe, recipe.evaluate)
     shown = [key for key in rows[0] if key not in ("checkpoint", "split", "language", "problems", "length")]
     header = ["split", "language", "problems", *shown, "length"]
     body = [

@@ -1,12 +1,11 @@
 """What a run prints: the backend of every op, the table of stages, final metrics."""
 
-import torch
-
 import r1kernels
 from r1kernels import examples
 from training.files import readable_bytes
 from training.format import align, duration, percent
 from training.pipeline import STAGES
+from training.placement import device_of
 from training.recipe import Recipe
 from training.report.marks import MARKS, marks_of
 from training.run_dir import RunDir, StageDir
@@ -44,7 +43,7 @@ def final_metrics(stage: StageDir) -> str:
 
 def backends(recipe: Recipe) -> str:
     """One line: which backend of r1kernels serves which ops on this machine, for small calls."""
-    device = "cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = device_of(recipe).type
     served: dict[str, list[str]] = {}
     for op, (arguments, keywords) in sorted(examples.calls(device).items()):
         for line in r1kernels.explain(op, *arguments, **keywords).splitlines()[1:]:

@@ -1,0 +1,48 @@
+"""What the recipe's device and dtype mean for a stage."""
+
+import pytest
+import torch
+
+from training.errors import UserError
+from training.placement import current_device, device_of, placed
+from training.recipe import load
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device: expected auto or cpu.*got cuda"):
+        device_of(load("tiny", ["device=cuda"]))
+    assert device_of(load("tiny")).type == "cpu"
+
+
+def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_of(load("tiny")).type == "cuda"
+    assert device_of(load("tiny", ["device=cpu"])).type == "cpu"
+
+
+def test_bfloat16_computes_in_bfloat16_and_sees_an_updated_weight():
+    layer = torch.nn.Linear(4, 4)
+    x = torch.randn(2, 4)
+    with placed(load("tiny", ["dtype=bfloat16", "device=cpu"])):
+        before = layer(x)
+        with torch.no_grad():
+            layer.weight.add_(1.0)
+        after = layer(x)
+        assert current_device().type == "cpu"
+    assert before.dtype == torch.bfloat16 and layer.weight.dtype == torch.float32
+    assert not torch.equal(before, after)
+    assert layer(x).dtype == torch.float32
+
+
+def test_a_small_model_learns_in_bfloat16(tmp_path):
+    from training import pipeline
+    from training.progress import Progress
+    from training.run_dir import RunDir
+
+    overrides = ["dtype=bfloat16", "device=cpu", "stages=[base,zero]", "base.steps=3", "zero.steps=1"]
+    recipe = load("smoke", overrides)
+    run_dir = RunDir(tmp_path / "run")
+    assert pipeline.run(recipe, run_dir, progress=Progress()) == ["base", "zero"]
+    lines = run_dir.stage("base").path.joinpath("metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3
