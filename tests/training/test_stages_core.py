@@ -2,7 +2,7 @@
 
 import pytest
 
-from training import pipeline
+from training import pipeline, responses
 from training.checkpoint import checkpoint_hash, load_model
 from training.errors import UserError
 from training.progress import Progress
@@ -10,6 +10,7 @@ from training.recipe import load
 from training.refine import refine
 from training.response import parse
 from training.run_dir import RunDir
+from training.stages import evaluate
 from training.tasks import get_task
 from training.tokenizer import build_tokenizer
 
@@ -107,6 +108,22 @@ def test_evaluation_has_a_row_for_every_checkpoint_split_and_language(run):
             assert 0 <= row["helpful"] <= 1 and 0 <= row["harmless"] <= 1
     test = {(row["checkpoint"], row["language"]): row for row in table if row["split"] == "test"}
     assert test["base", "all"]["problems"] == test["base", "de"]["problems"] + test["base", "en"]["problems"]
+
+
+def test_a_check_that_raises_is_counted_beside_the_marks(run, monkeypatch):
+    recipe = run.read_recipe(["evaluate.problems=4", "evaluate.k_problems=2", "evaluate.splits=[test]"])
+    source = responses.load_source("zero", run.stage("zero").path / "checkpoint")
+
+    def broken(task, problem, answer):
+        raise ArithmeticError("no such number")
+
+    for task in responses.tasks(recipe).values():
+        monkeypatch.setattr(type(task), "check", broken)
+    rows, _ = evaluate.marks(source, "zero", recipe, recipe.evaluate)
+    row = rows[0]
+    assert row["accuracy"] == 0.0
+    asked_with_an_answer = row["reward_errors"]
+    assert 0 < asked_with_an_answer <= 4 + 2 * recipe.evaluate.k + 2
 
 
 def test_the_same_problems_are_shown_for_every_checkpoint(run):

@@ -40,7 +40,8 @@ def run_command(arguments: argparse.Namespace) -> None:
         name, path = checkpoint(run_dir, named[0] if named else None)
     with placed(recipe):
         rows, _ = marks(responses.load_source(name.split("-")[0], path), name, recipe, recipe.evaluate)
-    shown = [key for key in rows[0] if key not in ("checkpoint", "split", "language", "problems", "length")]
+    hidden = ("checkpoint", "split", "language", "problems", "length", "k", "reward_errors")
+    shown = [key for key in rows[0] if key not in hidden]
     header = ["split", "language", "problems", *shown, "length"]
     body = [
         [
@@ -54,5 +55,8 @@ def run_command(arguments: argparse.Namespace) -> None:
     ]
     print(f"{name} (in %, length in tokens)")
     print("\n".join(align([header, *body])))
+    errors = sum(row["reward_errors"] for row in rows if row["language"] == "all")
+    if errors:
+        print(f"the check raised on {errors} responses, which count as wrong")
     if arguments.out:
         files.write_jsonl(arguments.out, rows)

@@ -45,6 +45,9 @@ def run(context: StageContext) -> dict[str, Any]:
             rows += new
             context.stage.add_samples(samples)
             context.stage.save_state(len(rows), {}, {"rows": rows})
+            errors = sum(row["reward_errors"] for row in new if row["language"] == "all")
+            if errors:
+                context.progress.say(f"{name}: the check raised on {errors} responses, which count as wrong")
             bar.advance(1, **{key: new[0][key] for key in SHOWN if new[0][key] is not None})
     context.stage.write_data("evaluation.jsonl", rows)
     test = [row for row in rows if row["split"] == "test" and row["language"] == "all"]
@@ -132,6 +135,9 @@ def _row(
         "greedy": _share([_right(sample, tasks) for sample in greedy]),
         "helpful": _share(oracle["helpful"]),
         "harmless": _share(oracle["unsafe"]),
+        "reward_errors": sum(
+            rewards.accuracy(s, tasks).value is None for s in (*reasoning, *repeated, *greedy)
+        ),
     }
 
 
