@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/pages.h"
 
 namespace py = pybind11;
 
@@ -40,4 +41,10 @@ PYBIND11_MODULE(_C, module) {
     module.def("chosen_isa", [] { return r1kernels::name(r1kernels::chosen_isa()); },
                "The instruction set that the CPU kernels use (R1KERNELS_CPU_ISA overrides it).");
     module.def("cpu_features", &r1kernels::cpu_features, "Features of this processor that matter here.");
+    py::class_<r1kernels::Pages>(module, "Pages", py::buffer_protocol(),
+                                 "A large buffer of bytes, not initialised, that is given again to the next caller.")
+        .def(py::init<size_t>())
+        .def_buffer([](const r1kernels::Pages& pages) {
+            return py::buffer_info(static_cast<unsigned char*>(pages.data()), static_cast<py::ssize_t>(pages.size()));
+        });
 }

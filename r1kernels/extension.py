@@ -10,12 +10,14 @@ import importlib
 import importlib.machinery
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 _NAME = "r1kernels._C"
+_LARGE_BYTES = 1 << 20
 _RECORD = re.compile(rb"r1kernels-build\{torch=([^,}]*),python=([^,}]*)\}")
 
 
@@ -96,6 +98,17 @@ def chosen_isa() -> str:
     if _module is None:
         raise RuntimeError(_failure)
     return str(_module.chosen_isa())
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on the CPU, not initialised. The memory of a large one is kept for the next one once it is free.
+
+    At most 512 MiB are kept (csrc/common/pages.h): a fresh buffer is paid in page faults.
+    """
+    size = torch.Size(shape).numel()
+    if _module is None or size * dtype.itemsize < _LARGE_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(_module.Pages(size * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def cpu_features() -> tuple[str, ...]:

@@ -5,10 +5,9 @@
 
 #include <cstring>
 
-namespace r1kernels {
+#include "common/warp.cuh"
 
-constexpr int kWarpSize = 32;
-constexpr unsigned kWholeWarp = 0xffffffffu;
+namespace r1kernels {
 
 // The dynamic shared memory of the block; its size is an argument of the launch.
 extern __shared__ __align__(16) unsigned char shared_memory[];

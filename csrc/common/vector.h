@@ -166,23 +166,27 @@ inline double sum(Floats value) {
 // e^x below this rounds to 0; the smallest float is 2^-149, and e^-104 = 2^-150.04
 constexpr float kSmallestExponent = -104.0f;
 
-// e^x for x <= 0, within 1.1 units in the last place, subnormal results too (-inf gives exactly 0, NaN gives NaN).
-//
-// x = n ln 2 + r with |r| <= ln 2 / 2, e^x = 2^n e^r. ln 2 is split in two so that n times its first half is exact;
-// e^r = 1 + r + r^2 q(r), q the minimax polynomial of degree 4 (relative error 4.3e-9).
-inline Floats exp_negative(Floats x) {
-    const Floats clamped = greater(all(kSmallestExponent), x);  // the second operand passes NaN on
-    const Floats shift = all(0x1.8p23f + 64);                    // adding it rounds; the low bits are then n + 64
-    const Floats shifted = clamped * 0x1.715476p+0f + shift;
-    const Floats n = shifted - shift;
-    const Floats r = (clamped - n * 0x1.62e400p-1f) - n * 0x1.7f7d1cp-20f;
+// e^r - 1 for |r| <= ln 2 / 2, as r + r^2 q(r), q the minimax polynomial of degree 4 (relative error of e^r 4.3e-9).
+inline Floats exp_minus_one(Floats r) {
     Floats p = all(0x1.6fe43cp-10f);
     p = p * r + 0x1.1257a0p-7f;
     p = p * r + 0x1.555302p-5f;
     p = p * r + 0x1.555466p-3f;
     p = p * r + 0.5f;
     p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    return p * r;
+}
+
+// e^x for x <= 0, within 1.1 units in the last place, subnormal results too (-inf gives exactly 0, NaN gives NaN).
+//
+// x = n ln 2 + r with |r| <= ln 2 / 2, e^x = 2^n e^r. ln 2 is split in two so that n times its first half is exact.
+inline Floats exp_negative(Floats x) {
+    const Floats clamped = greater(all(kSmallestExponent), x);  // the second operand passes NaN on
+    const Floats shift = all(0x1.8p23f + 64);                    // adding it rounds; the low bits are then n + 64
+    const Floats shifted = clamped * 0x1.715476p+0f + shift;
+    const Floats n = shifted - shift;
+    const Floats r = (clamped - n * 0x1.62e400p-1f) - n * 0x1.7f7d1cp-20f;
+    const Floats p = exp_minus_one(r) + 1.0f;
 #if defined(__AVX512F__)
     return _mm512_scalef_ps(p, n);
 #else

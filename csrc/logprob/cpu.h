@@ -1,4 +1,4 @@
-// The CPU kernels of token_logprobs: plain functions over ranges, for a caller that shares the ranges out to threads.
+// The CPU kernels of the log-prob rows: plain functions over ranges, for a caller that shares the ranges out to threads.
 //
 // A row of V logits is cut into chunks of kChunk, which depend on the shape alone; item number row * chunks + chunk. Each
 // item is reduced by one thread in a fixed order, and so are the items of a row: results do not depend on the number of
@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "common/isa.h"
-#include "logprob/cuda.h"  // R1kernelsTokenLogprobs: what forward and backward share
+#include "logprob/call.h"
 
 namespace r1kernels {
 
@@ -18,25 +18,35 @@ inline int64_t chunks_per_row(int64_t vocabulary) { return (vocabulary + kChunk 
 
 // Sums over some logits z of a row at temperature T, relative to the largest of them, M.
 struct LogitSums {
-    float largest;    // M, before the division by T; -inf while nothing but -inf was seen
-    double ties;      // how many logits equal M
-    double sum;       // sum of e^((z - M) / T) over the others
-    double weighted;  // sum of e^((z - M) / T) (M - z) / T
+    float largest;     // M, before the division by T; -inf while nothing but -inf was seen
+    double ties;       // how many logits equal M
+    double sum;        // sum of e^((z - M) / T) over the others
+    double weighted;   // sum of e^((z - M) / T) (M - z) / T
+    double squares;    // sum of e^(2 (z - M) / T); this and what follows for the extra statistics alone
+    double total;      // sum of z
+    int64_t position;  // the first column that holds M
+};
+
+// Where the forward writes.
+struct LogprobOutputs {
+    float* logp;     // (rows)
+    float* entropy;  // (rows), or null
+    float* stats;    // (3, rows)
+    float* extra;    // (3, rows), or null
 };
 
 struct LogprobKernels {
     // Writes sums[item] for the items of [begin, end) (nothing for ignored rows).
-    void (*reduce)(const R1kernelsTokenLogprobs& call, bool entropy, LogitSums* sums, int64_t begin, int64_t end);
+    void (*reduce)(const R1kernelsTokenLogprobs& call, bool entropy, bool extra, LogitSums* sums, int64_t begin,
+                   int64_t end);
 
-    // Writes logp, entropy (if not null) and stats (3, rows) of the rows of [begin, end) from their items.
-    void (*finish)(const R1kernelsTokenLogprobs& call, const LogitSums* sums, float* logp, float* entropy, float* stats,
-                   int64_t begin, int64_t end);
+    // Writes the outputs of the rows of [begin, end) from their items.
+    void (*finish)(const R1kernelsTokenLogprobs& call, const LogitSums* sums, const LogprobOutputs& to, int64_t begin,
+                   int64_t end);
 
     // Writes the gradient of the items of [begin, end) to grad, which may be the logits (with their strides).
-    // grad_logp, grad_entropy (rows): null for no gradient.
-    void (*backward)(const R1kernelsTokenLogprobs& call, const float* logp, const float* stats, const float* grad_logp,
-                     const float* grad_entropy, void* grad, int64_t grad_batch_stride, int64_t grad_token_stride,
-                     int64_t begin, int64_t end);
+    void (*backward)(const R1kernelsTokenLogprobs& call, const R1kernelsLogprobGradients& from, void* grad,
+                     int64_t grad_batch_stride, int64_t grad_token_stride, int64_t begin, int64_t end);
 };
 
 R1KERNELS_DECLARE_TABLES(LogprobKernels, logprob_kernels)

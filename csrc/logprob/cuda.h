@@ -1,7 +1,4 @@
-// Launchers of the CUDA kernels of token_logprobs. Plain C types only: a caller needs neither nvcc nor a CUDA header.
-//
-// Logits are (B, T, V): any strides (in elements) on B and T, stride 1 on V. A row is one pair (b, t); its number is
-// b * T + t, and every array with one entry a row holds B * T contiguous entries in that order.
+// Launchers of the CUDA kernels of the log-prob ops. Plain C types only: a caller needs neither nvcc nor a CUDA header.
 //
 // Every launcher enqueues on `stream` (a cudaStream_t) of the current device, does not wait for it, and returns
 // cudaGetLastError() as an int: 0 is success. Arguments are trusted: the caller has checked them.
@@ -9,32 +6,42 @@
 
 #include <cstdint>
 
+#include "logprob/call.h"
+
 extern "C" {
 
-enum R1kernelsDtype { R1KERNELS_FLOAT32 = 0, R1KERNELS_FLOAT16 = 1, R1KERNELS_BFLOAT16 = 2 };
-
-// What forward and backward share.
-struct R1kernelsTokenLogprobs {
-    const void* logits;                          // (B, T, V) of `dtype`
-    int32_t dtype;                               // an R1kernelsDtype
-    int64_t batch, tokens, vocabulary;           // B, T, V; B * T may be 0
-    int64_t batch_stride, token_stride;          // in elements; 0 for expanded logits
-    const int64_t* targets;                      // (B * T)
-    const float* temperatures;                   // (B * T), or null: then `temperature` serves every row
-    float temperature;
-    int64_t ignore_index;
+// What the forward writes. stats are M, S', E' of each row, M being the largest logit before the division by the
+// temperature; E' is 0 unless with_entropy is set, which an entropy asks for. Of a slab (call.h: whole > V) logp is the
+// logit of the target before the division by the temperature, NaN where the slab does not hold it, and entropy is null.
+struct R1kernelsLogprobOutputs {
+    float* logp;           // (B * T)
+    float* entropy;        // (B * T), or null
+    float* stats;          // (3, B * T)
+    float* extra;          // (3, B * T): log_sum_sq_probs, mean_logits, is_top1; or null
+    int32_t with_entropy;
 };
 
-// logp (B * T), entropy (B * T) or null when not asked for, stats (3, B * T): M, S', E' of each row (cuda.cuh), M being
-// the largest logit before the division by the temperature. E' is 0 when entropy is null.
-int r1kernels_token_logprobs_cuda(const R1kernelsTokenLogprobs* call, float* logp, float* entropy, float* stats,
-                                  void* stream);
+// How many floats of device memory the forward needs to put sums of pieces in; often 0.
+int64_t r1kernels_token_logprobs_cuda_workspace(const R1kernelsTokenLogprobs* call, const R1kernelsLogprobOutputs* to);
 
-// grad_logits (B, T, V) of the logits' dtype with its own strides on B and T. It may be the logits themselves (the same
-// pointer and strides), which are then overwritten. grad_logp, grad_entropy (B * T), or null for no gradient.
-int r1kernels_token_logprobs_cuda_backward(const R1kernelsTokenLogprobs* call, const float* logp, const float* stats,
-                                           const float* grad_logp, const float* grad_entropy, void* grad_logits,
-                                           int64_t grad_batch_stride, int64_t grad_token_stride, void* stream);
+int r1kernels_token_logprobs_cuda(const R1kernelsTokenLogprobs* call, const R1kernelsLogprobOutputs* to,
+                                  float* workspace, void* stream);
+
+// grad_logits (B, T, V) with its own strides on B and T, of the logits' dtype or, of float32 logits, any. It may be the
+// logits themselves (the same pointer, strides and dtype), which are then overwritten.
+int r1kernels_token_logprobs_cuda_backward(const R1kernelsTokenLogprobs* call, const R1kernelsLogprobGradients* from,
+                                           void* grad_logits, int32_t grad_dtype, int64_t grad_batch_stride,
+                                           int64_t grad_token_stride, void* stream);
+
+// sums (B): those of the values (N) of each completion, in a fixed order. Completion i is the tokens
+// [cu_seqlens[i], cu_seqlens[i + 1]), or N / B tokens each where cu_seqlens (B + 1) is null; NaN where these bounds do
+// not lie in [0, N] in rising order.
+int r1kernels_completion_sums_cuda(const float* values, int64_t tokens, const int64_t* cu_seqlens, int64_t completions,
+                                   float* sums, void* stream);
+
+// numbers (N): the completion of each token; -1 where no completion holds it.
+int r1kernels_completion_numbers_cuda(const int64_t* cu_seqlens, int64_t completions, int64_t tokens, int32_t* numbers,
+                                      void* stream);
 
 // The text of an error code that a launcher returned.
 const char* r1kernels_cuda_error(int code);

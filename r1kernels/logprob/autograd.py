@@ -1,7 +1,6 @@
 """One autograd function around every backend of token_logprobs.
 
-It stands outside the torch ops and is entered only where a gradient is needed. A backend is a pair of functions with
-the argument lists of ``reference.forward`` and ``reference.backward``; a third one writes the gradient over the logits.
+It stands outside the torch ops and is entered only where a gradient is needed.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .. import checks
 from . import ops, reference
+from .completions import Completions
 
 
 def run(
@@ -24,10 +24,12 @@ def run(
     ignore_index: int,
     entropy: bool,
     inplace_backward: bool,
+    completions: Completions | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy (both (N,); entropy is empty where not asked for), differentiable in the logits.
 
-    The arguments are those of ``ops.py``, with logits (B, T, V) of any strides and temperatures of any floating dtype.
+    logits (B, T, V) of any strides, temperatures (N,) of any floating dtype or None; the rest as in ``ops.Rows``. With
+    completions (kernels only) both are their sums or means, (B,), whose gradients the kernel looks up by token.
     """
     if backend != "reference":
         # kernels read rows of stride 1 and temperatures in float32
@@ -36,14 +38,18 @@ def run(
         temperatures = None if temperatures is None else temperatures.float()
     arguments = (logits, targets, temperatures, temperature, ignore_index, entropy)
     if torch.is_grad_enabled() and logits.requires_grad:
-        logp, value = TokenLogprobs.apply(*arguments, inplace_backward, backend)
+        logp, value = TokenLogprobs.apply(
+            *arguments, inplace_backward, backend, *(completions or (None,) * 3)
+        )
         return logp, value
     logp, value, _ = _forward(backend, *arguments)
-    return logp, value
+    if completions is None:
+        return logp, value
+    return completions.reduce(logp), completions.reduce(value) if entropy else value
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """(logits, ..., inplace_backward, backend) -> (logp, entropy); saves the logits and three numbers a token."""
+    """(logits, ..., backend, completions) -> (logp, entropy); saves the logits and a few numbers a token."""
 
     @staticmethod
     def forward(
@@ -56,26 +62,32 @@ class TokenLogprobs(torch.autograd.Function):
         entropy: bool,
         inplace_backward: bool,
         backend: str,
+        count: int | None,
+        cu_seqlens: Tensor | None,
+        divisor: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         logp, value, stats = _forward(
             backend, logits, targets, temperatures, temperature, ignore_index, entropy
         )
-        ctx.save_for_backward(logits, targets, temperatures, logp, stats)
+        ctx.save_for_backward(logits, targets, temperatures, logp, stats, cu_seqlens, divisor)
         ctx.temperature, ctx.ignore_index, ctx.entropy = temperature, ignore_index, entropy
-        ctx.inplace_backward, ctx.backend = inplace_backward, backend
+        ctx.inplace_backward, ctx.backend, ctx.count = inplace_backward, backend, count
         ctx.set_materialize_grads(False)
-        return logp, value
+        if count is None:
+            return logp, value
+        completions = Completions(count, cu_seqlens, divisor)
+        return completions.reduce(logp), completions.reduce(value) if entropy else value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        unused = (None,) * 7
+        unused = (None,) * 10
         grad_logp = grads[0]
         grad_entropy = grads[1] if ctx.entropy else None
         if grad_logp is None and grad_entropy is None:
             return None, *unused
-        logits, targets, temperatures, logp, stats = ctx.saved_tensors
-        arguments = (targets, temperatures, ctx.temperature, ctx.ignore_index, logp, stats)
-        arguments += tuple(None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy))
+        logits, targets, temperatures, logp, stats, cu_seqlens, divisor = ctx.saved_tensors
+        upstream = by_token_or_completion(grad_logp, grad_entropy, logp, ctx.count, cu_seqlens, divisor)
+        arguments = (targets, temperatures, ctx.temperature, ctx.ignore_index, logp, stats, *upstream)
         if ctx.inplace_backward:
             grad = logits.detach()
             with torch.no_grad():
@@ -88,20 +100,44 @@ class TokenLogprobs(torch.autograd.Function):
         return checks.first_derivative_only("token_logprobs", grad, logits), *unused
 
 
-def _forward(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "reference":
-        return reference.forward(*arguments)
-    return getattr(ops.namespace, f"token_logprobs_{backend}")(*arguments)
+def by_token_or_completion(
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    logp: Tensor,
+    count: int | None,
+    cu_seqlens: Tensor | None,
+    divisor: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """(grad_logp, grad_entropy, sequences) for a kernel; ``sequences`` is None where the gradients are those of tokens."""
+    if count is None:
+        return *(None if grad is None else grad.contiguous() for grad in (grad_logp, grad_entropy)), None
+    completions = Completions(count, cu_seqlens, divisor)
+    sequences = completions.sequences(logp.shape[0], logp.device)
+    return completions.gradient(grad_logp), completions.gradient(grad_entropy), sequences
 
 
-def _backward(backend: str, *arguments: Any) -> Tensor:
+def plain_rows(
+    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, ignore_index: int
+) -> ops.Rows:
+    """The rows of logits (B, T, V) that are the whole vocabulary and need no bias, scale or cap."""
+    return ops.Rows(None, 1.0, 0.0, targets, temperatures, temperature, ignore_index, 0, logits.shape[2])
+
+
+def _forward(backend: str, logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "reference":
-        return reference.backward(*arguments)
-    return getattr(ops.namespace, f"token_logprobs_{backend}_backward")(*arguments)
+        return reference.forward(logits, *arguments)
+    *call, entropy = arguments
+    return ops.forward(backend, logits, plain_rows(logits, *call), entropy)[:3]
+
+
+def _backward(backend: str, logits: Tensor, *arguments: Any) -> Tensor:
+    if backend == "reference":
+        return reference.backward(logits, *arguments[:-1])
+    return ops.backward(backend, logits, plain_rows(logits, *arguments[:4]), *arguments[4:])
 
 
 def _backward_inplace(backend: str, logits: Tensor, *arguments: Any) -> None:
     if backend == "reference":
-        logits.copy_(reference.backward(logits, *arguments))
+        logits.copy_(reference.backward(logits, *arguments[:-1]))
     else:
-        getattr(ops.namespace, f"token_logprobs_{backend}_backward_")(logits, *arguments)
+        ops.backward_(backend, logits, plain_rows(logits, *arguments[:4]), *arguments[4:])

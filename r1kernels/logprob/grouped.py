@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from . import autograd
-from .linear import Head, check_linear, linear_logprobs
+from . import autograd, linear, linear_autograd
+from .completions import Completions
 from .token import in_rows, split_temperature
 
 REDUCTIONS = ("sum", "mean", "none")
@@ -97,27 +97,21 @@ def linear_grouped_logprobs(
     The options are those of ``linear_logprobs`` and ``grouped_logprobs``. A token whose target is ``ignore_index`` does not
     count. With ``stats`` the result is (GroupedLogprobs, {name: token values}).
     """
-    check_linear(hidden, weight, targets, bias, softcap, logit_scale)
+    head = linear.check_linear(hidden, weight, targets, bias, softcap, logit_scale)
     checks.integer("ignore_index", ignore_index)
-    layout = 2 if cu_seqlens is not None else 3
-    if hidden.ndim != layout:
-        raise ValueError(f"hidden: expected {layout} dimensions, got shape {tuple(hidden.shape)}")
+    dimensions = 2 if cu_seqlens is not None else 3
+    if hidden.ndim != dimensions:
+        raise ValueError(f"hidden: expected {dimensions} dimensions, got shape {tuple(hidden.shape)}")
     _check_groups(targets, mask, cu_seqlens, group_size, reduce, return_entropy)
     kept = targets if mask is None else torch.where(mask != 0, targets, ignore_index)
-    head = Head(weight, bias, softcap, logit_scale)
-    options = {
-        "stats": stats,
-        "ignore_index": ignore_index,
-        "chunk_size": chunk_size,
-        "save_logits": save_logits,
-        "batch_invariant": batch_invariant,
-        "group": group,
-    }
-    arguments = (hidden, head, kept, cu_seqlens, group_size, temperature, reduce, return_entropy, options)
-    return backends.dispatch("linear_grouped_logprobs", backend, *arguments)
+    options = (return_entropy, stats, chunk_size, save_logits, batch_invariant, group)
+    call = linear.checked_call(hidden, head, kept, temperature, ignore_index, *options)
+    layout = (kept.shape, cu_seqlens, group_size, reduce)
+    return backends.dispatch("linear_grouped_logprobs", backend, *call, *layout)
 
 
-def reference(
+def run(
+    backend: str,
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
@@ -129,44 +123,43 @@ def reference(
     reduce: str,
     entropy: bool,
 ) -> GroupedLogprobs:
-    """Plain PyTorch: token log-probs, then sums over each completion."""
-    flat = targets.reshape(-1)
+    """Token log-probs of one backend, then sums over each completion; a kernel's backward looks their gradients up."""
+    counts = _counts(targets != ignore_index, cu_seqlens)
+    completions = _completions(counts, cu_seqlens, reduce)
+    inside = None if backend == "reference" else completions
     logp, value = autograd.run(
-        "reference", in_rows(logits), flat, temperatures, temperature, ignore_index, entropy, False
+        backend,
+        in_rows(logits),
+        targets.reshape(-1),
+        temperatures,
+        temperature,
+        ignore_index,
+        entropy,
+        False,
+        inside,
     )
-    counted = (flat != ignore_index).view(targets.shape)
-    return _reduced(logp.view(targets.shape), value, counted, cu_seqlens, group_size, reduce, entropy)
+    if inside is None:
+        logp, value = _reduced(logp, value, completions)
+    return _shaped(logp, value, counts, targets.shape, group_size, reduce, entropy)
 
 
-def linear_reference(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    cu_seqlens: Tensor | None,
-    group_size: int,
-    temperature: float | Tensor,
-    reduce: str,
-    entropy: bool,
-    options: dict[str, Any],
+def linear_run(
+    backend: str, hidden: Tensor, head: linear.Head, targets: Tensor, *arguments: Any
 ) -> GroupedLogprobs | tuple[GroupedLogprobs, dict[str, Tensor]]:
-    """Plain PyTorch: ``linear_logprobs``, then sums over each completion."""
-    results = linear_logprobs(
-        hidden,
-        head.weight,
-        targets,
-        bias=head.bias,
-        temperature=temperature,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        return_entropy=entropy,
-        backend="reference",
-        **options,
-    )
-    results = results if isinstance(results, tuple) else (results,)
-    value = results[1] if entropy else None
-    counted = targets != options["ignore_index"]
-    grouped = _reduced(results[0], value, counted, cu_seqlens, group_size, reduce, entropy)
-    return (grouped, results[-1]) if options["stats"] else grouped
+    """The same from hidden states; the arguments are those of ``linear.reference`` and the layout of the tokens."""
+    *call, shape, cu_seqlens, group_size, reduce = arguments
+    _, _, ignore_index, entropy, stats, *_ = call
+    counts = _counts((targets != ignore_index).view(shape), cu_seqlens)
+    completions = _completions(counts, cu_seqlens, reduce)
+    if backend == "reference":
+        logp, value, extra = linear.reference(hidden, head, targets, *call)
+        logp, value = _reduced(logp, value, completions)
+    else:
+        logp, value, extra = linear_autograd.run(backend, completions, hidden, head, targets, *call)
+    grouped = _shaped(logp, value, counts, shape, group_size, reduce, entropy)
+    if not stats:
+        return grouped
+    return grouped, {name: one.view(shape) for name, one in zip(stats, extra, strict=True)}
 
 
 def _check_groups(
@@ -211,27 +204,40 @@ def _masked_targets(targets: Tensor, mask: Tensor | None, vocabulary: int) -> tu
     return torch.where(counted, torch.where(targets < 0, vocabulary, targets), ignored), ignored
 
 
-def _reduced(
+def _counts(counted: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """How many tokens of each completion count, (B,) int64."""
+    if cu_seqlens is None:
+        return counted.sum(-1)
+    before = torch.cat((counted.new_zeros(1, dtype=torch.int64), counted.cumsum(0)))
+    # bounds on a GPU were not looked at: those of a broken call must not reach outside
+    bounds = cu_seqlens.long().clamp(0, counted.shape[0])
+    return before[bounds[1:]] - before[bounds[:-1]]
+
+
+def _completions(counts: Tensor, cu_seqlens: Tensor | None, reduce: str) -> Completions | None:
+    """None: token values are wanted."""
+    if reduce == "none":
+        return None
+    bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
+    divisor = counts.clamp(min=1).float() if reduce == "mean" else None
+    return Completions(counts.shape[0], bounds, divisor)
+
+
+def _reduced(logp: Tensor, entropy: Tensor, completions: Completions | None) -> tuple[Tensor, Tensor]:
+    if completions is None:
+        return logp, entropy
+    return completions.reduce(logp), completions.reduce(entropy) if entropy.shape == logp.shape else entropy
+
+
+def _shaped(
     logp: Tensor,
-    entropy: Tensor | None,
-    counted: Tensor,
-    cu_seqlens: Tensor | None,
+    entropy: Tensor,
+    counts: Tensor,
+    shape: torch.Size,
     group_size: int,
     reduce: str,
     wants_entropy: bool,
 ) -> GroupedLogprobs:
-    counts = _sums(counted.to(torch.float64), cu_seqlens).to(torch.int64)
-    values = [logp] + ([entropy.view(logp.shape)] if wants_entropy and entropy is not None else [])
-    if reduce != "none":
-        values = [_sums(value, cu_seqlens) for value in values]
-        if reduce == "mean":
-            values = [value / counts.clamp(min=1) for value in values]
-        values = [value.view(-1, group_size) for value in values]
-    return GroupedLogprobs(values[0], counts.view(-1, group_size), values[1] if wants_entropy else None)
-
-
-def _sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The sum over each completion (B,)."""
-    if cu_seqlens is None:
-        return values.sum(-1)
-    return torch.segment_reduce(values, "sum", offsets=cu_seqlens.to(torch.int64), initial=0.0)
+    wanted = shape if reduce == "none" else (-1, group_size)
+    grid = counts.view(-1, group_size)
+    return GroupedLogprobs(logp.view(wanted), grid, entropy.view(wanted) if wants_entropy else None)

@@ -82,38 +82,13 @@ def linear_logprobs(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device. IndexError: a target out of range.
 
-    Precision: float32 logits, also from 16-bit inputs; dW is accumulated in float32 and rounded once. Deterministic.
+    Precision: float32 logits, also from 16-bit inputs; dX and dW are accumulated in float32 and rounded once. A kernel may
+    round the gradient of a tile of logits to bfloat16 for the GEMMs of bfloat16 inputs, as plain PyTorch does. Deterministic.
     """
     head = check_linear(hidden, weight, targets, bias, softcap, logit_scale)
-    checks.boolean("return_entropy", return_entropy)
-    for name in stats:
-        checks.choice("stats", name, STATS)
-    checks.integer("ignore_index", ignore_index)
-    if chunk_size is not None:
-        checks.integer("chunk_size", chunk_size, minimum=1)
-    if save_logits is not None:
-        checks.boolean("save_logits", save_logits)
-    checks.boolean("batch_invariant", batch_invariant)
-    temperatures, scalar = split_temperature(temperature, targets, ignore_index)
-    vocabulary = weight.shape[0] if group is None else sharded.vocabulary_size(weight, group)
-    if checks.values_visible(targets):
-        checks.in_range("targets", targets, 0, vocabulary, allow=ignore_index)
-    logp, entropy, extra = backends.dispatch(
-        "linear_logprobs",
-        backend,
-        hidden.reshape(-1, hidden.shape[-1]),
-        head,
-        targets.reshape(-1),
-        temperatures,
-        scalar,
-        ignore_index,
-        return_entropy,
-        tuple(stats),
-        chunk_size,
-        save_logits,
-        batch_invariant,
-        group,
-    )
+    options = (return_entropy, stats, chunk_size, save_logits, batch_invariant, group)
+    call = checked_call(hidden, head, targets, temperature, ignore_index, *options)
+    logp, entropy, extra = backends.dispatch("linear_logprobs", backend, *call)
     results: tuple[Any, ...] = (logp.view(targets.shape),)
     if return_entropy:
         results += (entropy.view(targets.shape),)
@@ -150,6 +125,44 @@ def check_linear(
     return Head(weight, bias, softcap, logit_scale)
 
 
+def checked_call(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    temperature: float | Tensor,
+    ignore_index: int,
+    return_entropy: bool,
+    stats: tuple[str, ...],
+    chunk_size: int | None,
+    save_logits: bool | None,
+    batch_invariant: bool,
+    group: dist.ProcessGroup | None,
+) -> tuple[Any, ...]:
+    """The arguments of ``reference``, that of every backend, for N tokens; the options are checked here."""
+    checks.boolean("return_entropy", return_entropy)
+    for name in stats:
+        checks.choice("stats", name, STATS)
+    checks.integer("ignore_index", ignore_index)
+    if chunk_size is not None:
+        checks.integer("chunk_size", chunk_size, minimum=1)
+    if save_logits is not None:
+        checks.boolean("save_logits", save_logits)
+    checks.boolean("batch_invariant", batch_invariant)
+    temperatures, scalar = split_temperature(temperature, targets, ignore_index)
+    vocabulary = head.weight.shape[0] if group is None else sharded.vocabulary_size(head.weight, group)
+    if checks.values_visible(targets):
+        checks.in_range("targets", targets, 0, vocabulary, allow=ignore_index)
+    rows = (
+        hidden.reshape(-1, hidden.shape[-1]),
+        head,
+        targets.reshape(-1),
+        temperatures,
+        scalar,
+        ignore_index,
+    )
+    return *rows, return_entropy, tuple(stats), chunk_size, save_logits, batch_invariant, group
+
+
 def reference(
     hidden: Tensor,
     head: Head,
@@ -165,7 +178,7 @@ def reference(
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Plain PyTorch, chunk by chunk over the tokens; (logp (N,), entropy (N,) or empty, one (N,) a name of ``stats``)."""
-    hidden, head = _as_linear_would(hidden, head)
+    hidden, head = _in_float32(*cast_as_linear_would(hidden, head))
     with torch.autocast(hidden.device.type, enabled=False):
         if group is not None:
             hidden = sharded.copy_to_group(hidden, group)
@@ -201,17 +214,22 @@ def reference(
         return torch.cat(logp), torch.cat(value), tuple(map(torch.cat, zip(*extra, strict=True)))
 
 
-def _as_linear_would(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Inputs cast as autocast casts those of F.linear, then to float32 (float64 stays), once for all chunks."""
+def cast_as_linear_would(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """Inputs cast as autocast casts those of F.linear."""
     weight, bias = head.weight, head.bias
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    return hidden, head._replace(weight=weight, bias=bias)
+
+
+def _in_float32(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """Inputs in float32 (float64 stays), once for all chunks."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    bias = None if bias is None else bias.to(dtype)
-    return hidden.to(dtype), head._replace(weight=weight.to(dtype), bias=bias)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return hidden.to(dtype), head._replace(weight=head.weight.to(dtype), bias=bias)
 
 
 def _chunk(

@@ -1,4 +1,4 @@
-"""The Triton backend of token_logprobs: which calls it serves, and its ops.
+"""The Triton backend of the log-probs on rows of logits: which calls it serves, and its ops.
 
 Triton is imported at the first launch, never before. With TRITON_INTERPRET=1, Triton's own switch, kernels run in its
 interpreter, which serves tensors on the CPU.
@@ -16,100 +16,159 @@ from torch import Tensor
 from . import ops
 from .cuda import DTYPES, older_than_supported
 
-MAX_ROWS = 2**31 - 1  # programs in the first dimension of a grid
+MAX_PROGRAMS = 2**31 - 1  # in the first dimension of a grid
 VECTOR_BYTES = 16
+SEGMENT = 1 << 15  # logits that a program reads; few rows of a large vocabulary still fill a GPU
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
-    """Why this call can not be served (arguments of ``autograd.run``)."""
-    found = []
-    if logits.device.type == "cuda":
-        if older_than_supported(logits.device.index):
-            found.append(f"{logits.device} is older than sm_80")
-    elif not _INTERPRETED:
-        found.append(f"the logits are on {logits.device}, Triton needs a GPU")
-    if not _INSTALLED:
-        found.append("the package triton is not installed")
+    """Why this call can not be served (arguments of ``autograd.run`` or ``grouped.run``)."""
+    found = list(device_reasons("logits", logits))
     if logits.dtype not in DTYPES:
         found.append(f"{str(logits.dtype).removeprefix('torch.')} logits are served by the reference alone")
-    if logits.shape[0] * logits.shape[1] > MAX_ROWS:
-        found.append(f"{logits.shape[0] * logits.shape[1]} rows, a grid holds at most {MAX_ROWS}")
+    columns = logits.shape[-1]
+    rows = logits.numel() // columns
+    if rows * _segments(columns) > MAX_PROGRAMS:
+        found.append(f"{rows} rows of {columns} logits, a grid holds at most {MAX_PROGRAMS} programs")
     return tuple(found)
 
 
-def forward(
-    logits: Tensor,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob (N,), entropy (N,) or empty, and the sums M, S', E' of each row as (3, N)."""
-    rows = logits.shape[0] * logits.shape[1]
-    logp = logits.new_empty(rows, dtype=torch.float32)
-    value = logits.new_empty(rows if entropy else 0, dtype=torch.float32)
-    stats = logits.new_empty((3, rows), dtype=torch.float32)
-    forward_into(
-        logits, targets, temperatures, temperature, ignore_index, logp, value if entropy else None, stats
-    )
-    return logp, value, stats
+def device_reasons(name: str, tensor: Tensor) -> tuple[str, ...]:
+    """Why Triton can not run where this argument lies."""
+    found = []
+    if tensor.device.type == "cuda":
+        if older_than_supported(tensor.device.index):
+            found.append(f"{tensor.device} is older than sm_80")
+    elif not _INTERPRETED:
+        found.append(f"the {name} are on {tensor.device}, Triton needs a GPU")
+    if not _INSTALLED:
+        found.append("the package triton is not installed")
+    return tuple(found)
+
+
+def forward(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The implementation of the op ``token_logprobs_triton``."""
+    *described, entropy, extra = arguments
+    rows = ops.Rows(*described)
+    results = empty_results(logits, logits.shape[0] * logits.shape[1], rows, logits.shape[2], entropy, extra)
+    forward_into(logits, rows, entropy, *results)
+    return results
 
 
 def backward(logits: Tensor, *arguments: Any) -> Tensor:
-    """The gradient of the logits, contiguous, in their dtype; the arguments are those of the op's schema."""
+    """The implementation of the op ``token_logprobs_triton_backward``."""
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    backward_into(grad, logits, *arguments)
+    backward_into(grad, logits, *_described(arguments))
     return grad
 
 
 def backward_(logits: Tensor, *arguments: Any) -> None:
-    """The gradient of the logits, written over them."""
-    backward_into(logits, logits, *arguments)
+    """The implementation of the op ``token_logprobs_triton_backward_``."""
+    backward_into(logits, logits, *_described(arguments))
+
+
+def empty_results(
+    like: Tensor, count: int, rows: ops.Rows, columns: int, entropy: bool, extra: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tensors for (logp, entropy, stats, extra) of ``count`` rows with these columns of the vocabulary."""
+    empty = like.new_empty
+    return (
+        empty(count, dtype=torch.float32),
+        empty(count if entropy and columns == rows.vocabulary else 0, dtype=torch.float32),
+        empty((3, count), dtype=torch.float32),
+        empty((3 if extra else 0, count), dtype=torch.float32),
+    )
 
 
 def forward_into(
-    logits: Tensor,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    logp: Tensor,
-    entropy: Tensor | None,
-    stats: Tensor,
+    logits: Tensor, rows: ops.Rows, entropy: bool, logp: Tensor, value: Tensor, stats: Tensor, extra: Tensor
 ) -> None:
-    """``forward`` into tensors that the caller gives; no entropy is computed where it is None."""
-    if logp.numel() == 0:
+    """``forward`` into tensors that the caller gives, shaped as ``empty_results`` gives them."""
+    count, columns = logp.numel(), logits.shape[2]
+    if count == 0:
         return
     # the order of a sum follows the width of the loads: it may depend on V alone, or a row's bits would change with
     # the place of the tensor in memory
     unit = VECTOR_BYTES // logits.element_size()
-    if logits.shape[2] % unit:
+    if columns % unit:
         unit = 1
     if not _rows_are_multiples_of(unit, logits):
         logits = logits.clone(memory_format=torch.contiguous_format)
     from . import triton_kernels as kernels
 
+    segments = _segments(columns)
+    parts = None if segments == 1 else empty_parts(logits, count, segments, extra)
     with torch.cuda.device_of(logits):
-        kernels.forward_kernel[(logp.numel(),)](
+        kernels.forward_kernel[(count * segments,)](
             logits,
-            targets,
-            temperatures,
-            temperature,
+            *head_arguments(rows),
+            *row_arguments(rows),
             logp,
-            entropy,
+            _or_none(value),
             stats,
-            ignore_index,
-            logp.numel(),
+            _or_none(extra),
+            parts,
+            rows.ignore_index,
+            count,
             logits.shape[1],
-            logits.shape[2] // unit,
             *_strides(logits, unit),
+            columns // unit,
+            SEGMENT // unit,
+            segments,
+            rows.first,
             UNIT=unit,
-            BLOCK=kernels.BLOCK,
+            LANES=kernels.LANES,
+            GROUP=unit if unit > 1 else kernels.GROUP,
+            SLAB=columns != rows.vocabulary,
+            ENTROPY=entropy,
+            EXTRA=extra.numel() > 0,
             num_warps=kernels.WARPS,
+            enable_fp_fusion=True,
+        )
+    if parts is not None:
+        finish_into(parts, columns, rows, entropy, logp, value, stats, extra)
+
+
+def empty_parts(like: Tensor, count: int, parts: int, extra: Tensor) -> Tensor:
+    """A tensor for the sums over each of so many parts of ``count`` rows."""
+    return like.new_empty((6 if extra.numel() else 3, parts, count), dtype=torch.float32)
+
+
+def finish_into(
+    parts: Tensor,
+    columns: int,
+    rows: ops.Rows,
+    entropy: bool,
+    logp: Tensor,
+    value: Tensor,
+    stats: Tensor,
+    extra: Tensor,
+) -> None:
+    """Merge the parts of each row, and turn the logit of the target, which lies in ``logp``, into results."""
+    from . import triton_kernels as kernels
+
+    with torch.cuda.device_of(parts):
+        kernels.finish_kernel[(-(-logp.numel() // kernels.FINISH_ROWS),)](
+            parts,
+            *row_arguments(rows),
+            logp,
+            _or_none(value),
+            stats,
+            _or_none(extra),
+            rows.ignore_index,
+            logp.numel(),
+            parts.shape[1],
+            columns,
+            rows.first,
+            ROWS=kernels.FINISH_ROWS,
+            PARTS=kernels.FINISH_PARTS,
+            SLAB=columns != rows.vocabulary,
+            ENTROPY=entropy,
+            EXTRA=extra.numel() > 0,
+            num_warps=kernels.FINISH_WARPS,
             enable_fp_fusion=True,
         )
 
@@ -117,45 +176,75 @@ def forward_into(
 def backward_into(
     grad_logits: Tensor,
     logits: Tensor,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    ignore_index: int,
+    rows: ops.Rows,
     logp: Tensor,
     stats: Tensor,
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
+    sequences: Tensor | None,
 ) -> None:
     """``backward`` into ``grad_logits``, which may be ``logits``."""
-    if logp.numel() == 0:
+    count, columns = logp.numel(), logits.shape[2]
+    if count == 0:
         return
     unit = VECTOR_BYTES // logits.element_size()
-    if logits.shape[2] % unit or not _rows_are_multiples_of(unit, logits, grad_logits):
+    if columns % unit or not _rows_are_multiples_of(unit, logits, grad_logits):
         unit = 1
     from . import triton_kernels as kernels
 
+    segments = _segments(columns)
     with torch.cuda.device_of(logits):
-        kernels.backward_kernel[(logp.numel(),)](
+        kernels.backward_kernel[(count * segments,)](
             grad_logits,
             logits,
-            targets,
-            temperatures,
-            temperature,
+            *head_arguments(rows),
+            *row_arguments(rows),
             logp,
             stats,
             grad_logp,
             grad_entropy,
-            ignore_index,
-            logp.numel(),
+            sequences,
+            rows.ignore_index,
+            count,
             logits.shape[1],
-            logits.shape[2] // unit,
             *_strides(logits, unit),
             *_strides(grad_logits, unit),
+            columns // unit,
+            SEGMENT // unit,
+            segments,
+            rows.first,
+            rows.vocabulary,
             UNIT=unit,
             BLOCK=kernels.BLOCK,
             num_warps=kernels.WARPS,
             enable_fp_fusion=True,
         )
+
+
+def head_arguments(rows: ops.Rows) -> tuple[Tensor | None, float | None, float | None]:
+    """bias, logit_scale and softcap for a kernel, None for a step that changes nothing."""
+    scale = None if rows.logit_scale == 1.0 else float(rows.logit_scale)
+    return rows.bias, scale, None if rows.softcap == 0.0 else float(rows.softcap)
+
+
+def row_arguments(rows: ops.Rows) -> tuple[Tensor, Tensor | None, float]:
+    """targets, temperatures and temperature for a kernel."""
+    return rows.targets, rows.temperatures, float(rows.temperature)
+
+
+def _described(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a backward op with those that describe its rows as one."""
+    fields = len(ops.Rows._fields)
+    return ops.Rows(*arguments[:fields]), *arguments[fields:]
+
+
+def _or_none(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
+
+
+def _segments(columns: int) -> int:
+    """The programs that share a row: they depend on V alone, so that a row's bits depend on nothing else."""
+    return -(-columns // SEGMENT)
 
 
 def _strides(tensor: Tensor, unit: int) -> tuple[int, int]:

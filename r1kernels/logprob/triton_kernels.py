@@ -1,11 +1,11 @@
-"""Triton kernels of token_logprobs: one program a row, one pass over its logits in either direction.
+"""Triton kernels of token_logprobs: a program holds a segment of a row, one pass over its logits in either direction.
 
-Imports Triton: import this module only where a kernel is launched. Shapes: B, T leading dimensions, V vocabulary, rows
-B * T. The sums M, S', E' of a row, how two sets of logits merge, and the derivatives stand above the code in
-csrc/logprob/cuda.cuh; M is the largest logit before the division by the temperature.
+Imports Triton: import this module only where a kernel is launched. Shapes: B, T leading dimensions, V vocabulary (of the
+slab that is given), rows B * T, S segments of a row, as many as V asks for. The sums of a row are those of
+triton_softmax.py, M being the largest logit before the division by the temperature.
 
-Strides and V are passed in units of ``UNIT`` elements, so that the compiler knows what they are multiples of without
-specialising on their values: no recompilation when a length changes.
+Strides, V and segments are passed in units of ``UNIT`` elements, so that the compiler knows what they are multiples of
+without specialising on their values: no recompilation when a length changes.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -14,164 +14,302 @@ specialising on their values: no recompilation when a length changes.
 import triton
 import triton.language as tl
 
-BLOCK = 1024  # logits that a program holds at a time
+from .triton_softmax import (
+    FAR,
+    LN_2,
+    LOG2_E,
+    NOWHERE,
+    group_sums,
+    head_logits,
+    inverse_temperature_of,
+    merged,
+    minus_expm1,
+    power_of_2,
+    reduced,
+    store_row,
+)
+
+LANES = 256  # threads' worth of sums in a forward program; a lane takes GROUP logits at a time
+GROUP = 8  # where rows are no vectors
+BLOCK = 1024  # logits that a backward program holds at a time
 WARPS = 4
-NOT_SPECIALISED = ("ignore_index", "rows", "tokens", "vocabulary", "batch_stride", "token_stride")
+FINISH_ROWS, FINISH_PARTS, FINISH_WARPS = (
+    32,
+    32,
+    4,
+)  # rows of a program of the merge, parts that it holds at a time
 
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for x >= 0 (Triton has no log1p): with u = 1 + x rounded, log(u) / (u - 1) hardly moves where u does."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
-
-
-@triton.jit
-def minus_expm1(x):
-    """1 - e^x for x <= 0 (Triton has no expm1): with u = e^x rounded, (1 - u) / log(u) hardly moves where u does."""
-    u = tl.exp(x)
-    return tl.where(u == 1.0, -x, tl.where(u == 0.0, 1.0, (1.0 - u) * (x / tl.log(u))))
-
-
-@triton.jit
-def weighted(weight, x):
-    """weight * x, 0 where the weight is 0 even if x is infinite."""
-    return tl.where(weight > 0.0, weight * x, 0.0)
-
-
-@triton.jit
-def inverse_temperature_of(temperatures, temperature, row):
-    """1 / T of a row; NaN, which makes the row NaN, for a temperature that is not a number above 0."""
-    if temperatures is not None:
-        temperature = tl.load(temperatures + row)
-    return tl.where((temperature > 0.0) & (temperature < float("inf")), 1.0 / temperature, float("nan"))
+NOT_SPECIALISED = (
+    "ignore_index",
+    "rows",
+    "tokens",
+    "batch_stride",
+    "token_stride",
+    "vocabulary",
+    "segment",
+    "segments",
+    "first",
+)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def forward_kernel(
     logits,  # (B, T, V)
+    bias,  # (V,) float32 or None
+    logit_scale,  # None: 1
+    softcap,  # None: no cap
     targets,  # (B * T) int64
     temperatures,  # (B * T) float32 or None
     temperature,
-    logp,  # (B * T) float32
+    logp,  # (B * T) float32; with parts: the logit of the target alone
     entropy,  # (B * T) float32 or None
     stats,  # (3, B * T) float32
+    extra,  # (3, B * T) float32 or None
+    parts,  # (3, S, B * T) float32, (6, S, B * T) with extra, or None: one segment is the row
     ignore_index: tl.int64,
     rows: tl.int64,
     tokens: tl.int64,
-    vocabulary: tl.int64,
     batch_stride: tl.int64,
     token_stride: tl.int64,
+    vocabulary: tl.int32,
+    segment: tl.int32,
+    segments: tl.int32,
+    first: tl.int64,
     UNIT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLAB: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXTRA: tl.constexpr,
 ):
-    """Grid: B * T programs. Every column of the block sums up its own logits; the columns are merged at the end."""
-    row = tl.program_id(0).to(tl.int64)
+    """Grid: B * T * S programs. Every lane sums up its own logits, a group at a time; the lanes are merged at the end."""
+    row = tl.program_id(0).to(tl.int64) // segments
+    part = tl.program_id(0) % segments
     row_logits = logits + (row // tokens * batch_stride + row % tokens * token_stride) * UNIT
     size = vocabulary * UNIT
     target = tl.load(targets + row)
     ignored = target == ignore_index
-    inverse_temperature = inverse_temperature_of(temperatures, temperature, row)
+    inverse_temperature = inverse_temperature_of(temperatures, temperature, row, True)
+    rate = inverse_temperature * LOG2_E
 
-    columns = tl.arange(0, BLOCK)
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    others = tl.zeros((BLOCK,), tl.float32)
-    spread = tl.zeros((BLOCK,), tl.float32)
-    readable = tl.where(ignored, 0, size)
-    for first in range(0, readable, BLOCK):
-        z = tl.load(row_logits + first + columns, mask=first + columns < size, other=float("-inf")).to(
-            tl.float32
+    # elements of a group lie side by side in one thread where rows are vectors, else lanes do
+    lane, member = tl.arange(0, LANES), tl.arange(0, GROUP)
+    offsets = lane[:, None] + member[None, :] * LANES
+    if UNIT > 1:
+        offsets = lane[:, None] * GROUP + member[None, :]
+    zeros = tl.zeros((LANES,), tl.float32)
+    top = tl.full((LANES,), float("-inf"), tl.float32)
+    sums = (zeros, zeros, zeros, zeros, tl.full((LANES,), NOWHERE, tl.int32))
+    begin = part * segment * UNIT
+    end = tl.where(ignored, begin, tl.minimum(begin + segment * UNIT, size))
+    for start in range(begin, end, LANES * GROUP):
+        v = start + offsets
+        inside = v < end
+        z = tl.load(row_logits + v, mask=inside, other=float("-inf")).to(tl.float32)
+        if bias is not None or logit_scale is not None or softcap is not None:
+            row_bias = None if bias is None else tl.load(bias + v, mask=inside, other=0.0)
+            z = tl.where(inside, head_logits(z, row_bias, logit_scale, softcap)[0], float("-inf"))
+        new_top, new_sums = group_sums(z, v, inside, rate, LANES, GROUP, ENTROPY, EXTRA)
+        top, sums = merged(top, sums, new_top, new_sums, rate, ENTROPY, EXTRA)
+    top, sums = reduced(top, sums, rate, ENTROPY, EXTRA)
+
+    at = target - first
+    here = (at >= begin) & (at < end)
+    chosen = tl.load(row_logits + at, mask=here, other=float("nan")).to(tl.float32)
+    if bias is not None or logit_scale is not None or softcap is not None:
+        row_bias = None if bias is None else tl.load(bias + at, mask=here, other=0.0)
+        chosen = head_logits(chosen, row_bias, logit_scale, softcap)[0]
+    if parts is None:
+        store_row(
+            row,
+            True,
+            chosen,
+            top,
+            sums,
+            target,
+            inverse_temperature,
+            ignore_index,
+            first,
+            size,
+            rows,
+            logp,
+            entropy,
+            stats,
+            extra,
+            SLAB,
         )
-        present = z != float("-inf")
-        larger = z > largest
-        distance = tl.abs(z - largest) * inverse_temperature
-        weight = tl.exp(-distance)
-        if entropy is not None:
-            grown = tl.where(
-                larger,
-                weighted(weight, spread + distance * (1.0 + others)),
-                spread + weighted(weight, distance),
-            )
-            spread = tl.where(present, grown, spread)
-        others = tl.where(present, tl.where(larger, weight * (1.0 + others), others + weight), others)
-        largest = tl.where(larger, z, largest)
+    else:
+        tl.store(logp + row, chosen, mask=here)
+        store_part(parts + part * rows + row, segments * rows, True, top, sums, ENTROPY, EXTRA)
 
-    # all columns against the largest of them; of the columns that reach it, the first one's own 1 is left out
-    top = tl.max(largest, axis=0)
-    distance = (top - largest) * inverse_temperature
-    weight = tl.where(largest == float("-inf"), 0.0, tl.exp(-distance))
-    excluded = tl.min(tl.where(largest == top, columns, BLOCK), axis=0)
-    row_others = tl.sum(weight * others + tl.where(columns == excluded, 0.0, weight), axis=0)
-    row_others = tl.where(tl.abs(top) < float("inf"), row_others, float("nan"))
 
-    inside = (target >= 0) & (target < size)
-    chosen = tl.load(row_logits + target, mask=(target >= 0) & (target < readable), other=float("nan")).to(
-        tl.float32
+@triton.jit
+def store_part(parts, field_stride, keep, top, sums, ENTROPY: tl.constexpr, EXTRA: tl.constexpr):
+    """Write what is known of a part of a row: M, S', E', and with extra Q', L, P."""
+    tl.store(parts, top, mask=keep)
+    tl.store(parts + field_stride, sums[0], mask=keep)
+    if ENTROPY:
+        tl.store(parts + 2 * field_stride, sums[1], mask=keep)
+    if EXTRA:
+        tl.store(parts + 3 * field_stride, sums[2], mask=keep)
+        tl.store(parts + 4 * field_stride, sums[3], mask=keep)
+        tl.store(parts + 5 * field_stride, sums[4].to(tl.float32, bitcast=True), mask=keep)
+
+
+@triton.jit(do_not_specialize=("ignore_index", "rows", "parts_of_a_row", "vocabulary", "first"))
+def finish_kernel(
+    parts,  # (3, S, N) float32, (6, S, N) with extra
+    targets,  # (N) int64
+    temperatures,  # (N) float32 or None
+    temperature,
+    logp,  # (N) float32; before: the logit of the target, where it lies in the slab
+    entropy,  # (N) float32 or None
+    stats,  # (3, N) float32
+    extra,  # (3, N) float32 or None
+    ignore_index: tl.int64,
+    rows: tl.int64,
+    parts_of_a_row: tl.int32,
+    vocabulary: tl.int32,
+    first: tl.int64,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SLAB: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXTRA: tl.constexpr,
+):
+    """Grid: N / ROWS programs. Merges the parts of each row, in their order whatever N is."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    keep = row < rows
+    target = tl.load(targets + row, mask=keep, other=0)
+    inverse_temperature = inverse_temperature_of(temperatures, temperature, row, keep)
+    inverse_temperature += tl.zeros((ROWS,), tl.float32)
+    rate = inverse_temperature * LOG2_E
+    field_stride = parts_of_a_row * rows
+
+    zeros = tl.zeros((ROWS,), tl.float32)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    sums = (zeros, zeros, zeros, zeros, tl.full((ROWS,), NOWHERE, tl.int32))
+    for start in range(0, parts_of_a_row, PARTS):
+        part = start + tl.arange(0, PARTS)[:, None]
+        at = parts + part * rows + row[None, :]
+        given = (part < parts_of_a_row) & keep[None, :]
+        largest = tl.load(at, mask=given, other=float("-inf"))
+        others = tl.load(at + field_stride, mask=given, other=0.0)
+        spread, squares, total, place = 0.0, 0.0, 0.0, 0
+        if ENTROPY:
+            spread = tl.load(at + 2 * field_stride, mask=given, other=0.0)
+        if EXTRA:
+            squares = tl.load(at + 3 * field_stride, mask=given, other=0.0)
+            total = tl.load(at + 4 * field_stride, mask=given, other=0.0)
+            place = tl.load(at + 5 * field_stride, mask=given, other=0.0).to(tl.int32, bitcast=True)
+        new_sums = (others, spread, squares, total, place)
+        new_top, new_sums = reduced(largest, new_sums, rate, ENTROPY, EXTRA)
+        top, sums = merged(top, sums, new_top, new_sums, rate, ENTROPY, EXTRA)
+
+    at = target - first
+    chosen = tl.load(logp + row, mask=keep & (at >= 0) & (at < vocabulary), other=float("nan"))
+    store_row(
+        row,
+        keep,
+        chosen,
+        top,
+        sums,
+        target,
+        inverse_temperature,
+        ignore_index,
+        first,
+        vocabulary,
+        rows,
+        logp,
+        entropy,
+        stats,
+        extra,
+        SLAB,
     )
-    log_normaliser = log1p(row_others)
-    value = (chosen - top) * inverse_temperature - log_normaliser
-    tl.store(logp + row, tl.where(ignored, 0.0, value))
-    tl.store(stats + row, tl.where(ignored, 0.0, top))
-    tl.store(stats + rows + row, tl.where(ignored, 0.0, row_others))
-    row_spread = 0.0
-    if entropy is not None:
-        row_spread = tl.sum(weighted(weight, spread + distance * (1.0 + others)), axis=0)
-        value = tl.where(inside, log_normaliser + row_spread / (1.0 + row_others), float("nan"))
-        tl.store(entropy + row, tl.where(ignored, 0.0, value))
-    tl.store(stats + 2 * rows + row, row_spread)
 
 
-@triton.jit(do_not_specialize=(*NOT_SPECIALISED, "grad_batch_stride", "grad_token_stride"))
+@triton.jit(do_not_specialize=(*NOT_SPECIALISED, "whole", "grad_batch_stride", "grad_token_stride"))
 def backward_kernel(
     grad_logits,  # (B, T, V); may be the logits themselves
     logits,  # (B, T, V)
+    bias,  # (V,) float32 or None
+    logit_scale,  # None: 1
+    softcap,  # None: no cap
     targets,  # (B * T) int64
     temperatures,  # (B * T) float32 or None
     temperature,
     logp,  # (B * T) float32
     stats,  # (3, B * T) float32
-    grad_logp,  # (B * T) float32 or None
-    grad_entropy,  # (B * T) float32 or None
+    grad_logp,  # (B * T) float32, one a sequence if ``sequences`` are given, or None
+    grad_entropy,  # as grad_logp
+    sequences,  # (B * T) int32 or None
     ignore_index: tl.int64,
     rows: tl.int64,
     tokens: tl.int64,
-    vocabulary: tl.int64,
     batch_stride: tl.int64,
     token_stride: tl.int64,
     grad_batch_stride: tl.int64,
     grad_token_stride: tl.int64,
+    vocabulary: tl.int32,
+    segment: tl.int32,
+    segments: tl.int32,
+    first: tl.int64,
+    whole: tl.int64,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: B * T programs."""
-    row = tl.program_id(0).to(tl.int64)
+    """Grid: B * T * S programs."""
+    row = tl.program_id(0).to(tl.int64) // segments
+    part = tl.program_id(0) % segments
     batch, token = row // tokens, row % tokens
     row_logits = logits + (batch * batch_stride + token * token_stride) * UNIT
     row_grad = grad_logits + (batch * grad_batch_stride + token * grad_token_stride) * UNIT
-    size = vocabulary * UNIT
     target = tl.load(targets + row)
     ignored = target == ignore_index
-    inside = (target >= 0) & (target < size)
-    inverse_temperature = inverse_temperature_of(temperatures, temperature, row)
+    inverse_temperature = inverse_temperature_of(temperatures, temperature, row, True)
+    rate = inverse_temperature * LOG2_E
+    upstream = row if sequences is None else tl.load(sequences + row).to(tl.int64)
 
     largest = tl.load(stats + row)
-    normaliser = tl.where(inside, 1.0 / (1.0 + tl.load(stats + rows + row)), float("nan"))
-    mean_distance = tl.load(stats + 2 * rows + row) * normaliser
-    at_target = minus_expm1(tl.load(logp + row))
+    valid = (target >= 0) & (target < whole)
+    normaliser = tl.where(valid, 1.0 / (1.0 + tl.load(stats + rows + row)), float("nan"))
+    slope_logp = 0.0
+    slope_entropy = 0.0
+    grad_target = 0.0
+    mean_bits = 0.0
+    if grad_logp is not None:
+        slope_logp = tl.load(grad_logp + upstream) * inverse_temperature
+        grad_target = slope_logp * minus_expm1(tl.load(logp + row))
+        slope_logp *= normaliser
+    if grad_entropy is not None:
+        mean_bits = tl.load(stats + 2 * rows + row) * normaliser * LOG2_E
+        slope_entropy = tl.load(grad_entropy + upstream) * inverse_temperature * normaliser * LN_2
+    at = tl.where((target >= first) & (target - first < vocabulary * UNIT), target - first, -1).to(tl.int32)
 
     columns = tl.arange(0, BLOCK)
-    readable = tl.where(ignored, 0, size)
-    for first in range(0, size, BLOCK):
-        v = first + columns
-        z = tl.load(row_logits + v, mask=v < readable, other=0.0).to(tl.float32)
-        distance = (largest - z) * inverse_temperature
-        prob = tl.exp(-distance) * normaliser
-        grad = tl.zeros((BLOCK,), tl.float32)
-        if grad_logp is not None:
-            slope = tl.load(grad_logp + row) * inverse_temperature
-            grad += slope * tl.where(v == target, at_target, -prob)
-        if grad_entropy is not None:
-            slope = tl.load(grad_entropy + row) * inverse_temperature
-            grad += slope * tl.where(prob == 0.0, 0.0, prob * (distance - mean_distance))
-        grad = tl.where(ignored, 0.0, grad)
-        tl.store(row_grad + v, grad.to(grad_logits.dtype.element_ty), mask=v < size)
+    begin = part * segment * UNIT
+    end = tl.minimum(begin + segment * UNIT, vocabulary * UNIT)
+    if ignored:
+        for start in range(begin, end, BLOCK):
+            zero = tl.zeros((BLOCK,), grad_logits.dtype.element_ty)
+            tl.store(row_grad + start + columns, zero, mask=start + columns < end)
+    else:
+        for start in range(begin, end, BLOCK):
+            v = start + columns
+            z = tl.load(row_logits + v, mask=v < end, other=0.0).to(tl.float32)
+            slope = 1.0
+            if bias is not None or logit_scale is not None or softcap is not None:
+                row_bias = None if bias is None else tl.load(bias + v, mask=v < end, other=0.0)
+                z, slope = head_logits(z, row_bias, logit_scale, softcap)
+            distance = (largest - z) * rate
+            weight = power_of_2(-distance)  # p (1 + S')
+            grad = tl.zeros((BLOCK,), tl.float32)
+            if grad_logp is not None:
+                # d logp / d z_v = (1[v = y] - p_v) / T
+                grad = tl.where(v == at, grad_target, -slope_logp * weight)
+            if grad_entropy is not None:
+                # d H / d z_v = p_v ((M - z_v) / T - E' / (1 + S')) / T
+                grad += weight * (slope_entropy * (tl.minimum(distance, FAR) - mean_bits))
+            if logit_scale is not None or softcap is not None:
+                grad *= slope
+            tl.store(row_grad + v, grad.to(grad_logits.dtype.element_ty), mask=v < end)

@@ -44,8 +44,7 @@ __global__ void uninitialised(const float*, float* out, Mistake) {
 
 // out = in, four at a time, though `out` may lie anywhere.
 __global__ void copy_chunks(const float* in, float* out, Mistake) {
-    using Chunk = r1kernels::Chunk<float>;
-    if (threadIdx.x % 4 == 0) reinterpret_cast<Chunk*>(out)[threadIdx.x / 4] = r1kernels::load_chunk(in, threadIdx.x, blockDim.x);
+    if (threadIdx.x % 4 == 0) r1kernels::load_chunk(in, threadIdx.x, blockDim.x).store(out + threadIdx.x);
 }
 
 // out[block] = how many blocks came before it.

@@ -79,7 +79,7 @@ def test_the_reduction_over_a_block(probes, threads, seed):
 
 
 def test_a_misaligned_access_is_an_error(probes):
-    with pytest.raises(RuntimeError, match=r"misaligned access at .*probes\.cpp:\d+"):
+    with pytest.raises(RuntimeError, match=r"misaligned access at .*elements\.cuh:\d+"):
         probes.copy_to_an_odd_address()
 
 

@@ -3,57 +3,11 @@
 import pytest
 import torch
 
+from r1kernels.logprob import reference
+from tests.support.emulated_rows import EmulatedKernel
 from tests.support.numerics import same_bits
-from tests.support.token_logprobs_kernel import IGNORED, Call, TokenLogprobsKernel, random_case
-
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-class EmulatedKernel:
-    """The launchers of csrc/logprob/cuda.h on CPU tensors."""
-
-    device = "cpu"
-
-    def __init__(self, module, seed=0):
-        self.module, self.seed = module, seed
-
-    def call(self, logits, targets, temperatures, temperature, ignore_index):
-        self.module.set_seed(self.seed)
-        return self.module.Call(
-            logits.data_ptr(),
-            DTYPE_CODES[logits.dtype],
-            *logits.shape,
-            *logits.stride()[:2],
-            address(targets),
-            address(temperatures),
-            temperature,
-            ignore_index,
-        )
-
-    def forward_into(self, logits, targets, temperatures, temperature, ignore_index, logp, entropy, stats):
-        call = self.call(logits, targets, temperatures, temperature, ignore_index)
-        assert self.module.forward(call, address(logp), address(entropy), address(stats)) == 0
-
-    def backward_into(
-        self,
-        grad,
-        logits,
-        targets,
-        temperatures,
-        temperature,
-        ignore_index,
-        logp,
-        stats,
-        grad_logp,
-        grad_entropy,
-    ):
-        call = self.call(logits, targets, temperatures, temperature, ignore_index)
-        rows = (address(tensor) for tensor in (logp, stats, grad_logp, grad_entropy))
-        assert self.module.backward(call, *rows, grad.data_ptr(), *grad.stride()[:2]) == 0
-
-
-def address(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
+from tests.support.row_ops_kernel import RowCall, RowOpsKernel, rows_of
+from tests.support.token_logprobs_kernel import DTYPES, IGNORED, Call, TokenLogprobsKernel, random_case
 
 
 @pytest.fixture(scope="module")
@@ -66,39 +20,79 @@ def kernel(module):
     return EmulatedKernel(module)
 
 
+@pytest.fixture
+def long_row(module):
+    """Three pieces, the last one short."""
+    return 2 * module.PIECE + 37
+
+
 class TestTokenLogprobsCuda(TokenLogprobsKernel):
     pass
 
 
-def test_no_order_of_threads_or_blocks_moves_a_bit(module):
+class TestRowOpsCuda(RowOpsKernel):
+    pass
+
+
+def row_lengths(module):
+    """One warp a row, one block a row, several blocks a row; none a multiple of anything."""
+    return (module.WARP_ROW - 3, module.WARP_ROW + 701, module.PIECE + 1009)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_no_order_of_threads_or_blocks_moves_a_bit(module, which):
     """A missing barrier or a race shows as a difference between two orders."""
-    logits, targets, *grads = random_case(2, 3, 1111)
+    logits, targets, *grads = random_case(1, 3, row_lengths(module)[which])
     first, *others = (
-        Call(EmulatedKernel(module, seed), logits, targets, 0.8, grads=grads) for seed in range(6)
+        Call(EmulatedKernel(module, seed), logits, targets, 0.8, grads=grads) for seed in range(4)
     )
     for other in others:
         for name in ("logp", "entropy", "stats", "grad"):
             assert same_bits(getattr(first, name), getattr(other, name)), name
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_block_takes_several_rows(module, seed):
-    """Past 2^31 - 1 rows a grid has fewer blocks than rows; here it has two for seven."""
-    logits, targets, grad_logp, grad_entropy = random_case(1, 7, 600)
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_block_takes_several_rows(module, which, blocks):
+    """A grid holds at most 2^31 - 1 blocks, and there may be more rows."""
+    logits, targets, *grads = random_case(1, 5, row_lengths(module)[which], torch.bfloat16)
     targets[3] = IGNORED
-    expected = Call(EmulatedKernel(module), logits, targets, grads=(grad_logp, grad_entropy))
-    call = EmulatedKernel(module, seed).call(logits, targets, None, 1.0, IGNORED)
-    outputs = (expected.logp, expected.entropy, expected.stats, expected.grad)
-    logp, entropy, stats, grad = (torch.full_like(output, torch.nan) for output in outputs)
-    module.forward_in_blocks(call, 2, *map(address, (logp, entropy, stats)))
-    module.backward_in_blocks(call, 2, *map(address, (logp, stats, grad_logp, grad_entropy, grad)))
-    assert same_bits(logp, expected.logp) and same_bits(entropy, expected.entropy)
-    assert same_bits(stats, expected.stats) and same_bits(grad, expected.grad)
+    rows = rows_of(logits, targets)
+    expected = RowCall(EmulatedKernel(module), logits, rows, extra=True, grads=grads)
+    module.set_max_blocks(blocks)
+    try:
+        result = RowCall(EmulatedKernel(module, seed=blocks), logits, rows, extra=True, grads=grads)
+    finally:
+        module.set_max_blocks(2**32 - 1)
+    for name in ("logp", "entropy", "stats", "extra", "grad"):
+        assert same_bits(getattr(result, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_several_blocks_keeps_its_bits_at_any_address(module, dtype):
+    """Every alignment of a row of any length: what a lane adds follows from the column alone."""
+    for vocabulary in row_lengths(module):
+        logits, targets, *_ = random_case(1, 1, vocabulary, dtype)
+        first, *others = (
+            Call(EmulatedKernel(module), logits, targets, offset=offset) for offset in (0, 1, 2, 3, 5)
+        )
+        for other in others:
+            assert same_bits(first.logp, other.logp) and same_bits(first.entropy, other.entropy)
+
+
+def test_more_pieces_than_a_warp_has_lanes(module):
+    vocabulary = 33 * module.PIECE + 5
+    logits, targets, *_ = random_case(1, 1, vocabulary, torch.bfloat16)
+    logits[0, 0, 2 * module.PIECE] = logits.max() + 3
+    call = Call(EmulatedKernel(module), logits, targets)
+    logp, entropy, _ = reference.forward(logits.double(), targets, None, 1.0, IGNORED, True)
+    torch.testing.assert_close(call.logp.double(), logp, rtol=2e-6, atol=0)
+    torch.testing.assert_close(call.entropy.double(), entropy, rtol=2e-6, atol=0)
 
 
 def test_an_unknown_dtype_is_an_error_code(module):
-    call = module.Call(0, 7, 1, 1, 4, 4, 4, 0, 0, 1.0, -100)
-    code = module.forward(call, 0, 0, 0)
+    call = module.Call(0, 7, 1, 1, 4, 4, 4, 0, 0, 1.0, -100, 0, 1.0, 0.0, 0, 4)
+    code = module.forward(call, False, 0, 0, 0, 0)
     assert module.error_text(code) == "invalid argument"
 
 

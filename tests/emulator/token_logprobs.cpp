@@ -1,13 +1,21 @@
-// The CUDA launchers of token_logprobs under the emulator, for pytest. Addresses come as integers (Tensor.data_ptr()).
+// The CUDA launchers of the row ops under the emulator, for pytest. Addresses come as integers (Tensor.data_ptr()).
 #include <pybind11/pybind11.h>
 
-#include "logprob/cuda_sm80.cu"
+#include <stdexcept>
+#include <vector>
+
+#include "logprob/cuda_sm80_backward.cu"
+#include "logprob/cuda_sm80_completions.cu"
+#include "logprob/cuda_sm80_forward.cu"
 
 namespace {
 
+float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+
 struct Call : R1kernelsTokenLogprobs {
     Call(uintptr_t logits, int dtype, int64_t batch, int64_t tokens, int64_t vocabulary, int64_t batch_stride,
-         int64_t token_stride, uintptr_t targets, uintptr_t temperatures, float temperature, int64_t ignore_index)
+         int64_t token_stride, uintptr_t targets, uintptr_t temperatures, float temperature, int64_t ignore_index,
+         uintptr_t bias, float logit_scale, float softcap, int64_t first, int64_t whole)
         : R1kernelsTokenLogprobs{reinterpret_cast<const void*>(logits),
                                  dtype,
                                  batch,
@@ -16,35 +24,45 @@ struct Call : R1kernelsTokenLogprobs {
                                  batch_stride,
                                  token_stride,
                                  reinterpret_cast<const int64_t*>(targets),
-                                 reinterpret_cast<const float*>(temperatures),
+                                 floats(temperatures),
                                  temperature,
-                                 ignore_index} {}
+                                 ignore_index,
+                                 floats(bias),
+                                 logit_scale,
+                                 softcap,
+                                 first,
+                                 whole} {}
 };
 
-float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
-
-int forward(const Call& call, uintptr_t logp, uintptr_t entropy, uintptr_t stats) {
-    return r1kernels_token_logprobs_cuda(&call, floats(logp), floats(entropy), floats(stats), nullptr);
+int forward(const Call& call, bool with_entropy, uintptr_t logp, uintptr_t entropy, uintptr_t stats, uintptr_t extra) {
+    const R1kernelsLogprobOutputs to = {floats(logp), floats(entropy), floats(stats), floats(extra), with_entropy};
+    const int64_t size = r1kernels_token_logprobs_cuda_workspace(&call, &to);
+    constexpr float canary = 12345.0f;
+    std::vector<float> workspace(size + 64, NAN);
+    std::fill(workspace.begin() + size, workspace.end(), canary);
+    const int code = r1kernels_token_logprobs_cuda(&call, &to, workspace.data(), nullptr);
+    for (auto past = workspace.begin() + size; past != workspace.end(); ++past) {
+        if (*past != canary) throw std::runtime_error("write past the end of the workspace");
+    }
+    return code;
 }
 
 int backward(const Call& call, uintptr_t logp, uintptr_t stats, uintptr_t grad_logp, uintptr_t grad_entropy,
-             uintptr_t grad_logits, int64_t batch_stride, int64_t token_stride) {
-    return r1kernels_token_logprobs_cuda_backward(&call, floats(logp), floats(stats), floats(grad_logp),
-                                                  floats(grad_entropy), reinterpret_cast<void*>(grad_logits),
+             uintptr_t sequences, uintptr_t grad_logits, int grad_dtype, int64_t batch_stride, int64_t token_stride) {
+    const R1kernelsLogprobGradients from = {floats(logp), floats(stats), floats(grad_logp), floats(grad_entropy),
+                                            reinterpret_cast<const int32_t*>(sequences)};
+    return r1kernels_token_logprobs_cuda_backward(&call, &from, reinterpret_cast<void*>(grad_logits), grad_dtype,
                                                   batch_stride, token_stride, nullptr);
 }
 
-// Fewer blocks than rows, as past 2^31 rows.
-int forward_in_blocks(const Call& call, int64_t blocks, uintptr_t logp, uintptr_t entropy, uintptr_t stats) {
-    return launch(forward_kernel<float>, blocks, kThreads, block_reduce_bytes<SoftmaxState>(kThreads), nullptr, call,
-                  floats(logp), floats(entropy), floats(stats));
+int completion_sums(uintptr_t values, int64_t tokens, uintptr_t cu_seqlens, int64_t completions, uintptr_t sums) {
+    return r1kernels_completion_sums_cuda(floats(values), tokens, reinterpret_cast<const int64_t*>(cu_seqlens),
+                                          completions, floats(sums), nullptr);
 }
 
-int backward_in_blocks(const Call& call, int64_t blocks, uintptr_t logp, uintptr_t stats, uintptr_t grad_logp,
-                       uintptr_t grad_entropy, uintptr_t grad_logits) {
-    return launch(backward_kernel<float>, blocks, kThreads, 0, nullptr, call, floats(logp), floats(stats),
-                  floats(grad_logp), floats(grad_entropy), reinterpret_cast<void*>(grad_logits), call.batch_stride,
-                  call.token_stride);
+int completion_numbers(uintptr_t cu_seqlens, int64_t completions, int64_t tokens, uintptr_t numbers) {
+    return r1kernels_completion_numbers_cuda(reinterpret_cast<const int64_t*>(cu_seqlens), completions, tokens,
+                                             reinterpret_cast<int32_t*>(numbers), nullptr);
 }
 
 float round_trip_half(float value) { return __half2float(__float2half_rn(value)); }
@@ -55,13 +73,16 @@ float round_trip_bfloat16(float value) { return __bfloat162float(__float2bfloat1
 PYBIND11_MODULE(token_logprobs, m) {
     pybind11::class_<Call>(m, "Call")
         .def(pybind11::init<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, float,
-                            int64_t>());
+                            int64_t, uintptr_t, float, float, int64_t, int64_t>());
     m.def("set_seed", &emulator::set_seed);
+    m.def("set_max_blocks", [](unsigned blocks) { emulator::max_blocks = blocks; });
     m.def("forward", &forward);
     m.def("backward", &backward);
-    m.def("forward_in_blocks", &forward_in_blocks);
-    m.def("backward_in_blocks", &backward_in_blocks);
+    m.def("completion_sums", &completion_sums);
+    m.def("completion_numbers", &completion_numbers);
     m.def("error_text", &r1kernels_cuda_error);
     m.def("round_trip_half", &round_trip_half);
     m.def("round_trip_bfloat16", &round_trip_bfloat16);
+    m.attr("PIECE") = kPiece;
+    m.attr("WARP_ROW") = kWarpRow;
 }

@@ -10,7 +10,10 @@ import torch
 
 import r1kernels
 from r1kernels import extension, token_logprobs
+from r1kernels.logprob import ops
+from r1kernels.logprob.autograd import plain_rows
 from tests.support.numerics import same_bits
+from tests.support.row_ops_kernel import RowOpsKernel
 from tests.support.token_logprobs_kernel import IGNORED, TokenLogprobsKernel, random_case
 
 pytestmark = pytest.mark.gpu
@@ -33,22 +36,27 @@ class OpKernel:
     device = "cuda"
 
     def __init__(self, backend):
-        ops = torch.ops.r1kernels
-        self.forward = getattr(ops, f"token_logprobs_{backend}")
-        self.backward = getattr(ops, f"token_logprobs_{backend}_backward")
-        self.backward_inplace = getattr(ops, f"token_logprobs_{backend}_backward_")
+        self.backend = backend
 
-    def forward_into(self, logits, targets, temperatures, temperature, ignore_index, logp, entropy, stats):
-        results = self.forward(logits, targets, temperatures, temperature, ignore_index, entropy is not None)
-        for place, result in zip((logp, entropy, stats), results, strict=True):
+    def rows_forward_into(self, logits, rows, with_entropy, logp, entropy, stats, extra):
+        results = ops.forward(self.backend, logits, rows, with_entropy, extra is not None)
+        for place, result in zip((logp, entropy, stats, extra), results, strict=True):
             if place is not None:
                 place.copy_(result)
 
-    def backward_into(self, grad, logits, *arguments):
+    def rows_backward_into(self, grad, logits, rows, *saved):
         if grad is logits:
-            self.backward_inplace(logits, *arguments)
+            ops.backward_(self.backend, logits, rows, *saved)
         else:
-            grad.copy_(self.backward(logits, *arguments))
+            grad.copy_(ops.backward(self.backend, logits, rows, *saved))
+
+    def forward_into(self, logits, targets, temperatures, temperature, ignore_index, logp, entropy, stats):
+        rows = plain_rows(logits, targets, temperatures, temperature, ignore_index)
+        self.rows_forward_into(logits, rows, entropy is not None, logp, entropy, stats, None)
+
+    def backward_into(self, grad, logits, targets, temperatures, temperature, ignore_index, *saved):
+        rows = plain_rows(logits, targets, temperatures, temperature, ignore_index)
+        self.rows_backward_into(grad, logits, rows, *saved)
 
 
 @pytest.fixture
@@ -58,6 +66,12 @@ def kernel(backend):
 
 class TestTokenLogprobsOnGpu(TokenLogprobsKernel):
     pass
+
+
+class TestRowOpsOnGpu(RowOpsKernel):
+    @pytest.fixture
+    def long_row(self):
+        return 3 * 2**15 + 5
 
 
 def loss_and_gradient(logits, targets, backend, **options):

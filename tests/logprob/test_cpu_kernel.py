@@ -1,6 +1,6 @@
 """The C++ kernel of token_logprobs: what is special to it, beyond the contract that every backend is tested for.
 
-B, T leading dimensions, N = B * T tokens, V vocabulary. The kernel sums blocks of 2048 logits and chunks of 16384; every
+B, T leading dimensions, N = B * T tokens, V vocabulary. The kernel sums blocks of 4096 logits and chunks of 16384; every
 instruction set has its own copy, so this file also runs itself once for each (``test_every_instruction_set``).
 """
 
@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from r1kernels import extension, token_logprobs
+from r1kernels.logprob.autograd import plain_rows
+from r1kernels.logprob.ops import Rows
 from tests.support import logprob_oracle as oracle
 from tests.support.numerics import assert_as_exact_as, same_bits
 
@@ -26,13 +28,18 @@ ops = torch.ops.r1kernels
 
 
 def forward(logits, targets, temperatures=None, temperature=1.0, entropy=True):
-    return ops.token_logprobs_cpu(logits, targets, temperatures, temperature, -100, entropy)
+    rows = plain_rows(logits, targets, temperatures, temperature, -100)
+    return ops.token_logprobs_cpu(logits, *rows, entropy, False)[:3]
 
 
 def backward(logits, targets, logp, stats, grad_logp, grad_entropy=None, temperature=1.0):
-    return ops.token_logprobs_cpu_backward(
-        logits, targets, None, temperature, -100, logp, stats, grad_logp, grad_entropy
-    )
+    rows = plain_rows(logits, targets, None, temperature, -100)
+    return ops.token_logprobs_cpu_backward(logits, *rows, logp, stats, grad_logp, grad_entropy, None)
+
+
+def backward_(logits, targets, logp, stats, grad_logp, grad_entropy=None):
+    rows = plain_rows(logits, targets, None, 1.0, -100)
+    ops.token_logprobs_cpu_backward_(logits, *rows, logp, stats, grad_logp, grad_entropy, None)
 
 
 def eager(logits, targets):
@@ -49,7 +56,7 @@ def forward_and_gradient(function, logits, targets, grad_logp, grad_entropy):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "vocabulary", [1, 3, 15, 16, 17, 2047, 2048, 2049, 16383, 16384, 16385, 32003, 151665]
+    "vocabulary", [1, 3, 15, 16, 17, 4095, 4096, 4097, 16383, 16384, 16385, 32003, 151665]
 )
 def test_every_size_is_as_exact_as_eager(dtype, vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
@@ -224,7 +231,7 @@ def test_nothing_outside_the_logits_is_read_or_written(dtype):
     logp, entropy, stats = forward(inside, targets)
     assert torch.isfinite(logp).all() and torch.isfinite(entropy).all()
     grad = backward(packed, targets, logp, stats, *upstream)
-    ops.token_logprobs_cpu_backward_(inside, targets, None, 1.0, -100, logp, stats, *upstream)
+    backward_(inside, targets, logp, stats, *upstream)
     assert same_bits(inside, grad)
     assert torch.equal(buffer.isnan(), outside)
 
@@ -242,7 +249,7 @@ def test_offsets_beyond_two_to_the_thirtyone():
         assert same_bits(mine, plain)
     logp, _, stats = forward(packed, targets)
     grad = backward(packed, targets, logp, stats, torch.ones(2))
-    ops.token_logprobs_cpu_backward_(logits, targets, None, 1.0, -100, logp, stats, torch.ones(2), None)
+    backward_(logits, targets, logp, stats, torch.ones(2))
     assert same_bits(logits, grad)
 
 
@@ -257,7 +264,7 @@ def test_bad_values_in_a_compiled_graph_are_errors_and_nothing_is_written():
         ):
             forward(logits, bad)
         with pytest.raises(RuntimeError, match="targets: expected values"):
-            ops.token_logprobs_cpu_backward_(logits, bad, None, 1.0, -100, logp, stats, torch.ones(3), None)
+            backward_(logits, bad, logp, stats, torch.ones(3))
     for temperatures in (torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, float("nan"), 1.0])):
         with pytest.raises(RuntimeError, match="temperature: expected values above 0, got .* at position 1"):
             forward(logits, good, temperatures)
@@ -289,11 +296,17 @@ def test_bad_values_in_a_compiled_graph_are_errors_and_nothing_is_written():
 def test_the_op_itself_checks_what_the_kernel_trusts(change, text):
     call = {
         "logits": torch.zeros(1, 3, 10),
+        "bias": None,
+        "logit_scale": 1.0,
+        "softcap": 0.0,
         "targets": torch.zeros(3, dtype=torch.int64),
         "temperatures": None,
         "temperature": 1.0,
         "ignore_index": -100,
+        "first": 0,
+        "vocabulary": 10,
         "entropy": True,
+        "extra": False,
     }
     with pytest.raises(RuntimeError, match=text):
         ops.token_logprobs_cpu(**(call | change))
@@ -306,13 +319,39 @@ def test_opcheck(dtype):
     temperatures = torch.rand(6) + 0.5
     for temperature in (None, temperatures):
         for entropy in (True, False):
-            arguments = (logits, targets, temperature, 0.7, -100, entropy)
+            rows = plain_rows(logits, targets, temperature, 0.7, -100)
+            arguments = (logits, *rows, entropy, False)
             torch.library.opcheck(ops.token_logprobs_cpu.default, arguments)
-            logp, _, stats = ops.token_logprobs_cpu(*arguments)
-            grads = (logp, stats, torch.ones(6), torch.ones(6) if entropy else None)
-            saved = (logits, targets, temperature, 0.7, -100, *grads)
+            logp, _, stats, _ = ops.token_logprobs_cpu(*arguments)
+            grads = (logp, stats, torch.ones(6), torch.ones(6) if entropy else None, None)
+            saved = (logits, *rows, *grads)
             torch.library.opcheck(ops.token_logprobs_cpu_backward.default, saved)
             torch.library.opcheck(ops.token_logprobs_cpu_backward_.default, (logits.clone(), *saved[1:]))
+
+
+def test_opcheck_of_heads_and_slabs():
+    bias = torch.linspace(-1, 1, 33)
+    logits, targets = torch.randn(1, 4, 33).bfloat16(), torch.tensor([12, 40, 32, -100])
+    rows = Rows(bias, 0.7, 3.0, targets, None, 0.7, -100, 10, 50)
+    torch.library.opcheck(ops.token_logprobs_cpu.default, (logits, *rows, True, True))
+    grads = (torch.zeros(4), torch.ones(3, 4), torch.ones(2), None, torch.tensor([0, 0, 1, 1]).int())
+    torch.library.opcheck(ops.token_logprobs_cpu_backward.default, (logits, *rows, *grads))
+    torch.library.opcheck(ops.token_logprobs_cpu_backward_.default, (logits.clone(), *rows, *grads))
+    into = (logits, *rows, *grads, torch.empty_like(logits))
+    torch.library.opcheck(ops.token_logprobs_cpu_backward_into.default, into)
+
+
+def test_opcheck_of_the_linear_ops():
+    hidden, weight = torch.randn(6, 8).bfloat16(), torch.randn(33, 8).bfloat16()
+    targets = torch.tensor([0, 1, 2, -100, 4, 32])
+    rows = Rows(torch.randn(33), 0.7, 3.0, targets, None, 0.7, -100, 0, 33)
+    forwarded = (hidden, weight, *rows, True, True, 0, True, False)
+    torch.library.opcheck(ops.linear_logprobs_cpu.default, forwarded)
+    logp, _, stats, _, logits = ops.linear_logprobs_cpu(*forwarded)
+    grads = (logp, stats, torch.ones(6), None, None)
+    arguments = (hidden, weight, *rows, 0, *grads, True, True, False)
+    torch.library.opcheck(ops.linear_logprobs_cpu_backward.default, arguments)
+    torch.library.opcheck(ops.linear_logprobs_cpu_backward_.default, (logits.clone(), *arguments))
 
 
 def test_it_is_chosen_on_the_cpu_and_float64_goes_to_the_reference():
@@ -327,15 +366,18 @@ def test_it_is_chosen_on_the_cpu_and_float64_goes_to_the_reference():
 
 @pytest.mark.parametrize("isa", extension.supported_isas()[:-1])
 def test_every_instruction_set(isa):
-    """This file once more, in a process where R1KERNELS_CPU_ISA names a weaker instruction set than this machine's."""
+    """The kernels once more, in a process where R1KERNELS_CPU_ISA names a weaker instruction set than this machine's."""
     if os.environ.get("R1KERNELS_CPU_ISA"):
         pytest.skip("this is such a process")
     environment = {**os.environ, "R1KERNELS_CPU_ISA": isa}
     answer = [sys.executable, "-c", "from r1kernels import extension; print(extension.chosen_isa())"]
     chosen = subprocess.run(answer, env=environment, capture_output=True, text=True, check=True)
     assert chosen.stdout.strip() == isa
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    deselected = "not opcheck and not compiled and not instruction_set"
+    here = Path(__file__)
+    low_precision = "test_linear_logprobs.py::test_low_precision_inputs_are_as_exact_as_eager"
+    files = map(str, (here, here.with_name("test_row_ops.py"), here.with_name(low_precision)))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    deselected = "not opcheck and not compiled and not instruction_set and not cuda and not triton"
     result = subprocess.run([*command, "-k", deselected], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
 

@@ -1,97 +1,176 @@
-"""grouped_logprobs: sums, means and token values of completions. B completions, G a prompt, T tokens, V vocabulary."""
+"""grouped_logprobs and linear_grouped_logprobs on every backend: sums, means and token values of completions.
+
+B completions, G a prompt, T tokens, N packed tokens, V vocabulary, H hidden.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from r1kernels import grouped_logprobs, linear_grouped_logprobs, token_logprobs
+from r1kernels import grouped_logprobs, linear_grouped_logprobs
+from tests.support import linear_oracle as oracle
+from tests.support.numerics import same_bits
 
+OP = "grouped_logprobs"
 LENGTHS = (3, 0, 5, 1)
+BOUNDS = torch.tensor([0, *LENGTHS]).cumsum(0)
 
 
-def padded(dtype=torch.float64):
+def padded(dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(4, 5, 9, dtype=torch.float64, generator=generator).to(dtype)
-    targets = torch.randint(0, 9, (4, 5), generator=generator)
-    mask = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
+    logits = torch.randn(4, 5, 9, generator=generator).to(device, dtype)
+    targets = torch.randint(0, 9, (4, 5), generator=generator).to(device)
+    mask = (torch.arange(5) < torch.tensor(LENGTHS)[:, None]).to(device)
     return logits, targets, mask
 
 
-def by_hand(logits, targets, mask, reduce):
-    """A loop over the completions."""
+def by_hand(logits, targets, mask, reduce, temperature=0.8):
+    """A loop over the completions, in float64 on the CPU: (logp, entropy), each (2, 2)."""
     rows = []
-    for z, y, m in zip(logits, targets, mask, strict=True):
-        logp, entropy = token_logprobs(z[m], y[m], return_entropy=True)
+    for z, y, m in zip(logits.double().cpu(), targets.cpu(), mask.cpu(), strict=True):
+        logp, entropy = oracle.of_logits(z[m], oracle.Head(), y[m], temperature)[:2]
         divisor = max(int(m.sum()), 1) if reduce == "mean" else 1
         rows.append((logp.sum() / divisor, entropy.sum() / divisor))
     return (torch.stack([row[column] for row in rows]).view(2, 2) for column in range(2))
 
 
+def assert_close(ours, exact, tolerance=1e-5):
+    torch.testing.assert_close(ours.cpu().double(), exact.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_reduced_values_and_gradients(reduce, layout):
-    logits, targets, mask = padded()
+def test_reduced_values_and_gradients(place, reduce, layout, dtype):
+    backend, device = place
+    logits, targets, mask = padded(dtype, device)
     z = logits.clone().requires_grad_()
+    options = {
+        "group_size": 2,
+        "reduce": reduce,
+        "return_entropy": True,
+        "temperature": 0.8,
+        "backend": backend,
+    }
     if layout == "padded":
-        result = grouped_logprobs(z, targets, mask=mask, group_size=2, reduce=reduce, return_entropy=True)
+        result = grouped_logprobs(z, targets, mask=mask, **options)
     else:
-        bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
-        result = grouped_logprobs(
-            z[mask], targets[mask], cu_seqlens=bounds, group_size=2, reduce=reduce, return_entropy=True
-        )
-    plain = logits.clone().requires_grad_()
+        result = grouped_logprobs(z[mask], targets[mask], cu_seqlens=BOUNDS.to(device), **options)
+    plain = logits.double().cpu().requires_grad_()
     logp, entropy = by_hand(plain, targets, mask, reduce)
-    torch.testing.assert_close(result.logp, logp)
-    torch.testing.assert_close(result.entropy, entropy)
+    assert_close(result.logp, logp.detach())
+    assert_close(result.entropy, entropy.detach())
     assert result.counts.tolist() == [[3, 0], [5, 1]] and result.counts.dtype == torch.int64
-    weights = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64)
-    (grad,) = torch.autograd.grad((result.logp * weights - result.entropy * weights).sum(), z)
-    (expected,) = torch.autograd.grad((logp * weights - entropy * weights).sum(), plain)
-    torch.testing.assert_close(grad, expected)
+    weights = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    upstream = weights.to(device)
+    (grad,) = torch.autograd.grad((result.logp * upstream - result.entropy * upstream).sum(), z)
+    (expected,) = torch.autograd.grad((logp * weights - entropy * weights).sum(), plain, retain_graph=True)
+    assert_close(grad, expected, 1e-5 if dtype == torch.float32 else 1e-2)
+    for used in ("logp", "entropy"):
+        # one of the two alone
+        again = grouped_logprobs(z, targets, mask=mask, **options)
+        (alone,) = torch.autograd.grad((getattr(again, used) * upstream).sum(), z)
+        value = {"logp": logp, "entropy": entropy}[used]
+        (expected,) = torch.autograd.grad((value * weights).sum(), plain, retain_graph=True)
+        assert_close(alone, expected, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_token_values_keep_the_shape_of_the_targets(layout):
-    logits, targets, mask = padded()
-    full = token_logprobs(logits, targets)
+def test_token_values_keep_the_shape_of_the_targets(place, layout):
+    backend, device = place
+    logits, targets, mask = padded(device=device)
+    flat = logits.double().cpu().flatten(0, 1)
+    full = oracle.of_logits(flat, oracle.Head(), targets.cpu().flatten(), 1.0)[0].view(4, 5)
+    options = {"group_size": 4, "reduce": "none", "backend": backend}
     if layout == "padded":
-        result = grouped_logprobs(logits, targets, mask=mask, group_size=4, reduce="none")
-        torch.testing.assert_close(result.logp, torch.where(mask, full, 0.0))
+        result = grouped_logprobs(logits, targets, mask=mask, **options)
+        assert_close(result.logp, torch.where(mask.cpu(), full, 0.0))
     else:
-        bounds = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0).int()
-        result = grouped_logprobs(logits[mask], targets[mask], cu_seqlens=bounds, group_size=4, reduce="none")
-        torch.testing.assert_close(result.logp, full[mask])
+        result = grouped_logprobs(logits[mask], targets[mask], cu_seqlens=BOUNDS.int().to(device), **options)
+        assert_close(result.logp, full[mask.cpu()])
     assert result.entropy is None and result.counts.tolist() == [list(LENGTHS)]
 
 
-def test_garbage_in_masked_places_changes_nothing():
-    logits, targets, mask = padded(torch.float32)
+def test_garbage_in_masked_places_changes_nothing(place):
+    backend, device = place
+    logits, targets, mask = padded(device=device)
     dirty = logits.masked_fill(~mask[..., None], float("nan")).requires_grad_()
     wild = targets.masked_fill(~mask, 10**9)
-    clean = grouped_logprobs(logits, targets, mask=mask, group_size=2, return_entropy=True)
-    result = grouped_logprobs(dirty, wild, mask=mask.int(), group_size=2, return_entropy=True)
+    options = {"group_size": 2, "return_entropy": True, "backend": backend}
+    clean = grouped_logprobs(logits, targets, mask=mask, **options)
+    result = grouped_logprobs(dirty, wild, mask=mask.int(), **options)
     assert torch.equal(result.logp, clean.logp) and torch.equal(result.entropy, clean.entropy)
     result.logp.sum().backward()
     assert torch.isfinite(dirty.grad).all() and (dirty.grad[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("reduce", ["sum", "mean", "none"])
-def test_from_hidden_states_it_is_the_same(reduce):
-    _, targets, mask = padded()
-    hidden = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
-    options = {"mask": mask, "group_size": 2, "reduce": reduce, "return_entropy": True, "temperature": 0.8}
-    ours = linear_grouped_logprobs(hidden, weight, targets, chunk_size=3, **options)
-    plain = grouped_logprobs(hidden @ weight.T, targets, **options)
-    torch.testing.assert_close(ours, plain)
-    grads = [
-        torch.autograd.grad(r.logp.sum() + r.entropy.sum(), (hidden, weight), retain_graph=True)
-        for r in (ours, plain)
-    ]
-    torch.testing.assert_close(*grads)
-    grouped, stats = linear_grouped_logprobs(hidden, weight, targets, stats=("is_top1",), **options)
-    assert torch.equal(grouped.counts, ours.counts) and stats["is_top1"].shape == targets.shape
+def test_from_hidden_states_it_is_the_same(place, reduce, layout):
+    backend, device = place
+    _, targets, mask = padded(device=device)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(4, 5, 6, generator=generator).to(device).requires_grad_()
+    weight = torch.randn(9, 6, generator=generator).to(device).requires_grad_()
+    options = {"group_size": 2, "reduce": reduce, "return_entropy": True, "temperature": 0.8}
+    leaves = [leaf.detach().double().cpu().requires_grad_() for leaf in (hidden, weight)]
+    logits = leaves[0] @ leaves[1].T
+    if layout == "padded":
+        how, exact_how = {"mask": mask}, {"mask": mask.cpu()}
+        states, chosen = hidden, targets
+        exact_logits, exact_targets = logits, targets.cpu()
+    else:
+        how, exact_how = {"cu_seqlens": BOUNDS.to(device)}, {"cu_seqlens": BOUNDS}
+        states, chosen = hidden[mask], targets[mask]
+        exact_logits, exact_targets = logits[mask.cpu()], targets.cpu()[mask.cpu()]
+    how |= {"chunk_size": 3, "stats": ("is_top1",), "backend": backend}
+    ours, stats = linear_grouped_logprobs(states, weight, chosen, **how, **options)
+    plain = grouped_logprobs(exact_logits, exact_targets, **exact_how, **options, backend="reference")
+    assert_close(ours.logp, plain.logp.detach())
+    assert_close(ours.entropy, plain.entropy.detach())
+    assert torch.equal(ours.counts.cpu(), plain.counts) and stats["is_top1"].shape == chosen.shape
+    weights = torch.linspace(-1, 2, ours.logp.numel()).view(ours.logp.shape)
+    grads = torch.autograd.grad(
+        ((ours.logp + 0.5 * ours.entropy) * weights.to(device)).sum(), (hidden, weight)
+    )
+    expected = torch.autograd.grad(((plain.logp + 0.5 * plain.entropy) * weights).sum(), leaves)
+    for grad, truth in zip(grads, expected, strict=True):
+        assert_close(grad, truth)
+
+
+@pytest.mark.parametrize("completions", [0, 2])
+def test_no_tokens(place, completions):
+    backend, device = place
+    logits = torch.zeros(completions, 0, 9, device=device, requires_grad=True)
+    targets = torch.zeros(completions, 0, dtype=torch.int64, device=device)
+    for reduce in ("sum", "mean", "none"):
+        result = grouped_logprobs(logits, targets, group_size=2, reduce=reduce, backend=backend)
+        assert result.counts.shape == (completions // 2, 2) and (result.logp == 0).all()
+        result.logp.sum().backward()
+        assert logits.grad.shape == logits.shape
+
+
+@given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5), seed=st.integers(0, 2**16))
+def test_packed_is_padded(lengths, seed):
+    """Token values have the same bits; sums may differ in their last ones, their order being that of the layout."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    logits = torch.randn(len(lengths), 6, 40, generator=generator)
+    targets = torch.randint(0, 40, mask.shape, generator=generator)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    for reduce in ("none", "sum", "mean"):
+        options = {"group_size": 1, "reduce": reduce, "return_entropy": True}
+        wide = grouped_logprobs(logits, targets, mask=mask, **options)
+        packed = grouped_logprobs(logits[mask], targets[mask], cu_seqlens=bounds, **options)
+        assert torch.equal(wide.counts, packed.counts)
+        if reduce == "none":
+            assert same_bits(wide.logp[mask], packed.logp) and same_bits(wide.entropy[mask], packed.entropy)
+        else:
+            torch.testing.assert_close(wide.logp, packed.logp, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(wide.entropy, packed.entropy, rtol=1e-6, atol=1e-6)
 
 
 def test_an_ignored_target_does_not_count():
@@ -101,16 +180,26 @@ def test_an_ignored_target_does_not_count():
     assert result.counts.tolist() == [[2, 2]]
 
 
-def test_it_compiles_in_one_graph():
-    logits, targets, mask = padded(torch.float32)
-    function = torch.compile(
-        lambda z: grouped_logprobs(z, targets, mask=mask, group_size=2, reduce="mean").logp,
-        fullgraph=True,
-        backend="aot_eager",
-    )
-    torch.testing.assert_close(
-        function(logits), grouped_logprobs(logits, targets, mask=mask, group_size=2, reduce="mean").logp
-    )
+@pytest.mark.parametrize("reduce", ["sum", "mean", "none"])
+def test_it_compiles_in_one_graph(place, reduce):
+    backend, device = place
+    logits, targets, mask = padded(device=device)
+    z = logits.requires_grad_()
+
+    def function(z):
+        options = {"group_size": 2, "reduce": reduce, "backend": backend}
+        return grouped_logprobs(z, targets, mask=mask, **options).logp
+
+    def packed(z):
+        options = {"group_size": 2, "reduce": reduce, "backend": backend}
+        tokens = z.flatten(0, 1)[:9]
+        return grouped_logprobs(tokens, targets.flatten()[:9], cu_seqlens=BOUNDS.to(device), **options).logp
+
+    for plain in (function, packed):
+        compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(z), plain(z))
+        grads = [torch.autograd.grad(run(z).sum(), z)[0] for run in (compiled, plain)]
+        torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize(

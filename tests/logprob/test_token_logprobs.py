@@ -7,36 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import r1kernels
 from r1kernels import token_logprobs
 from tests.support import logprob_oracle as oracle
 from tests.support.numerics import assert_as_exact_as, same_bits
 
-BACKENDS = [
-    pytest.param(("reference", "cpu"), id="reference"),
-    pytest.param(("cpu", "cpu"), id="cpu"),
-    pytest.param(("reference", "cuda"), id="reference-cuda", marks=pytest.mark.gpu),
-    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
-    pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
-]
+OP = "token_logprobs"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=BACKENDS)
-def place(request):
-    """(backend, device); skips where the backend is not in this build."""
-    backend, device = request.param
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU here")
-    try:
-        token_logprobs(
-            torch.zeros(1, 2, device=device),
-            torch.zeros(1, dtype=torch.int64, device=device),
-            backend=backend,
-        )
-    except (r1kernels.BackendError, ValueError) as error:
-        pytest.skip(str(error))
-    return backend, device
 
 
 def eager(logits, targets, temperature=1.0):

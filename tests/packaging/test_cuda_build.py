@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from r1kernels import extension
 pytestmark = pytest.mark.skipif(extension.cuda_missing() is not None, reason=str(extension.cuda_missing()))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def inspect():
     """inspect(option, ...): what cuobjdump, which comes with Triton, prints about the library."""
     triton = pytest.importorskip("triton", reason="triton, which brings cuobjdump, is not installed")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     (library,) = Path(r1kernels.__file__).parent.glob(f"_C.{sys.implementation.cache_tag}*.so")
 
+    @functools.cache
     def run(*options):
         command = [str(tool), *options, str(library)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -36,13 +38,32 @@ def test_no_kernel_spills(inspect):
         assert int(stack) == 0 and int(local) == 0, f"{name} spills"
         assert int(shared) <= 48 << 10, f"{name} has more static shared memory than a block gets unasked"
         assert int(registers) <= 255
-    architectures = [name for name in extension.cuda_architectures() if name.isdigit()]
-    token_logprobs = [name for name, *_ in kernels if "logprob" in name and "_kernel" in name]
-    # forward and backward, three dtypes each, for every architecture
-    assert len(token_logprobs) >= 6 * len(architectures)
 
 
-def test_no_kernel_of_token_logprobs_touches_local_memory(inspect):
+# of the log-prob ops in every architecture: kernels by dtype (the gradient of float32 logits may be narrower) and mode, and
+# the most registers that three blocks of 256 threads, or two in the general mode, leave to a thread
+LOGPROB_KERNELS = {"forward": 3 * 3, "backward": (3 + 2) * 3, "merge": 3}
+REGISTERS = {"0": 80, "1": 80, "2": 128}
+
+
+def test_every_architecture_holds_every_kernel_of_the_log_prob_ops(inspect):
+    by_architecture = re.split(r"^arch = sm_", inspect("-res-usage"), flags=re.MULTILINE)[1:]
+    for architecture in portable_architectures():
+        usage = "".join(text for text in by_architecture if text.splitlines()[0] == architecture)
+        for direction, count in LOGPROB_KERNELS.items():
+            name = f"{direction}_kernel"
+            found = re.findall(rf"Function (\S*logprob{len(name)}{name}\S*):\n.*?REG:(\d+)", usage)
+            assert len(found) == count, (architecture, direction)
+            for mangled, registers in found:
+                mode = re.search(r"ModeE(\d)", mangled)
+                assert mode is None or int(registers) <= REGISTERS[mode.group(1)], mangled
+
+
+def portable_architectures():
+    return [name for name in extension.cuda_architectures() if name.isdigit()]
+
+
+def test_no_kernel_of_the_log_prob_ops_touches_local_memory(inspect):
     """Local memory is where registers that do not fit, and arrays with a moving index, end up."""
     for architecture in extension.cuda_architectures():
         code = inspect("-sass", "-arch", f"sm_{architecture}")
@@ -53,13 +74,13 @@ def test_no_kernel_of_token_logprobs_touches_local_memory(inspect):
                 assert not re.search(r"\b(LDL|STL)\b", function), function.splitlines()[0]
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_aligned_rows_are_read_16_bytes_at_a_time(inspect, direction):
-    code = inspect("-sass", "-arch", "sm_80")
-    functions = [
-        text
-        for text in code.split("Function : ")[1:]
-        if f"logprob{len(direction) + 7}{direction}_kernel" in text
-    ]
-    assert len(functions) == 3
-    assert all("LDG.E.128" in text for text in functions)
+@pytest.mark.parametrize(("direction", "stores"), [("forward", False), ("backward", True)])
+def test_aligned_rows_move_16_bytes_at_a_time(inspect, direction, stores):
+    name = f"{direction}_kernel"
+    functions = inspect("-sass", "-arch", "sm_80").split("Function : ")[1:]
+    found = [text for text in functions if f"logprob{len(name)}{name}" in text.splitlines()[0]]
+    assert len(found) == LOGPROB_KERNELS[direction]
+    for text in found:
+        assert "LDG.E.128" in text
+        narrower = re.search(r"kernelIf(13__nv_bfloat16|6__half)", text.splitlines()[0])
+        assert not stores or ("STG.E.64" if narrower else "STG.E.128") in text

@@ -55,7 +55,7 @@ class Redzones:
         offset: int,
         writable: bool,
     ) -> Tensor:
-        canary = torch.nan if dtype.is_floating_point else 2**62 + 1
+        canary = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max // 2 + 2
         size = torch.Size(shape).numel()
         buffer = torch.full((size + 2 * PAD + offset,), canary, dtype=dtype, device=self.device)
         mask = torch.zeros_like(buffer, dtype=torch.bool)

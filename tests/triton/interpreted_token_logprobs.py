@@ -5,8 +5,10 @@ import torch
 
 from r1kernels import token_logprobs
 from r1kernels.logprob import triton as backend
+from r1kernels.logprob.autograd import plain_rows
 from tests.support import interpreter_bfloat16
 from tests.support.numerics import same_bits
+from tests.support.row_ops_kernel import RowOpsKernel
 from tests.support.token_logprobs_kernel import IGNORED, TokenLogprobsKernel, random_case
 
 interpreter_bfloat16.repair()
@@ -14,17 +16,40 @@ interpreter_bfloat16.repair()
 
 class InterpretedKernel:
     device = "cpu"
-    forward_into = staticmethod(backend.forward_into)
-    backward_into = staticmethod(backend.backward_into)
+
+    @staticmethod
+    def rows_forward_into(logits, rows, with_entropy, *outputs):
+        nothing = logits.new_empty(0, dtype=torch.float32)
+        outputs = [nothing if output is None else output for output in outputs]
+        backend.forward_into(logits, rows, with_entropy, *outputs)
+
+    rows_backward_into = staticmethod(backend.backward_into)
+
+    @classmethod
+    def forward_into(cls, logits, targets, temperatures, temperature, ignore_index, logp, entropy, stats):
+        rows = plain_rows(logits, targets, temperatures, temperature, ignore_index)
+        cls.rows_forward_into(logits, rows, entropy is not None, logp, entropy, stats, None)
+
+    @staticmethod
+    def backward_into(grad, logits, targets, temperatures, temperature, ignore_index, *saved):
+        rows = plain_rows(logits, targets, temperatures, temperature, ignore_index)
+        backend.backward_into(grad, logits, rows, *saved, None)
 
 
 @pytest.fixture
-def kernel():
+def kernel(monkeypatch):
+    monkeypatch.setattr(backend, "SEGMENT", 4096)
     return InterpretedKernel
 
 
 class TestTokenLogprobsTriton(TokenLogprobsKernel):
     pass
+
+
+class TestRowOpsTriton(RowOpsKernel):
+    @pytest.fixture
+    def long_row(self):
+        return 9001
 
 
 def test_the_public_op_and_its_gradient():
@@ -54,10 +79,10 @@ def test_logits_that_are_not_contiguous_in_the_vocabulary():
 def test_the_ops_keep_their_schemas(entropy):
     logits, targets, grad_logp, grad_entropy = random_case(2, 3, 20)
     ops = torch.ops.r1kernels
-    shared = (targets, None, 0.7, IGNORED)
-    torch.library.opcheck(ops.token_logprobs_triton.default, (logits, *shared, entropy))
-    logp, _, stats = ops.token_logprobs_triton(logits, *shared, entropy)
-    saved = (logp, stats, grad_logp, grad_entropy if entropy else None)
+    shared = plain_rows(logits, targets, None, 0.7, IGNORED)
+    torch.library.opcheck(ops.token_logprobs_triton.default, (logits, *shared, entropy, False))
+    logp, _, stats, _ = ops.token_logprobs_triton(logits, *shared, entropy, False)
+    saved = (logp, stats, grad_logp, grad_entropy if entropy else None, None)
     torch.library.opcheck(ops.token_logprobs_triton_backward.default, (logits, *shared, *saved))
     torch.library.opcheck(ops.token_logprobs_triton_backward_.default, (logits.clone(), *shared, *saved))
 

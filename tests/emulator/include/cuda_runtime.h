@@ -2,6 +2,7 @@
 #pragma once
 
 #include <math.h>
+#include <string.h>
 
 #include <algorithm>
 #include <utility>
@@ -16,6 +17,13 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // dynamic shared memory is an extern array; on a local variable this attribute does not compile
 #define __shared__ __attribute__((section("emulated_shared_memory")))
+
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 
 #define __syncthreads() ::emulator::sync_threads(__FILE__, __LINE__)
 
@@ -106,6 +114,11 @@ inline cudaError_t emulated_last_error = cudaSuccess;
 
 inline cudaError_t cudaGetLastError() { return std::exchange(emulated_last_error, cudaSuccess); }
 
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+    memset(memory, value, bytes);
+    return cudaSuccess;
+}
+
 inline const char* cudaGetErrorString(cudaError_t error) {
     switch (error) {
         case cudaSuccess: return "no error";
@@ -122,6 +135,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         config->dynamicSmemBytes > emulator::kMaxSharedBytes) {
         return emulated_last_error = cudaErrorInvalidConfiguration;
     }
-    emulator::run_grid(config->gridDim, block, config->dynamicSmemBytes, [=] { kernel(arguments...); });
+    dim3 grid = config->gridDim;
+    grid.x = std::min(grid.x, emulator::max_blocks);
+    emulator::run_grid(grid, block, config->dynamicSmemBytes, [=] { kernel(arguments...); });
     return cudaSuccess;
 }

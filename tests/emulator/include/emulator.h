@@ -38,6 +38,9 @@ constexpr size_t kMaxThreads = 1024;
 constexpr size_t kMaxSharedBytes = 227 * 1024;
 using WarpValues = std::array<uint64_t, kWarpSize>;
 
+// A launch gets at most this many blocks, as at the limit of a grid: kernels must stride over the rest.
+inline unsigned max_blocks = ~0u;
+
 void set_seed(uint64_t seed);
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 

@@ -1,0 +1,28 @@
+// Large buffers on the CPU that are given again to the next caller once they are free.
+//
+// A fresh buffer is paid in page faults, several times the price of a kernel that fills it; torch's own allocator gives
+// large buffers back to the operating system at once.
+#pragma once
+
+#include <cstddef>
+
+namespace r1kernels {
+
+class Pages {
+public:
+    static constexpr size_t kKeptBytes = size_t{512} << 20;  // of free buffers, in all
+
+    explicit Pages(size_t bytes);  // throws std::bad_alloc
+    ~Pages();
+    Pages(const Pages&) = delete;
+    Pages& operator=(const Pages&) = delete;
+
+    void* data() const { return data_; }
+    size_t size() const { return size_; }
+
+private:
+    void* data_;
+    size_t size_, capacity_;
+};
+
+}  // namespace r1kernels

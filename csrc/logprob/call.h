@@ -1,0 +1,40 @@
+// What the row kernels of the log-prob ops are called with, on the CPU and on CUDA. Plain C types only.
+//
+// Logits are (B, T, V): any strides (in elements) on B and T, stride 1 on V. A row is one pair (b, t); its number is
+// b * T + t, and every array with one entry a row holds B * T contiguous entries in that order. They may be some columns
+// of a larger vocabulary. A raw logit r at column v stands for the logit
+//
+//     z = cap(logit_scale * (r + bias_v)),   cap(u) = softcap * tanh(u / softcap), or u where softcap is 0
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+enum R1kernelsDtype { R1KERNELS_FLOAT32 = 0, R1KERNELS_FLOAT16 = 1, R1KERNELS_BFLOAT16 = 2 };
+
+// What forward and backward share.
+struct R1kernelsTokenLogprobs {
+    const void* logits;                          // (B, T, V) of `dtype`
+    int32_t dtype;                               // an R1kernelsDtype
+    int64_t batch, tokens, vocabulary;           // B, T, V; B * T may be 0
+    int64_t batch_stride, token_stride;          // in elements; 0 for expanded logits
+    const int64_t* targets;                      // (B * T), columns of the whole vocabulary
+    const float* temperatures;                   // (B * T), or null: then `temperature` serves every row
+    float temperature;
+    int64_t ignore_index;
+    const float* bias;                           // (V), or null
+    float logit_scale, softcap;                  // 1 and 0 where there is none
+    int64_t first, whole;                        // these are the columns [first, first + V) of `whole` columns
+};
+
+// What the backward reads besides.
+struct R1kernelsLogprobGradients {
+    const float* logp;                           // (B * T), final
+    const float* stats;                          // (3, B * T): M, S', E' over the whole vocabulary
+    const float* grad_logp;                      // (B * T), or one a sequence; null for no gradient
+    const float* grad_entropy;                   // likewise
+    const int32_t* sequences;                    // (B * T): the entry of the gradients that a row takes; null: its own
+};
+
+}  // extern "C"

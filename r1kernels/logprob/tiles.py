@@ -1,0 +1,283 @@
+"""The tile loop of the linear log-prob ops, written once for all kernel backends.
+
+Shapes: N tokens, H hidden, V vocabulary (the rows of the head), a tile of n tokens x v columns of the (N, V) logits. A tile
+of raw logits is a GEMM; the row op of the backend turns it into sums (forward) or into its own gradient, in place
+(backward); two GEMMs then add that gradient to those of the hidden states and of the head. Logits and sums are float32.
+
+Tiles are taken slab by slab of the vocabulary, or block by block of the tokens. Slab by slab, a slab of dW is complete at
+once and dX (N, H) is accumulated; block by block it is the other way round. Inputs of 16 bits need a float32 accumulator
+for what is not complete at once, so the order follows from what needs a gradient and from which one is smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops, parts
+
+
+def gradient_over_tile(
+    engine: Engine, tile: Tensor, rows: ops.Rows, dtype: torch.dtype, *saved: Any
+) -> Tensor:
+    """The gradient of the raw logits, in float32, over them."""
+    ops.backward_(engine.backend, tile.unsqueeze(0), rows, *saved)
+    return tile
+
+
+class Engine(NamedTuple):
+    """What a backend gives to the tile loop."""
+
+    backend: str
+    # logits(hidden (n, H), weight (v, H), out (n, v) float32): out = hidden @ weight.T
+    logits: Callable[[Tensor, Tensor, Tensor], None]
+    # add_product(a (m, k) float32, b (k, H), out (m, H) float32, accumulate): out = a @ b, or out += a @ b
+    add_product: Callable[[Tensor, Tensor, Tensor, bool], None]
+    # empty(like, shape, dtype): a tensor on the device of ``like`` for scratch or results, not initialised
+    empty: Callable[[Tensor, Sequence[int], torch.dtype], Tensor]
+    tile_bytes: int
+    tokens: int  # n where the caller gives none
+    # for batch invariance: the width of all slabs, and invariant_tokens(dtype), how many rows every GEMM has. A library
+    # GEMM of few rows differs in the last bits from one of many, two of one shape agree; 0: the GEMM is invariant itself
+    invariant_columns: int
+    invariant_tokens: Callable[[torch.dtype], int]
+    # gradient(engine, tile (n, v), rows, dtype of the inputs, *what a row op's backward takes): the gradient of the raw
+    # logits as add_product wants it, over the tile or in a tensor of its own
+    gradient: Callable[..., Tensor] = gradient_over_tile
+    # forward(hidden, weight, rows, entropy, extra, batch_invariant): what ``forward`` below returns, from a kernel that
+    # writes no tile, or None where it does not serve the call; None: there is no such kernel
+    forward: Callable[..., Any] | None = None
+
+
+def scratch(
+    engine: Engine, like: Tensor, tokens: int, columns: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(tokens, columns), not initialised, whose rows begin on cache lines, as vectors and GEMMs like them."""
+    return engine.empty(like, (tokens, -(-columns // 64) * 64), dtype)[:, :columns]
+
+
+class Tiling(NamedTuple):
+    """The extent of a tile."""
+
+    tokens: int
+    columns: int
+    # every GEMM has exactly so many rows, the last one padded by zeros; 0: as many as the tile
+    gemm_tokens: int
+
+    def blocks(self, tokens: int) -> list[slice]:
+        return [slice(i, min(i + self.tokens, tokens)) for i in range(0, max(tokens, 1), self.tokens)]
+
+    def slabs(self, vocabulary: int) -> list[slice]:
+        return [slice(i, min(i + self.columns, vocabulary)) for i in range(0, vocabulary, self.columns)]
+
+
+class Problem(NamedTuple):
+    """The inputs of a call, the same for all tiles."""
+
+    engine: Engine
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    rows: ops.Rows  # of all tokens and columns
+    tiling: Tiling
+
+
+def tiling_of(
+    engine: Engine, hidden: Tensor, vocabulary: int, chunk_size: int, batch_invariant: bool
+) -> Tiling:
+    """chunk_size 0: chosen here, from the shape and the memory that a tile may take."""
+    height = max(min(chunk_size or engine.tokens, hidden.shape[0]), 1)
+    widest = engine.invariant_columns if batch_invariant else max(engine.tile_bytes // (4 * height), 256)
+    slabs = -(-vocabulary // widest)
+    # slabs of equal width, a multiple of what vectors and tiles of matrices like
+    width = -(-vocabulary // slabs)
+    gemm_tokens = engine.invariant_tokens(hidden.dtype) if batch_invariant else 0
+    return Tiling(height, min(-(-width // 64) * 64, vocabulary), gemm_tokens)
+
+
+def forward(
+    problem: Problem, entropy: bool, extra: bool, saved: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, stats, extra) as the row ops give them; the raw logits are left in ``saved`` (N, V), if given."""
+    rows, tokens = problem.rows, problem.hidden.shape[0]
+    vocabulary = problem.weight.shape[0]
+    slabs, blocks = problem.tiling.slabs(vocabulary), problem.tiling.blocks(tokens)
+    results = []
+    for slab in slabs:
+        of_slab = [_forward_tile(problem, block, slab, entropy, extra, saved) for block in blocks]
+        results.append(tuple(torch.cat(blocks, dim=-1) for blocks in zip(*of_slab, strict=True)))
+    if len(slabs) == 1:
+        return results[0]  # type: ignore[return-value]
+    slab_parts = [parts.Part(chosen, stats, more) for chosen, _, stats, more in results]
+    merged = parts.merge(slab_parts, [rows.first + slab.start for slab in slabs], vocabulary, rows)
+    if rows.vocabulary != vocabulary:
+        return (
+            merged.chosen.float(),
+            merged.chosen.new_empty(0).float(),
+            merged.stats.float(),
+            merged.extra.float(),
+        )
+    return parts.finish(merged, rows, entropy)
+
+
+def logits(problem: Problem, saved: Tensor) -> None:
+    """All raw logits, into ``saved`` (N, V)."""
+    for slab in problem.tiling.slabs(problem.weight.shape[0]):
+        for block in problem.tiling.blocks(problem.hidden.shape[0]):
+            _logits(problem, block, slab, saved[block, slab])
+
+
+def backward(
+    problem: Problem,
+    saved: Tensor | None,
+    logp: Tensor,
+    stats: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    sequences: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias (float32); (0,) where ``needs`` says no. ``saved`` is overwritten."""
+    hidden, weight = problem.hidden, problem.weight
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    slabs, blocks = problem.tiling.slabs(vocabulary), problem.tiling.blocks(tokens)
+    by_slab = needs[1] and (not needs[0] or tokens <= vocabulary)
+    grad_hidden = _Sum(problem, hidden, needs[0], blocks, complete=not by_slab)
+    grad_weight = _Sum(problem, weight, needs[1], slabs, complete=by_slab)
+    grad_bias = hidden.new_zeros(vocabulary if needs[2] else 0, dtype=torch.float32)
+    for block, slab in _in_turn(blocks, slabs, by_slab):
+        tile = _tile(problem, block, slab, saved)
+        if saved is None:
+            _logits(problem, block, slab, tile)
+        by_sequence = sequences is not None
+        gradient = problem.engine.gradient(
+            problem.engine,
+            tile,
+            _rows(problem, block, slab),
+            hidden.dtype,
+            logp[block],
+            stats[:, block].contiguous(),
+            grad_logp if by_sequence or grad_logp is None else grad_logp[block],
+            grad_entropy if by_sequence or grad_entropy is None else grad_entropy[block],
+            sequences[block] if sequences is not None else None,
+        )
+        grad_hidden.add(block, gradient, weight[slab], last=slab is slabs[-1])
+        grad_weight.add(slab, gradient.t(), hidden[block], last=block is blocks[-1])
+        if needs[2]:
+            grad_bias[slab] += gradient.sum(0, dtype=torch.float32)
+    return grad_hidden.result, grad_weight.result, grad_bias
+
+
+class _Sum:
+    """The gradient of hidden or of weight, a sum of products over tiles, in float32; rounded once at the end."""
+
+    def __init__(
+        self, problem: Problem, like: Tensor, needed: bool, pieces: list[slice], complete: bool
+    ) -> None:
+        """complete: a piece gets all its products one after the other, so that its accumulator serves the next one."""
+        self.engine, self.needed, self.like = problem.engine, needed, like
+        self.result = problem.engine.empty(like, like.shape if needed else (0,), like.dtype)
+        self.started: set[int] = set()
+        self.reused = complete
+        if not needed:
+            return
+        if like.dtype == torch.float32:
+            self.reused, self.sums = False, self.result
+        else:
+            size = (
+                max((piece.stop - piece.start for piece in pieces), default=0) if complete else like.shape[0]
+            )
+            self.sums = self.engine.empty(like, (size, like.shape[1]), torch.float32)
+
+    def add(self, piece: slice, a: Tensor, b: Tensor, last: bool) -> None:
+        if not self.needed:
+            return
+        sums = self.sums[: piece.stop - piece.start] if self.reused else self.sums[piece]
+        self.engine.add_product(a, b, sums, piece.start in self.started)
+        self.started.add(piece.start)
+        if last and self.sums is not self.result:
+            self.result[piece] = sums
+
+
+def _in_turn(blocks: list[slice], slabs: list[slice], by_slab: bool) -> Iterator[tuple[slice, slice]]:
+    if by_slab:
+        yield from ((block, slab) for slab in slabs for block in blocks)
+    else:
+        yield from ((block, slab) for block in blocks for slab in slabs)
+
+
+def _forward_tile(
+    problem: Problem, block: slice, slab: slice, entropy: bool, extra: bool, saved: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tile = _tile(problem, block, slab, saved)
+    _logits(problem, block, slab, tile)
+    return ops.forward(problem.engine.backend, tile.unsqueeze(0), _rows(problem, block, slab), entropy, extra)
+
+
+def _tile(problem: Problem, block: slice, slab: slice, saved: Tensor | None) -> Tensor:
+    """Where the logits of a tile stand."""
+    if saved is not None:
+        return saved[block, slab]
+    return scratch(problem.engine, problem.hidden, block.stop - block.start, slab.stop - slab.start)
+
+
+def _rows(problem: Problem, block: slice, slab: slice) -> ops.Rows:
+    rows = problem.rows
+    return rows._replace(
+        bias=None if rows.bias is None else rows.bias[slab],
+        targets=rows.targets[block],
+        temperatures=None if rows.temperatures is None else rows.temperatures[block],
+        first=rows.first + slab.start,
+    )
+
+
+def _logits(problem: Problem, block: slice, slab: slice, tile: Tensor) -> None:
+    """The raw logits of a tile."""
+    engine, hidden, weight = problem.engine, problem.hidden[block], problem.weight[slab]
+    rows = problem.tiling.gemm_tokens
+    if rows == 0:
+        engine.logits(hidden, weight, tile)
+        return
+    # the same shape and the same alignment every time
+    padded = hidden.new_zeros(rows, hidden.shape[1])
+    full = scratch(engine, hidden, rows, weight.shape[0])
+    for some, place in zip(hidden.split(rows), tile.split(rows), strict=True):
+        padded[: some.shape[0]] = some
+        engine.logits(padded, weight, full)
+        place.copy_(full[: some.shape[0]])
+
+
+def one_pass(
+    problem: Problem,
+    entropy: bool,
+    slopes: Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy) and gradients as ``backward`` gives them, of a loss whose slopes a token are known from the token.
+
+    slopes(block, logp, entropy) -> (dL/dlogp, dL/dentropy or None) of a block of tokens, called in turn. The logits of a
+    block, all columns at once, are computed once and overwritten by their gradient. Tiles are blocks: the columns of the
+    tiling do not matter.
+    """
+    engine, hidden, weight = problem.engine, problem.hidden, problem.weight
+    blocks, whole = problem.tiling.blocks(hidden.shape[0]), slice(0, weight.shape[0])
+    grad_hidden = _Sum(problem, hidden, needs[0], blocks, complete=True)
+    grad_weight = _Sum(problem, weight, needs[1], [whole], complete=False)
+    grad_bias = hidden.new_zeros(whole.stop if needs[2] else 0, dtype=torch.float32)
+    tiles = scratch(engine, hidden, min(problem.tiling.tokens, hidden.shape[0]), whole.stop)
+    values = []
+    for block in blocks:
+        tile, rows = tiles[: block.stop - block.start], _rows(problem, block, whole)
+        _logits(problem, block, whole, tile)
+        logp, value, stats, _ = ops.forward(engine.backend, tile.unsqueeze(0), rows, entropy)
+        upstream = (*slopes(block, logp, value), None)
+        gradient = engine.gradient(engine, tile, rows, hidden.dtype, logp, stats, *upstream)
+        grad_hidden.add(block, gradient, weight, last=True)
+        grad_weight.add(whole, gradient.t(), hidden[block], last=block is blocks[-1])
+        if needs[2]:
+            grad_bias += gradient.sum(0, dtype=torch.float32)
+        values.append((logp, value))
+    logp, value = map(torch.cat, zip(*values, strict=True))
+    return logp, value, grad_hidden.result, grad_weight.result, grad_bias

@@ -1,0 +1,100 @@
+// The CUDA launchers of grpo_loss and group_advantages under the emulator, for pytest. A call comes as a dict with the
+// names of the fields of R1kernelsGrpo and R1kernelsAdvantages; addresses as integers (Tensor.data_ptr()).
+#include <pybind11/pybind11.h>
+
+#include "grpo/cuda_sm80.cu"
+#include "grpo/cuda_sm80_advantages.cu"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class Pointer>
+Pointer address(const py::dict& fields, const char* name) {
+    return reinterpret_cast<Pointer>(fields[name].cast<uintptr_t>());
+}
+
+template <class Integer>
+Integer whole(const py::dict& fields, const char* name) {
+    return fields[name].cast<Integer>();
+}
+
+R1kernelsGrpo grpo_call(const py::dict& fields) {
+    R1kernelsGrpo call = {};
+    for (auto [name, to] : {std::pair{"sequences", &call.sequences}, {"width", &call.width}, {"tokens", &call.tokens}}) {
+        *to = whole<int64_t>(fields, name);
+    }
+    for (auto [name, to] : {std::pair{"mask_bytes", &call.mask_bytes},
+                            {"cu_seqlens_bytes", &call.cu_seqlens_bytes},
+                            {"advantages_per_token", &call.advantages_per_token},
+                            {"policy_weights_per_token", &call.policy_weights_per_token},
+                            {"variant", &call.variant},
+                            {"ratio", &call.ratio},
+                            {"kl", &call.kl},
+                            {"count", &call.count}}) {
+        *to = whole<int32_t>(fields, name);
+    }
+    call.mask = address<const void*>(fields, "mask");
+    call.cu_seqlens = address<const void*>(fields, "cu_seqlens");
+    for (auto [name, to] : {std::pair{"logp", &call.logp},
+                            {"old_logp", &call.old_logp},
+                            {"ref_logp", &call.ref_logp},
+                            {"advantages", &call.advantages},
+                            {"policy_weights", &call.policy_weights},
+                            {"entropy", &call.entropy},
+                            {"entropy_weights", &call.entropy_weights},
+                            {"weights", &call.weights},
+                            {"total", &call.total}}) {
+        *to = address<const float*>(fields, name);
+    }
+    call.numbers = *address<const R1kernelsGrpoNumbers*>(fields, "numbers");
+    for (auto [name, to] : {std::pair{"grad_logp", &call.grad_logp},
+                            {"grad_of_ratio", &call.grad_of_ratio},
+                            {"grad_entropy", &call.grad_entropy},
+                            {"loss", &call.loss},
+                            {"metrics", &call.metrics}}) {
+        *to = address<float*>(fields, name);
+    }
+    return call;
+}
+
+int forward(const py::dict& fields) {
+    const R1kernelsGrpo call = grpo_call(fields);
+    return r1kernels_grpo_loss_cuda(&call, address<void*>(fields, "workspace"), nullptr);
+}
+
+int backward(const py::dict& fields, uintptr_t grad_loss, uintptr_t to_logp, uintptr_t to_entropy) {
+    R1kernelsGrpo call = grpo_call(fields);
+    return r1kernels_grpo_loss_cuda_backward(&call, reinterpret_cast<const float*>(grad_loss), call.grad_of_ratio,
+                                             call.grad_logp, call.grad_entropy, reinterpret_cast<float*>(to_logp),
+                                             reinterpret_cast<float*>(to_entropy), nullptr);
+}
+
+size_t workspace_bytes(const py::dict& fields) {
+    const R1kernelsGrpo call = grpo_call(fields);
+    return r1kernels_grpo_loss_cuda_workspace(&call);
+}
+
+int advantages(const py::dict& fields) {
+    R1kernelsAdvantages call = {};
+    call.size = whole<int64_t>(fields, "size");
+    call.rewards = address<const float*>(fields, "rewards");
+    call.group_ids = address<const int64_t*>(fields, "group_ids");
+    call.group_size = whole<int64_t>(fields, "group_size");
+    call.valid = address<const bool*>(fields, "valid");
+    call.scale = whole<int32_t>(fields, "scale");
+    call.leave_one_out = whole<int32_t>(fields, "leave_one_out");
+    call.eps = fields["eps"].cast<double>();
+    call.advantages = address<float*>(fields, "advantages");
+    return r1kernels_group_advantages_cuda(&call, nullptr);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(grpo_loss, m) {
+    m.def("set_seed", &emulator::set_seed);
+    m.def("forward", &forward);
+    m.def("backward", &backward);
+    m.def("workspace_bytes", &workspace_bytes);
+    m.def("advantages", &advantages);
+}

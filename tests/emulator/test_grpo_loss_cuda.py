@@ -1,0 +1,159 @@
+"""The CUDA kernels of grpo_loss and group_advantages, their real source and launchers, under the host emulator.
+
+The emulated launchers stand behind the ops of the backend "cuda" for CPU tensors, so that the Python of that backend
+runs too.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from r1kernels.grpo import advantages as group_advantages_module
+from r1kernels.grpo import group_advantages, ops
+from tests.support.grpo_loss_kernel import GrpoLossKernel, gradients, on_backend, random_call
+from tests.support.numerics import same_bits
+
+
+def address(tensor):
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+class EmulatedOps:
+    def __init__(self, module):
+        self.module = module
+
+    def layout(self, mask, cu_seqlens):
+        packed = cu_seqlens is not None
+        return {
+            "sequences": cu_seqlens.numel() - 1 if packed else mask.shape[0],
+            "width": 0 if packed else mask.shape[1],
+            "tokens": mask.numel(),
+            "mask": address(mask),
+            "mask_bytes": mask.element_size(),
+            "cu_seqlens": address(cu_seqlens),
+            "cu_seqlens_bytes": cu_seqlens.element_size() if packed else 0,
+        }
+
+    def forward(
+        self, logp, old_logp, advantages, mask, ref_logp, policy_weights, entropy, entropy_weights, weights,
+        cu_seqlens, numbers, total, variant, ratio, kl, count, logp_gradient, entropy_gradient,
+    ):  # fmt: skip
+        outputs = ops.empty_outputs(logp, cu_seqlens, ratio, logp_gradient, entropy_gradient)
+        for output in outputs:
+            output.fill_(torch.nan)
+        fields = self.layout(mask, cu_seqlens)
+        one_each = (fields["sequences"], 1)
+        tensors = {
+            "logp": logp,
+            "old_logp": old_logp,
+            "ref_logp": ref_logp,
+            "advantages": advantages,
+            "policy_weights": policy_weights,
+            "entropy": entropy,
+            "entropy_weights": entropy_weights,
+            "weights": weights,
+            "total": total,
+            "numbers": numbers,
+            **dict(
+                zip(("loss", "metrics", "grad_logp", "grad_of_ratio", "grad_entropy"), outputs, strict=True)
+            ),
+        }
+        fields |= {name: address(tensor) for name, tensor in tensors.items()}
+        fields |= {"variant": variant, "ratio": ratio, "kl": kl, "count": count}
+        fields["advantages_per_token"] = advantages.shape != one_each
+        fields["policy_weights_per_token"] = policy_weights is not None and policy_weights.shape != one_each
+        workspace = torch.full((self.module.workspace_bytes(fields),), 255, dtype=torch.uint8)
+        assert self.module.forward(fields | {"workspace": workspace.data_ptr()}) == 0
+        return outputs
+
+    def backward(self, grad_loss, grad_logp, grad_of_ratio, grad_entropy, mask, cu_seqlens):
+        results = torch.full_like(grad_logp, torch.nan), torch.full_like(grad_entropy, torch.nan)
+        absent = (
+            "old_logp ref_logp advantages policy_weights entropy entropy_weights weights total logp loss metrics "
+            "advantages_per_token policy_weights_per_token variant ratio kl count"
+        )
+        fields = self.layout(mask, cu_seqlens) | dict.fromkeys(absent.split(), 0)
+        numbers = torch.zeros(len(ops.NUMBERS))
+        fields |= {
+            "numbers": address(numbers),
+            "grad_logp": address(grad_logp),
+            "grad_of_ratio": address(grad_of_ratio),
+            "grad_entropy": address(grad_entropy),
+        }
+        assert self.module.backward(fields, grad_loss.data_ptr(), *map(address, results)) == 0
+        return results
+
+    def advantages(self, rewards, group_size, group_ids, valid, scale, eps, leave_one_out):
+        result = torch.full_like(rewards, torch.nan)
+        fields = {"size": rewards.numel(), "group_size": group_size, "scale": scale, "eps": float(eps)}
+        fields |= {"leave_one_out": leave_one_out, "advantages": address(result), "rewards": address(rewards)}
+        fields |= {"group_ids": address(group_ids), "valid": address(valid)}
+        assert self.module.advantages(fields) == 0
+        return result
+
+
+@pytest.fixture(scope="module")
+def module(emulated):
+    return emulated("grpo_loss")
+
+
+@pytest.fixture
+def backend(module):
+    library = torch.library.Library("r1kernels", "IMPL")
+    emulated_ops = EmulatedOps(module)
+    module.set_seed(0)
+    library.impl("grpo_loss_cuda", emulated_ops.forward, "CPU")
+    library.impl("grpo_loss_cuda_backward", emulated_ops.backward, "CPU")
+    library.impl("group_advantages_cuda", emulated_ops.advantages, "CPU")
+    yield "cuda"
+    library._destroy()
+
+
+class TestGrpoLossCuda(GrpoLossKernel):
+    pass
+
+
+@pytest.mark.parametrize("ratio", ["token", "output"])
+def test_no_order_of_threads_or_blocks_moves_a_bit(module, backend, ratio):
+    """A missing barrier or fence between the blocks shows as a difference between two orders."""
+    arguments, keywords = random_call(1, 3, 2100)
+    results = []
+    for seed in range(4):
+        module.set_seed(seed)
+        results.append(
+            gradients(lambda *v, **o: on_backend(backend, *v, **o), arguments, keywords | {"ratio": ratio})
+        )
+    for output, grads in results[1:]:
+        assert same_bits(output.metrics.tensor, results[0][0].metrics.tensor)
+        assert all(same_bits(one, other) for one, other in zip(grads, results[0][1], strict=True))
+
+
+def test_wrong_boundaries_read_and_write_nothing_outside(backend, monkeypatch):
+    """On a GPU nobody looks at the boundaries: tokens behind the last one count nowhere and get no gradient."""
+    monkeypatch.setattr("r1kernels.checks.values_visible", lambda *tensors: False)
+    (logp, old, advantages, mask), keywords = random_call(2, packed=True)
+    keywords["cu_seqlens"] = torch.tensor([0, 9, 4, 20, 5000])
+    output, grads = gradients(
+        lambda *v, **o: on_backend(backend, *v, **o), (logp, old, advantages, mask), keywords
+    )
+    assert torch.isfinite(output.loss)
+    keywords["cu_seqlens"] = torch.tensor([0, 9, 12, 20, 30])
+    _, grads = gradients(
+        lambda *v, **o: on_backend(backend, *v, **o), (logp, old, advantages, mask), keywords
+    )
+    assert not grads[0][30:].any() and grads[0][:30].any()
+
+
+@pytest.mark.parametrize(
+    ("scale", "leave_one_out"), [("group", False), ("batch", False), ("none", False), ("group", True)]
+)
+def test_group_advantages(backend, scale, leave_one_out):
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(150, generator=generator).round()  # some groups are equal
+    for groups in ({"group_size": 6}, {"group_ids": torch.randint(-3, 30, (150,), generator=generator)}):
+        for valid in (None, torch.rand(150, generator=generator) > 0.3):
+            keywords = {"group_size": None, "group_ids": None, **groups, "valid": valid, "scale": scale}
+            keywords |= {"leave_one_out": leave_one_out, "eps": 1e-4}
+            ours = group_advantages_module.run(backend, rewards, **keywords)
+            torch.testing.assert_close(ours, group_advantages(rewards, **keywords, backend="reference"))

@@ -1,0 +1,245 @@
+"""What every kernel backend of grpo_loss has to show, against the reference in float64.
+
+A test class inherits ``GrpoLossKernel`` and has a fixture ``backend``: the name of a backend whose ops take CPU tensors
+there (by themselves, under an emulator or an interpreter), or GPU ones with ``device``.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from r1kernels.grpo import autograd, grpo_loss
+from r1kernels.grpo.options import LossOptions, resolve
+from tests.support.numerics import same_bits
+
+RATIO_VARIANTS = ("grpo", "dual_clip", "cispo", "sapo")
+TERMS = [*itertools.product(RATIO_VARIANTS, ("token", "sequence", "output"))]
+TERMS += [("vespo", None), ("gmpo", None), ("reinforce", None)]
+ESTIMATORS = ("k1", "abs", "k2", "k3", "k3_plus", "unbiased")
+REDUCTIONS = ("sequence", "token", "constant", "sequence-sum")
+GARBAGE = (torch.nan, torch.inf, -torch.inf)
+
+
+def on_backend(backend, logp, old_logp, advantages, mask, **keywords):
+    """``grpo_loss`` on a backend that may not serve such tensors outside of a test."""
+    options = resolve(LossOptions(**keywords))
+    return autograd.run(backend, logp, old_logp, advantages, mask, **options._asdict())
+
+
+def random_call(seed, sequences=4, tokens=37, packed=False, per_token=False, policy=None, drift=0.3):
+    """(arguments, keywords) of a call with everything but a variant; what stands in masked places is garbage."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, tokens + 1, (sequences,), generator=generator)
+    shape = (int(lengths.sum()),) if packed else (sequences, tokens)
+
+    def noise(*sizes):
+        return torch.randn(*sizes, generator=generator)
+
+    mask = torch.rand(shape, generator=generator) > 0.3
+    if not packed and sequences > 2:
+        mask[1] = False
+    spoiled = torch.tensor([GARBAGE[i % 3] for i in range(mask.numel())]).view(shape)
+
+    def spoil(values):
+        return torch.where(mask, values, spoiled)
+
+    old = -noise(*shape).abs() - 0.05
+    keywords = {"ref_logp": spoil(old + drift * noise(*shape)), "kl_coef": 0.2}
+    keywords |= {"entropy": spoil(noise(*shape).abs()), "entropy_coef": 0.1}
+    if packed:
+        keywords["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    if policy == "token":
+        keywords["policy_weights"] = spoil(torch.rand(shape, generator=generator) * 2)
+    elif policy == "sequence":
+        keywords["policy_weights"] = torch.rand(sequences, 1, generator=generator) * 2
+    advantages = spoil(noise(*shape)) if per_token else noise(sequences)
+    return (spoil(old + drift * noise(*shape)), spoil(old), advantages, mask), keywords
+
+
+def converted(values, dtype):
+    if isinstance(values, torch.Tensor) and values.is_floating_point():
+        return values.to(dtype)
+    return values
+
+
+def gradients(run, arguments, keywords, upstream=1.7):
+    """The output and the gradients of log-probs and entropies; ``run`` has the arguments of grpo_loss."""
+    logp = arguments[0].detach().requires_grad_()
+    leaves = [logp]
+    if keywords.get("entropy") is not None:
+        keywords = {**keywords, "entropy": keywords["entropy"].detach().requires_grad_()}
+        leaves.append(keywords["entropy"])
+    output = run(logp, *arguments[1:], **keywords)
+    return output, torch.autograd.grad(output.loss * upstream, leaves, materialize_grads=True)
+
+
+def assert_close(ours, exact, scale):
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double().cpu(), exact.double(), rtol=2e-5, atol=4e-6 * scale)
+
+
+def check(backend, arguments, keywords, device="cpu"):
+    """Loss, metrics and gradients of a call against the float64 reference."""
+
+    def kernel(*values, **options):
+        return on_backend(backend, *values, **options)
+
+    moved = [value if value is None else value.to(device) for value in arguments]
+    options = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in keywords.items()
+    }
+    output, grads = gradients(kernel, moved, options)
+    exact, exact_grads = gradients(
+        lambda *values, **options: grpo_loss(*values, **options, backend="reference"),
+        [converted(value, torch.float64) for value in arguments],
+        {name: converted(value, torch.float64) for name, value in keywords.items()},
+    )
+    # sums over tokens of either sign: their error goes with the largest of them, not with what is left
+    size = float(max(1.0, *(abs(value) for value in exact.metrics.floats().values() if value == value)))
+    size = size if keywords.get("reduction") == "sequence-sum" else min(size, 10.0)
+    assert list(output.metrics) == list(exact.metrics)
+    assert_close(output.loss, exact.loss, size)
+    for name in exact.metrics:
+        assert_close(output.metrics[name], exact.metrics[name], size)
+    for ours, expected in zip(grads, exact_grads, strict=True):
+        largest = float(expected.abs().max()) if expected.numel() else 0.0
+        assert_close(ours, expected, largest)
+
+
+class GrpoLossKernel:
+    device = "cpu"
+    long = 2100  # tokens of a sequence that several threads or blocks share
+
+    def check(self, backend, arguments, keywords):
+        check(backend, arguments, keywords, self.device)
+
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize(("variant", "ratio"), TERMS)
+    def test_every_variant(self, backend, variant, ratio, packed):
+        kl = "k3" if ratio == "output" else "unbiased"
+        for seed, policy in enumerate((None, "token", "sequence")):
+            arguments, keywords = random_call(seed, packed=packed, per_token=seed == 1, policy=policy)
+            changes = {"variant": variant, "ratio": ratio, "kl": kl, "reduction": REDUCTIONS[seed]}
+            self.check(backend, arguments, keywords | changes)
+
+    @pytest.mark.parametrize("variant", ["grpo", "dual_clip"])
+    def test_every_bound_of_the_clip(self, backend, variant):
+        bounds = {"delta": 1.4} if variant == "grpo" else {"dual_bound": 1.2}
+        arguments, keywords = random_call(3, drift=0.8)
+        self.check(
+            backend, arguments, keywords | bounds | {"variant": variant, "clip_low": 0.1, "clip_high": 0.2}
+        )
+
+    @pytest.mark.parametrize("kl", ESTIMATORS)
+    @pytest.mark.parametrize("ratio", ["token", "sequence"])
+    def test_every_estimator(self, backend, kl, ratio):
+        arguments, keywords = random_call(4)
+        self.check(backend, arguments, keywords | {"kl": kl, "ratio": ratio})
+
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_every_reduction(self, backend, reduction, packed):
+        totals = {
+            "sequence": ("num_sequences",),
+            "token": ("num_tokens",),
+            "constant": ("num_sequences", "max_length"),
+            "sequence-sum": ("num_sequences",),
+        }[reduction]
+        arguments, keywords = random_call(5, packed=packed)
+        for given in ({}, dict.fromkeys(totals, 33.0), dict.fromkeys(totals, torch.tensor(33))):
+            self.check(backend, arguments, keywords | {"reduction": reduction} | given)
+
+    @pytest.mark.parametrize("changes", [{"ratio": "sequence"}, {"reduction": "token"}], ids=str)
+    def test_uneven_micro_batches_with_totals_are_one_batch(self, backend, changes):
+        (logp, old, advantages, mask), keywords = random_call(13)
+        total = {"num_tokens": int(mask.sum())} if "reduction" in changes else {"num_sequences": 4}
+        tensors = {"ref_logp": keywords["ref_logp"], "entropy": keywords["entropy"]}
+        whole, parts = None, []
+        for rows in (slice(0, 4), slice(0, 1), slice(1, 4)):
+            piece = [value[rows].to(self.device) for value in (logp, old, advantages, mask)]
+            options = {name: value[rows].to(self.device) for name, value in tensors.items()}
+            result = gradients(
+                lambda *v, **o: on_backend(backend, *v, **o), piece, keywords | options | changes | total
+            )
+            if whole is None:
+                whole = result
+            else:
+                parts.append(result)
+        torch.testing.assert_close(sum(output.loss for output, _ in parts), whole[0].loss)
+        for whole_grad, *part_grads in zip(whole[1], *(grads for _, grads in parts), strict=True):
+            torch.testing.assert_close(torch.cat(part_grads), whole_grad)
+
+    def test_weights_for_loss_and_bonus(self, backend):
+        arguments, keywords = random_call(6)
+        weights = torch.where(arguments[3], torch.rand(arguments[3].shape), torch.nan)
+        for variant in ("grpo", "gmpo"):
+            changes = {"variant": variant, "weights": weights, "entropy_weights": weights.flip(1)}
+            changes["entropy_weights"] = torch.where(arguments[3], changes["entropy_weights"].nan_to_num(), 0)
+            self.check(backend, arguments, keywords | changes)
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+    def test_integer_masks(self, backend, dtype):
+        (logp, old, advantages, mask), keywords = random_call(7)
+        self.check(backend, (logp, old, advantages, mask.to(dtype) * 2), keywords)
+
+    def test_on_policy_and_without_what_may_be_absent(self, backend):
+        (logp, old, advantages, mask), keywords = random_call(8)
+        self.check(backend, (logp, None, advantages, mask), keywords)
+        self.check(backend, (logp, old, advantages, mask), {})
+        self.check(backend, (logp, old, advantages, mask), keywords | {"kl_coef": 0.0, "entropy_coef": 0.0})
+
+    @pytest.mark.parametrize("variant", ["grpo", "gmpo", "vespo"])
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize(("sequences", "tokens"), [(0, 5), (3, 0), (3, 1), (1, 67), (2, None)])
+    def test_sizes(self, backend, sequences, tokens, packed, variant):
+        arguments, keywords = random_call(9, sequences, self.long if tokens is None else tokens, packed)
+        self.check(backend, arguments, keywords | {"variant": variant})
+        self.check(backend, arguments, keywords | {"ratio": "sequence"})
+
+    def test_no_counted_token(self, backend):
+        (logp, old, advantages, mask), _ = random_call(10)
+        nothing = torch.zeros_like(mask)
+        for ratio, variant in (("token", "grpo"), ("sequence", "grpo"), ("output", "cispo")):
+            arguments = (torch.full_like(logp, torch.nan), old, advantages, nothing)
+            output, grads = gradients(
+                lambda *values, **options: on_backend(backend, *values, **options),
+                [value.to(self.device) for value in arguments],
+                {"ratio": ratio, "variant": variant, "ref_logp": old.to(self.device), "kl_coef": 1.0},
+            )
+            assert output.loss.item() == 0.0
+            assert not grads[0].any()
+            assert all(value == 0 for value in output.metrics.floats().values())
+
+    def test_without_gradients_the_numbers_are_the_same(self, backend):
+        arguments, keywords = random_call(11)
+        arguments = [value.to(self.device) for value in arguments]
+        keywords = {
+            name: value.to(self.device) if torch.is_tensor(value) else value
+            for name, value in keywords.items()
+        }
+        with_grad, _ = gradients(lambda *v, **o: on_backend(backend, *v, **o), arguments, keywords)
+        without = on_backend(backend, *arguments, **keywords)
+        assert not without.loss.requires_grad
+        assert same_bits(with_grad.loss.detach(), without.loss)
+        assert same_bits(with_grad.metrics.tensor, without.metrics.tensor)
+
+    def test_the_same_bits_every_time(self, backend):
+        arguments, keywords = random_call(12, 3, self.long, packed=True)
+        arguments = [value.to(self.device) for value in arguments]
+        keywords = {
+            name: value.to(self.device) if torch.is_tensor(value) else value
+            for name, value in keywords.items()
+        }
+        first, *others = (
+            gradients(
+                lambda *v, **o: on_backend(backend, *v, **o), arguments, keywords | {"ratio": "sequence"}
+            )
+            for _ in range(3)
+        )
+        for output, grads in others:
+            assert same_bits(output.metrics.tensor, first[0].metrics.tensor)
+            assert all(same_bits(one, other) for one, other in zip(grads, first[1], strict=True))

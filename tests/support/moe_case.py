@@ -1,0 +1,86 @@
+"""One call of moe_experts with random arguments, its exact result in float64, and eager PyTorch beside it.
+
+T tokens, H hidden size, I intermediate size, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from r1kernels.moe import route
+
+NAMES = ("output", "hidden", "weights", "gate_up", "down")
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class Case:
+    """Arguments of one call, leaves with gradient, with a gradient of the output."""
+
+    def __init__(
+        self,
+        tokens: int,
+        hidden: int,
+        intermediate: int,
+        experts: int,
+        top_k: int,
+        dtype: torch.dtype = torch.float64,
+        indices: Tensor | None = None,
+    ) -> None:
+        self.hidden = normal(tokens, hidden, seed=1, dtype=dtype).requires_grad_()
+        routing = route(normal(tokens, experts, seed=2, dtype=torch.float32), top_k, backend="reference")
+        self.indices = routing.indices if indices is None else indices
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.weights = routing.weights.to(wide).requires_grad_()
+        self.gate_up = (
+            (normal(experts, 2 * intermediate, hidden, seed=3) / hidden**0.5).to(dtype).requires_grad_()
+        )
+        self.down = (
+            (normal(experts, hidden, intermediate, seed=4) / intermediate**0.5).to(dtype).requires_grad_()
+        )
+        self.grad = normal(tokens, hidden, seed=5, dtype=dtype)
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.hidden, self.weights, self.gate_up, self.down
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.hidden, self.indices, self.weights, self.gate_up, self.down
+
+    def run(self, function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        """Output and gradients of hidden, weights, gate_up and down."""
+        out = function(*self.arguments())
+        return out.detach(), *torch.autograd.grad(out, self.leaves, self.grad.to(out.dtype))
+
+    def exact(self, activation: Callable[[Tensor], Tensor] = F.silu) -> tuple[Tensor, ...]:
+        """The same in float64, by a loop over the experts and their tokens."""
+        wide = [leaf.detach().double().requires_grad_() for leaf in self.leaves]
+        hidden, weights, gate_up, down = wide
+        out = torch.zeros_like(hidden)
+        for expert in range(gate_up.shape[0]):
+            token, place = torch.where(self.indices == expert)
+            gate, up = (hidden[token] @ gate_up[expert].T).chunk(2, dim=-1)
+            rows = (activation(gate) * up) @ down[expert].T * weights[token, place, None]
+            out = out.index_add(0, token, rows)
+        grads = torch.autograd.grad(out, wide, self.grad.double(), allow_unused=True)
+        zeros = [
+            torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wide, grads, strict=True)
+        ]
+        return out.detach(), *zeros
+
+
+def in_eager(hidden: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """A loop over the experts as transformers' modules have it: gather, two linears, index_add in the tokens' dtype."""
+    out = torch.zeros_like(hidden)
+    for expert in range(gate_up.shape[0]):
+        token, place = torch.where(indices == expert)
+        gate, up = F.linear(hidden[token], gate_up[expert]).chunk(2, -1)
+        rows = F.linear(F.silu(gate) * up, down[expert]) * weights[token, place, None]
+        out = out.index_add(0, token, rows.to(out.dtype))
+    return out

@@ -1,0 +1,123 @@
+"""The Triton kernel of linear_logprobs, compiled with every entry of the tuning tables for GPUs that are not here."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from r1kernels.logprob import ops, tuning
+from r1kernels.logprob import triton as rows_backend
+from r1kernels.logprob import triton_linear as backend
+from tests.support import offline_triton
+
+TABLES = sorted(Path(tuning.__file__).parent.glob("*.json"))
+CAPABILITIES = {80: (8, 0), 86: (8, 6), 89: (8, 9), 90: (9, 0), 120: (12, 0)}
+KINDS = {
+    "plain": {"entropy": True},
+    "plain, one temperature a token": {"entropy": True, "temperatures": True},
+    "plain, bias and scale": {"entropy": False, "bias": True, "logit_scale": 0.5},
+    "rich": {"entropy": True, "extra": True, "bias": True, "softcap": 30.0},
+    "float32": {"entropy": True},
+}
+FEW = ((90, "plain", None), (80, "plain", None), (90, "rich", None))
+MATRIX = [
+    pytest.param(*variant, marks=[] if variant in FEW else pytest.mark.slow)
+    for variant in itertools.product(CAPABILITIES, KINDS, (64, None))
+]
+
+
+def compile_kernel(capability, name, tokens, depth=2048):
+    """The compiled kernel of one call, and its tile."""
+    options = KINDS[name]
+    kind = name.partition(",")[0]
+    tile = tuning.choose("linear_forward", "", CAPABILITIES[capability], kind, tokens)
+    count, vocabulary = 300, 1000
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    hidden, weight = torch.empty(count, depth, dtype=dtype), torch.empty(vocabulary, depth, dtype=dtype)
+    rows = ops.Rows(
+        torch.zeros(vocabulary) if options.get("bias") else None,
+        options.get("logit_scale", 1.0),
+        options.get("softcap", 0.0),
+        torch.zeros(count, dtype=torch.int64),
+        torch.ones(count) if options.get("temperatures") else None,
+        1.0,
+        -100,
+        0,
+        vocabulary,
+    )
+    outputs = rows_backend.empty_results(
+        hidden, count, rows, vocabulary, options["entropy"], options.get("extra", False)
+    )
+    with offline_triton.compile_only(capability) as compiled:
+        backend.forward_into(hidden, weight, rows, options["entropy"], tile, *outputs)
+    return compiled, tile
+
+
+@pytest.mark.parametrize(("capability", "name", "tokens"), MATRIX)
+def test_every_entry_fits_and_uses_the_tensor_cores(tmp_path, capability, name, tokens):
+    compiled, tile = compile_kernel(capability, name, tokens)
+    assert [kernel.name for kernel in compiled] == ["linear_kernel", "finish_kernel"]
+    for kernel in compiled:
+        needs = offline_triton.resources(kernel, tmp_path)
+        assert needs.shared_bytes <= offline_triton.SHARED_BYTES[capability]
+        # the persistent loop keeps at most one number of a thread on the stack, which is read once a tile
+        allowed = 8 if tile.descriptors and kernel.name == "linear_kernel" else 0
+        assert needs.stack_bytes <= allowed and needs.spill_instructions <= allowed // 4, kernel.name
+    product = offline_triton.resources(compiled[0], tmp_path).instructions
+    if name == "float32":
+        assert "HMMA" not in product and "HGMMA" not in product, "tf32 would lose digits"
+    else:
+        assert ("HGMMA" if capability == 90 else "HMMA") in product
+    assert ("UTMALDG" in product) == tile.descriptors
+    assert ("LDGSTS" in product) == (not tile.descriptors)
+
+
+def test_an_odd_hidden_size_keeps_the_vectors(tmp_path):
+    """H = 2049: rows are no multiple of 16 bytes, and are padded to one."""
+    compiled, tile = compile_kernel(80, "plain", 64, depth=2049)
+    needs = offline_triton.resources(compiled[0], tmp_path)
+    assert not tile.descriptors and "LDGSTS" in needs.instructions and needs.stack_bytes == 0
+
+
+def test_no_number_of_tokens_compiles_a_kernel_anew():
+    kernels = []
+    for count in (65, 128, 300, 4096):
+        hidden, weight = (torch.empty(n, 64, dtype=torch.bfloat16) for n in (count, 1000))
+        targets = torch.zeros(count, dtype=torch.int64)
+        rows = ops.Rows(None, 1.0, 0.0, targets, None, 0.7, -100, 0, 1000)
+        tile = tuning.choose("linear_forward", "", (9, 0), "plain", count)
+        outputs = rows_backend.empty_results(hidden, count, rows, 1000, False, False)
+        with offline_triton.compile_only(90) as compiled:
+            backend.forward_into(hidden, weight, rows, False, tile, *outputs)
+        kernels += compiled
+    assert len({kernel.hash for kernel in kernels}) == 2
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_the_tables_are_well_formed(path):
+    """Entries in rising order of tokens; the default serves every class and kind, any number of tokens."""
+    table = json.loads(path.read_text())["linear_forward"]
+    if path.stem == "default":
+        assert set(table) == {"sm_80", "sm_86", "sm_90"}
+        assert all(set(kinds) == {"plain", "rich", "float32"} for kinds in table.values())
+    for kinds in table.values():
+        for entries in kinds.values():
+            limits = [entry["tokens"] for entry in entries]
+            assert path.stem != "default" or limits[-1] is None
+            numbers = [limit for limit in limits if limit is not None]
+            assert numbers == sorted(set(numbers)) and None not in limits[:-1]
+            for entry in entries:
+                assert set(entry) == {"tokens", "tile", "group", "warps", "stages", "descriptors"}
+
+
+def test_the_entry_of_a_call():
+    choose = tuning.choose
+    plain = ("linear_forward", "NVIDIA H200", (9, 0), "plain")
+    assert choose(*plain, 64).tokens == 64 and choose(*plain, 65).tokens == 128
+    # batch invariance: one tile for any number of tokens
+    assert choose(*plain, None) == choose(*plain, 100_000)
+    assert choose("linear_forward", "some GPU to come", (13, 7), "plain", 9).stages > 0
