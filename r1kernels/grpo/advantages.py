@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
+from . import ops
 
 SCALES = ("group", "batch", "none")
 DEFAULT_EPS = 1e-4
@@ -56,7 +57,8 @@ def group_advantages(
             makes its group NaN.
         TypeError: a wrong type or dtype.
 
-    Precision: float64 inside. Deterministic (on CUDA up to the order of float64 sums).
+    Precision: float64 inside. Deterministic (the reference on CUDA up to the order of float64 sums). Kernels serve
+    float32, bfloat16, float16 and bool rewards, the reference the others too.
     """
     checks.tensor("rewards", rewards, dtypes=_REWARDS, ndim=1)
     _check_groups(rewards, group_size, group_ids)
@@ -88,6 +90,29 @@ def group_advantages(
         scale=scale,
         eps=eps,
         leave_one_out=leave_one_out,
+    )
+
+
+def run(
+    backend: str,
+    rewards: Tensor,
+    *,
+    group_size: int | None,
+    group_ids: Tensor | None,
+    valid: Tensor | None,
+    scale: str,
+    eps: float,
+    leave_one_out: bool,
+) -> Tensor:
+    """The advantages from a kernel backend, for checked arguments."""
+    return getattr(ops.namespace, f"group_advantages_{backend}")(
+        rewards.detach().float().contiguous(),
+        0 if group_size is None else group_size,
+        None if group_ids is None else group_ids.contiguous(),
+        None if valid is None else valid.contiguous(),
+        SCALES.index(scale),
+        ops.numbers_tensor((eps,)),
+        leave_one_out,
     )
 
 

@@ -52,17 +52,16 @@ class Layout(NamedTuple):
         return self.total(self.mask.to(dtype))
 
 
-def layout_of(mask: Tensor, cu_seqlens: Tensor | None) -> Layout:
-    """The layout of ``mask``, (B, T) or, with ``cu_seqlens``, (N,); both are checked."""
+def num_sequences_of(mask: Tensor, cu_seqlens: Tensor | None) -> int:
+    """B of ``mask``, (B, T) or, with ``cu_seqlens``, (N,), after a check of both."""
     checks.tensor("mask", mask, dtypes=MASKS)
-    counted = mask != 0
     if cu_seqlens is None:
         if mask.ndim != 2:
             raise ValueError(
                 "mask: expected shape (B, T), or (N,) together with cu_seqlens, "
                 f"got {tuple(mask.shape)} without cu_seqlens"
             )
-        return Layout(counted, None, mask.shape[0])
+        return mask.shape[0]
     if mask.ndim != 1:
         raise ValueError(f"mask: expected shape (N,) together with cu_seqlens, got {tuple(mask.shape)}")
     checks.tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int32, torch.int64), ndim=1, like=mask)
@@ -70,7 +69,16 @@ def layout_of(mask: Tensor, cu_seqlens: Tensor | None) -> Layout:
     if num_sequences < 0 or (num_sequences == 0 and mask.shape[0] > 0):
         raise ValueError(f"cu_seqlens: expected shape (B + 1,) with B >= 1, got {tuple(cu_seqlens.shape)}")
     if checks.values_visible(cu_seqlens):
-        _check_boundaries(cu_seqlens, mask.shape[0])
+        _check_boundaries(cu_seqlens.tolist(), mask.shape[0])
+    return num_sequences
+
+
+def layout_of(mask: Tensor, cu_seqlens: Tensor | None) -> Layout:
+    """The layout of ``mask``, (B, T) or, with ``cu_seqlens``, (N,); both are checked."""
+    num_sequences = num_sequences_of(mask, cu_seqlens)
+    counted = mask != 0
+    if cu_seqlens is None:
+        return Layout(counted, None, num_sequences)
     ends = cu_seqlens[1:]
     segment = torch.searchsorted(
         ends, torch.arange(mask.shape[0], dtype=ends.dtype, device=ends.device), right=True
@@ -81,15 +89,14 @@ def layout_of(mask: Tensor, cu_seqlens: Tensor | None) -> Layout:
     )
 
 
-def _check_boundaries(cu_seqlens: Tensor, num_tokens: int) -> None:
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+def _check_boundaries(cu_seqlens: list[int], num_tokens: int) -> None:
+    first, last = cu_seqlens[0], cu_seqlens[-1]
     if first != 0 or last != num_tokens:
         raise ValueError(
             f"cu_seqlens: expected the first entry 0 and the last {num_tokens}, got {first} and {last}"
         )
-    falling = cu_seqlens[1:] < cu_seqlens[:-1]
-    if bool(falling.any()):
-        position = checks.first_bad(falling)[0] + 1
+    if cu_seqlens != sorted(cu_seqlens):
+        position = next(i for i in range(1, len(cu_seqlens)) if cu_seqlens[i] < cu_seqlens[i - 1])
         raise ValueError(
-            f"cu_seqlens: expected entries that never fall, got {int(cu_seqlens[position])} at {position}"
+            f"cu_seqlens: expected entries that never fall, got {cu_seqlens[position]} at {position}"
         )

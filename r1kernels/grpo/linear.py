@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
+from ..logprob.linear import check_linear
+from ..logprob.sharded import vocabulary_size
 from .layout import layout_of
 from .metrics import GRPOOutput
 from .options import LossOptions, check_tensors, resolve
@@ -62,7 +64,8 @@ def linear_grpo_loss(
         old_logp, advantages, mask: as in ``grpo_loss``.
         bias: (V,).
         temperature: a number above 0, or one a token.
-        softcap, logit_scale, chunk_size, group: as in ``linear_logprobs``.
+        softcap, logit_scale, group: as in ``linear_logprobs``; with a group only the reference serves the call.
+        chunk_size: tokens whose logits stand in memory together; None chooses.
         entropy: measure the entropy of every token (a bool here: the op computes it); a bonus does so in any case.
         entropy_weights: as in ``grpo_loss``; needs ``entropy`` or a bonus.
         backend: the name of a backend: that one or an error; None chooses (see r1kernels.backends).
@@ -74,6 +77,10 @@ def linear_grpo_loss(
 
     Raises:
         ValueError, TypeError, IndexError: as ``grpo_loss`` and ``linear_logprobs`` do.
+
+    Where the slope of a token follows from that token (grpo, dual_clip, cispo and sapo with token ratios, reinforce), the
+    kernel backends compute the logits once, 6 N V H in all, and keep the gradients of their inputs until the backward, which
+    scales them. Other terms need every log-prob first: the backward computes the logits again. Without gradients, 2 N V H.
 
     Precision: that of the two ops. NaN and inf in hidden states that do not count change nothing. Deterministic.
     """
@@ -107,15 +114,22 @@ def linear_grpo_loss(
     checks.tensor("targets", targets, dtypes=(torch.int64,))
     checks.tensor("mask", mask, shape=tuple(targets.shape), like=targets)
     layout = layout_of(mask, cu_seqlens)
-    checks.tensor("hidden", hidden, dtypes=checks.FLOATS, shape=(*targets.shape, None), like=targets)
-    checks.tensor("weight", weight, dtypes=checks.FLOATS, shape=(None, hidden.shape[-1]), like=hidden)
-    check_tensors(options, layout, old_logp, advantages, targets)
+    checks.tensor("hidden", hidden, shape=(*targets.shape, None), like=targets)
+    check_linear(hidden, weight, targets, bias, softcap, logit_scale)
+    check_tensors(options, layout.num_sequences, old_logp, advantages, targets)
     if isinstance(temperature, Tensor):
         checks.tensor(
             "temperature", temperature, dtypes=checks.FLOATS, shape=tuple(targets.shape), like=targets
         )
+        if checks.values_visible(temperature):
+            checks.all_positive("temperature", layout.keep(temperature, 1.0))
+    else:
+        checks.positive("temperature", temperature)
+    if chunk_size is not None:
+        checks.integer("chunk_size", chunk_size, minimum=1)
     if checks.values_visible(targets):
-        checks.in_range("targets", layout.keep(targets, 0), 0, weight.shape[0])
+        vocabulary = weight.shape[0] if group is None else vocabulary_size(weight, group)
+        checks.in_range("targets", layout.keep(targets, 0), 0, vocabulary)
     return backends.dispatch(
         "linear_grpo_loss",
         backend,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import backends, checks
-from .layout import layout_of
+from .layout import num_sequences_of
 from .metrics import GRPOOutput
 from .options import LossOptions, check_tensors, resolve
 
@@ -105,7 +105,7 @@ def grpo_loss(
         ValueError: an unknown name, an argument that the variant or reduction does not use, a wrong shape or value.
         TypeError: a wrong type or dtype.
 
-    Precision: float32 throughout, float64 for float64 log-probs. A sequence or batch without a counted token gives loss
+    Precision: float32 throughout, float64 for float64 log-probs (by the reference alone). A sequence or batch without a counted token gives loss
     0 and gradient 0. Nothing is read on the host. Deterministic; the reference on CUDA sums packed sequences by
     atomics, so there only under ``torch.use_deterministic_algorithms(True)``.
 
@@ -147,5 +147,5 @@ def grpo_loss(
                 raise ValueError(f"{name}: needs entropy, got None")
     checks.tensor("logp", logp, dtypes=checks.FLOATS)
     checks.tensor("mask", mask, shape=tuple(logp.shape), like=logp)
-    check_tensors(options, layout_of(mask, cu_seqlens), old_logp, advantages, logp)
+    check_tensors(options, num_sequences_of(mask, cu_seqlens), old_logp, advantages, logp)
     return backends.dispatch("grpo_loss", backend, logp, old_logp, advantages, mask, **options._asdict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -55,6 +56,23 @@ class Metrics(Mapping[str, Tensor]):
         return {name: values[NAMES.index(name)] for name in self.names}
 
 
+def measured_names(kl: bool, entropy: bool, clip: bool) -> tuple[str, ...]:
+    """The names of what a call measures that was given a reference (kl) and entropies, and whose variant has a clip."""
+    return _MEASURED[kl, entropy, clip]
+
+
+def _names_without(*hidden: str) -> tuple[str, ...]:
+    return tuple(name for name in NAMES if not name.startswith(hidden))
+
+
+_MEASURED = {
+    (kl, entropy, clip): _names_without(
+        *(() if kl else ("kl",)), *(() if entropy else ("entropy",)), *(() if clip else ("clip_ratio/",))
+    )
+    for kl, entropy, clip in itertools.product((False, True), repeat=3)
+}
+
+
 class GRPOOutput(NamedTuple):
     """What ``grpo_loss`` and ``linear_grpo_loss`` return."""
 
@@ -100,12 +118,10 @@ def measure(measured: Measured, mask: Tensor, units: Tensor, kl_units: Tensor) -
         _effective_share(measured.ratio, mask, units),
         tokens.sum(),
     )
-    hidden = {
-        *(("kl",) if measured.kl is None else ()),
-        *(("entropy",) if measured.entropy is None else ()),
-        *((name for name in NAMES if name.startswith("clip_ratio/")) if measured.clipped is None else ()),
-    }
-    return Metrics(torch.stack(values), tuple(name for name in NAMES if name not in hidden))
+    names = measured_names(
+        measured.kl is not None, measured.entropy is not None, measured.clipped is not None
+    )
+    return Metrics(torch.stack(values), names)
 
 
 def _mean(values: Tensor, mask: Tensor, units: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import checks
 from .kl import ESTIMATORS
-from .layout import Layout
 from .reductions import REDUCTIONS, check_totals
 
 RATIOS = ("token", "sequence", "output")
@@ -60,27 +59,26 @@ def resolve(options: LossOptions) -> LossOptions:
     """The options with the variant's defaults, or a ValueError that names an argument which the variant does not use."""
     variant = checks.choice("variant", options.variant, DEFAULTS)
     defaults = DEFAULTS[variant]
-    given = options._asdict()
+    specific: dict[str, Any] = {}
     for name in _SPECIFIC:
-        if given[name] is None:
-            given[name] = defaults.get(name)
-        elif name not in defaults:
-            raise ValueError(f"{name}: not used by variant {variant!r}, got {given[name]!r}")
+        given = getattr(options, name)
+        if given is not None and name not in defaults:
+            raise ValueError(f"{name}: not used by variant {variant!r}, got {given!r}")
+        specific[name] = defaults.get(name) if given is None else given
     # The unbiased KL and the metrics of a variant without a choice of ratio take that of the token.
-    given["ratio"] = checks.choice("ratio", given["ratio"] or "token", RATIOS)
-    resolved = LossOptions(**given)
+    specific["ratio"] = checks.choice("ratio", specific["ratio"] or "token", RATIOS)
+    resolved = options._replace(**specific)
     _check_variant(resolved)
     return _with_kl(resolved)
 
 
 def check_tensors(
-    options: LossOptions, layout: Layout, old_logp: Tensor | None, advantages: Tensor, like: Tensor
+    options: LossOptions, sequences: int, old_logp: Tensor | None, advantages: Tensor, like: Tensor
 ) -> None:
-    """Check every tensor of a call against the tokens of ``like`` (its log-probs, or the targets they are of)."""
+    """Check every tensor of a call against its B ``sequences`` and the tokens of ``like`` (log-probs, or their targets)."""
     tokens = tuple(like.shape)
     if old_logp is not None:
         checks.tensor("old_logp", old_logp, dtypes=checks.FLOATS, shape=tokens, like=like)
-    sequences = layout.num_sequences
     checks.tensor("advantages", advantages, dtypes=checks.FLOATS, like=like)
     if tuple(advantages.shape) not in ((sequences,), (sequences, 1), tokens):
         raise ValueError(

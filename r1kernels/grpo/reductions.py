@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,33 +85,52 @@ def check_totals(reduction: str, totals: dict[str, Any], like: Tensor) -> None:
             )
 
 
+class Divisor(NamedTuple):
+    """The weight of a token is 1 / (number * total * counted)."""
+
+    number: float
+    total: Tensor | None
+    """float32 (1,), or None for 1: what was given as tensors."""
+    counted: str
+    """"one" is 1; "sequence" the counted tokens of the sequence and "batch" those of the call, at least 1 each; "longest"
+    the length of the longest packed sequence."""
+
+
+def divisor_of(reduction: str, totals: dict[str, Any], mask: Tensor, cu_seqlens: Tensor | None) -> Divisor:
+    """Of what a named reduction consists, for checked arguments; nothing is counted or read."""
+    given = {name: totals[name] for name in REDUCTIONS[reduction]}
+    count = "sequence" if reduction == "sequence" else "one"
+    number: float = 1.0
+    total = None
+    for name, value in given.items():
+        if value is None and name == "num_sequences":
+            value = max(mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, 1)
+        elif value is None and name == "max_length" and cu_seqlens is None:
+            value = max(mask.shape[1], 1)
+        if value is None:
+            count = {"num_tokens": "batch", "max_length": "longest"}[name]
+        elif isinstance(value, Tensor):
+            value = value.detach().reshape(1).to(mask.device, torch.float32)
+            total = value if total is None else total * value
+        else:
+            number = number * value
+    return Divisor(number, total, count)
+
+
 def token_weights(
     layout: Layout, reduction: str, totals: dict[str, Any], cu_seqlens: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """w for checked arguments, 0 where a token does not count."""
-    one = torch.ones((), dtype=dtype, device=layout.mask.device)
-    if reduction == "token":
-        count = totals["num_tokens"]
-        weight = one / (layout.mask.sum().clamp(min=1) if count is None else _as_total(count, one))
-        return layout.keep(weight.expand(layout.mask.shape))
-    sequences = totals["num_sequences"]
-    per_sequence = one / (max(layout.num_sequences, 1) if sequences is None else _as_total(sequences, one))
-    if reduction == "constant":
-        longest = totals["max_length"]
-        per_sequence = per_sequence / (
-            _longest(layout, cu_seqlens) if longest is None else _as_total(longest, one)
-        )
-    if reduction == "sequence":
-        return layout.keep(layout.spread(per_sequence / layout.lengths(dtype).clamp(min=1)))
-    return layout.keep(per_sequence.expand(layout.mask.shape))
-
-
-def _as_total(value: int | float | Tensor, one: Tensor) -> float | Tensor:
-    return value.reshape(()).to(one) if isinstance(value, Tensor) else value
-
-
-def _longest(layout: Layout, cu_seqlens: Tensor | None) -> int | Tensor:
-    if cu_seqlens is None:
-        return max(layout.mask.shape[-1], 1)
-    lengths = cu_seqlens.diff()
-    return lengths.amax().clamp(min=1) if lengths.numel() else 1
+    number, total, count = divisor_of(reduction, totals, layout.mask, cu_seqlens)
+    # a product with a tensor: torch.compile carries a number that changes through it
+    divisor = torch.ones((), dtype=dtype, device=layout.mask.device) * number
+    if total is not None:
+        divisor = divisor * total.reshape(()).to(dtype)
+    if count == "sequence":
+        return layout.keep(layout.spread(1 / (divisor * layout.lengths(dtype).clamp(min=1))))
+    if count == "batch":
+        divisor = divisor * layout.mask.sum().clamp(min=1)
+    elif cu_seqlens is not None and count == "longest":
+        lengths = cu_seqlens.diff()
+        divisor = divisor * (lengths.amax().clamp(min=1) if lengths.numel() else 1)
+    return layout.keep((1 / divisor).expand(layout.mask.shape))

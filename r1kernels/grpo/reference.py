@@ -1,6 +1,6 @@
 """The reference backend of the GRPO ops: plain PyTorch, traced by autograd and torch.compile; the oracle of the kernels.
 
-B sequences, T or N tokens (padded or packed), H hidden, V vocabulary.
+B sequences, T or N tokens (padded or packed).
 
 NaN and inf in places that do not count are replaced where they enter (``Layout.keep``), so that they reach neither a
 value nor a gradient; where a term leaves, the mask is applied again.
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..logprob import linear_logprobs
 from .kl import kl_estimate
 from .layout import Layout, layout_of
 from .metrics import GRPOOutput, Measured, measure
@@ -22,7 +21,6 @@ from .reductions import token_weights
 from .terms import Inputs, clipped_tokens, policy_term
 
 LARGEST_LOG_RATIO = 20.0
-IGNORED = -100
 
 
 def grpo_loss(
@@ -94,45 +92,6 @@ def importance_ratio(layout: Layout, log_ratio: Tensor, level: str) -> Tensor:
     if level == "sequence":
         return layout.spread((total / layout.lengths(total.dtype).clamp(min=1)).exp())
     return layout.spread(total.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp())
-
-
-def linear_grpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    old_logp: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    chunk_size: int | None = None,
-    group: Any = None,
-    **keywords: Any,
-) -> GRPOOutput:
-    """linear_logprobs followed by grpo_loss; ``entropy`` is a bool here."""
-    counted = layout_of(mask, keywords.get("cu_seqlens")).mask
-    if isinstance(temperature, Tensor):
-        temperature = torch.where(counted, temperature, 1.0)
-    measure_entropy = bool(keywords.get("entropy")) or keywords.get("entropy_coef", 0.0) != 0
-    result = linear_logprobs(
-        torch.where(counted.unsqueeze(-1), hidden, 0.0),
-        weight,
-        torch.where(counted, targets, IGNORED),
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        return_entropy=measure_entropy,
-        ignore_index=IGNORED,
-        chunk_size=chunk_size,
-        group=group,
-        backend="reference",
-    )
-    logp, entropy = result if measure_entropy else (result, None)
-    return grpo_loss(logp, old_logp, advantages, mask, **{**keywords, "entropy": entropy})
 
 
 def group_advantages(

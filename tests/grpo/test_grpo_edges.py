@@ -8,31 +8,9 @@ import pytest
 import torch
 
 from r1kernels.grpo import grpo_loss, grpo_preset
+from tests.support.grpo_calls import PRESETS, loss_and_gradients, loss_of
 
-PRESETS = (
-    "r1",
-    "grpo",
-    "bnpo",
-    "dr_grpo",
-    "dapo",
-    "dual_clip",
-    "gspo",
-    "luspo",
-    "cispo",
-    "sapo",
-    "vespo",
-    "gmpo",
-    "gpg",
-)
 GARBAGE = (float("nan"), float("inf"), float("-inf"))
-
-
-def call(batch, preset, **changes):
-    """Everything that a call can hold, padded or packed, and its gradients."""
-    keywords = {**grpo_preset(preset), "kl_coef": 0.1, "ref_logp": batch.ref_logp, "entropy": batch.entropy}
-    keywords |= {"entropy_coef": 0.05, **changes}
-    output = grpo_loss(batch.logp, batch.old_logp, batch.advantages, batch.mask, **keywords)
-    return output, torch.autograd.grad(output.loss, (batch.logp, batch.entropy), materialize_grads=True)
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
@@ -63,9 +41,11 @@ def test_garbage_in_masked_places_changes_nothing(batch_of, preset, unbiased):
         for advantages in (clean.advantages, token_advantages):
             spoiled = spoil(advantages.unsqueeze(1)).squeeze(1) if advantages.ndim == 1 else spoil(advantages)
             options = {"policy_weights": weights, "entropy_weights": e, **kl}
-            expected, gradients = call(clean._replace(advantages=advantages), preset, **options)
+            expected, gradients = loss_and_gradients(clean._replace(advantages=advantages), preset, **options)
             options = {"policy_weights": spoil(weights), "entropy_weights": spoil(e), **kl}
-            output, dirty_gradients = call(dirty._replace(advantages=spoiled), preset, **options)
+            output, dirty_gradients = loss_and_gradients(
+                dirty._replace(advantages=spoiled), preset, **options
+            )
             assert torch.equal(output.loss, expected.loss)
             assert torch.equal(output.metrics.tensor, expected.metrics.tensor)
             for one, other in zip(dirty_gradients, gradients, strict=True):
@@ -76,9 +56,9 @@ def test_garbage_in_masked_places_changes_nothing(batch_of, preset, unbiased):
 def test_garbage_in_masked_explicit_weights_changes_nothing(batch_of):
     batch = batch_of(seed=21)
     w = torch.rand(batch.mask.shape, dtype=torch.float64)
-    clean = grpo_loss(batch.logp, batch.old_logp, batch.advantages, batch.mask, weights=w).loss
+    clean = loss_of(batch, weights=w).loss
     dirty = torch.where(batch.mask, w, float("nan"))
-    spoiled = grpo_loss(batch.logp, batch.old_logp, batch.advantages, batch.mask, weights=dirty).loss
+    spoiled = loss_of(batch, weights=dirty).loss
     assert torch.equal(clean, spoiled)
     assert torch.equal(torch.autograd.grad(clean, batch.logp)[0], torch.autograd.grad(spoiled, batch.logp)[0])
 
@@ -99,7 +79,7 @@ def test_a_batch_without_counted_tokens_gives_zero(batch_of, preset, packed):
         flat["entropy"].requires_grad_()
         batch = batch._replace(**flat)
         changes["cu_seqlens"] = torch.tensor([0, 3, 3, 20, 21, 45], dtype=torch.int64)
-    output, gradients = call(batch, preset, **changes)
+    output, gradients = loss_and_gradients(batch, preset, **changes)
     assert output.loss.item() == 0
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
     assert torch.equal(output.metrics.tensor, torch.zeros(12))
@@ -109,7 +89,7 @@ def test_a_batch_without_counted_tokens_gives_zero(batch_of, preset, packed):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_empty_shapes(batch_of, preset, shape):
     batch = batch_of(seed=23, num_sequences=shape[0], num_tokens=shape[1], dtype=torch.float32)
-    output, (gradient, _) = call(batch, preset)
+    output, (gradient, _) = loss_and_gradients(batch, preset)
     assert gradient.shape == shape
     assert torch.isfinite(output.loss)
     assert output.metrics["num_tokens"] == batch.mask.sum()
@@ -135,7 +115,7 @@ def test_nan_in_a_counted_place_is_not_hidden(batch_of):
         batch = batch_of(seed=24)
         logp = batch.logp.detach().clone()
         logp[0, 0] = float("nan")
-        output, _ = call(batch._replace(logp=logp.requires_grad_()), preset)
+        output, _ = loss_and_gradients(batch._replace(logp=logp.requires_grad_()), preset)
         assert output.loss.isnan(), preset
 
 
@@ -143,9 +123,7 @@ def test_vespo_drops_a_sequence_whose_weight_is_not_a_number(batch_of):
     batch = batch_of(seed=25)
     weights = torch.ones(5, 1, dtype=torch.float64)
     weights[1] = -1.0
-    output = grpo_loss(
-        batch.logp, batch.old_logp, batch.advantages, batch.mask, variant="vespo", policy_weights=weights
-    )
+    output = loss_of(batch, variant="vespo", policy_weights=weights)
     (gradient,) = torch.autograd.grad(output.loss, batch.logp)
     assert torch.equal(gradient[1], torch.zeros_like(gradient[1]))
     assert gradient[0].abs().sum() > 0
@@ -187,7 +165,7 @@ def test_any_strides(batch_of, strided):
             return values.t().contiguous().t()
         return torch.stack((values, values), -1).flatten(1)[:, ::2]
 
-    expected = grpo_loss(batch.logp, batch.old_logp, batch.advantages, batch.mask).loss
+    expected = loss_of(batch).loss
     loss = grpo_loss(
         restride(batch.logp),
         restride(batch.old_logp),

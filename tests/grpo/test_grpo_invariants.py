@@ -7,40 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1kernels.grpo import grpo_loss, grpo_preset, reduction_weights
+from r1kernels.grpo import grpo_loss, reduction_weights
+from tests.support.grpo_calls import PRESETS, gradients_of, keywords_of, loss_and_gradients, loss_of
 
-PRESETS = (
-    "r1",
-    "grpo",
-    "bnpo",
-    "dr_grpo",
-    "dapo",
-    "dual_clip",
-    "gspo",
-    "luspo",
-    "cispo",
-    "sapo",
-    "vespo",
-    "gmpo",
-    "gpg",
-)
 REDUCTIONS = ("sequence", "token", "constant", "sequence-sum")
 quick = settings(max_examples=12, deadline=None)
 shapes = {"seed": st.integers(0, 10_000), "sequences": st.integers(1, 6), "tokens": st.integers(0, 11)}
-
-
-def keywords_of(preset, batch, max_length=11):
-    """A preset with KL, entropy bonus and its constant length."""
-    keywords = {**grpo_preset(preset), "kl_coef": 0.1, "ref_logp": batch.ref_logp}
-    keywords |= {"entropy": batch.entropy, "entropy_coef": 0.05}
-    return keywords | ({"max_length": max_length} if keywords["reduction"] == "constant" else {})
-
-
-def loss_and_gradients(batch, preset, **changes):
-    output = grpo_loss(
-        batch.logp, batch.old_logp, batch.advantages, batch.mask, **{**keywords_of(preset, batch), **changes}
-    )
-    return output, torch.autograd.grad(output.loss, (batch.logp, batch.entropy), materialize_grads=True)
 
 
 def reordered(batch, sequences, tokens):
@@ -102,9 +74,7 @@ def test_packed_equals_padded(batch_of, preset, seed, sequences, tokens, weighti
     )
     torch.testing.assert_close(output.loss, expected.loss)
     torch.testing.assert_close(output.metrics.tensor, expected.metrics.tensor)
-    leaves = (batch.logp, batch.entropy)
-    gradients = torch.autograd.grad(output.loss, leaves, materialize_grads=True)
-    for one, other in zip(gradients, torch.autograd.grad(expected.loss, leaves), strict=True):
+    for one, other in zip(gradients_of(output.loss, batch), gradients_of(expected.loss, batch), strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -148,7 +118,7 @@ def test_padding_does_not_matter(batch_of, preset, seed, sequences, tokens, padd
 def test_loss_is_linear_in_its_coefficients(batch_of, preset):
     """The policy term scales with the policy weights, and the KL with its coefficient; neither touches the other."""
     batch = batch_of(seed=6)
-    base = grpo_loss(batch.logp, batch.old_logp, batch.advantages, batch.mask, **keywords_of(preset, batch))
+    base = loss_of(batch, **keywords_of(preset, batch))
     policy = base.metrics["policy_loss"]
     bonus = 0.05 * (reduction(preset, batch) * batch.entropy.detach()).sum()
     kl = (base.loss.detach() - policy + bonus) / 0.1
@@ -186,12 +156,9 @@ def test_micro_batches_with_totals_are_one_batch(batch_of, preset, as_tensor):
     losses = []
     for rows in (slice(0, 1), slice(1, 5), slice(5, 7)):
         piece = part(batch, rows)
-        piece_keywords = {**keywords_of(preset, piece), **totals}
-        losses.append(
-            grpo_loss(piece.logp, piece.old_logp, piece.advantages, piece.mask, **piece_keywords).loss
-        )
+        losses.append(loss_of(piece, **{**keywords_of(preset, piece), **totals}).loss)
     torch.testing.assert_close(sum(losses), whole.loss)
-    summed = torch.autograd.grad(sum(losses), (batch.logp, batch.entropy), materialize_grads=True)
+    summed = gradients_of(sum(losses), batch)
     for one, other in zip(summed, gradients, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -203,9 +170,7 @@ def test_without_totals_equal_micro_batches_count_as_often_as_there_are(batch_of
     total = torch.zeros_like(gradient)
     for start in range(0, 8, 2):
         piece = part(batch, slice(start, start + 2))
-        loss = grpo_loss(
-            piece.logp, piece.old_logp, piece.advantages, piece.mask, **keywords_of(preset, piece)
-        ).loss
+        loss = loss_of(piece, **keywords_of(preset, piece)).loss
         total += torch.autograd.grad(loss, batch.logp)[0]
     torch.testing.assert_close(total, 4 * gradient)
 
@@ -224,18 +189,8 @@ def test_averaged_ranks_with_totals_over_the_world_size_are_one_batch(batch_of, 
     averaged = [torch.zeros_like(gradient) for gradient in gradients]
     for rows in (slice(0, 4), slice(4, 6)):
         piece = part(batch, rows)
-        loss = grpo_loss(
-            piece.logp,
-            piece.old_logp,
-            piece.advantages,
-            piece.mask,
-            **{**keywords_of(preset, piece), **totals},
-        ).loss
-        for mean, gradient in zip(
-            averaged,
-            torch.autograd.grad(loss, (batch.logp, batch.entropy), materialize_grads=True),
-            strict=True,
-        ):
+        loss = loss_of(piece, **{**keywords_of(preset, piece), **totals}).loss
+        for mean, gradient in zip(averaged, gradients_of(loss, batch), strict=True):
             mean += gradient / world
     for mean, gradient in zip(averaged, gradients, strict=True):
         torch.testing.assert_close(mean, gradient)
@@ -279,7 +234,7 @@ def test_two_runs_agree_bit_for_bit(batch_of, packed):
                 ratio="sequence", cu_seqlens=batch.cu_seqlens(),
             ).loss  # fmt: skip
         else:
-            loss = grpo_loss(batch.logp, batch.old_logp, batch.advantages, batch.mask, ratio="sequence").loss
+            loss = loss_of(batch, ratio="sequence").loss
         results.append((loss, torch.autograd.grad(loss, batch.logp)[0]))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])

@@ -1,0 +1,149 @@
+"""The kernel backends of grpo_loss: from checked arguments to the call of an op, and one autograd function around it.
+
+The autograd function stands outside the torch ops and is entered only where a gradient is needed. The loss is a scalar,
+so the forward op writes its gradients at once, for an upstream gradient of 1; the backward op scales them by it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from . import ops
+from .metrics import GRPOOutput, Metrics, measured_names
+from .options import DEFAULTS, LossOptions
+from .reductions import Divisor, divisor_of
+
+
+def run(
+    backend: str, logp: Tensor, old_logp: Tensor | None, advantages: Tensor, mask: Tensor, **keywords: Any
+) -> GRPOOutput:
+    """The loss for checked arguments and resolved keywords (see ``LossOptions``)."""
+    options = LossOptions(**keywords)
+    cu_seqlens = options.cu_seqlens
+    sequences = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    divisor = (
+        divisor_of(options.reduction, options._asdict(), mask, cu_seqlens)
+        if options.weights is None
+        else Divisor(1.0, None, "one")
+    )
+    arguments = (
+        kernel_values(old_logp),
+        kernel_values(advantages.unsqueeze(1) if advantages.shape == (sequences,) else advantages),
+        mask.contiguous(),
+        kernel_values(options.ref_logp),
+        kernel_values(options.policy_weights),
+        kernel_values(options.entropy_weights),
+        kernel_values(options.weights),
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        numbers_of(options, divisor.number),
+        divisor.total,
+        ops.VARIANTS.index(options.variant),
+        ops.RATIOS.index(options.ratio),
+        ops.ESTIMATORS.index(options.kl or "k3"),
+        ops.COUNTS.index(divisor.counted),
+    )
+    logp = logp.float().contiguous()
+    entropy = None if options.entropy is None else options.entropy.float().contiguous()
+    logp_gradient = torch.is_grad_enabled() and logp.requires_grad
+    entropy_gradient = (
+        torch.is_grad_enabled()
+        and entropy is not None
+        and entropy.requires_grad
+        and options.entropy_coef != 0
+    )
+    if logp_gradient or entropy_gradient:
+        loss, metrics = GRPOLoss.apply(logp, entropy, arguments, logp_gradient, entropy_gradient, backend)
+    else:
+        loss, metrics, *_ = _forward(backend, logp, entropy, arguments, False, False)
+    clips = "clip_high" in DEFAULTS[options.variant]
+    names = measured_names(options.ref_logp is not None, entropy is not None, clips)
+    return GRPOOutput(loss, Metrics(metrics, names))
+
+
+_NO_VESPO = ((0.0, 0.0), (0.0, 0.0))
+
+
+class GRPOLoss(torch.autograd.Function):
+    """(logp, entropy, ...) -> (loss, metrics); saves the gradients that the forward wrote."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logp: Tensor,
+        entropy: Tensor | None,
+        arguments: tuple[Any, ...],
+        logp_gradient: bool,
+        entropy_gradient: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        loss, metrics, *grads = _forward(backend, logp, entropy, arguments, logp_gradient, entropy_gradient)
+        mask, cu_seqlens = arguments[2], arguments[7]
+        ctx.save_for_backward(logp, entropy, *grads, mask, cu_seqlens)
+        ctx.backend, ctx.wanted = backend, (logp_gradient, entropy_gradient)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        unused = (None,) * 4
+        if grads[0] is None:
+            return None, None, *unused
+        logp, entropy, *saved = ctx.saved_tensors
+        results = getattr(ops.namespace, f"grpo_loss_{ctx.backend}_backward")(grads[0].detach(), *saved)
+        return *(
+            checks.first_derivative_only("grpo_loss", grad, value) if wanted else None
+            for grad, value, wanted in zip(results, (logp, entropy), ctx.wanted, strict=True)
+        ), *unused
+
+
+def _forward(
+    backend: str,
+    logp: Tensor,
+    entropy: Tensor | None,
+    arguments: tuple[Any, ...],
+    logp_gradient: bool,
+    entropy_gradient: bool,
+) -> tuple[Tensor, ...]:
+    op = getattr(ops.namespace, f"grpo_loss_{backend}")
+    return op(logp, *arguments[:5], entropy, *arguments[5:], logp_gradient, entropy_gradient)
+
+
+def kernel_values(values: Tensor | None) -> Tensor | None:
+    """As kernels read them: float32, contiguous, without gradient."""
+    if values is None or _is_kernel_values(values):
+        return values
+    return values.detach().float().contiguous()
+
+
+def _is_kernel_values(values: Tensor) -> bool:
+    # asked first: each call that would change nothing costs as much as the kernel of a small batch
+    return values.dtype is torch.float32 and not values.requires_grad and values.is_contiguous()
+
+
+def numbers_of(options: LossOptions, divisor: float) -> Tensor:
+    """``ops.NUMBERS``: the hyper-parameters in the form that the kernels compare with."""
+    low = 0.0 if options.clip_low is None else options.clip_low
+    high = 0.0 if options.clip_high is None else options.clip_high
+    if options.variant in ("grpo", "dual_clip"):
+        low, high = 1 - low, 1 + high
+    else:
+        low = -low
+    return ops.numbers_tensor(
+        (
+            low,
+            high,
+            math.inf if options.delta is None else options.delta,
+            math.inf if options.dual_bound is None else options.dual_bound,
+            *((0.0, 0.0) if options.tau is None else options.tau),
+            *(number for pair in (_NO_VESPO if options.vespo is None else options.vespo) for number in pair),
+            options.kl_coef,
+            options.entropy_coef,
+            divisor,
+        )
+    )
