@@ -1,7 +1,9 @@
 """Mixture of experts: routing, balance, and the expert GEMMs, forward and backward."""
 
+from functools import partial
+
 from .. import backends
-from . import reference
+from . import autograd, cpu, reference
 from .balance import load_balancing_loss, router_z_loss, sequence_balance_loss, update_router_bias
 from .experts import grouped_gemm, moe_experts
 from .routing import Routing, route
@@ -31,3 +33,6 @@ for _op in (
     "update_router_bias",
 ):
     backends.register(_op, "reference", getattr(reference, _op))
+
+for _op in ("grouped_gemm", "moe_experts", "route", "sort_by_expert"):
+    backends.register(_op, "cpu", partial(getattr(autograd, _op), "cpu"), getattr(cpu, _op))

@@ -36,7 +36,7 @@ def route(
 ) -> Routing:
     experts = logits.shape[1]
     logits = logits.to(_accumulator(logits)).contiguous()
-    scores = _sigmoid(logits) if score == "sigmoid" else logits.softmax(dim=-1)
+    scores = _scores(logits, score)
     if indices is None:
         with torch.no_grad():
             selection = scores if bias is None else scores + bias.to(scores.dtype)
@@ -163,9 +163,10 @@ def count_experts(indices: Tensor, num_experts: int, keep: Tensor | None = None)
     return ones.new_zeros(num_experts + 1).scatter_add_(0, bins, ones)[:num_experts]
 
 
-def _sigmoid(logits: Tensor) -> Tensor:
+def _scores(logits: Tensor, score: str) -> Tensor:
     """Rounded once, from float64: torch's vector and scalar loops differ in the last bit, and would undo ties."""
-    return logits.to(torch.float64).sigmoid().to(logits.dtype)
+    wide = logits.to(torch.float64)
+    return (wide.sigmoid() if score == "sigmoid" else wide.softmax(dim=-1)).to(logits.dtype)
 
 
 def _descending(scores: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""grouped_gemm and moe_experts against float64 loops and closed forms.
+"""The reference of grouped_gemm and moe_experts against float64 loops and closed forms, and errors for bad input.
+
+test_experts_backends.py tests every backend; this file has float64, second derivatives and both forms of the reference.
 
 T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows.
 """
@@ -9,9 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import r1kernels
 from r1kernels import checks
-from r1kernels.moe import grouped_gemm, moe_experts, route, sort_by_expert
+from r1kernels.moe import grouped_gemm, moe_experts, sort_by_expert
+from tests.support.moe_case import NAMES, Case, in_eager, normal
 from tests.support.numerics import assert_as_exact_as, same_bits
+
+
+@pytest.fixture(autouse=True)
+def reference():
+    with r1kernels.use_backend("reference"):
+        yield
 
 
 @pytest.fixture(params=["by expert", "by tile"])
@@ -20,71 +30,6 @@ def form(request, monkeypatch):
     if request.param == "by tile":
         monkeypatch.setattr(checks, "values_visible", lambda *tensors: False)
     return request.param
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-class Case:
-    """Arguments of one call, leaves with gradient, with a gradient of the output."""
-
-    def __init__(self, tokens, hidden, intermediate, experts, top_k, dtype=torch.float64, indices=None):
-        self.hidden = normal(tokens, hidden, seed=1, dtype=dtype).requires_grad_()
-        routing = route(normal(tokens, experts, seed=2, dtype=torch.float32), top_k)
-        self.indices = routing.indices if indices is None else indices
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.weights = routing.weights.to(wide).requires_grad_()
-        self.gate_up = (
-            (normal(experts, 2 * intermediate, hidden, seed=3) / hidden**0.5).to(dtype).requires_grad_()
-        )
-        self.down = (
-            (normal(experts, hidden, intermediate, seed=4) / intermediate**0.5).to(dtype).requires_grad_()
-        )
-        self.grad = normal(tokens, hidden, seed=5, dtype=dtype)
-
-    @property
-    def leaves(self):
-        return self.hidden, self.weights, self.gate_up, self.down
-
-    def arguments(self):
-        return self.hidden, self.indices, self.weights, self.gate_up, self.down
-
-    def run(self, function):
-        """Output and gradients of hidden, weights, gate_up and down."""
-        out = function(*self.arguments())
-        return out.detach(), *torch.autograd.grad(out, self.leaves, self.grad.to(out.dtype))
-
-    def exact(self):
-        """The same in float64, by a loop over tokens and their experts."""
-        wide = [leaf.detach().double().requires_grad_() for leaf in self.leaves]
-        hidden, weights, gate_up, down = wide
-        experts = gate_up.shape[0]
-        out = []
-        for token, row in enumerate(self.indices.tolist()):
-            total = 0 * hidden[token]
-            for place, expert in enumerate(row):
-                if expert < experts:
-                    gate, up = (gate_up[expert] @ hidden[token]).chunk(2)
-                    total = total + weights[token, place] * (down[expert] @ (F.silu(gate) * up))
-            out.append(total)
-        out = torch.stack(out)
-        grads = torch.autograd.grad(out, wide, self.grad.double(), allow_unused=True)
-        grads = [
-            torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wide, grads, strict=True)
-        ]
-        return out.detach(), *grads
-
-
-def in_eager(hidden, indices, weights, gate_up, down):
-    """A loop over the experts as transformers' modules have it: gather, two linears, index_add in the tokens' dtype."""
-    out = torch.zeros_like(hidden)
-    for expert in range(gate_up.shape[0]):
-        token, place = torch.where(indices == expert)
-        gate, up = F.linear(hidden[token], gate_up[expert]).chunk(2, -1)
-        rows = F.linear(F.silu(gate) * up, down[expert]) * weights[token, place, None]
-        out = out.index_add(0, token, rows.to(out.dtype))
-    return out
 
 
 SHAPES = {
@@ -97,7 +42,6 @@ SHAPES = {
     "idle experts": (4, 6, 5, 31, 2),
     "many tokens": (97, 12, 6, 4, 2),
 }
-NAMES = ("output", "hidden", "weights", "gate_up", "down")
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -299,20 +243,6 @@ def test_gelu():
     gate, up = F.linear(case.hidden, case.gate_up[0]).chunk(2, -1)
     expected = F.linear(F.gelu(gate, approximate="tanh") * up, case.down[0])
     torch.testing.assert_close(out, expected)  # one expert: its weight is 1
-
-
-@pytest.mark.parametrize("save", ["hidden", "nothing"])
-def test_compiled(save):
-    compiled = torch.compile(
-        lambda *a: moe_experts(*a, save=save), backend="aot_eager", fullgraph=True, dynamic=True
-    )
-    first = Case(13, 8, 6, 4, 2, dtype=torch.float32)
-    for ours, eager in zip(first.run(compiled), first.run(moe_experts), strict=True):
-        torch.testing.assert_close(ours, eager)
-    with torch._dynamo.config.patch(error_on_recompile=True):  # another token count, another load
-        second = Case(31, 8, 6, 4, 2, dtype=torch.float32)
-        for ours, eager in zip(second.run(compiled), second.run(moe_experts), strict=True):
-            torch.testing.assert_close(ours, eager)
 
 
 def test_compiled_takes_an_unknown_expert_for_a_sentinel():

@@ -1,4 +1,4 @@
-"""route: choice, weights, gradients, replay. T tokens, E experts, K experts per token."""
+"""route on every backend: choice, weights, gradients, replay. T tokens, E experts, K experts per token."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import r1kernels
 from r1kernels.moe import route
-from tests.support.numerics import same_bits
+from tests.support.numerics import assert_as_exact_as, same_bits
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 FAMILIES = {
     "deepseek-v3": {"top_k": 3, "score": "sigmoid", "n_group": 4, "topk_group": 2, "scale": 2.5},
@@ -47,8 +49,8 @@ def chosen_by_hand(selection, top_k, score, n_group=1, topk_group=1):
 def check_choice(logits, bias, options):
     routing = route(logits, bias=bias, **options)
     # rounded once: see test_equal_logits_tie_wherever_they_stand
-    sigmoid = logits.double().sigmoid().float()
-    scores = sigmoid if options["score"] == "sigmoid" else logits.softmax(-1)
+    wide = logits.double()
+    scores = (wide.sigmoid() if options["score"] == "sigmoid" else wide.softmax(-1)).float()
     selection = (scores if bias is None else scores + bias).double().tolist()
     groups = {name: options[name] for name in ("n_group", "topk_group") if name in options}
     expected = [chosen_by_hand(row, options["top_k"], options["score"], **groups) for row in selection]
@@ -235,6 +237,7 @@ def test_the_bias_gets_no_gradient():
 
 @families
 def test_compiled(options):
+    torch._dynamo.reset()  # all cases compile the same lambda
     compiled = torch.compile(lambda z, b: route(z, bias=b, **options), backend="aot_eager", fullgraph=True)
     logits, bias = normal(12, 8).requires_grad_(), normal(8, seed=1)
     traced, eager = compiled(logits, bias), route(logits, bias=bias, **options)
@@ -246,11 +249,15 @@ def test_compiled(options):
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
-def test_an_index_nobody_can_check_gets_no_weight_and_no_count(score):
+def test_an_index_nobody_can_check_gets_no_weight_and_no_count(score, backend):
     compiled = torch.compile(
         lambda z, i: route(z, 2, score=score, indices=i), backend="aot_eager", fullgraph=True
     )
     logits = normal(3, 4).requires_grad_()
+    if backend == "cpu":
+        with pytest.raises(RuntimeError, match=r"indices: expected values in \[0, 4\), got 4 at position 1"):
+            compiled(logits, torch.tensor([[0, 4], [-1, 3], [9, -5]]))
+        return
     routing = compiled(logits, torch.tensor([[0, 4], [-1, 3], [9, -5]]))
     torch.testing.assert_close(routing.weights, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
     assert routing.tokens_per_expert.tolist() == [1, 0, 0, 1]
@@ -258,7 +265,7 @@ def test_an_index_nobody_can_check_gets_no_weight_and_no_count(score):
     assert torch.isfinite(logits.grad).all() and (logits.grad[2] == 0).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_invariants(data):
     experts = data.draw(st.integers(1, 40))
@@ -307,6 +314,80 @@ def test_bad_input(message):
     error, arguments = BAD[message]
     with pytest.raises(error, match=message):
         route(**{"logits": LOGITS, "top_k": 2, **arguments})
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_as_exact_as_eager(options, dtype):
+    logits = (3 * normal(200, 64)).to(dtype)
+    bias = normal(64, seed=1) / 50
+    grad = normal(200, options["top_k"], seed=2)
+    indices = route(logits, bias=bias, **options).indices
+
+    def run(z, g):
+        z = z.requires_grad_()
+        weights = route(z, indices=indices, **options, backend="reference").weights
+        return weights.detach(), *torch.autograd.grad(weights, z, g)
+
+    ours = route(logits.requires_grad_(), bias=bias, **options)
+    (d_logits,) = torch.autograd.grad(ours.weights, logits, grad)
+    plain, exact = run(logits.detach(), grad), run(logits.detach().double(), grad.double())
+    assert_as_exact_as(ours.weights, plain[0], exact[0], torch.float32)
+    assert_as_exact_as(d_logits, plain[1], exact[1], dtype)
+
+
+@pytest.mark.parametrize("experts", [1, 7, 16, 17, 48, 100, 256, 1000])
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("top_k", [1, 3, 16, 40])
+def test_choice_among_many(experts, score, top_k):
+    options = {"top_k": min(top_k, experts), "score": score}
+    check_choice(normal(12, experts, seed=experts), None, options)
+    check_choice((2 * normal(12, experts)).round(), normal(experts, seed=1).round() / 4, options)  # many ties
+    for groups in (2, 4):
+        if experts % groups == 0:
+            grouped = {**options, "n_group": groups, "topk_group": groups // 2}
+            grouped["top_k"] = min(top_k, experts // 2)
+            check_choice((2 * normal(12, experts)).round(), None, grouped)
+
+
+def test_extreme_selection_scores():
+    bias = torch.tensor([0.0, -torch.inf, torch.inf, 1e30, -1e30, -0.0, 2.0, -2.0])
+    check_choice(normal(20, 8), bias, {"top_k": 8, "score": "sigmoid"})
+    check_choice(
+        torch.tensor([[0.0, -torch.inf, 90.0, -200.0, 3e38]]), None, {"top_k": 5, "score": "softmax"}
+    )
+
+
+@families
+def test_rows_do_not_depend_on_company_or_threads(options):
+    logits, bias = normal(150, 8).requires_grad_(), normal(8, seed=1)
+    grad = normal(150, options["top_k"], seed=2)
+
+    def run(z, g):
+        routing = route(z, bias=bias, **options)
+        return routing.weights, routing.indices, *torch.autograd.grad(routing.weights, z, g)
+
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(logits, grad))
+    finally:
+        torch.set_num_threads(before)
+    alone = run(logits[70:71], grad[70:71])
+    for first, second, third, one in zip(*results, alone, strict=True):
+        assert same_bits(first, second) and same_bits(first, third)
+        assert same_bits(first[70:71], one)
+
+
+def test_a_second_derivative_is_refused(backend):
+    if backend == "reference":
+        pytest.skip("the reference has second derivatives")
+    logits = normal(4, 8).requires_grad_()
+    (grad,) = torch.autograd.grad(route(logits, 2).weights.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="route: a second derivative is not implemented"):
+        grad.sum().backward()
 
 
 def test_backend_can_be_forced():

@@ -1,4 +1,4 @@
-"""sort_by_expert: offsets, permutation and inverse."""
+"""sort_by_expert on every backend: offsets, permutation and inverse."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from r1kernels.moe import sort_by_expert
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def test_worked_example():
@@ -21,7 +23,7 @@ def test_worked_example():
     assert order.permutation.dtype == order.inverse.dtype == torch.int64
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 30), st.lists(st.integers(0, 30), max_size=200))
 def test_metadata(experts, indices):
     indices = [min(index, experts) for index in indices]
@@ -46,8 +48,21 @@ def test_non_contiguous_indices_are_read_row_major():
         assert torch.equal(part, expected)
 
 
-def test_compiled_counts_unknown_experts_as_sentinels():
+def test_compiled():
     compiled = torch.compile(lambda i: sort_by_expert(i, 3), backend="aot_eager", fullgraph=True)
+    indices = torch.tensor([[2, 3], [0, 2], [1, 3]])
+    for ours, expected in zip(compiled(indices), sort_by_expert(indices, 3), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_compiled_with_unknown_experts(backend):
+    compiled = torch.compile(lambda i: sort_by_expert(i, 3), backend="aot_eager", fullgraph=True)
+    if backend == "cpu":
+        with pytest.raises(
+            RuntimeError, match=r"indices: expected values in \[0, 3\) or 3, got 7 at position 1"
+        ):
+            compiled(torch.tensor([2, 7, 0, -1, 1, 3]))
+        return
     order = compiled(torch.tensor([2, 7, 0, -1, 1, 3]))
     assert order.offsets.tolist() == [0, 1, 2, 3]
     assert order.permutation.tolist() == [2, 4, 0, 1, 3, 5]

@@ -1,0 +1,104 @@
+// The CPU kernels of the MoE ops: plain functions over blocks, for a caller that shares the blocks out to threads.
+//
+// T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows. "Expert order": the
+// rows sorted by expert (sort_by_expert). Blocks depend on shapes and routing alone, and every block is computed by one
+// thread in a fixed order: results do not depend on the number of threads. Arguments are trusted.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+namespace r1kernels {
+
+enum class Element : int32_t { float32, bfloat16, float16 };
+enum class Activation : int32_t { silu, gelu_tanh };
+
+// Row r: data + (index ? index[r] : r) * stride elements.
+struct MoeRows {
+    const void* data;
+    int64_t stride;
+    const int32_t* index;
+};
+
+constexpr int64_t kMoeBlockRows = 192;     // the most rows m of a product
+constexpr int64_t kMoeBlockColumns = 256;  // the most columns n of a product
+constexpr int64_t kMoeGateColumns = kMoeBlockColumns / 2;  // of I, for the two functions that work on gate and up
+
+// One product of one expert: out (m, n) = A (m, k) times B, or out (m, n) = A^T B of A (k, m) and B (k, n).
+struct MoeProduct {
+    Element element;
+    MoeRows a;
+    const void* b;        // the first of the rows that take part; of A^T B: see b_rows
+    int64_t b_stride;
+    int64_t m, n, k;
+    void* out;
+    int64_t out_stride;
+    bool float_out;       // out in float32, else in the element type
+};
+
+// Rows [0, rows) of one expert and columns [0, columns) of I; pointers are at the first of both.
+struct MoeGateBlock {
+    Element element;
+    Activation activation;
+    int64_t rows, columns, hidden, intermediate;
+    MoeRows tokens;          // (rows, H): hidden states, or gradients of the output
+    const void* weight;      // gate_up[e] at its first row (stride H), or down[e] at its first column (stride I)
+    void* pre_activation;    // (rows, 2 I), gate then up; null where the forward is not to keep it
+    void* activated;         // (rows, I): A; in the backward s A, or null
+    const float* scales;     // (rows,): s
+    float* grad_scales;      // (rows,): <dA', A> over the columns
+    void* grad_pre;          // (rows, 2 I), or null
+};
+
+// Each token's rows, weighted and added up: out[t] = sum_k weights[t, k] rows[inverse[t, k]] over inverse < limit.
+struct MoeCombine {
+    Element element;
+    const float* rows;
+    int64_t rows_stride;
+    const int32_t* inverse;  // (T, K)
+    int64_t top_k, limit, columns;
+    const float* weights;    // (T, K), or null for 1
+    void* out;
+    int64_t out_stride;
+};
+
+struct MoeRouter {
+    Element element;
+    const void* logits;  // (T, E), contiguous
+    int64_t experts, top_k, n_group, topk_group;
+    bool softmax, normalize;
+    double scale;
+    const float* bias;   // (E,) or null
+};
+
+struct MoeKernels {
+    int64_t workspace;  // bytes that each of the first five functions needs, 64-byte aligned
+    void (*product_nt)(const MoeProduct& product, void* workspace);  // B holds n rows of k elements
+    void (*product_nn)(const MoeProduct& product, void* workspace);  // B holds k rows of n elements
+    void (*product_tn)(const MoeProduct& product, const MoeRows& b, void* workspace);
+
+    // The pre-activation, and A = act(gate) * up of its rounded values.
+    void (*up)(const MoeGateBlock& block, void* workspace);
+    // dA' = dO W2; from it and the pre-activation s A, <dA', A> and the gradient of the pre-activation.
+    // With neither grad_scales nor grad_pre only s A.
+    void (*gate_backward)(const MoeGateBlock& block, void* workspace);
+
+    void (*combine)(const MoeCombine& call, int64_t first_token, int64_t last_token);
+
+    // Tokens [begin, end): writes weights (T, K), and indices (T, K) unless they are `replayed`.
+    void (*route)(const MoeRouter& call, bool replayed, int64_t* indices, float* weights, void* scratch, int64_t begin,
+                  int64_t end);
+    // Writes grad_logits (T, E) in the dtype of the logits.
+    void (*route_backward)(const MoeRouter& call, const int64_t* indices, const float* grad_weights, void* grad_logits,
+                           void* scratch, int64_t begin, int64_t end);
+};
+
+// Bytes of scratch that `route` and `route_backward` need.
+inline int64_t router_scratch(int64_t experts, int64_t top_k) {
+    return 28 * ((experts > top_k ? experts : top_k) + 32) + 64;
+}
+
+R1KERNELS_DECLARE_TABLES(MoeKernels, moe_kernels)
+
+}  // namespace r1kernels

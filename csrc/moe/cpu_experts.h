@@ -1,0 +1,191 @@
+// The blocks of grouped_gemm and moe_experts on the CPU. Included by cpu.cpp alone, once for each instruction set.
+//
+// Notation: x token, (g, u) = pre-activation, A = act(g) u, s routing weight, dO gradient of the output,
+//     dA' = dO W2        dS = <dA', A>        dW2 = dO^T (s A)
+//     dg = s dA' u act'(g)        du = s dA' act(g)        dW1 = (dg, du)^T X        dX = (dg, du) W1
+#pragma once
+
+#include "moe/gemm.h"
+#include "moe/cpu.h"
+
+namespace r1kernels::R1KERNELS_ISA {
+
+namespace {
+
+constexpr int64_t kFewRows = 24;  // below, packing the weights would cost more than it gains
+
+template <typename T>
+Rows<T> rows_of(const MoeRows& rows) { return {static_cast<const T*>(rows.data), rows.stride, rows.index}; }
+
+template <typename T>
+void product_of_rows(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t k, float* c,
+                     const Workspace& workspace) {
+    if (m <= kFewRows) {
+        dot_product(a, m, b, b_stride, n, k, c, kBlockColumns);
+    } else {
+        product_nt(a, m, b, b_stride, n, k, c, kBlockColumns, workspace);
+    }
+}
+
+template <typename T>
+void store_product(const MoeProduct& product, const float* c) {
+    for (int64_t row = 0; row < product.m; ++row) {
+        const float* from = c + row * kBlockColumns;
+        const int64_t at = row * product.out_stride;
+        if (product.float_out) {
+            memcpy(static_cast<float*>(product.out) + at, from, product.n * sizeof(float));
+        } else {
+            store_row(from, product.n, static_cast<T*>(product.out) + at);
+        }
+    }
+}
+
+template <typename T>
+void product_nt_of(const MoeProduct& product, const Workspace& workspace) {
+    product_of_rows(rows_of<T>(product.a), product.m, static_cast<const T*>(product.b), product.b_stride, product.n,
+                    product.k, workspace.product(), workspace);
+    store_product<T>(product, workspace.product());
+}
+
+template <typename T>
+void product_nn_of(const MoeProduct& product, const Workspace& workspace) {
+    product_nn(rows_of<T>(product.a), product.m, static_cast<const T*>(product.b), product.b_stride, product.n,
+               product.k, workspace.product(), kBlockColumns, workspace);
+    store_product<T>(product, workspace.product());
+}
+
+template <typename T>
+void product_tn_of(const MoeProduct& product, const MoeRows& b, const Workspace& workspace) {
+    product_tn(rows_of<T>(product.a), 0, product.m, rows_of<T>(b), 0, product.n, product.k,
+               static_cast<T*>(product.out), product.out_stride, workspace);
+}
+
+// --- the activation ---
+
+struct Gate {
+    Floats value, slope;  // act(g), act'(g)
+};
+
+// Both activations are g sigmoid(z): z = g for silu, z = 2 sqrt(2 / pi) (g + 0.044715 g^3) for gelu_tanh, so that
+// act' = sigmoid(z) + g sigmoid(z) sigmoid(-z) z'.
+template <Activation kActivation>
+Gate gate_of(Floats g) {
+    Floats z = g, z_slope = all(1.0f);
+    if constexpr (kActivation == Activation::gelu_tanh) {
+        const Floats square = g * g;
+        z = g * (1.5957691216057308f + 0.07135481627159600f * square);
+        z_slope = 1.5957691216057308f + 0.21406444881478800f * square;
+    }
+    const Floats e = exp_negative((Floats)((Words)z | 0x80000000u));  // e^-|z|
+    const Floats larger = 1.0f / (1.0f + e), smaller = e * larger;
+    const Floats sigmoid = z < 0 ? smaller : larger;
+    const Floats spread = g * (larger * smaller);
+    return {g * sigmoid, sigmoid + (spread == 0 ? Floats{} : spread * z_slope)};
+}
+
+template <typename T>
+Floats rounded(Floats value) {
+    T buffer[kLanes];
+    store(buffer, value);
+    return load(buffer);
+}
+template <>
+Floats rounded<float>(Floats value) { return value; }
+
+template <typename T>
+Floats load_up_to(const T* from, int64_t count) { return count >= kLanes ? load(from) : load_front(from, count); }
+
+template <typename T>
+void store_up_to(T* to, Floats value, int64_t count) {
+    if (count >= kLanes) {
+        store(to, value);
+    } else {
+        store_some(to, value, static_cast<int>(count));
+    }
+}
+
+// --- forward ---
+
+template <typename T, Activation kActivation>
+void up_of(const MoeGateBlock& block, const Workspace& workspace) {
+    const Rows<T> x = rows_of<T>(block.tokens);
+    const T* weight = static_cast<const T*>(block.weight);
+    const int64_t size = block.hidden, width = block.intermediate;
+    float* gate = workspace.product();
+    float* up = gate + kMoeGateColumns;
+    product_of_rows(x, block.rows, weight, size, block.columns, size, gate, workspace);
+    product_of_rows(x, block.rows, weight + width * size, size, block.columns, size, up, workspace);
+    for (int64_t row = 0; row < block.rows; ++row, gate += kBlockColumns, up += kBlockColumns) {
+        T* kept = block.pre_activation ? static_cast<T*>(block.pre_activation) + row * 2 * width : nullptr;
+        T* activated = static_cast<T*>(block.activated) + row * width;
+        for (int64_t i = 0; i < block.columns; i += kLanes) {
+            const int64_t count = block.columns - i;
+            const Floats g = rounded<T>(load(gate + i)), u = rounded<T>(load(up + i));
+            if (kept) {
+                store_up_to(kept + i, g, count);
+                store_up_to(kept + width + i, u, count);
+            }
+            store_up_to(activated + i, gate_of<kActivation>(g).value * u, count);
+        }
+    }
+}
+
+// --- backward ---
+
+template <typename T, Activation kActivation>
+void gate_backward_of(const MoeGateBlock& block, const Workspace& workspace) {
+    const int64_t width = block.intermediate;
+    const bool product = block.grad_scales || block.grad_pre;
+    const float* unscaled = workspace.product();
+    if (product) {
+        product_nn(rows_of<T>(block.tokens), block.rows, static_cast<const T*>(block.weight), width, block.columns,
+                   block.hidden, workspace.product(), kBlockColumns, workspace);
+    }
+    for (int64_t row = 0; row < block.rows; ++row, unscaled += kBlockColumns) {
+        const T* pre = static_cast<const T*>(block.pre_activation) + row * 2 * width;
+        T* scaled = block.activated ? static_cast<T*>(block.activated) + row * width : nullptr;
+        T* grad_pre = block.grad_pre ? static_cast<T*>(block.grad_pre) + row * 2 * width : nullptr;
+        const float s = block.scales[row];
+        Floats along = {};
+        for (int64_t i = 0; i < block.columns; i += kLanes) {
+            const int64_t count = block.columns - i;
+            const Floats g = load_up_to(pre + i, count), u = load_up_to(pre + width + i, count);
+            const Gate gate = gate_of<kActivation>(g);
+            const Floats a = rounded<T>(gate.value * u);
+            if (scaled) store_up_to(scaled + i, s * a, count);
+            if (!product) continue;
+            const Floats da = load_up_to(unscaled + i, count);
+            along += da * a;
+            if (grad_pre) {
+                store_up_to(grad_pre + i, s * da * u * gate.slope, count);
+                store_up_to(grad_pre + width + i, s * da * gate.value, count);
+            }
+        }
+        if (block.grad_scales) block.grad_scales[row] = static_cast<float>(sum(along));
+    }
+}
+
+// --- combine ---
+
+template <typename T>
+void combine_of(const MoeCombine& call, int64_t first_token, int64_t last_token) {
+    for (int64_t token = first_token; token < last_token; ++token) {
+        const int32_t* inverse = call.inverse + token * call.top_k;
+        const float* weights = call.weights ? call.weights + token * call.top_k : nullptr;
+        T* out = static_cast<T*>(call.out) + token * call.out_stride;
+        for (int64_t i = 0; i < call.columns; i += kLanes) {
+            const int64_t count = call.columns - i;
+            Floats total = {};
+            for (int64_t k = 0; k < call.top_k; ++k) {
+                if (inverse[k] >= call.limit) continue;  // a sentinel: its row was never written
+                const Floats value = load_up_to(call.rows + inverse[k] * call.rows_stride + i, count);
+                total += weights ? weights[k] * value : value;
+            }
+            store_up_to(out + i, total, count);
+        }
+    }
+}
+
+}  // namespace
+
+}  // namespace r1kernels::R1KERNELS_ISA

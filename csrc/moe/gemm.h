@@ -1,0 +1,312 @@
+// Matrix products of small and middling blocks, for one thread, with float32 accumulators.
+//
+//   dot_product      C (m, n) = A B^T    A rows (m, k), B (n, k)     few rows: straight from memory, no packing
+//   product_nt       C (m, n) = A B^T    A rows (m, k), B (n, k)     B packed by panels, transposed on the way
+//   product_nn       C (m, n) = A B      A rows (m, k), B (k, n)     B packed by panels
+//   product_tn       D (m, n) = A^T B    A rows (k, m), B rows (k, n), D in the dtype of A and B
+//
+// C is float32 with a row stride that is a multiple of kPanel and at least n rounded up to it. "Rows" may be gathered.
+// Every element of C is a sum of chains of additions along k (in dot_product of kLanes of them, by a tree), whose order
+// depends on k alone: results do not depend on how a caller cuts m and n into blocks.
+//
+// Included only by files that are compiled once for each instruction set (see vector.h).
+#pragma once
+
+#include "moe/cells.h"
+
+namespace r1kernels::R1KERNELS_ISA {
+
+// Row r of a matrix: data + (index ? index[r] : r) * stride.
+template <typename T>
+struct Rows {
+    const T* data;
+    int64_t stride;
+    const int32_t* index;
+
+    const T* operator[](int64_t row) const { return data + (index ? index[row] : row) * stride; }
+    Rows from(int64_t row) const {
+        return index ? Rows{data, stride, index + row} : Rows{data + row * stride, stride, nullptr};
+    }
+};
+
+constexpr int kTileRows = 6;  // times kPanelVectors vectors: the accumulators of a tile fit into the registers
+#if defined(__AVX512F__)
+constexpr int kPanelVectors = 4;
+#else
+constexpr int kPanelVectors = 2;
+#endif
+constexpr int kPanel = kPanelVectors * kLanes;  // columns of a packed panel
+
+constexpr int64_t kChain = 128;  // cells; longer chains of additions lose digits
+
+constexpr int64_t kBlockRows = 192;   // the most rows (m) of one call
+constexpr int64_t kBlockColumns = 256;  // the most columns (n) of one call, a multiple of every kPanel
+constexpr int64_t kBlockDepth = 512;  // cells along k that are packed at a time
+
+// What one thread needs, 64-byte aligned: floats or cells, all of 4 bytes.
+struct Workspace {
+    float* base;
+    float* product() const { return base; }                                       // (kBlockRows, kBlockColumns)
+    void* left() const { return base + kBlockRows * kBlockColumns; }              // kBlockRows * kBlockDepth cells
+    void* right() const { return base + kBlockRows * (kBlockColumns + kBlockDepth); }  // kPanel * kBlockDepth cells
+    static constexpr int64_t kFloats = kBlockRows * (kBlockColumns + kBlockDepth) + 64 * kBlockDepth;
+};
+
+// --- the two inner loops ---
+
+// Adds to C (kRows, kPanel), or to zeros, A B over `depth` cells; cell (i, c) of A is a[i * row_step + c * cell_step]; B is
+// a packed panel.
+template <int kRows, typename Cell>
+inline void tile_of(const Cell* a, int64_t row_step, int64_t cell_step, const Cell* b, int64_t depth, float* c,
+                    int64_t c_stride, bool accumulate) {
+    for (int64_t begin = 0; begin < depth; begin += kChain) {
+        const int64_t end = depth - begin < kChain ? depth : begin + kChain;
+        Floats sums[kRows][kPanelVectors] = {};
+        for (int64_t cell = begin; cell < end; ++cell) {
+            decltype(load_vector(b)) right[kPanelVectors];
+#pragma GCC unroll 8
+            for (int j = 0; j < kPanelVectors; ++j) right[j] = load_vector(b + cell * kPanel + j * kLanes);
+#pragma GCC unroll 8
+            for (int i = 0; i < kRows; ++i) {
+                const auto left = in_all_lanes(a[i * row_step + cell * cell_step]);
+#pragma GCC unroll 8
+                for (int j = 0; j < kPanelVectors; ++j) sums[i][j] = multiply_add(sums[i][j], left, right[j]);
+            }
+        }
+        const bool add = accumulate || begin > 0;
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+            for (int j = 0; j < kPanelVectors; ++j) {
+                float* to = c + i * c_stride + j * kLanes;
+                store(to, add ? load(to) + sums[i][j] : sums[i][j]);
+            }
+        }
+    }
+}
+
+template <typename Cell>
+void tile(int64_t rows, const Cell* a, int64_t row_step, int64_t cell_step, const Cell* b, int64_t depth, float* c,
+          int64_t c_stride, bool accumulate) {
+    switch (rows) {
+        case 1: return tile_of<1>(a, row_step, cell_step, b, depth, c, c_stride, accumulate);
+        case 2: return tile_of<2>(a, row_step, cell_step, b, depth, c, c_stride, accumulate);
+        case 3: return tile_of<3>(a, row_step, cell_step, b, depth, c, c_stride, accumulate);
+        case 4: return tile_of<4>(a, row_step, cell_step, b, depth, c, c_stride, accumulate);
+        case 5: return tile_of<5>(a, row_step, cell_step, b, depth, c, c_stride, accumulate);
+        default: return tile_of<kTileRows>(a, row_step, cell_step, b, depth, c, c_stride, accumulate);
+    }
+}
+
+// Rows of a block in tiles of nearly equal size: a tile of one row would wait for its own additions.
+struct Tiles {
+    int64_t rows, count;
+    explicit Tiles(int64_t rows) : rows(rows), count((rows + kTileRows - 1) / kTileRows) {}
+    int64_t first(int64_t tile) const { return tile * rows / count; }
+};
+
+constexpr int kDotRows = kLanes >= 16 ? 4 : 2;  // times kDotColumns are kLanes accumulators
+constexpr int kDotColumns = kLanes / kDotRows;
+
+// C (kRows, columns) = A B^T over k elements, for at most kDotColumns rows of B.
+template <int kRows, typename T>
+inline void dot_tile(const Rows<T>& a, const T* b, int64_t b_stride, int64_t columns, int64_t k, float* c,
+                     int64_t c_stride) {
+    constexpr int64_t kStep = AlongK<T>::kElements;
+    const T* left[kRows];
+    const T* right[kDotColumns];
+    for (int i = 0; i < kRows; ++i) left[i] = a[i];
+    for (int j = 0; j < kDotColumns; ++j) right[j] = b + (j < columns ? j : columns - 1) * b_stride;
+    Floats sums[kLanes] = {};
+    int64_t at = 0;
+    for (; at + kStep <= k; at += kStep) {
+        CellVector<T> columns_at[kDotColumns];
+#pragma GCC unroll 8
+        for (int j = 0; j < kDotColumns; ++j) columns_at[j] = AlongK<T>::load_whole(right[j] + at);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+            const CellVector<T> row_at = AlongK<T>::load_whole(left[i] + at);
+#pragma GCC unroll 8
+            for (int j = 0; j < kDotColumns; ++j) {
+                sums[i * kDotColumns + j] = multiply_add(sums[i * kDotColumns + j], row_at, columns_at[j]);
+            }
+        }
+    }
+    if (at < k) {
+        for (int i = 0; i < kRows; ++i) {
+            const CellVector<T> row_at = AlongK<T>::load_part(left[i] + at, k - at);
+            for (int j = 0; j < kDotColumns; ++j) {
+                sums[i * kDotColumns + j] = multiply_add(sums[i * kDotColumns + j], row_at,
+                                                         AlongK<T>::load_part(right[j] + at, k - at));
+            }
+        }
+    }
+    float totals[kLanes];
+    store(totals, sums_over_lanes(sums));
+    for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < columns; ++j) c[i * c_stride + j] = totals[i * kDotColumns + j];
+    }
+}
+
+// --- packing ---
+
+// (m, depth) cells, row after row: elements [begin, begin + k) of each row of A.
+template <typename T>
+void pack_rows(const Rows<T>& a, int64_t m, int64_t begin, int64_t k, Cell<T>* to) {
+    const int64_t depth = cells_of<T>(k);
+    for (int64_t row = 0; row < m; ++row) {
+        const T* from = a[row] + begin;
+        Cell<T>* cells = to + row * depth;
+        int64_t cell = 0;
+        for (; cell + kLanes <= depth; cell += kLanes) {
+            store_vector(cells + cell, load_along_k(from + cell * kDepth<T>, k - cell * kDepth<T>));
+        }
+        if (cell < depth) {
+            const CellVector<T> rest = load_along_k(from + cell * kDepth<T>, k - cell * kDepth<T>);
+            memcpy(cells + cell, &rest, (depth - cell) * sizeof(Cell<T>));
+        }
+    }
+}
+
+// (depth, width) cells: columns [column, column + count) of rows [0, k); columns from `count` to `width` are 0.
+template <typename T>
+void pack_columns(const Rows<T>& a, int64_t k, int64_t column, int64_t count, int64_t width, Cell<T>* to) {
+    for (int64_t row = 0; row < k; row += kDepth<T>) {
+        const T* first = a[row] + column;
+        const T* second = kDepth<T> == 2 && row + 1 < k ? a[row + 1] + column : nullptr;
+        for (int64_t lane = 0; lane < width; lane += kLanes) {
+            const int64_t left = count - lane;
+            store_vector(to + lane, left > 0 ? down_k(first + lane, second ? second + lane : nullptr, left)
+                                             : CellVector<T>{});
+        }
+        to += width;
+    }
+}
+
+// (depth, kPanel) cells: elements [0, k) of `count` <= kPanel rows of B, transposed; missing rows are 0.
+template <typename T>
+void pack_transposed(const T* b, int64_t stride, int64_t count, int64_t k, Cell<T>* to) {
+    const int64_t depth = cells_of<T>(k);
+    for (int64_t first = 0; first < kPanel; first += kLanes) {
+        for (int64_t cell = 0; cell < depth; cell += kLanes) {
+            CellVector<T> block[kLanes];
+            const int64_t at = cell * kDepth<T>;
+#pragma GCC unroll 16
+            for (int row = 0; row < kLanes; ++row) {
+                block[row] = first + row < count ? load_along_k(b + (first + row) * stride + at, k - at)
+                                                 : CellVector<T>{};
+            }
+            transpose(block);
+            const int64_t filled = depth - cell < kLanes ? depth - cell : kLanes;
+            if (filled == kLanes) {
+#pragma GCC unroll 16
+                for (int i = 0; i < kLanes; ++i) store_vector(to + (cell + i) * kPanel + first, block[i]);
+            } else {
+                for (int i = 0; i < filled; ++i) store_vector(to + (cell + i) * kPanel + first, block[i]);
+            }
+        }
+    }
+}
+
+// --- products ---
+
+template <typename T>
+void dot_product(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t k, float* c,
+                 int64_t c_stride) {
+    for (int64_t column = 0; column < n; column += kDotColumns) {
+        const T* columns = b + column * b_stride;
+        const int64_t count = n - column < kDotColumns ? n - column : kDotColumns;
+        for (int64_t row = 0; row < m; row += kDotRows) {
+            const Rows<T> rows = a.from(row);
+            float* to = c + row * c_stride + column;
+            switch (m - row) {
+                case 1: dot_tile<1>(rows, columns, b_stride, count, k, to, c_stride); break;
+                case 2: dot_tile<2>(rows, columns, b_stride, count, k, to, c_stride); break;
+                case 3: dot_tile<kDotRows < 3 ? kDotRows : 3>(rows, columns, b_stride, count, k, to, c_stride); break;
+                default: dot_tile<kDotRows>(rows, columns, b_stride, count, k, to, c_stride);
+            }
+        }
+    }
+}
+
+// C (m, n) = A times what `pack_panel(begin, k, column, count, to)` packs.
+template <typename T, typename PackPanel>
+void packed_product(const Rows<T>& a, int64_t m, int64_t n, int64_t k, float* c, int64_t c_stride,
+                    const Workspace& workspace, const PackPanel& pack_panel) {
+    auto* left = static_cast<Cell<T>*>(workspace.left());
+    auto* right = static_cast<Cell<T>*>(workspace.right());
+    const Tiles tiles(m);
+    for (int64_t begin = 0; begin < k; begin += kBlockDepth * kDepth<T>) {
+        const int64_t size = k - begin < kBlockDepth * kDepth<T> ? k - begin : kBlockDepth * kDepth<T>;
+        const int64_t depth = cells_of<T>(size);
+        pack_rows(a, m, begin, size, left);
+        for (int64_t column = 0; column < n; column += kPanel) {
+            pack_panel(begin, size, column, n - column < kPanel ? n - column : kPanel, right);
+            for (int64_t i = 0; i < tiles.count; ++i) {
+                const int64_t row = tiles.first(i);
+                tile(tiles.first(i + 1) - row, left + row * depth, depth, 1, right, depth,
+                     c + row * c_stride + column, c_stride, begin > 0);
+            }
+        }
+    }
+}
+
+template <typename T>
+void product_nt(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t k, float* c,
+                int64_t c_stride, const Workspace& workspace) {
+    packed_product(a, m, n, k, c, c_stride, workspace,
+                   [&](int64_t begin, int64_t size, int64_t column, int64_t count, Cell<T>* to) {
+                       pack_transposed(b + column * b_stride + begin, b_stride, count, size, to);
+                   });
+}
+
+template <typename T>
+void product_nn(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t k, float* c,
+                int64_t c_stride, const Workspace& workspace) {
+    packed_product(a, m, n, k, c, c_stride, workspace,
+                   [&](int64_t begin, int64_t size, int64_t column, int64_t count, Cell<T>* to) {
+                       pack_columns(Rows<T>{b + begin * b_stride, b_stride, nullptr}, size, column, count, kPanel, to);
+                   });
+}
+
+template <typename T>
+void store_row(const float* from, int64_t count, T* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+    if (i < count) store_some(to + i, load_front(from + i, count - i), static_cast<int>(count - i));
+}
+
+// D (m, n) = A^T B over k rows of both, A at columns [a_column, a_column + m), B at [b_column, b_column + n).
+template <typename T>
+void product_tn(const Rows<T>& a, int64_t a_column, int64_t m, const Rows<T>& b, int64_t b_column, int64_t n, int64_t k,
+                T* d, int64_t d_stride, const Workspace& workspace) {
+    if (k == 0) {
+        for (int64_t row = 0; row < m; ++row) memset(d + row * d_stride, 0, n * sizeof(T));
+        return;
+    }
+    auto* left = static_cast<Cell<T>*>(workspace.left());
+    auto* right = static_cast<Cell<T>*>(workspace.right());
+    const Tiles tiles(m);
+    const int64_t width = (m + kLanes - 1) / kLanes * kLanes, step = kBlockDepth * kDepth<T>;
+    // where one block of k is all, a tile is stored at once and all tiles share one place in the first-level cache
+    const int64_t sums_stride = k <= step ? kPanel : kBlockColumns;
+    for (int64_t begin = 0; begin < k; begin += step) {
+        const int64_t size = k - begin < step ? k - begin : step, depth = cells_of<T>(size);
+        pack_columns(a.from(begin), size, a_column, m, width, left);
+        for (int64_t column = 0; column < n; column += kPanel) {
+            const int64_t count = n - column < kPanel ? n - column : kPanel;
+            pack_columns(b.from(begin), size, b_column + column, count, kPanel, right);
+            for (int64_t i = 0; i < tiles.count; ++i) {
+                const int64_t row = tiles.first(i), rows = tiles.first(i + 1) - row;
+                float* sums = workspace.product() + (k <= step ? 0 : row * kBlockColumns + column);
+                tile(rows, left + row, 1, width, right, depth, sums, sums_stride, begin > 0);
+                if (begin + size < k) continue;
+                for (int64_t r = 0; r < rows; ++r) {
+                    store_row(sums + r * sums_stride, count, d + (row + r) * d_stride + column);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace r1kernels::R1KERNELS_ISA

@@ -1,0 +1,217 @@
+// moe_experts on the CPU: the steps of forward and backward. Included by ops.cpp alone.
+// T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows.
+#pragma once
+
+#include "moe/host.h"
+
+namespace r1kernels {
+
+namespace {
+
+constexpr int64_t kCombineBytes = 32 << 20;  // of float32 rows that wait for their sum at a time
+
+struct Experts {
+    Element element;
+    Activation activation;
+    ScalarType dtype;
+    int64_t tokens, hidden, intermediate, experts, top_k, rows;
+    const Tensor &x, &gate_up, &down;
+
+    Experts(const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down, int64_t activation)
+        : element(element_of("hidden", x)), activation(static_cast<Activation>(activation)), dtype(x.scalar_type()),
+          tokens(x.size(0)), hidden(x.size(1)), intermediate(down.size(2)), experts(down.size(0)),
+          top_k(weights.size(1)), rows(tokens * top_k), x(x), gate_up(gate_up), down(down) {
+        STD_TORCH_CHECK(hidden > 0 && intermediate > 0 && experts > 0, "hidden, gate_up, down: expected no empty size");
+        STD_TORCH_CHECK(rows <= INT32_MAX, "indices: expected less than 2^31 entries, got ", rows);
+        STD_TORCH_CHECK(activation == 0 || activation == 1, "activation: expected 0 or 1, got ", activation);
+        check("hidden", x, dtype, {tokens, hidden});
+        check("weights", weights, ScalarType::Float, {tokens, top_k});
+        check("gate_up", gate_up, dtype, {experts, 2 * intermediate, hidden});
+        check("down", down, dtype, {experts, hidden, intermediate});
+    }
+};
+
+// The order that a forward returned, as a backward gets it: nothing in it may lead out of bounds.
+void check_order(const Experts& call, const Tensor& offsets, const Tensor& permutation, const Tensor& inverse) {
+    check("offsets", offsets, ScalarType::Int, {call.experts + 1});
+    check("permutation", permutation, ScalarType::Int, {call.rows});
+    check("inverse", inverse, ScalarType::Int, {call.rows});
+    const int32_t* bounds = data_of<int32_t>(offsets);
+    bool good = bounds[0] == 0 && bounds[call.experts] <= call.rows;
+    for (int64_t expert = 0; expert < call.experts; ++expert) good &= bounds[expert] <= bounds[expert + 1];
+    for (const Tensor* places : {&permutation, &inverse}) {
+        for (int64_t row = 0; row < call.rows; ++row) {
+            const int32_t place = data_of<int32_t>(*places)[row];
+            good &= place >= 0 && place < call.rows;
+        }
+    }
+    STD_TORCH_CHECK(good, "offsets, permutation, inverse: expected what the forward returned");
+}
+
+std::vector<int32_t> tokens_of(const int32_t* permutation, const Experts& call) {
+    std::vector<int32_t> token(call.rows);
+    for (int64_t row = 0; row < call.rows; ++row) token[row] = permutation[row] / static_cast<int32_t>(call.top_k);
+    return token;
+}
+
+// Up GEMM with gather and activation: `pre_activation` (S, 2 I) where it is kept (else null), `activated` (S, I).
+void up_projection(const Experts& call, const int32_t* offsets, const int32_t* token, const Tensor* pre_activation,
+                   const Tensor& activated) {
+    const MoeKernels& kernels = chosen_moe_kernels();
+    const std::vector<Block> blocks = blocks_of(offsets, call.experts, call.intermediate, kMoeGateColumns);
+    share(blocks.size(), 2 * offsets[call.experts] * call.intermediate * call.hidden, kernels.workspace,
+          [&](int64_t item, void* workspace) {
+              const Block& block = blocks[item];
+              const int64_t gate_row = block.expert * 2 * call.intermediate + block.column;
+              MoeGateBlock at = {};
+              at.element = call.element;
+              at.activation = call.activation;
+              at.rows = block.rows;
+              at.columns = block.columns;
+              at.hidden = call.hidden;
+              at.intermediate = call.intermediate;
+              at.tokens = ExpertRows{call.x, token}.at(block.row, 0);
+              at.weight = at_element(call.gate_up, gate_row * call.hidden);
+              if (pre_activation) {
+                  at.pre_activation = at_element(*pre_activation, block.row * 2 * call.intermediate + block.column);
+              }
+              at.activated = at_element(activated, block.row * call.intermediate + block.column);
+              kernels.up(at, workspace);
+          });
+}
+
+// out (T, H) = for each token the sum over its rows of weights * (rows weight[e]^T or rows weight[e]).
+void product_and_combine(const Experts& call, Transposed transposed, const Tensor& rows, const Tensor& weight,
+                         const int32_t* offsets, const int32_t* inverse, const float* weights, const Tensor& out) {
+    const MoeKernels& kernels = chosen_moe_kernels();
+    const int64_t fitting = kCombineBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(call.rows, 1);
+    const int64_t step = std::min(call.hidden, std::max(fitting / kMoeBlockColumns, int64_t{1}) * kMoeBlockColumns);
+    const Tensor waiting = empty_on(call.x, {call.rows, step}, ScalarType::Float);
+    for (int64_t column = 0; column < call.hidden; column += step) {
+        const int64_t columns = std::min(step, call.hidden - column);
+        grouped_product(transposed, {rows, nullptr}, weight, offsets, column, columns, waiting.data_ptr(), true);
+        constexpr int64_t kTokens = 16;
+        const int64_t items = (call.tokens + kTokens - 1) / kTokens;
+        share(items, call.rows * columns, 0, [&](int64_t item, void*) {
+            kernels.combine({call.element, data_of<float>(waiting), columns, inverse, call.top_k, offsets[call.experts],
+                             columns, weights, at_element(out, column), call.hidden},
+                            item * kTokens, std::min((item + 1) * kTokens, call.tokens));
+        });
+    }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_forward(const Tensor& x, const Tensor& indices,
+                                                                   const Tensor& weights, const Tensor& gate_up,
+                                                                   const Tensor& down, int64_t activation, bool keep) {
+    const Experts call(x, weights, gate_up, down, activation);
+    check("indices", indices, ScalarType::Long, {call.tokens, call.top_k});
+    const Tensor out = empty_on(x, {call.tokens, call.hidden}, call.dtype);
+    const Tensor pre_activation = empty_on(x, {keep ? call.rows : 0, 2 * call.intermediate}, call.dtype);
+    const Tensor offsets = empty_on(x, {call.experts + 1}, ScalarType::Int);
+    const Tensor permutation = empty_on(x, {call.rows}, ScalarType::Int);
+    const Tensor inverse = empty_on(x, {call.rows}, ScalarType::Int);
+    const Tensor activated = empty_on(x, {call.rows, call.intermediate}, call.dtype);
+    const int32_t* bounds = data_of<int32_t>(offsets);
+    sort_rows(data_of<int64_t>(indices), call.rows, call.experts, data_of<int32_t>(offsets),
+              data_of<int32_t>(permutation), data_of<int32_t>(inverse));
+    if (keep) {  // rows of sentinels are saved too, and nobody computes them
+        memset(at_element(pre_activation, bounds[call.experts] * 2 * call.intermediate), 0,
+               (call.rows - bounds[call.experts]) * 2 * call.intermediate * x.element_size());
+    }
+    const std::vector<int32_t> token = tokens_of(data_of<int32_t>(permutation), call);
+    up_projection(call, bounds, token.data(), keep ? &pre_activation : nullptr, activated);
+    product_and_combine(call, Transposed::yes, activated, down, bounds, data_of<int32_t>(inverse),
+                        data_of<float>(weights), out);
+    return {out, pre_activation, offsets, permutation, inverse};
+}
+
+// What a backward is to write; a gradient that is not needed is an empty tensor.
+struct Needed {
+    bool hidden, weights, gate_up, down;
+    bool pre_activation() const { return hidden || gate_up; }
+};
+
+// dS (T, K) from its partial sums (parts, S) in expert order; 0 for sentinels.
+void finish_weights_gradient(const Experts& call, const std::vector<float>& partial, int64_t parts,
+                             const int32_t* offsets, const int32_t* permutation, float* grad) {
+    for (int64_t row = 0; row < call.rows; ++row) {
+        double total = 0;
+        if (row < offsets[call.experts]) {
+            for (int64_t part = 0; part < parts; ++part) total += partial[part * call.rows + row];
+        }
+        grad[permutation[row]] = static_cast<float>(total);
+    }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down,
+    const Tensor& kept, const Tensor& offsets, const Tensor& permutation, const Tensor& inverse, int64_t activation,
+    bool need_hidden, bool need_weights, bool need_gate_up, bool need_down) {
+    const Experts call(x, weights, gate_up, down, activation);
+    const Needed needed = {need_hidden, need_weights, need_gate_up, need_down};
+    const MoeKernels& kernels = chosen_moe_kernels();
+    const int64_t width = call.intermediate;
+    check("grad", grad, call.dtype, {call.tokens, call.hidden});
+    check_order(call, offsets, permutation, inverse);
+    const int32_t* bounds = data_of<int32_t>(offsets);
+    const int32_t* order = data_of<int32_t>(permutation);
+    const std::vector<int32_t> token = tokens_of(order, call);
+    const bool recompute = kept.size(0) != call.rows;
+    const Tensor activated = empty_on(x, {recompute || needed.down ? call.rows : 0, width}, call.dtype);
+    const Tensor pre_activation = recompute ? empty_on(x, {call.rows, 2 * width}, call.dtype) : kept;
+    if (recompute) up_projection(call, bounds, token.data(), &pre_activation, activated);
+    check("pre_activation", pre_activation, call.dtype, {call.rows, 2 * width});
+
+    // dA' by blocks, and what follows from it element by element
+    std::vector<float> scales(call.rows);
+    for (int64_t row = 0; row < call.rows; ++row) scales[row] = data_of<float>(weights)[order[row]];
+    const int64_t parts = (width + kMoeGateColumns - 1) / kMoeGateColumns;
+    std::vector<float> partial(needed.weights ? parts * call.rows : 0);
+    const Tensor grad_pre = empty_on(x, {needed.pre_activation() ? call.rows : 0, 2 * width}, call.dtype);
+    const std::vector<Block> blocks = blocks_of(bounds, call.experts, width, kMoeGateColumns);
+    share(blocks.size(), bounds[call.experts] * width * call.hidden, kernels.workspace,
+          [&](int64_t item, void* workspace) {
+              const Block& block = blocks[item];
+              MoeGateBlock at = {};
+              at.element = call.element;
+              at.activation = call.activation;
+              at.rows = block.rows;
+              at.columns = block.columns;
+              at.hidden = call.hidden;
+              at.intermediate = width;
+              at.tokens = ExpertRows{grad, token.data()}.at(block.row, 0);
+              at.weight = at_element(call.down, block.expert * call.hidden * width + block.column);
+              at.pre_activation = at_element(pre_activation, block.row * 2 * width + block.column);
+              if (needed.down) at.activated = at_element(activated, block.row * width + block.column);
+              at.scales = scales.data() + block.row;
+              if (needed.weights) {
+                  at.grad_scales = partial.data() + block.column / kMoeGateColumns * call.rows + block.row;
+              }
+              if (needed.pre_activation()) at.grad_pre = at_element(grad_pre, block.row * 2 * width + block.column);
+              kernels.gate_backward(at, workspace);
+          });
+
+    const Tensor grad_hidden = empty_on(x, {needed.hidden ? call.tokens : 0, call.hidden}, call.dtype);
+    const Tensor grad_weights = empty_on(x, {needed.weights ? call.tokens : 0, call.top_k}, ScalarType::Float);
+    const Tensor grad_gate_up =
+        empty_on(x, {needed.gate_up ? call.experts : 0, 2 * width, call.hidden}, call.dtype);
+    const Tensor grad_down = empty_on(x, {needed.down ? call.experts : 0, call.hidden, width}, call.dtype);
+    if (needed.weights) {
+        finish_weights_gradient(call, partial, parts, bounds, order, data_of<float>(grad_weights));
+    }
+    if (needed.down) {
+        grouped_weight_gradient({grad, token.data()}, {activated, nullptr}, bounds, grad_down);
+    }
+    if (needed.gate_up) {
+        grouped_weight_gradient({grad_pre, nullptr}, {x, token.data()}, bounds, grad_gate_up);
+    }
+    if (needed.hidden) {
+        product_and_combine(call, Transposed::no, grad_pre, gate_up, bounds, data_of<int32_t>(inverse), nullptr,
+                            grad_hidden);
+    }
+    return {grad_hidden, grad_weights, grad_gate_up, grad_down};
+}
+
+}  // namespace
+
+}  // namespace r1kernels
