@@ -131,6 +131,7 @@ class Grpo:
     variant: str = "grpo"  # as in r1kernels.grpo_loss
     ratio: Literal["token", "sequence", "output"] = "token"
     reduction: str = "sequence"
+    fused_loss: bool = False  # hidden states to loss in one op, for large vocabularies; the same to rounding
     replay: bool = True  # routing of the rollout is replayed in the log-prob passes
     rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})
     bias_rate: float = at_least(0, 1e-3)

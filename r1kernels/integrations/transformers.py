@@ -1,6 +1,8 @@
-"""r1kernels under the mixture-of-experts models of transformers.
+"""r1kernels under the models of transformers: log-probs of any causal language model, routing and experts of mixtures.
 
     from r1kernels.integrations import transformers as r1
+
+    logp = r1.fused_logprobs(model, input_ids, attention_mask, labels)      # without the logits
 
     with r1.patch(model):                              # or patch = r1.patch(model) ... patch.undo()
         with r1.record_routing(model) as record:
@@ -28,6 +30,7 @@ from transformers.integrations import moe as transformers_moe
 from .. import backends, checks
 from ..moe import moe_experts, update_router_bias
 from .routing_record import ExpertLoad, RoutingRecord, RoutingReplay, pad_routing
+from .transformers_logprobs import fused_logprobs, output_head
 from .transformers_routers import ROUTERS, Control, check_router, install
 
 __all__ = [
@@ -37,6 +40,8 @@ __all__ = [
     "RoutingReplay",
     "collect_load",
     "experts_forward",
+    "fused_logprobs",
+    "output_head",
     "pad_routing",
     "patch",
     "record_routing",

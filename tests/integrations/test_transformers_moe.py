@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 import r1kernels
-from r1kernels import BackendError
+from r1kernels import BackendError, extension
 from r1kernels.integrations import transformers as r1
 
 VOCABULARY = 50
@@ -127,6 +127,22 @@ def test_logits_and_gradients_are_those_of_the_model(name):
     assert torch.equal(again[0].logits, own[0].logits)  # undone
     assert model.get_experts_implementation()[""] == "eager"
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_runs_on_the_kernels(dtype):
+    if extension.missing() is not None:
+        pytest.skip(str(extension.missing()))
+    model = build("DeepseekV3").to(dtype)
+    r1kernels.set_strict(True)  # an automatic choice of the reference is an error
+    try:
+        with r1.patch(model), torch.profiler.profile() as profile:
+            step(model, tokens())
+    finally:
+        r1kernels.set_strict(False)
+    ran = {event.key for event in profile.key_averages()}
+    for op in ("route_cpu", "route_cpu_backward", "moe_experts_cpu", "moe_experts_cpu_backward"):
+        assert f"r1kernels::{op}" in ran
 
 
 @pytest.mark.parametrize("name", ["DeepseekV3", "Qwen3Moe"])

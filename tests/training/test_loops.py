@@ -228,7 +228,9 @@ def test_the_metrics_are_complete_and_consistent(tmp_path):
     assert {
         "rollout_seconds",
         "reward_seconds",
-        "logprob_seconds",
+        "old_logprob_seconds",
+        "reference_logprob_seconds",
+        "new_logprob_seconds",
         "update_seconds",
         "tokens_per_second",
     } <= set(at.stage.metrics()[0])
@@ -250,8 +252,9 @@ def test_the_metrics_are_complete_and_consistent(tmp_path):
     json.dumps(sample)
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
-    config = replace(CONFIG, reference_every=2, save_every=2, steps=5)
+@pytest.mark.parametrize("fused_loss", [False, True])
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, fused_loss):
+    config = replace(CONFIG, reference_every=2, save_every=2, steps=5, fused_loss=fused_loss)
     expected, weights, _, whole = run_grpo(tmp_path / "whole", config)
     for stop_at in (1, 3, 4):
         with pytest.raises(Stop):
@@ -298,6 +301,24 @@ def test_other_ratios_and_reductions_learn_too(tmp_path, ratio, reduction):
     config = replace(CONFIG, steps=1, ratio=ratio, reduction=reduction)
     rows, _, _, _ = run_grpo(tmp_path / "a", config)
     assert math.isfinite(rows[0]["loss"]) and rows[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"reduction": "token", "kl_coef": 0.0}, {"ratio": "output", "clip": 10.0}, {"ratio": "sequence"},
+     {"variant": "cispo", "reduction": "constant"}],
+    ids=["token", "no KL", "output", "sequence", "cispo"],
+)  # fmt: skip
+def test_the_fused_loss_takes_the_same_step(tmp_path, changes, monkeypatch):
+    monkeypatch.setattr("training.loops.batch.MICRO_BATCH_TOKENS", 60)  # several forward passes an update
+    config = replace(CONFIG, steps=1, **changes)
+    rows, weights, _, _ = run_grpo(tmp_path / "a", config)
+    fused, fused_weights, _, _ = run_grpo(tmp_path / "b", replace(config, fused_loss=True))
+    assert set(fused[0]) == set(rows[0])
+    for name, value in rows[0].items():
+        assert fused[0][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    for name in weights:
+        torch.testing.assert_close(fused_weights[name], weights[name], rtol=1e-3, atol=2e-4)
 
 
 def test_routing_replay_can_be_turned_off(tmp_path):

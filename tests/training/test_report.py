@@ -10,7 +10,7 @@ from training.recipe import load
 from training.report import write_report
 from training.report.curves import smooth
 from training.report.samples import response_html
-from training.report.tables import rejections_of
+from training.report.tables import TIMES, rejections_of
 from training.run_dir import RunDir
 
 POLICIES = ("base", "zero", "sft1", "rl_reasoning", "sft2", "rl_all", "distill-qwen2", "distill-llama")
@@ -33,10 +33,7 @@ def grpo_row(step, steps):
         "zero_std_groups": 0.6 * done,
         "loss": 0.001,
         "expert_load": 1.5 - 0.2 * done,
-        **{
-            f"{part}_seconds": 0.1 * (index + 1)
-            for index, part in enumerate(("rollout", "reward", "logprob", "update"))
-        },
+        **{f"{part}_seconds": 0.1 * (index + 1) for index, part in enumerate(TIMES)},
     }
 
 

@@ -72,19 +72,25 @@ def micro_batches(completions: Sequence[Completion]) -> Iterator[list[int]]:
         yield piece
 
 
-class Logprobs(NamedTuple):
-    """logp and entropy (B, L) at the places of Batch.targets, float32, 0 elsewhere; agreement: the share of replayed
+class States(NamedTuple):
+    """Hidden states (N, H) that predict the N response tokens of a batch, row by row; agreement: the share of replayed
     choices that the live router would have made too, nan without replay."""
+
+    hidden: Tensor
+    agreement: float
+
+
+class Logprobs(NamedTuple):
+    """logp and entropy (B, L) at the places of Batch.targets, float32, 0 elsewhere (the entropy everywhere where it was not
+    asked for); agreement: see States."""
 
     logp: Tensor
     entropy: Tensor
     agreement: float
 
 
-def logprobs(
-    model: PreTrainedModel, batch: Batch, temperature: float, load: StepLoad | None = None
-) -> Logprobs:
-    """Log-prob and entropy of every response token at `temperature`, with the routing of the batch replayed.
+def states(model: PreTrainedModel, batch: Batch, load: StepLoad | None = None) -> States:
+    """The model without its head, with the routing of the batch replayed.
 
     load: counts the tokens of every expert, where given.
     """
@@ -93,16 +99,29 @@ def logprobs(
     with replaying as replay, counting:
         # Padding stands on the right, where causal attention never sees it: no attention mask is needed.
         hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-    logp, entropy = r1kernels.linear_logprobs(
-        hidden[batch.response_mask],
-        model.get_output_embeddings().weight,
-        batch.targets[batch.response_mask],
+    return States(hidden[batch.response_mask], math.nan if replay is None else replay.agreement)
+
+
+def logprobs(
+    model: PreTrainedModel,
+    batch: Batch,
+    temperature: float,
+    load: StepLoad | None = None,
+    entropy: bool = False,
+) -> Logprobs:
+    """Log-prob and, with `entropy`, the entropy of every response token at `temperature`; see `states`."""
+    found = states(model, batch, load)
+    results = r1kernels.linear_logprobs(
+        found.hidden,
+        targets=batch.targets[batch.response_mask],
         temperature=temperature,
-        return_entropy=True,
+        return_entropy=entropy,
+        **integration.output_head(model)._asdict(),
     )
+    logp, value = results if entropy else (results, None)
     empty = torch.zeros(batch.targets.shape, dtype=logp.dtype, device=logp.device)
     return Logprobs(
         empty.masked_scatter(batch.response_mask, logp),
-        empty.masked_scatter(batch.response_mask, entropy),
-        math.nan if replay is None else replay.agreement,
+        empty if value is None else empty.masked_scatter(batch.response_mask, value),
+        found.agreement,
     )

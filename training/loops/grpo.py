@@ -8,9 +8,8 @@ first update, with the routing of the rollout replayed in all passes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ import r1kernels
 from training import checkpoint, rewards, seeding
 from training.context import StageContext
 from training.loops.batch import collate, logprobs, micro_batches
+from training.loops.loss import policy_loss
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.loops.sample import Completion, Prompt, sample
 from training.model import StepLoad, frozen_copy
@@ -92,7 +92,7 @@ def _step(
     context: StageContext,
     step: int,
 ) -> dict[str, float]:
-    clock = _Clock()
+    clock = _Clock(policy.device)
     key = (context.recipe.seed, context.name)
     completions = sample(
         policy,
@@ -117,8 +117,7 @@ def _step(
     clock.mark("reward")
     pad = tokenizer.pad_token_id
     policy.eval()  # no dropout: the policy that samples and the one that learns are the same function
-    old, ref, entropy = _fixed_logprobs(policy, reference, completions, pad, config)
-    clock.mark("logprob")
+    old, ref, entropy = _fixed_logprobs(policy, reference, completions, pad, config, clock)
     order = seeding.numpy_rng(*key, "minibatches", step).permutation(len(completions))
     parts: list[dict[str, float]] = []
     lr = learning_rate(
@@ -132,8 +131,9 @@ def _step(
     for chosen in torch.from_numpy(order).tensor_split(config.minibatches):
         rows = [int(i) for i in chosen if valid[i]]
         if rows:
-            parts.append(_update(policy, optimizer, completions, rows, old, ref, advantages, pad, config, lr))
-    clock.mark("update")
+            parts.append(
+                _update(policy, optimizer, completions, rows, old, ref, advantages, pad, config, lr, clock)
+            )
     tokens = sum(len(c.token_ids) for c in completions)
     return {
         **_reward_metrics(scored, values, valid, config.group_size),
@@ -156,7 +156,12 @@ def max_new_tokens(config: Grpo, step: int) -> int:
 
 @torch.no_grad()
 def _fixed_logprobs(
-    policy: PreTrainedModel, reference: PreTrainedModel, completions: list[Completion], pad: int, config: Grpo
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    completions: list[Completion],
+    pad: int,
+    config: Grpo,
+    clock: _Clock,
 ) -> tuple[list[Tensor], list[Tensor] | None, float]:
     """Log-probs of every response under the policy as it is now and under the reference; mean entropy a token."""
     old: dict[int, Tensor] = {}
@@ -164,11 +169,13 @@ def _fixed_logprobs(
     entropy = 0.0
     for rows in micro_batches(completions):
         batch = collate([completions[i] for i in rows], pad, policy.device, config.replay)
-        found = logprobs(policy, batch, config.temperature)
+        found = logprobs(policy, batch, config.temperature, entropy=True)
         entropy += float(found.entropy.sum())
         old.update(zip(rows, found.logp, strict=True))
+        clock.mark("old_logprob")
         if config.kl_coef:
             ref.update(zip(rows, logprobs(reference, batch, config.temperature).logp, strict=True))
+            clock.mark("reference_logprob")
     everything = range(len(completions))
     tokens = sum(len(c.token_ids) for c in completions)
     return [old[i] for i in everything], [ref[i] for i in everything] if ref else None, entropy / tokens
@@ -185,6 +192,7 @@ def _update(
     pad: int,
     config: Grpo,
     lr: float,
+    clock: _Clock,
 ) -> dict[str, float]:
     """One optimizer step on the responses `rows`, in micro-batches whose losses add up to that of the minibatch."""
     chosen = [completions[i] for i in rows]
@@ -200,16 +208,18 @@ def _update(
     for piece in micro_batches(chosen):
         batch = collate([chosen[i] for i in piece], pad, policy.device, config.replay)
         ids = [rows[i] for i in piece]
-        found = logprobs(policy, batch, config.temperature, load)
-        width = batch.targets.shape[1]
-        output = r1kernels.grpo_loss(
-            found.logp,
-            _stack(old, ids, width),
-            advantages[ids].to(found.logp),
-            batch.response_mask,
-            ref_logp=None if ref is None else _stack(ref, ids, width),
-            **loss_arguments(config, totals),
+        found = policy_loss(
+            policy,
+            batch,
+            [old[i] for i in ids],
+            None if ref is None else [ref[i] for i in ids],
+            advantages[ids],
+            config,
+            totals,
+            load,
         )
+        output = found.output
+        clock.mark("new_logprob")
         output.loss.backward()
         loss += float(output.loss.detach())
         share = int(batch.response_mask.sum()) / totals["num_tokens"]
@@ -220,9 +230,11 @@ def _update(
         if batch.routing is not None:
             sums["replay_agreement"] = sums.get("replay_agreement", 0.0) + share * found.agreement
         maxima = max(maxima, measured.get("ratio/max", 0.0))
+        clock.mark("update")
     norm, taken = optimizer.step(loss, lr)
     if taken:
         load.update_bias(config.bias_rate)
+    clock.mark("update")
     return {"loss": loss, **sums, "ratio_max": maxima, "grad_norm": norm, "expert_load": load.max_over_mean()}
 
 
@@ -233,35 +245,6 @@ METRICS = {
     "clip_low": "clip_ratio/low_mean",
     "clip_high": "clip_ratio/high_mean",
 }
-
-
-def loss_arguments(config: Grpo, totals: dict[str, int]) -> dict[str, Any]:
-    """Keyword arguments of r1kernels.grpo_loss for a recipe; only those that its variant knows."""
-    arguments: dict[str, Any] = {
-        "variant": config.variant,
-        "reduction": config.reduction,
-        "kl_coef": config.kl_coef,
-    }
-    if config.variant in ("grpo", "dual_clip", "gmpo"):
-        arguments |= {"clip_low": config.clip, "clip_high": config.clip}
-    if config.variant in ("grpo", "dual_clip", "cispo", "sapo"):
-        arguments["ratio"] = config.ratio
-    needed = {
-        "sequence": ("num_sequences",),
-        "sequence-sum": ("num_sequences",),
-        "token": ("num_tokens",),
-        "constant": ("num_sequences", "max_length"),
-    }
-    return arguments | {name: totals[name] for name in needed.get(config.reduction, ())}
-
-
-def _stack(values: list[Tensor], rows: Sequence[int], width: int) -> Tensor:
-    """Rows of log-probs, cut or padded by 0 to one width."""
-    stacked = values[0].new_zeros((len(rows), width))
-    for row, i in enumerate(rows):
-        length = min(width, values[i].shape[0])
-        stacked[row, :length] = values[i][:length]
-    return stacked
 
 
 def _reward_metrics(scored: list[Scored], values: Tensor, valid: Tensor, group_size: int) -> dict[str, float]:
@@ -331,13 +314,18 @@ def _final(rows: list[dict[str, float]], steps: int) -> dict[str, float]:
 
 
 class _Clock:
-    """Wall-clock seconds of the parts of a step, under their names in metrics.jsonl."""
+    """Wall-clock seconds of the parts of a step, under their names in metrics.jsonl; what a part queued on a GPU is its."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
+        self._device = device
         self._last = time.perf_counter()
 
     def mark(self, part: str) -> None:
+        """Adds the time since the last mark to `part`."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         now = time.perf_counter()
-        self.seconds[f"{part}_seconds"] = now - self._last
+        name = f"{part}_seconds"
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now

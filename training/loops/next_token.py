@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import r1kernels
+from r1kernels.integrations import transformers as integration
 from training import seeding
 from training.context import StageContext
 from training.errors import UserError
@@ -98,7 +99,8 @@ def _step(
         with load.counting(mask):
             # Padding stands on the right, where causal attention never sees it: no attention mask is needed.
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        logp = r1kernels.linear_logprobs(hidden[:, :-1], model.get_output_embeddings().weight, targets)
+        head = integration.output_head(model)
+        logp = r1kernels.linear_logprobs(hidden[:, :-1], targets=targets, **head._asdict())
         part = -logp.sum() / total
         part.backward()
         loss += float(part.detach())

@@ -11,7 +11,7 @@ from training.recipe import Recipe
 from training.report.marks import MARKS, MORE_MARKS, evaluation_rows, marks_of, number
 from training.run_dir import RunDir
 
-TIMES = ("rollout", "reward", "logprob", "update")
+TIMES = ("rollout", "reward", "old_logprob", "reference_logprob", "new_logprob", "update")
 DATA_STAGES = ("cold_start", "rejection", "distill")
 
 

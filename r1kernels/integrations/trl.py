@@ -1,0 +1,72 @@
+"""r1kernels under TRL (1.15 and newer; the log-prob functions also under older versions).
+
+    from r1kernels.integrations import trl as r1
+
+    with r1.patch():                                   # or patch = r1.patch() ... patch.undo()
+        trainer = GRPOTrainer(...)
+        trainer.train()
+
+Trainers look these functions up when they call them: a trainer that exists already is served too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from . import trl_grpo, trl_linear
+from .patching import Patch
+from .trl_logprobs import replacements
+
+__all__ = ["Patch", "patch", "patch_logprobs", "patch_loss"]
+
+
+def patch(*, linear: bool = False) -> Patch:
+    """``patch_logprobs`` and ``patch_loss`` together.
+
+    Returns:
+        Patch, with ``undo()``; also a context manager.
+    """
+    functions = replacements()
+    trl_grpo.check_trainer()
+    return Patch("trl", functions, [_loss(linear)])
+
+
+def patch_logprobs() -> Patch:
+    """Let TRL's fused head and its log-prob functions run on ``linear_logprobs`` and ``token_logprobs``.
+
+    That is ``_ChunkedLogProbFunction`` (every trainer with a fused head: SFT, DPO, GRPO, ...), ``selective_log_softmax``,
+    ``entropy_from_logits`` and the function of both, in ``trl.trainer.utils`` and wherever TRL has imported them. Results
+    are float32. A target of -100 gives 0.
+
+    Raises:
+        ValueError: TRL is patched already. RuntimeError: the installed functions have other parameters or outputs than those
+            known here. Nothing is changed then.
+    """
+    return Patch("trl", replacements())
+
+
+def patch_loss(*, linear: bool = False) -> Patch:
+    """Let ``GRPOTrainer`` compute its loss by ``grpo_loss``, for every loss type and option of TRL.
+
+    The loss, its gradient and the logged metrics are TRL's to rounding. One thing is refused that TRL ignores: ``delta``
+    with a loss type that has no clip. Subclasses that have a ``_compute_loss`` of their own keep it.
+
+    Args:
+        linear: go from hidden states to the loss in one op, ``linear_grpo_loss``, where that fits: one optimizer step a
+            generation, a model that no wrapper shards, none of off-policy mask, top-entropy mask, entropy bonus, auxiliary
+            loss, images and VESPO.
+
+    Raises:
+        ValueError: TRL is patched already. RuntimeError: the loss of the installed TRL depends on options or inputs that are
+            not known here. Nothing is changed then.
+    """
+    trl_grpo.check_trainer()
+    return Patch("trl", methods=[_loss(linear)])
+
+
+def _loss(linear: bool) -> tuple[type, str, Callable[..., Any]]:
+    function = trl_linear.compute_loss if linear else trl_grpo.compute_loss
+    return GRPOTrainer, "_compute_loss", function

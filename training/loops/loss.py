@@ -1,0 +1,97 @@
+"""The policy loss of one micro-batch: from its tokens to the output of r1kernels.grpo_loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import r1kernels
+from r1kernels.integrations import transformers as integration
+from training.loops.batch import Batch, logprobs, states
+from training.model import StepLoad
+from training.recipe import Grpo
+
+
+class PolicyLoss(NamedTuple):
+    """The output of the loss op, and the agreement of replayed with live routing (see batch.States)."""
+
+    output: r1kernels.GRPOOutput
+    agreement: float
+
+
+def policy_loss(
+    policy: PreTrainedModel,
+    batch: Batch,
+    old: Sequence[Tensor],
+    ref: Sequence[Tensor] | None,
+    advantages: Tensor,
+    config: Grpo,
+    totals: dict[str, int],
+    load: StepLoad,
+) -> PolicyLoss:
+    """The forward pass under the policy and its loss.
+
+    With config.fused_loss, from the hidden states in one op (no (N, V) logits, no log-probs); else log-probs first.
+
+    Args:
+        old, ref: log-probs of every response of the batch, each (L,) for some L.
+        advantages: (B,).
+        totals: responses, tokens and longest length of the whole minibatch.
+        load: counts the tokens of every expert.
+    """
+    width, mask = batch.targets.shape[1], batch.response_mask
+    old_logp = _stack(old, width)
+    ref_logp = None if ref is None else _stack(ref, width)
+    advantages = advantages.to(old_logp)
+    arguments = loss_arguments(config, totals)
+    if not config.fused_loss:
+        found = logprobs(policy, batch, config.temperature, load)
+        output = r1kernels.grpo_loss(found.logp, old_logp, advantages, mask, ref_logp=ref_logp, **arguments)
+        return PolicyLoss(output, found.agreement)
+    hidden, agreement = states(policy, batch, load)
+    output = r1kernels.linear_grpo_loss(
+        hidden,
+        targets=batch.targets[mask],
+        old_logp=old_logp[mask],
+        advantages=advantages,
+        mask=torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device),
+        ref_logp=None if ref_logp is None else ref_logp[mask],
+        cu_seqlens=torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)),
+        temperature=config.temperature,
+        **integration.output_head(policy)._asdict(),
+        **arguments,
+    )
+    return PolicyLoss(output, agreement)
+
+
+def loss_arguments(config: Grpo, totals: dict[str, int]) -> dict[str, Any]:
+    """Keyword arguments of r1kernels.grpo_loss for a recipe; only those that its variant knows."""
+    arguments: dict[str, Any] = {
+        "variant": config.variant,
+        "reduction": config.reduction,
+        "kl_coef": config.kl_coef,
+    }
+    if config.variant in ("grpo", "dual_clip", "gmpo"):
+        arguments |= {"clip_low": config.clip, "clip_high": config.clip}
+    if config.variant in ("grpo", "dual_clip", "cispo", "sapo"):
+        arguments["ratio"] = config.ratio
+    needed = {
+        "sequence": ("num_sequences",),
+        "sequence-sum": ("num_sequences",),
+        "token": ("num_tokens",),
+        "constant": ("num_sequences", "max_length"),
+    }
+    return arguments | {name: totals[name] for name in needed.get(config.reduction, ())}
+
+
+def _stack(values: Sequence[Tensor], width: int) -> Tensor:
+    """Rows of log-probs, cut or padded by 0 to one width."""
+    stacked = values[0].new_zeros((len(values), width))
+    for row, value in enumerate(values):
+        length = min(width, value.shape[0])
+        stacked[row, :length] = value[:length]
+    return stacked
