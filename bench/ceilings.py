@@ -1,0 +1,95 @@
+"""The three ceilings of the machine, measured in the same run as everything else: bytes, FLOPs and exponentials a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import r1kernels
+
+from .cases import DTYPES, Case, Work
+from .timing import Clock
+
+BOUNDS = ("bandwidth", "GEMM", "exp")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """bytes_per_second: read plus written by a large copy. flops_per_second: a large GEMM, by dtype.
+
+    exps_per_second: in float32 over values that stay in the cache, by torch.exp or by the forward of token_logprobs
+    over as many logits, whichever is faster: a floor must not lie above what can be reached.
+    """
+
+    bytes_per_second: float
+    flops_per_second: dict[str, float]
+    exps_per_second: float
+
+    def floor(self, work: Work, dtype: str) -> tuple[float, str]:
+        """The least seconds that the work takes, and which ceiling says so."""
+        seconds = {
+            "bandwidth": work.bytes / self.bytes_per_second,
+            "GEMM": work.flops / self.flops_per_second[dtype],
+            "exp": work.exps / self.exps_per_second,
+        }
+        bound = max(BOUNDS, key=seconds.__getitem__)
+        return seconds[bound], bound
+
+    def floors(self, case: Case) -> dict[str, tuple[float, str]]:
+        """Phase -> (seconds, bound); forward+backward is the sum, bound by the larger part."""
+        found = {phase: self.floor(work, case.dtype) for phase, work in case.work().items()}
+        if found:
+            found["inference"] = found["forward"]
+            larger = max(found["forward"], found["backward"])
+            found["forward+backward"] = (found["forward"][0] + found["backward"][0], larger[1])
+        return found
+
+
+def measure(device: torch.device, rounds: int = 5) -> Ceilings:
+    """The best of a few rounds of each."""
+    cuda = device.type == "cuda"
+    flops = {}
+    size = 8192 if cuda else 2048
+    for name, dtype in DTYPES.items():
+        left = torch.randn(size, size, device=device).to(dtype)
+        right = torch.randn(size, size, device=device).to(dtype)
+        flops[name] = 2 * size**3 / _best(device, rounds, lambda a=left, b=right: a @ b)  # type: ignore[misc]
+
+    return Ceilings(_copy(device, rounds), flops, _exps(device, rounds))
+
+
+def _exps(device: torch.device, rounds: int) -> float:
+    """Exponentials a second over half a megabyte a thread, in its own cache, and over as much as the last cache holds."""
+    found = []
+    for rows in (256,) if device.type == "cuda" else (4 * torch.get_num_threads(), 64):
+        cached = torch.randn(rows, 32768, device=device)
+        targets = torch.zeros(rows, dtype=torch.int64, device=device)
+        result = torch.empty_like(cached)
+        for function in (
+            lambda x=cached, out=result: torch.exp(x, out=out),
+            lambda x=cached, y=targets: r1kernels.token_logprobs(x, y),
+        ):
+            seconds = _best(device, rounds, lambda f=function: [f() for _ in range(30)])  # type: ignore[misc]
+            found.append(30 * cached.numel() / seconds)
+    return max(found)
+
+
+def _copy(device: torch.device, rounds: int) -> float:
+    """Bytes a second, read plus written, of a copy far larger than the caches."""
+    source = torch.ones(1 << 30 if device.type == "cuda" else 1 << 26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(device, rounds, lambda: target.copy_(source))
+
+
+def _best(device: torch.device, rounds: int, function: Callable[[], object]) -> float:
+    clock = Clock(device)
+    function()
+    seconds = []
+    for _ in range(rounds):
+        clock.mark()
+        function()
+        clock.mark()
+        seconds += clock.seconds()
+    return min(seconds)

@@ -1,0 +1,80 @@
+"""The tables of README and docs that come from committed results, written between marks.
+
+    <!-- bench: headline -->
+    ...
+    <!-- end -->
+
+``python -m bench documents`` writes them anew; a test holds them against the results.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import precision, results
+from .report import markdown, tables
+
+ROOT = Path(__file__).parents[1]
+FILES = (ROOT / "README.md", ROOT / "docs/benchmarks.md", ROOT / "docs/logprob.md")
+_BLOCK = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _ops() -> dict[str, Any]:
+    return results.load(ROOT / "bench/results/cpu/ops.json")
+
+
+def headline() -> str:
+    """The headline table of the CPU, the sentence about the machine, and where we are not the best."""
+    record = _ops()
+    table = tables.headline(record)
+    lost = [f"- {line}" for line in tables.not_best(record)]
+    parts = [markdown.summary(record), table.note, markdown.rows(table), f"**{tables.NOT_ON_A_GPU}**"]
+    return "\n\n".join([*parts, *(["Where we are not the best:\n\n" + "\n".join(lost)] if lost else [])])
+
+
+def inference() -> str:
+    """The same for a forward without gradients."""
+    table = tables.inference(_ops())
+    return f"{table.note}\n\n{markdown.rows(table)}"
+
+
+def cases() -> str:
+    """Every implementation of every case."""
+    return "\n\n".join(markdown.section(tables.case_table(case), level=3) for case in _ops()["cases"])
+
+
+def exactness() -> str:
+    """The tables of ``python -m bench precision``."""
+    record = json.loads((ROOT / "bench/results/cpu/precision.json").read_text(encoding="utf-8"))
+    return "\n\n".join(markdown.section(one, level=3) for one in precision.tables(record))
+
+
+BLOCKS: Mapping[str, Callable[[], str]] = {
+    "headline": headline,
+    "inference": inference,
+    "cases": cases,
+    "precision": exactness,
+}
+
+
+def filled(text: str) -> str:
+    """A document with what stands between its marks made anew.
+
+    Raises:
+        KeyError: a mark names no block.
+    """
+    return _BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]]()}\n{found[3]}", text)
+
+
+def main() -> None:
+    """The command."""
+    for path in FILES:
+        before = path.read_text(encoding="utf-8")
+        after = filled(before)
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+            print(path.relative_to(ROOT))

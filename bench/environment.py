@@ -1,0 +1,73 @@
+"""What the numbers were measured on: the device, the versions, the threads; no name of a host, no path."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import r1kernels
+from r1kernels import extension
+
+from .peers import version
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "verl",
+)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Facts about the machine and what runs on it, for one kind of device."""
+    found: dict[str, Any] = {
+        "device": device,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "r1kernels": r1kernels.__version__,
+        "commit": commit(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+    failure = extension.missing()
+    found["extension"] = failure or f"built, runs {extension.chosen_isa()}"
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = properties.name
+        found["gpu_memory_bytes"] = properties.total_memory
+        found["capability"] = f"sm_{properties.major}{properties.minor}"
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def commit() -> str:
+    """The commit of this checkout, with a mark where files differ from it; "unknown" outside of a checkout."""
+    root = Path(__file__).parents[1]
+    try:
+        revision = _git(root, "rev-parse", "--short=10", "HEAD")
+        return revision + (" and changes" if _git(root, "status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()

@@ -1,0 +1,166 @@
+"""``python -m bench guard``: have the main CPU kernels become slower than the committed baseline?
+
+A time is not comparable between two days of one machine; a ratio to a yardstick timed in the same rounds is. Forward and
+backward of each kernel are divided by a pass of torch.exp over as many values (for logits and log-probs) or by the bare
+GEMMs of the op in float32, shortest round by shortest round; where memory happens to lie changes a time too, so rounds are
+taken with fresh tensors REPEATS times. Hardware counters, which would do better, are missing in most virtual
+machines. The command ends with an error where a ratio has grown by more than BAND.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import families, measure, results, timing
+from .cases import Case
+from .environment import environment
+from .numerics import Exact, allowed, error
+from .peers import Inputs, Peer
+
+BASELINE = Path(__file__).parent / "results/cpu/guard.json"
+# wider than what two runs on one machine differ by
+BAND = 0.3
+ROUNDS, REPEATS = 15, 4
+SCHEMA = 1
+
+_LOGITS = {"N": 256, "V": 32768}
+GUARDED = (
+    Case("token_logprobs", "cpu", "float32", _LOGITS),
+    Case("token_logprobs", "cpu", "bfloat16", _LOGITS),
+    Case("linear_logprobs", "cpu", "float32", {"N": 512, "V": 16384, "H": 256}),
+    Case("linear_logprobs", "cpu", "bfloat16", {"N": 512, "V": 16384, "H": 256}),
+    Case("grouped_logprobs", "cpu", "float32", {"B": 64, "L": 32, "G": 8, "V": 4096}, "padded"),
+    Case("grpo_loss", "cpu", "float32", {"B": 64, "L": 1024}, "padded"),
+    Case("moe_experts", "cpu", "float32", {"T": 256, "H": 256, "I": 128, "E": 16, "K": 4}),
+    Case("moe_experts", "cpu", "bfloat16", {"T": 256, "H": 256, "I": 128, "E": 16, "K": 4}),
+    Case("route", "cpu", "float32", {"T": 2048, "E": 256, "K": 8}),
+)
+
+
+def ratios(say: Callable[[str], None]) -> dict[str, dict[str, float]]:
+    """Case -> phase -> our shortest round over the yardstick's; without ops that the reference serves.
+
+    The page faults of its large temporaries do not repeat themselves, and it is no kernel.
+
+    Raises:
+        SystemExit: a kernel gives wrong results, so that its time means nothing.
+    """
+    found = {}
+    for case in GUARDED:
+        if _backend(case) == "reference":
+            say(f"{case.id}: no kernel serves it here")
+            continue
+        repeats = [_shortest(case) for _ in range(REPEATS)]
+        found[case.id] = {
+            phase: min(ours[phase] for ours, _ in repeats) / min(its[phase] for _, its in repeats)
+            for phase in ("forward", "backward")
+        }
+        say(f"{case.id}: {', '.join(f'{phase} {value:.3g}' for phase, value in found[case.id].items())}")
+        measure.release()
+    return found
+
+
+def _backend(case: Case) -> str:
+    op = families.OPS[case.op]
+    return op.ours.backend(case, op.inputs(case, torch.device("cpu")))
+
+
+def _shortest(case: Case) -> tuple[timing.Phases, timing.Phases]:
+    """The shortest rounds of ours and of the yardstick."""
+    op, device = families.OPS[case.op], torch.device("cpu")
+    inputs = op.inputs(case, device)
+    exact = op.exact(case, inputs)
+    for leaf in inputs.leaves:
+        inputs[leaf].requires_grad_()
+    # of ours the last: in place where there is such a form, since the page faults of a large result are not repeatable
+    peer = [peer for peer in op.peers if peer.kind == "ours"][-1 if case.op == "token_logprobs" else 0]
+    call, prepare = peer.make(case, inputs), peer.prepare or (lambda inputs: inputs)
+    _check(case, call, prepare(inputs), exact, op.comparable)
+    yardstick = _yardstick(case, inputs, op.peers)
+    clock = timing.Clock(device)
+    ours: list[timing.Phases] = []
+    its: list[timing.Phases] = []
+    for _ in range(ROUNDS + 1):
+        ours.append(timing.train(call, prepare(inputs), clock))
+        its.append(yardstick(clock))
+    # the first round of both is a warm-up
+    first, second = (
+        {phase: min(one[phase] for one in rounds[1:]) for phase in ("forward", "backward")}
+        for rounds in (ours, its)
+    )
+    return first, second
+
+
+def _check(
+    case: Case,
+    call: Callable[[Inputs], Mapping[str, torch.Tensor]],
+    inputs: Inputs,
+    exact: Mapping[str, Exact],
+    comparable: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+) -> None:
+    outputs = call(inputs)
+    found = comparable({**outputs, **timing.differentiate(*timing.upstream(outputs, inputs), inputs)})
+    for name, value in found.items():
+        off = error(value, exact[name])
+        if not off <= allowed(None, case.torch_dtype):
+            raise SystemExit(f"FAILED {case.id}: {name} is off by {off:.2g}")
+
+
+def _yardstick(
+    case: Case, inputs: Inputs, peers: tuple[Peer, ...]
+) -> Callable[[timing.Clock], timing.Phases]:
+    """The bare GEMMs of the op where it has some, else torch.exp over values like those of its first leaf."""
+    for peer in peers:
+        if peer.kind == "floor":
+            single = {
+                name: tensor.detach().float() if tensor.is_floating_point() else tensor
+                for name, tensor in inputs.tensors.items()
+            }
+            functions = peer.make(replace(case, dtype="float32"), replace(inputs, tensors=single))
+            return lambda clock: timing.floor(functions, clock)
+    values = inputs[inputs.leaves[0]].detach().float()
+    target = torch.empty_like(values)
+
+    def once() -> object:
+        return torch.exp(values, out=target)
+
+    return lambda clock: timing.floor({"forward": once, "backward": once}, clock)
+
+
+def main(update: bool, baseline: Path = BASELINE) -> int:
+    """The command: 1 if a kernel is slower than the baseline by more than BAND."""
+    if not update and not baseline.is_file():
+        raise SystemExit(f"{baseline}: there is no baseline yet; write one with --update")
+    found = ratios(lambda text: print(text, flush=True))
+    if update:
+        record: dict[str, Any] = {
+            "schema": SCHEMA,
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "environment": environment("cpu"),
+            "ratios": {
+                name: {phase: results.short(value) for phase, value in phases.items()}
+                for name, phases in found.items()
+            },
+        }
+        results.save(baseline, record)
+        return 0
+    slower = compare(json.loads(baseline.read_text(encoding="utf-8"))["ratios"], found)
+    print("\n".join(slower) if slower else "no kernel is slower than the baseline")
+    return 1 if slower else 0
+
+
+def compare(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line for every phase whose ratio has grown by more than BAND."""
+    return [
+        f"SLOWER {name}, {phase}: {before[name][phase]:.3g} before, {value:.3g} now"
+        for name, phases in after.items()
+        for phase, value in phases.items()
+        if name in before and value > before[name][phase] * (1 + BAND)
+    ]

@@ -1,0 +1,234 @@
+"""One case, measured: every implementation checked against float64, then all of them timed in turn, A B A B."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from . import families, memory, timing
+from .cases import Case
+from .numerics import Exact, allowed, error
+from .peers import EAGER, Inputs, Peer, Unavailable, version
+
+MOST_ROUNDS, FEWEST_ROUNDS = 40, 5
+# of a round that is longer than this, three have to do
+_LONG_SECONDS = 6.0
+_L2_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a case may take: seconds for all timed rounds together."""
+
+    seconds: float
+
+    @classmethod
+    def of(cls, device: str, quick: bool) -> Effort:
+        """A GPU repeats itself better, and its minutes are dear."""
+        if device == "cuda":
+            return cls(1.5) if quick else cls(3.0)
+        return cls(8.0) if quick else cls(40.0)
+
+
+@dataclass
+class Row:
+    """What was found about one implementation in one case.
+
+    status: "ok", "failed" (its numbers break the rule: it gets no time) or "unavailable"; reason says why.
+    errors, limits: name of a result -> its error against float64, and what the rule allows.
+    samples: phase -> seconds of every round.
+    """
+
+    peer: str
+    kind: str
+    package: str
+    version: str | None
+    status: str = "ok"
+    reason: str = ""
+    backend: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+
+
+@dataclass
+class _Running:
+    peer: Peer
+    row: Row
+    call: Any
+    replayed: timing.Replayed | None = None
+
+
+def measure(
+    case: Case, effort: Effort, compiles: bool = True, progress: Callable[[str], None] = print
+) -> list[Row]:
+    """Rows of all implementations of a case; without ``compiles`` of those that need no compilation.
+
+    Raises:
+        Unavailable: the case does not fit the memory of the machine.
+    """
+    device = torch.device(case.device)
+    need, free = case.need_bytes(), memory.available_bytes(device)
+    if need > free:
+        raise Unavailable(f"needs about {need / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free")
+    op = families.OPS[case.op]
+    inputs = op.inputs(case, device)
+    exact = op.exact(case, inputs)
+    for leaf in inputs.leaves:
+        inputs[leaf].requires_grad_()
+    running, rows = [], []
+    for peer in op.peers_on(case.device, compiles):
+        row = Row(peer.name, peer.kind, peer.package, version(peer.package))
+        rows.append(row)
+        call = _first_calls(case, peer, row, inputs, exact)
+        if row.status == "ok":
+            running.append(_Running(peer, row, call))
+    _judge(rows, case)
+    running = [one for one in running if one.row.status == "ok"]
+    if running:
+        _time(running, inputs, case, effort, progress)
+    return rows
+
+
+def _first_calls(case: Case, peer: Peer, row: Row, inputs: Inputs, exact: dict[str, Exact]) -> Any:
+    """Errors, peak and saved bytes of one implementation; what to call in the timed rounds."""
+    device, op = torch.device(case.device), families.OPS[case.op]
+    try:
+        call = peer.make(case, inputs)
+        if peer.kind == "floor":
+            with memory.Peak(device):
+                timing.floor(call, timing.Clock(device))
+            return call
+        if peer.kind == "ours":
+            row.backend = op.ours.backend(case, inputs)
+        if peer.compiles:
+            timing.train(call, _fresh(peer, inputs), timing.Clock(device))
+        ready = _fresh(peer, inputs)
+        parameters = [inputs[name] for name in ("weight", "gate_up", "down") if name in inputs.tensors]
+        with memory.Peak(device) as peak:
+            with memory.counting_saved(parameters) as saved:
+                outputs = call(ready)
+            found = {**outputs, **timing.differentiate(*timing.upstream(outputs, ready), ready)}
+        found = op.comparable(found)
+        row.peak_bytes, row.saved_bytes = peak.bytes, saved.bytes
+        row.errors = {name: error(found[name], exact[name]) for name in found if name in exact}
+        if not row.errors:
+            raise Unavailable("it gives no result that can be compared")
+        if "inference" in peer.phases:
+            timing.infer(call, inputs, timing.Clock(device))
+        return call
+    except Unavailable as reason:
+        row.status, row.reason = "unavailable", str(reason)
+    except torch.OutOfMemoryError:
+        row.status, row.reason = "unavailable", "out of memory"
+    except Exception as problem:
+        # somebody else's package may fail in any way; ours must not
+        row.status = "failed" if peer.kind == "ours" else "unavailable"
+        row.reason = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0] if str(problem).strip() else ''}"
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
+
+
+def _judge(rows: list[Row], case: Case) -> None:
+    """The numeric rule, against the errors of eager PyTorch in the same dtype."""
+    eager = next((row.errors for row in rows if row.peer == EAGER), {})
+    for row in rows:
+        row.limits = {name: allowed(eager.get(name), case.torch_dtype) for name in row.errors}
+        broken = [name for name, found in row.errors.items() if not found <= row.limits[name]]
+        if broken and row.status == "ok":
+            row.status = "failed"
+            row.reason = "; ".join(
+                f"{name}: error {row.errors[name]:.2g} above the allowed {row.limits[name]:.2g}"
+                for name in broken
+            )
+
+
+def _time(
+    running: list[_Running], inputs: Inputs, case: Case, effort: Effort, progress: Callable[[str], None]
+) -> None:
+    """Rounds in which everybody runs once, until the time is spent; how long the first takes says how many."""
+    device = torch.device(case.device)
+    clock = timing.Clock(device)
+    sets = _rotating(inputs, device)
+    began = time.perf_counter()
+    first = [_sample(one, inputs, clock) for one in running]
+    seconds = time.perf_counter() - began
+    fewest = FEWEST_ROUNDS if seconds < _LONG_SECONDS else 3
+    rounds = max(fewest, min(MOST_ROUNDS, int(effort.seconds / max(seconds, 1e-9))))
+    if device.type == "cuda":
+        for one, phases in zip(running, first, strict=True):
+            short = phases["forward+backward"] < 2 * timing.GRAPH_BELOW_SECONDS
+            if short and one.peer.kind != "floor" and one.peer.prepare is None:
+                one.replayed = _replayed(one, sets)
+        first = [_sample(one, inputs, clock) for one in running]
+    for number in range(rounds):
+        found = first if number == 0 else [_sample(one, sets[number % len(sets)], clock) for one in running]
+        for one, phases in zip(running, found, strict=True):
+            for phase in one.peer.phases:
+                one.row.samples.setdefault(phase, []).append(phases[phase])
+    ours = [one.row for one in running if one.row.kind == "ours" and "forward+backward" in one.row.samples]
+    if ours:
+        median = statistics.median(ours[0].samples["forward+backward"])
+        progress(f"  {rounds} rounds, r1kernels {median * 1e3:.3f} ms forward+backward")
+
+
+def _sample(one: _Running, inputs: Inputs, clock: timing.Clock) -> timing.Phases:
+    if one.replayed is not None:
+        return one.replayed.sample(clock)
+    if one.peer.kind == "floor":
+        return timing.floor(one.call, clock)
+    found = timing.train(one.call, _fresh(one.peer, inputs), clock)
+    if "inference" in one.peer.phases:
+        found |= timing.infer(one.call, inputs, clock)
+    return found
+
+
+def _replayed(one: _Running, sets: list[Inputs]) -> timing.Replayed | None:
+    """A graph of the call, or None where it can not be captured (then its launches are part of its time)."""
+    try:
+        return timing.Replayed(one.call, sets, one.peer.phases)
+    except RuntimeError as problem:
+        one.row.reason = f"not captured in a CUDA graph: {str(problem).strip().splitlines()[0]}"
+        torch.cuda.synchronize()
+        return None
+
+
+def _fresh(peer: Peer, inputs: Inputs) -> Inputs:
+    return inputs if peer.prepare is None else peer.prepare(inputs)
+
+
+def _rotating(inputs: Inputs, device: torch.device) -> list[Inputs]:
+    """On a GPU copies of the inputs that together pass its L2 cache; on a CPU the inputs themselves."""
+    size = sum(tensor.nbytes for tensor in inputs.tensors.values())
+    if device.type == "cpu" or size > _L2_BYTES:
+        return [inputs]
+    copies = []
+    for _ in range(min(-(-_L2_BYTES // max(size, 1)), 16)):
+        tensors = {name: tensor.detach().clone() for name, tensor in inputs.tensors.items()}
+        for leaf in inputs.leaves:
+            tensors[leaf].requires_grad_()
+        copies.append(replace(inputs, tensors=tensors))
+    return copies
+
+
+def load_average() -> float:
+    """Of the last minute: how busy the machine is."""
+    return os.getloadavg()[0]
+
+
+def release() -> None:
+    """Forget what a case left behind, compiled graphs too."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,100 @@
+"""Memory of one call: the peak above what was there before it, and the bytes that autograd keeps for the backward."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+class Peak:
+    """Bytes at the peak inside the ``with`` block above those before it; None where the system can not tell.
+
+    On a CPU it is the resident memory of the process, so that scratch outside of torch counts too; memory that an
+    implementation keeps from an earlier call does not count again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.bytes: int | None = None
+
+    def __enter__(self) -> Peak:
+        gc.collect()
+        if self._cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return self
+        _give_back()
+        self._counting = _reset_peak()
+        self._before = _status("VmRSS")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+            self.bytes = torch.cuda.max_memory_allocated() - self._before
+        elif self._counting:
+            self.bytes = max(_status("VmHWM") - self._before, 0)
+
+
+class Saved:
+    """Counts what is saved for the backward, each storage once; ``without`` (parameters, by the contract) is left out."""
+
+    def __init__(self, without: list[Tensor]) -> None:
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in without}
+        self.bytes = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+@contextmanager
+def counting_saved(without: list[Tensor]) -> Iterator[Saved]:
+    """Count the bytes that forwards inside the ``with`` block keep."""
+    saved = Saved(without)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        yield saved
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo: expected a line MemAvailable")
+
+
+def _reset_peak() -> bool:
+    """Set the high-water mark of the process to what it holds now; False where the system does not let it."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{_STATUS}: expected a line {field}")
+
+
+def _give_back() -> None:
+    """Return freed heap pages to the system, so that reusing them is seen."""
+    ctypes.CDLL(None).malloc_trim(0)

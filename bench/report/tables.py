@@ -1,0 +1,212 @@
+"""Results as tables: the environment, the headline, one table a case, what failed, what was not run, what changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from .. import results
+from ..peers import PHASES
+from ..step import PARTS
+from .reasons import reason
+from .table import MISSING, Cell, Table, milliseconds, rate, size, small, times
+
+Case = Mapping[str, Any]
+NOT_ON_A_GPU = "Not measured on a GPU: these numbers are of a CPU. The shapes for GPUs are in the list of what was not run."
+HEADLINE = (
+    "op",
+    "shape",
+    "dtype",
+    "ours, ms",
+    "best of the others",
+    "its ms",
+    "others / ours",
+    "eager / ours",
+    "ours / floor",
+    "our error",
+    "its error",
+)
+
+
+def environment(record: Mapping[str, Any]) -> Table:
+    """Machine, versions, load and the measured ceilings."""
+    made, ceilings = record["environment"], record["ceilings"]
+    flops = ", ".join(
+        f"{rate(value, 'FLOP/s')} {name}" for name, value in ceilings["flops_per_second"].items()
+    )
+    facts = {
+        "device": made.get("gpu", made["processor"]),
+        "threads": str(made["threads"]),
+        "date, commit": f"{record['date']}, {made['commit']}",
+        "kind of run": "quick: fewer shapes and rounds" if record["quick"] else "all shapes that fit",
+        "load average": f"{record['load_before']} before, {record.get('load_after', '-')} after",
+        "Python": made["python"],
+        "r1kernels": f"{made['r1kernels']}, extension {made['extension']}",
+        **{name: found or "not installed" for name, found in made["packages"].items()},
+        "copy": rate(ceilings["bytes_per_second"], "B/s"),
+        "GEMM": flops,
+        "exp": rate(ceilings["exps_per_second"], "/s"),
+    }
+    return Table("Environment", ("", ""), [[Cell(name), Cell(value)] for name, value in facts.items()])
+
+
+def headline(record: Mapping[str, Any]) -> Table:
+    """Forward and backward, or the whole step: ours against the best of the others, case by case."""
+    note = (
+        "Forward and backward together (of the trainer a whole step), median of the rounds; ratios are paired within "
+        "a round: above 1 we are faster. Errors are the largest against float64, over results and gradients."
+    )
+    return _against_the_best("Headline", note, record, results.main_phase)
+
+
+def inference(record: Mapping[str, Any]) -> Table:
+    """The same for a forward without gradients, which two of the three passes of GRPO are."""
+    cases = [case for case in record["cases"] if case["op"] != "grpo_step"]
+    note = (
+        "One forward without gradients; peers that compute their gradients in the forward do not do so here."
+    )
+    return _against_the_best("Inference", note, {"cases": cases}, lambda case: "inference")
+
+
+def _against_the_best(
+    title: str, note: str, record: Mapping[str, Any], phase_of: Callable[[Case], str]
+) -> Table:
+    table = Table(title, HEADLINE, note=note)
+    for case in record["cases"]:
+        own = results.main_row(case)
+        if own is not None:
+            table.rows.append(_headline_row(case, own, phase_of(case)))
+    return table
+
+
+def _headline_row(case: Case, own: Mapping[str, Any], phase: str) -> list[Cell]:
+    shape = ", ".join(f"{name} {count}" for name, count in case["sizes"].items())
+    start = [Cell(case["op"]), Cell(", ".join(filter(None, (shape, case["layout"])))), Cell(case["dtype"])]
+    if own["status"] != "ok":
+        return [*start, Cell(state(own), "failed"), *[MISSING] * (len(HEADLINE) - 4)]
+    peer, eager = results.best_peer(case, phase), results.eager(case)
+    seconds = results.median(own, phase)
+    floor = case["phases"].get(phase, {}).get("floor_seconds")
+    above_floor = (
+        Cell(f"{times(seconds / floor)} {case['phases'][phase]['bound']}") if floor and seconds else MISSING
+    )
+    ours_cell = Cell(milliseconds(seconds), "ours")
+    error = Cell(small(results.worst_error(own, phase)))
+    to_eager = Cell(times(results.ratio(eager, own, phase))) if eager else MISSING
+    if peer is None:
+        return [*start, ours_cell, MISSING, MISSING, MISSING, to_eager, above_floor, error, MISSING]
+    faster = results.ratio(peer, own, phase)
+    verdict = "best" if faster is not None and faster >= 1 else "failed"
+    theirs = results.worst_error(peer, phase)
+    return [
+        *start,
+        ours_cell,
+        Cell(peer["peer"]),
+        Cell(milliseconds(results.median(peer, phase))),
+        Cell(times(faster) + ("" if verdict == "best" else ", slower"), verdict),
+        to_eager,
+        above_floor,
+        error,
+        Cell(small(theirs)),
+    ]
+
+
+def not_best(record: Mapping[str, Any]) -> list[str]:
+    """A sentence for every case in which somebody else is faster."""
+    lines = []
+    for case in record["cases"]:
+        for phase in dict.fromkeys((results.main_phase(case), "inference")):
+            own, peer = results.main_row(case), results.best_peer(case, phase)
+            faster = results.ratio(peer, own, phase) if own and peer else None
+            if peer and faster is not None and faster < 1:
+                lines.append(
+                    f"{results.title(case)}, {phase}: {peer['peer']} takes {times(faster)} our time; "
+                    f"{reason(case, peer, phase)}."
+                )
+    return lines
+
+
+def case_table(case: Case) -> Table:
+    """Every implementation of a case: times of each phase, ratio to ours, fraction of the floor, errors, memory."""
+    phases = (*PARTS, "step") if case["op"] == "grpo_step" else PHASES
+    main = results.main_phase(case)
+    head = ["implementation", *(f"{phase}, ms" for phase in phases), "/ ours", "/ floor", "error", "gradient error",
+            "peak memory", "saved"]  # fmt: skip
+    table = Table(results.title(case), head, note=_floor_note(case))
+    own = results.main_row(case)
+    for row in case["rows"]:
+        label = row["peer"] + (f" ({row['version']})" if row["kind"] == "peer" and row["version"] else "")
+        label += f" [{row['backend']}]" if row["kind"] == "ours" and row["backend"] else ""
+        name = Cell(label, "ours" if row["kind"] == "ours" else "muted" if row["kind"] == "floor" else "")
+        if row["status"] != "ok":
+            mark = "failed" if row["status"] == "failed" else "muted"
+            table.rows.append([name, Cell(state(row), mark), *[Cell("")] * (len(head) - 2)])
+            continue
+        times_cells = [_time_cell(case, row, phase) for phase in phases]
+        seconds = results.median(row, main)
+        floor = case["phases"].get(main, {}).get("floor_seconds")
+        table.rows.append(
+            [
+                name,
+                *times_cells,
+                Cell(times(results.ratio(row, own, main)) if own else "-"),
+                Cell(times(seconds / floor) if floor and seconds else "-"),
+                Cell(small(results.worst_error(row, "forward"))),
+                Cell(small(results.worst_error(row, "backward"))),
+                Cell(size(row["peak_bytes"])),
+                Cell(size(row["saved_bytes"])),
+            ]
+        )
+    return table
+
+
+def _time_cell(case: Case, row: Mapping[str, Any], phase: str) -> Cell:
+    """Median, with the shortest round in brackets; the fastest of the case stands out."""
+    seconds = results.median(row, phase)
+    if seconds is None:
+        return MISSING
+    others = [
+        found
+        for other in case["rows"]
+        if other["kind"] != "floor" and (found := results.median(other, phase)) is not None
+    ]
+    mark = "best" if row["kind"] != "floor" and seconds == min(others) else ""
+    return Cell(f"{milliseconds(seconds)} ({milliseconds(results.fastest(row, phase))})", mark)
+
+
+def _floor_note(case: Case) -> str:
+    parts = [
+        f"{phase} {milliseconds(found['floor_seconds'])} ms ({found['bound']})"
+        for phase, found in case["phases"].items()
+        if phase in ("forward", "backward")
+    ]
+    rounds = max((len(samples) for row in case["rows"] for samples in row["samples"].values()), default=0)
+    text = f"{rounds} rounds; median, in brackets the shortest."
+    return text + (f" Floor: {', '.join(parts)}." if parts else "")
+
+
+def state(row: Mapping[str, Any]) -> str:
+    """ "FAILED: ..." or why a row is missing."""
+    return ("FAILED: " if row["status"] == "failed" else "") + row["reason"]
+
+
+def failures(record: Mapping[str, Any]) -> list[str]:
+    """Everything that broke the numeric rule or raised, ours and others."""
+    return [
+        f"{results.title(case)}: {row['peer']}: {row['reason']}"
+        for case in record["cases"]
+        for row in case["rows"]
+        if row["status"] == "failed"
+    ]
+
+
+def not_run(record: Mapping[str, Any]) -> Table:
+    """Cases without numbers, and why."""
+    rows = [[Cell(entry["id"]), Cell(entry["reason"], "muted")] for entry in record["not_run"]]
+    return Table("Not run", ("case", "reason"), rows)
+
+
+def by_op(cases: Sequence[Case]) -> Iterable[tuple[str, list[Case]]]:
+    """Cases grouped by op, in order."""
+    for op in dict.fromkeys(case["op"] for case in cases):
+        yield op, [case for case in cases if case["op"] == op]

@@ -1,0 +1,169 @@
+"""The results of a run: one JSON file (docs/benchmarks.md tells its fields), and the questions that reports ask of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .cases import Case
+from .ceilings import Ceilings
+from .measure import Row
+from .peers import EAGER
+
+SCHEMA = 1
+
+
+def case_record(case: Case, rows: Sequence[Row], ceilings: Ceilings, load: Sequence[float]) -> dict[str, Any]:
+    """One measured case as JSON."""
+    floors = ceilings.floors(case)
+    phases = {}
+    for phase, (seconds, bound) in floors.items():
+        parts = [case.work()[part] for part in (("forward", "backward") if "+" in phase else (_part(phase),))]
+        phases[phase] = {
+            "bytes": sum(part.bytes for part in parts),
+            "flops": sum(part.flops for part in parts),
+            "exps": sum(part.exps for part in parts),
+            "floor_seconds": short(seconds),
+            "bound": bound,
+        }
+    return {
+        "id": case.id,
+        "op": case.op,
+        "family": case.family,
+        "dtype": case.dtype,
+        "sizes": dict(case.sizes),
+        "layout": case.layout,
+        "model": case.model,
+        "quick": case.quick,
+        "load": [round(value, 2) for value in load],
+        "phases": phases,
+        "rows": [_row_record(row) for row in rows],
+    }
+
+
+def _part(phase: str) -> str:
+    return "forward" if phase == "inference" else phase
+
+
+def _row_record(row: Row) -> dict[str, Any]:
+    record = asdict(row)
+    record["samples"] = {name: [short(value) for value in found] for name, found in row.samples.items()}
+    for name in ("errors", "limits"):
+        record[name] = {key: short(value) for key, value in record[name].items()}
+    return record
+
+
+def short(value: float) -> float | None:
+    """Four digits, which is more than a clock repeats; None for what JSON can not hold."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def save(path: Path, results: Mapping[str, Any]) -> None:
+    """Write results; a run that is cut off leaves the file of the last finished case."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    # a list of numbers on one line
+    text = re.sub(
+        r"\[[\d\s.,e+-]*\]",
+        lambda found: "[" + ", ".join(found[0][1:-1].replace(",", " ").split()) + "]",
+        text,
+    )
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read results.
+
+    Raises:
+        ValueError: the file is not of this schema.
+    """
+    results: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    if results.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path}: expected benchmark results of schema {SCHEMA}, got {results.get('schema')!r}"
+        )
+    return results
+
+
+# --- questions ---
+
+
+def median(row: Mapping[str, Any], phase: str) -> float | None:
+    """Median seconds of a phase, or None where it has no time."""
+    samples = row["samples"].get(phase)
+    return statistics.median(samples) if samples and row["status"] == "ok" else None
+
+
+def fastest(row: Mapping[str, Any], phase: str) -> float | None:
+    """The shortest round of a phase."""
+    samples = row["samples"].get(phase)
+    return min(samples) if samples and row["status"] == "ok" else None
+
+
+def ratio(theirs: Mapping[str, Any], ours: Mapping[str, Any], phase: str) -> float | None:
+    """How many times longer they take, paired: the median over rounds of their time by ours in the same round."""
+    pairs = zip(theirs["samples"].get(phase, ()), ours["samples"].get(phase, ()), strict=False)
+    values = [other / own for other, own in pairs if own > 0]
+    if not values or theirs["status"] != "ok" or ours["status"] != "ok":
+        return None
+    return statistics.median(values)
+
+
+def ours(case: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Our rows of a case, the one that stands for the op first."""
+    return (row for row in case["rows"] if row["kind"] == "ours")
+
+
+def main_row(case: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The row of ours that stands for the op, whatever came out of it."""
+    return next(ours(case), None)
+
+
+def named(case: Mapping[str, Any], peer: str) -> dict[str, Any] | None:
+    """The row of an implementation."""
+    return next((row for row in case["rows"] if row["peer"] == peer), None)
+
+
+def eager(case: Mapping[str, Any]) -> dict[str, Any] | None:
+    return named(case, EAGER)
+
+
+def best_peer(case: Mapping[str, Any], phase: str) -> dict[str, Any] | None:
+    """The fastest implementation of somebody else that gives right results."""
+    timed = [
+        (found, row)
+        for row in case["rows"]
+        if row["kind"] == "peer" and (found := median(row, phase)) is not None
+    ]
+    return min(timed, key=lambda pair: pair[0])[1] if timed else None
+
+
+def worst_error(row: Mapping[str, Any], phase: str) -> float | None:
+    """The largest error of what a phase computes: results forward, gradients backward."""
+    values = [
+        value
+        for name, value in row["errors"].items()
+        if phase in ("forward+backward", "step") or name.startswith("d ") == (phase == "backward")
+    ]
+    if any(value is None for value in values):
+        return math.inf
+    return max(values) if values else None
+
+
+def main_phase(case: Mapping[str, Any]) -> str:
+    """The phase that a headline shows: the whole step where it is one, else forward+backward."""
+    return "step" if case["op"] == "grpo_step" else "forward+backward"
+
+
+def title(case: Mapping[str, Any]) -> str:
+    """ "token_logprobs, N 2048, V 32768, float32" """
+    parts = [case["op"], ", ".join(f"{name} {size}" for name, size in case["sizes"].items()), case["dtype"]]
+    return ", ".join(part for part in [*parts, case["layout"], case["model"]] if part)

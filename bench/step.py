@@ -1,0 +1,151 @@
+"""End to end: one GRPO step of the trainer, with our kernels and with plain PyTorch.
+
+The model is that of the recipe tiny or, where the case names H, I and E, a larger one with random weights. Both sides
+sample, score and learn the same: weights, problems and random draws depend on seeds alone. B completions of at most L
+tokens, H hidden, I intermediate size of an expert, E experts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import r1kernels
+from training import prompts, rewards
+from training.context import StageContext
+from training.loops import batch as batches
+from training.loops import grpo
+from training.loops.sample import Prompt, sample
+from training.model import build_model, frozen_copy
+from training.progress import Progress
+from training.recipe import Recipe, load
+from training.rewards import Sample, Scored
+from training.run_dir import StageDir
+from training.sections import Grpo
+from training.tasks.arithmetic import make_problem
+from training.tokenizer import build_tokenizer
+
+from . import memory
+from .cases import Case
+from .measure import Effort, Row
+from .numerics import Exact, allowed, error
+from .peers import OURS, version
+
+PARTS = ("rollout", "reward", "old_logprob", "reference_logprob", "new_logprob", "update")
+PLAIN = "plain PyTorch"
+GROUP = 8
+BACKENDS = {PLAIN: "reference", OURS: "auto"}
+_MOST_ROUNDS = 20
+_SIZES = {"H": "hidden_size", "I": "moe_intermediate_size", "E": "experts"}
+
+
+def measure(case: Case, effort: Effort, progress: Callable[[str], None] = print) -> list[Row]:
+    """Rows of both sides; their phases are the parts of the step, and "step" is the whole of it.
+
+    Errors are those of the log-probs that the policy gives its own samples, against the same model in float64.
+    """
+    recipe = load("tiny")
+    config = replace(
+        recipe.zero,
+        steps=1,
+        save_every=0,
+        prompts=case.sizes["B"] // GROUP,
+        group_size=GROUP,
+        max_new_tokens=case.sizes["L"],
+    )
+    if "H" in case.sizes:
+        sizes: dict[str, Any] = {name: case.sizes[short] for short, name in _SIZES.items()}
+        recipe = replace(recipe, model=replace(recipe.model, **sizes))
+    bench = _Bench(recipe, config, torch.device(case.device))
+    rows = [
+        Row(PLAIN, "peer", "torch", version("torch")),
+        Row(OURS, "ours", "r1kernels", version("r1kernels")),
+    ]
+    exact = bench.logprobs(double=True)
+    for row in rows:
+        row.backend = BACKENDS[row.peer]
+        with r1kernels.use_backend(row.backend):
+            row.errors = {"logp": error(bench.logprobs(double=False), Exact(exact))}
+            with memory.Peak(bench.device) as peak:
+                first = bench.step()
+        row.peak_bytes = peak.bytes
+    for row in rows:
+        row.limits = {"logp": allowed(rows[0].errors["logp"], torch.float32)}
+        if not row.errors["logp"] <= row.limits["logp"]:
+            row.status = "failed"
+            row.reason = f"logp: error {row.errors['logp']:.2g} above the allowed {row.limits['logp']:.2g}"
+    rounds = max(3, min(_MOST_ROUNDS, int(effort.seconds / (2 * first["step"]))))
+    for _ in range(rounds):
+        for row in rows:
+            if row.status == "ok":
+                with r1kernels.use_backend(row.backend):
+                    for name, seconds in bench.step().items():
+                        row.samples.setdefault(name, []).append(seconds)
+    if rows[1].samples:
+        progress(f"  {rounds} rounds, r1kernels {statistics.median(rows[1].samples['step']):.2f} s a step")
+    return rows
+
+
+class _Bench:
+    """The policy, its tokenizer and problems, and one step on a copy of them."""
+
+    def __init__(self, recipe: Recipe, config: Grpo, device: torch.device) -> None:
+        self.recipe, self.config, self.device = recipe, config, device
+        self.tokenizer = build_tokenizer()
+        self.policy = build_model(recipe.model, self.tokenizer, seed=0).to(device)
+        self.problems = [make_problem(10 + i, 7 + i, "en") for i in range(config.prompts)]
+
+    def step(self) -> dict[str, float]:
+        """Seconds of each part of one step."""
+        policy = frozen_copy(self.policy).requires_grad_(True)
+        with tempfile.TemporaryDirectory() as folder:
+            stage = StageDir(Path(folder) / "zero")
+            stage.begin({}, {})
+            context = StageContext("zero", self.recipe, self.config, stage, {}, Progress(quiet=True))
+            grpo.train(
+                policy,
+                self.tokenizer,
+                lambda step: self.problems,
+                prompts.chat,
+                _length_reward,
+                self.config,
+                context,
+                reference=self.policy,
+            )
+            (metrics,) = stage.metrics()
+        seconds = {part: float(metrics[f"{part}_seconds"]) for part in PARTS}
+        return {**seconds, "step": sum(seconds.values())}
+
+    def logprobs(self, double: bool) -> torch.Tensor:
+        """What the policy, or its copy in float64, gives to a few of its own responses."""
+        chosen = self.problems[:2]
+        texts = [Prompt(problem, prompts.chat(problem)) for problem in chosen]
+        completions = sample(
+            self.policy,
+            self.tokenizer,
+            texts,
+            samples=GROUP,
+            max_new_tokens=self.config.max_new_tokens,
+            seed_parts=(0, "bench"),
+            record_routing=True,
+        )
+        pad = self.tokenizer.pad_token_id
+        batch = batches.collate(completions, pad, self.device, replay=True)
+        policy = frozen_copy(self.policy)
+        with torch.no_grad():
+            return batches.logprobs(policy.double() if double else policy, batch, 1.0).logp
+
+
+def _length_reward(step: int, samples: list[Sample]) -> list[Scored]:
+    """The share of different tokens: cheap, and not the same for all."""
+    scored = []
+    for one in samples:
+        value = len(set(one.token_ids)) / max(len(one.token_ids), 1)
+        scored.append(Scored(one, value, {"format": rewards.Reward(value, "share of different tokens")}))
+    return scored

@@ -1,0 +1,15 @@
+"""Benchmarks of the log-prob ops."""
+
+from typing import Any
+
+import pytest
+
+from bench.cases import Case
+from bench.replay import REPLAY, Session, play
+
+FAMILY = "logprob"
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_logprob(measured: Session, benchmark: Any, case: Case, peer: str, phase: str) -> None:
+    play(measured, benchmark, case, peer, phase)

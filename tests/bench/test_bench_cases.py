@@ -1,0 +1,98 @@
+"""The table of cases: algorithmic work against numbers worked out by hand, and every op at a tiny shape."""
+
+import pytest
+import torch
+
+from bench import families, logprob, run
+from bench.cases import CASES, Case, lengths, tiny
+from bench.measure import Effort
+
+
+@pytest.mark.parametrize("case", tiny(), ids=lambda case: case.id)
+def test_every_implementation_of_ours_gives_right_results_and_a_time(case):
+    rows = run.rows(case, Effort(0.0), lambda text: None, compiles=False)
+    ours = [row for row in rows if row.kind == "ours"]
+    assert ours
+    for row in ours:
+        assert row.status == "ok", row.reason
+        assert row.errors and row.samples
+        assert all(row.errors[name] <= row.limits[name] for name in row.errors)
+    for row in rows:
+        assert row.status == "ok" or row.reason
+
+
+def test_the_work_of_logits_by_hand():
+    # 10 x 100 float32 logits: read once forward, read and written backward, one exponential each
+    work = Case("token_logprobs", "cpu", "float32", {"N": 10, "V": 100}).work()
+    assert (work["forward"].bytes, work["forward"].exps) == (4000, 1000)
+    assert (work["backward"].bytes, work["backward"].flops) == (8000, 0)
+
+
+def test_the_work_of_a_fused_head_by_hand():
+    # 2 N V H = 2 * 10 * 100 * 8 FLOPs a GEMM: one forward, two backward; bf16 inputs of 80 and 800 values
+    work = Case("linear_logprobs", "cpu", "bfloat16", {"N": 10, "V": 100, "H": 8}).work()
+    assert work["forward"].flops == 16000 and work["backward"].flops == 32000
+    assert work["forward"].bytes == 2 * 880
+
+
+def test_the_work_of_experts_by_hand():
+    # 6 T K H I = 6 * 3 * 2 * 4 * 5; of one expert everybody is hit
+    work = Case("moe_experts", "cpu", "float32", {"T": 3, "H": 4, "I": 5, "E": 1, "K": 1}).work()
+    assert work["forward"].flops == 6 * 3 * 4 * 5 and work["backward"].flops == 12 * 3 * 4 * 5
+    assert work["forward"].bytes == 4 * (3 * 5 * 4 + 2 * 3 * 4)
+
+
+def test_masked_places_are_not_read_but_written():
+    case = Case("grouped_logprobs", "cpu", "float32", {"B": 8, "L": 10, "G": 2, "V": 7}, "padded")
+    tokens = int(lengths(case).sum())
+    assert tokens < 80
+    assert case.work()["forward"].bytes == 4 * 7 * tokens
+    assert case.work()["backward"].bytes == 4 * 7 * (tokens + 80)
+
+
+def test_ids_are_unique_and_every_op_is_known():
+    names = [(case.device, case.id) for case in CASES]
+    assert len(set(names)) == len(names)
+    assert {case.op for case in CASES} == {*families.OPS, "grpo_step"}
+
+
+def test_the_exact_log_probs_are_those_of_torch_in_float64():
+    case = Case("token_logprobs", "cpu", "float32", {"N": 5, "V": 11})
+    inputs = logprob.token_inputs(case, torch.device("cpu"))
+    exact = logprob.token_exact(case, inputs)
+    logits = inputs["logits"].double().requires_grad_()
+    log_probs = logits.log_softmax(-1)
+    logp = log_probs.gather(1, inputs["targets"].unsqueeze(1)).squeeze(1)
+    entropy = -(log_probs.exp() * log_probs).sum(1)
+    above = [inputs.upstream[name].double() for name in ("logp", "entropy")]
+    (gradient,) = torch.autograd.grad([logp, entropy], logits, above)
+    for name, value in (("logp", logp), ("entropy", entropy), ("d logits", gradient)):
+        torch.testing.assert_close(exact[name].values, value.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_case_that_does_not_fit_is_not_run():
+    huge = Case("token_logprobs", "cpu", "float32", {"N": 1 << 24, "V": 1 << 20})
+    with pytest.raises(run.Unavailable, match="GiB of memory"):
+        run.rows(huge, Effort(0.0), print)
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(SystemExit, match="got logprobs"):
+        run.Plan("cpu", ["logprobs"]).cases()
+
+
+def test_every_case_is_either_run_or_listed_with_a_reason():
+    todo, left = run.Plan("cpu", quick=True).cases()
+    assert len(todo) + len(left) == len(CASES)
+    assert all(case.device == "cpu" and case.quick for case in todo)
+    assert {reason for case, reason in left if case.device == "cuda"} == {run.OTHER_DEVICE["cpu"]}
+
+
+def test_a_run_keeps_what_is_done_and_can_be_added_to(tmp_path):
+    out = tmp_path / "cpu.json"
+    first = run.run(run.Plan("cpu", ["route"], tiny=True), out, lambda text: None)
+    assert [case["op"] for case in first["cases"]] == ["route"]
+    both = run.run(run.Plan("cpu", ["grouped_logprobs"], tiny=True, add=True), out, lambda text: None)
+    assert [case["op"] for case in both["cases"]].count("route") == 1 and len(both["cases"]) == 3
+    late = run.run(run.Plan("cpu", ["route"], tiny=True, limit=-1), out, lambda text: None)
+    assert not late["cases"] and late["not_run"][0]["reason"] == "no time was left"

@@ -1,0 +1,83 @@
+"""What README and docs show as measured is what the committed results hold, and the results keep their promises."""
+
+import json
+
+import pytest
+
+from bench import documents, guard, precision, results
+from bench.peers import EAGER
+
+RESULTS = documents.ROOT / "bench/results/cpu"
+
+
+@pytest.mark.parametrize("path", documents.FILES, ids=lambda path: path.name)
+def test_the_tables_of_a_document_are_those_of_the_committed_results(path):
+    text = path.read_text(encoding="utf-8")
+    assert "<!-- bench: " in text
+    assert documents.filled(text) == text, "run `python -m bench documents`"
+
+
+def test_what_stands_between_marks_is_replaced(monkeypatch):
+    monkeypatch.setattr(documents, "BLOCKS", {"headline": lambda: "new"})
+    text = "a\n<!-- bench: headline -->\nold\n\nolder\n<!-- end -->\nb\n"
+    assert documents.filled(text) == "a\n<!-- bench: headline -->\nnew\n<!-- end -->\nb\n"
+    assert (
+        documents.filled("<!-- bench: headline -->\n<!-- end -->")
+        == "<!-- bench: headline -->\nnew\n<!-- end -->"
+    )
+
+
+def test_committed_results_name_no_host_and_no_path():
+    for path in RESULTS.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert "/root" not in text and "/tmp" not in text and "/home" not in text, path
+
+
+def test_no_kernel_of_ours_failed_in_the_committed_results():
+    record = results.load(RESULTS / "ops.json")
+    assert not [row for case in record["cases"] for row in results.ours(case) if row["status"] != "ok"]
+
+
+def test_ours_is_at_least_as_exact_as_eager_in_the_committed_table():
+    record = json.loads((RESULTS / "precision.json").read_text(encoding="utf-8"))
+    errors = {(row["op"], row["peer"], row["dtype"], row["lead"]): row["errors"] for row in record["rows"]}
+    compared = 0
+    for (op, peer, dtype, lead), found in errors.items():
+        if peer.startswith("r1kernels"):
+            eager = errors[op, EAGER, dtype, lead]
+            for name, value in found.items():
+                assert value <= eager[name], (op, dtype, lead, name)
+                compared += 1
+    assert compared >= 2 * len(precision.LEADS) * 5
+
+
+def test_the_exact_results_of_the_precision_table_agree_with_sixty_digits():
+    from tests.support import logprob_oracle
+
+    inputs = precision.logits_inputs(precision.DTYPES["float32"], 30)
+    few = {
+        name: tensor[:2, :500] if tensor.ndim == 2 else tensor[:2] % 500
+        for name, tensor in inputs.tensors.items()
+    }
+    few["logits"] = few["logits"].scatter(1, few["targets"].unsqueeze(1), 30.0)
+    exact = precision.logprob.softmax_rows(few["logits"], few["targets"], inputs.upstream["logp"][:2])
+    logp, entropy = logprob_oracle.rows(few["logits"], few["targets"])
+    assert exact["logp"] == pytest.approx(logp, rel=1e-12)
+    assert exact["entropy"] == pytest.approx(entropy, rel=1e-7)
+
+
+def test_the_guard_tells_what_became_slower():
+    before = {"route": {"forward": 2.0, "backward": 1.0}}
+    assert guard.compare(before, {"route": {"forward": 2.5, "backward": 1.0}}) == []
+    (line,) = guard.compare(before, {"route": {"forward": 2.7, "backward": 1.0}, "new": {"forward": 9.0}})
+    assert line == "SLOWER route, forward: 2 before, 2.7 now"
+
+
+def test_the_baseline_holds_kernels_that_are_guarded():
+    baseline = json.loads(guard.BASELINE.read_text(encoding="utf-8"))["ratios"]
+    assert baseline and set(baseline) <= {case.id for case in guard.GUARDED}
+
+
+def test_the_guard_needs_a_baseline(tmp_path):
+    with pytest.raises(SystemExit, match="no baseline yet"):
+        guard.main(update=False, baseline=tmp_path / "guard.json")
