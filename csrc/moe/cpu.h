@@ -21,7 +21,7 @@ struct MoeRows {
     const int32_t* index;
 };
 
-constexpr int64_t kMoeBlockRows = 192;     // the most rows m of a product
+constexpr int64_t kMoeBlockRows = 256;     // the most rows m of a product
 constexpr int64_t kMoeBlockColumns = 256;  // the most columns n of a product
 constexpr int64_t kMoeGateColumns = kMoeBlockColumns / 2;  // of I, for the two functions that work on gate and up
 

@@ -18,16 +18,6 @@ template <typename T>
 Rows<T> rows_of(const MoeRows& rows) { return {static_cast<const T*>(rows.data), rows.stride, rows.index}; }
 
 template <typename T>
-void product_of_rows(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t k, float* c,
-                     const Workspace& workspace) {
-    if (m <= kFewRows) {
-        dot_product(a, m, b, b_stride, n, k, c, kBlockColumns);
-    } else {
-        product_nt(a, m, b, b_stride, n, k, c, kBlockColumns, workspace);
-    }
-}
-
-template <typename T>
 void store_product(const MoeProduct& product, const float* c) {
     for (int64_t row = 0; row < product.m; ++row) {
         const float* from = c + row * kBlockColumns;
@@ -42,8 +32,14 @@ void store_product(const MoeProduct& product, const float* c) {
 
 template <typename T>
 void product_nt_of(const MoeProduct& product, const Workspace& workspace) {
-    product_of_rows(rows_of<T>(product.a), product.m, static_cast<const T*>(product.b), product.b_stride, product.n,
-                    product.k, workspace.product(), workspace);
+    const Rows<T> a = rows_of<T>(product.a);
+    const T* b = static_cast<const T*>(product.b);
+    if (product.m <= kFewRows) {
+        dot_product(a, product.m, b, product.b_stride, product.n, product.k, workspace.product(), kBlockColumns);
+    } else {
+        product_nt(a, product.m, b, product.b_stride, product.n, product.k, workspace.product(), kBlockColumns,
+                   workspace);
+    }
     store_product<T>(product, workspace.product());
 }
 
@@ -113,8 +109,13 @@ void up_of(const MoeGateBlock& block, const Workspace& workspace) {
     const int64_t size = block.hidden, width = block.intermediate;
     float* gate = workspace.product();
     float* up = gate + kMoeGateColumns;
-    product_of_rows(x, block.rows, weight, size, block.columns, size, gate, workspace);
-    product_of_rows(x, block.rows, weight + width * size, size, block.columns, size, up, workspace);
+    if (block.rows <= kFewRows) {
+        dot_product(x, block.rows, weight, size, block.columns, size, gate, kBlockColumns);
+        dot_product(x, block.rows, weight + width * size, size, block.columns, size, up, kBlockColumns);
+    } else {
+        product_nt_pair(x, block.rows, weight, weight + width * size, size, block.columns, size, kMoeGateColumns, gate,
+                        kBlockColumns, workspace);
+    }
     for (int64_t row = 0; row < block.rows; ++row, gate += kBlockColumns, up += kBlockColumns) {
         T* kept = block.pre_activation ? static_cast<T*>(block.pre_activation) + row * 2 * width : nullptr;
         T* activated = static_cast<T*>(block.activated) + row * width;

@@ -37,11 +37,11 @@ constexpr int kPanelVectors = 2;
 #endif
 constexpr int kPanel = kPanelVectors * kLanes;  // columns of a packed panel
 
-constexpr int64_t kChain = 128;  // cells; longer chains of additions lose digits
+constexpr int64_t kChain = 128;  // cells: longer chains lose digits, and so much of a panel stays in the first-level cache
 
-constexpr int64_t kBlockRows = 192;   // the most rows (m) of one call
+constexpr int64_t kBlockRows = 256;     // the most rows (m) of one call
 constexpr int64_t kBlockColumns = 256;  // the most columns (n) of one call, a multiple of every kPanel
-constexpr int64_t kBlockDepth = 512;  // cells along k that are packed at a time
+constexpr int64_t kBlockDepth = 384;  // cells along k that are packed at a time
 
 // What one thread needs, 64-byte aligned: floats or cells, all of 4 bytes.
 struct Workspace {
@@ -54,33 +54,29 @@ struct Workspace {
 
 // --- the two inner loops ---
 
-// Adds to C (kRows, kPanel), or to zeros, A B over `depth` cells; cell (i, c) of A is a[i * row_step + c * cell_step]; B is
-// a packed panel.
+// C (kRows, kPanel) = A B, or += A B, over `depth` cells, one chain of additions an element; cell (i, c) of A is
+// a[i * row_step + c * cell_step]; B is a packed panel.
 template <int kRows, typename Cell>
 inline void tile_of(const Cell* a, int64_t row_step, int64_t cell_step, const Cell* b, int64_t depth, float* c,
                     int64_t c_stride, bool accumulate) {
-    for (int64_t begin = 0; begin < depth; begin += kChain) {
-        const int64_t end = depth - begin < kChain ? depth : begin + kChain;
-        Floats sums[kRows][kPanelVectors] = {};
-        for (int64_t cell = begin; cell < end; ++cell) {
-            decltype(load_vector(b)) right[kPanelVectors];
+    Floats sums[kRows][kPanelVectors] = {};
+    for (int64_t cell = 0; cell < depth; ++cell) {
+        decltype(load_vector(b)) right[kPanelVectors];
 #pragma GCC unroll 8
-            for (int j = 0; j < kPanelVectors; ++j) right[j] = load_vector(b + cell * kPanel + j * kLanes);
-#pragma GCC unroll 8
-            for (int i = 0; i < kRows; ++i) {
-                const auto left = in_all_lanes(a[i * row_step + cell * cell_step]);
-#pragma GCC unroll 8
-                for (int j = 0; j < kPanelVectors; ++j) sums[i][j] = multiply_add(sums[i][j], left, right[j]);
-            }
-        }
-        const bool add = accumulate || begin > 0;
+        for (int j = 0; j < kPanelVectors; ++j) right[j] = load_vector(b + cell * kPanel + j * kLanes);
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
+            const auto left = in_all_lanes(a[i * row_step + cell * cell_step]);
 #pragma GCC unroll 8
-            for (int j = 0; j < kPanelVectors; ++j) {
-                float* to = c + i * c_stride + j * kLanes;
-                store(to, add ? load(to) + sums[i][j] : sums[i][j]);
-            }
+            for (int j = 0; j < kPanelVectors; ++j) sums[i][j] = multiply_add(sums[i][j], left, right[j]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kPanelVectors; ++j) {
+            float* to = c + i * c_stride + j * kLanes;
+            store(to, accumulate ? load(to) + sums[i][j] : sums[i][j]);
         }
     }
 }
@@ -183,7 +179,7 @@ void pack_columns(const Rows<T>& a, int64_t k, int64_t column, int64_t count, in
     }
 }
 
-// (depth, kPanel) cells: elements [0, k) of `count` <= kPanel rows of B, transposed; missing rows are 0.
+// (depth, kPanel) cells: elements [0, k) of kPanel rows of B, transposed; rows from `count` on are 0.
 template <typename T>
 void pack_transposed(const T* b, int64_t stride, int64_t count, int64_t k, Cell<T>* to) {
     const int64_t depth = cells_of<T>(k);
@@ -229,7 +225,8 @@ void dot_product(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int6
     }
 }
 
-// C (m, n) = A times what `pack_panel(begin, k, column, count, to)` packs.
+// C (m, n) = A times what `pack_panel(begin, k, column, to)` packs for the panel from `column` on; where that is false, the
+// panel has no columns.
 template <typename T, typename PackPanel>
 void packed_product(const Rows<T>& a, int64_t m, int64_t n, int64_t k, float* c, int64_t c_stride,
                     const Workspace& workspace, const PackPanel& pack_panel) {
@@ -241,11 +238,14 @@ void packed_product(const Rows<T>& a, int64_t m, int64_t n, int64_t k, float* c,
         const int64_t depth = cells_of<T>(size);
         pack_rows(a, m, begin, size, left);
         for (int64_t column = 0; column < n; column += kPanel) {
-            pack_panel(begin, size, column, n - column < kPanel ? n - column : kPanel, right);
-            for (int64_t i = 0; i < tiles.count; ++i) {
-                const int64_t row = tiles.first(i);
-                tile(tiles.first(i + 1) - row, left + row * depth, depth, 1, right, depth,
-                     c + row * c_stride + column, c_stride, begin > 0);
+            if (!pack_panel(begin, size, column, right)) continue;
+            for (int64_t cell = 0; cell < depth; cell += kChain) {
+                const int64_t chain = depth - cell < kChain ? depth - cell : kChain;
+                for (int64_t i = 0; i < tiles.count; ++i) {
+                    const int64_t row = tiles.first(i);
+                    tile(tiles.first(i + 1) - row, left + row * depth + cell, depth, 1, right + cell * kPanel, chain,
+                         c + row * c_stride + column, c_stride, begin + cell > 0);
+                }
             }
         }
     }
@@ -255,8 +255,23 @@ template <typename T>
 void product_nt(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t k, float* c,
                 int64_t c_stride, const Workspace& workspace) {
     packed_product(a, m, n, k, c, c_stride, workspace,
-                   [&](int64_t begin, int64_t size, int64_t column, int64_t count, Cell<T>* to) {
-                       pack_transposed(b + column * b_stride + begin, b_stride, count, size, to);
+                   [&](int64_t begin, int64_t size, int64_t column, Cell<T>* to) {
+                       pack_transposed(b + column * b_stride + begin, b_stride, n - column, size, to);
+                       return true;
+                   });
+}
+
+// Two products of the same rows: the second's columns stand from `apart` (a multiple of kPanel, at least n) on.
+template <typename T>
+void product_nt_pair(const Rows<T>& a, int64_t m, const T* first, const T* second, int64_t b_stride, int64_t n,
+                     int64_t k, int64_t apart, float* c, int64_t c_stride, const Workspace& workspace) {
+    packed_product(a, m, apart + n, k, c, c_stride, workspace,
+                   [&](int64_t begin, int64_t size, int64_t column, Cell<T>* to) {
+                       const T* b = column < apart ? first : second;
+                       const int64_t row = column < apart ? column : column - apart;
+                       if (row >= n) return false;
+                       pack_transposed(b + row * b_stride + begin, b_stride, n - row, size, to);
+                       return true;
                    });
 }
 
@@ -264,8 +279,10 @@ template <typename T>
 void product_nn(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t k, float* c,
                 int64_t c_stride, const Workspace& workspace) {
     packed_product(a, m, n, k, c, c_stride, workspace,
-                   [&](int64_t begin, int64_t size, int64_t column, int64_t count, Cell<T>* to) {
+                   [&](int64_t begin, int64_t size, int64_t column, Cell<T>* to) {
+                       const int64_t count = n - column < kPanel ? n - column : kPanel;
                        pack_columns(Rows<T>{b + begin * b_stride, b_stride, nullptr}, size, column, count, kPanel, to);
+                       return true;
                    });
 }
 
@@ -288,21 +305,26 @@ void product_tn(const Rows<T>& a, int64_t a_column, int64_t m, const Rows<T>& b,
     auto* right = static_cast<Cell<T>*>(workspace.right());
     const Tiles tiles(m);
     const int64_t width = (m + kLanes - 1) / kLanes * kLanes, step = kBlockDepth * kDepth<T>;
-    // where one block of k is all, a tile is stored at once and all tiles share one place in the first-level cache
-    const int64_t sums_stride = k <= step ? kPanel : kBlockColumns;
+    // where one chain is all, a tile is stored at once and all tiles share one place in the first-level cache
+    const bool shared = cells_of<T>(k) <= kChain;
+    const int64_t sums_stride = shared ? kPanel : kBlockColumns;
     for (int64_t begin = 0; begin < k; begin += step) {
         const int64_t size = k - begin < step ? k - begin : step, depth = cells_of<T>(size);
         pack_columns(a.from(begin), size, a_column, m, width, left);
         for (int64_t column = 0; column < n; column += kPanel) {
             const int64_t count = n - column < kPanel ? n - column : kPanel;
             pack_columns(b.from(begin), size, b_column + column, count, kPanel, right);
-            for (int64_t i = 0; i < tiles.count; ++i) {
-                const int64_t row = tiles.first(i), rows = tiles.first(i + 1) - row;
-                float* sums = workspace.product() + (k <= step ? 0 : row * kBlockColumns + column);
-                tile(rows, left + row, 1, width, right, depth, sums, sums_stride, begin > 0);
-                if (begin + size < k) continue;
-                for (int64_t r = 0; r < rows; ++r) {
-                    store_row(sums + r * sums_stride, count, d + (row + r) * d_stride + column);
+            for (int64_t cell = 0; cell < depth; cell += kChain) {
+                const int64_t chain = depth - cell < kChain ? depth - cell : kChain;
+                const bool last = begin + size == k && cell + chain == depth;
+                for (int64_t i = 0; i < tiles.count; ++i) {
+                    const int64_t row = tiles.first(i), rows = tiles.first(i + 1) - row;
+                    float* sums = workspace.product() + (shared ? 0 : row * kBlockColumns + column);
+                    tile(rows, left + row + cell * width, 1, width, right + cell * kPanel, chain, sums, sums_stride,
+                         begin + cell > 0);
+                    for (int64_t r = 0; last && r < rows; ++r) {
+                        store_row(sums + r * sums_stride, count, d + (row + r) * d_stride + column);
+                    }
                 }
             }
         }

@@ -8,7 +8,7 @@ namespace r1kernels {
 
 namespace {
 
-constexpr int64_t kCombineBytes = 32 << 20;  // of float32 rows that wait for their sum at a time
+constexpr int64_t kCombineBytes = 8 << 20;  // of float32 rows that wait for their sum at a time
 
 struct Experts {
     Element element;
