@@ -48,10 +48,7 @@ def tensor(
         raise TypeError(f"{name}: expected dtype {_one_of(dtypes)}, got {value.dtype}")
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(value.shape)}")
-    if shape is not None and (
-        value.ndim != len(shape)
-        or any(want is not None and want != got for want, got in zip(shape, value.shape, strict=True))
-    ):
+    if shape is not None and value.shape != shape and not _fits(shape, value.shape):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(value.shape)}")
     if like is not None and value.device != like.device:
@@ -149,6 +146,12 @@ class _FirstDerivativeOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError(f"{ctx.op}: a second derivative is not implemented")
+
+
+def _fits(wanted: Sequence[int | None], found: Sequence[int]) -> bool:
+    return len(wanted) == len(found) and all(
+        want is None or want == got for want, got in zip(wanted, found, strict=True)
+    )
 
 
 def _is_symbolic(value: Tensor) -> bool:

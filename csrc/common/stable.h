@@ -26,9 +26,23 @@ inline void* current_stream(int32_t device) {
     return stream;
 }
 
-// An uninitialised contiguous tensor on the device of `like`.
+// An uninitialised contiguous tensor on the device of `like`. A small batch feels the half microsecond more of new_empty.
 inline Tensor empty_on(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
-    return torch::stable::new_empty(like, shape, dtype);
+    constexpr int64_t most_dimensions = 8;
+    const int64_t dimensions = static_cast<int64_t>(shape.size());
+    STD_TORCH_CHECK(dimensions <= most_dimensions, "expected at most 8 dimensions, got ", dimensions);
+    int64_t strides[most_dimensions], stride = 1;
+    for (int64_t i = dimensions - 1; i >= 0; --i) {
+        strides[i] = stride;
+        stride *= shape[i] > 1 ? shape[i] : 1;
+    }
+    int32_t device = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+    const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    AtenTensorHandle result = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, shape.data(), strides, type, device,
+                                                           like.get_device_index(), &result));
+    return Tensor(result);
 }
 
 }  // namespace r1kernels

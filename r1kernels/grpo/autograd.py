@@ -1,7 +1,8 @@
 """The kernel backends of grpo_loss: from checked arguments to the call of an op, and one autograd function around it.
 
 The autograd function stands outside the torch ops and is entered only where a gradient is needed. The loss is a scalar,
-so the forward op writes its gradients at once, for an upstream gradient of 1; the backward op scales them by it.
+so the forward op writes its gradients at once, for an upstream gradient of 1, and the backward scales them by it: a plain
+product, or the backward op where the ratio of a sequence has a share for each of its tokens.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from .reductions import Divisor, divisor_of
 
 
 def run(
-    backend: str, logp: Tensor, old_logp: Tensor | None, advantages: Tensor, mask: Tensor, **keywords: Any
+    backend: str,
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    options: LossOptions,
 ) -> GRPOOutput:
-    """The loss for checked arguments and resolved keywords (see ``LossOptions``)."""
-    options = LossOptions(**keywords)
+    """The loss for checked arguments and resolved options."""
     cu_seqlens = options.cu_seqlens
     sequences = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     divisor = (
-        divisor_of(options.reduction, options._asdict(), mask, cu_seqlens)
+        divisor_of(options.reduction, options.totals, mask, cu_seqlens)
         if options.weights is None
         else Divisor(1.0, None, "one")
     )
@@ -47,17 +52,16 @@ def run(
         ops.ESTIMATORS.index(options.kl or "k3"),
         ops.COUNTS.index(divisor.counted),
     )
-    logp = logp.float().contiguous()
-    entropy = None if options.entropy is None else options.entropy.float().contiguous()
-    logp_gradient = torch.is_grad_enabled() and logp.requires_grad
+    logp = _float_contiguous(logp)
+    entropy = None if options.entropy is None else _float_contiguous(options.entropy)
+    differentiable = torch.is_grad_enabled()
+    logp_gradient = differentiable and logp.requires_grad
     entropy_gradient = (
-        torch.is_grad_enabled()
-        and entropy is not None
-        and entropy.requires_grad
-        and options.entropy_coef != 0
+        differentiable and entropy is not None and entropy.requires_grad and options.entropy_coef != 0
     )
     if logp_gradient or entropy_gradient:
-        loss, metrics = GRPOLoss.apply(logp, entropy, arguments, logp_gradient, entropy_gradient, backend)
+        wanted = (logp_gradient, entropy_gradient)
+        loss, metrics = GRPOLoss.apply(logp, entropy, arguments, wanted, options.ratio != "token", backend)
     else:
         loss, metrics, *_ = _forward(backend, logp, entropy, arguments, False, False)
     clips = "clip_high" in DEFAULTS[options.variant]
@@ -77,14 +81,17 @@ class GRPOLoss(torch.autograd.Function):
         logp: Tensor,
         entropy: Tensor | None,
         arguments: tuple[Any, ...],
-        logp_gradient: bool,
-        entropy_gradient: bool,
+        wanted: tuple[bool, bool],
+        shared: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        loss, metrics, *grads = _forward(backend, logp, entropy, arguments, logp_gradient, entropy_gradient)
-        mask, cu_seqlens = arguments[2], arguments[7]
-        ctx.save_for_backward(logp, entropy, *grads, mask, cu_seqlens)
-        ctx.backend, ctx.wanted = backend, (logp_gradient, entropy_gradient)
+        loss, metrics, *grads = _forward(backend, logp, entropy, arguments, *wanted)
+        if shared:
+            mask, cu_seqlens = arguments[2], arguments[7]
+            ctx.save_for_backward(logp, entropy, *grads, mask, cu_seqlens)
+        else:
+            ctx.save_for_backward(logp, entropy, grads[0], grads[2])
+        ctx.backend, ctx.wanted, ctx.shared = backend, wanted, shared
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         return loss, metrics
@@ -94,11 +101,17 @@ class GRPOLoss(torch.autograd.Function):
         unused = (None,) * 4
         if grads[0] is None:
             return None, None, *unused
+        upstream = grads[0].detach()
         logp, entropy, *saved = ctx.saved_tensors
-        results = getattr(ops.namespace, f"grpo_loss_{ctx.backend}_backward")(grads[0].detach(), *saved)
+        if ctx.shared:
+            saved = getattr(ops.namespace, f"grpo_loss_{ctx.backend}_backward")(upstream, *saved)
+        else:
+            saved = [
+                grad * upstream if wanted else grad for grad, wanted in zip(saved, ctx.wanted, strict=True)
+            ]
         return *(
             checks.first_derivative_only("grpo_loss", grad, value) if wanted else None
-            for grad, value, wanted in zip(results, (logp, entropy), ctx.wanted, strict=True)
+            for grad, value, wanted in zip(saved, (logp, entropy), ctx.wanted, strict=True)
         ), *unused
 
 
@@ -116,14 +129,16 @@ def _forward(
 
 def kernel_values(values: Tensor | None) -> Tensor | None:
     """As kernels read them: float32, contiguous, without gradient."""
-    if values is None or _is_kernel_values(values):
-        return values
-    return values.detach().float().contiguous()
+    if values is None:
+        return None
+    return _float_contiguous(values.detach() if values.requires_grad else values)
 
 
-def _is_kernel_values(values: Tensor) -> bool:
+def _float_contiguous(values: Tensor) -> Tensor:
     # asked first: each call that would change nothing costs as much as the kernel of a small batch
-    return values.dtype is torch.float32 and not values.requires_grad and values.is_contiguous()
+    if values.dtype is torch.float32 and values.is_contiguous():
+        return values
+    return values.float().contiguous()
 
 
 def numbers_of(options: LossOptions, divisor: float) -> Tensor:

@@ -139,11 +139,11 @@ def linear_grpo_loss(
         old_logp,
         advantages,
         mask,
+        options._replace(entropy=entropy),
         bias=bias,
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
         chunk_size=chunk_size,
         group=group,
-        **{**options._asdict(), "entropy": entropy},
     )

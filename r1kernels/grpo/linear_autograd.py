@@ -34,6 +34,7 @@ def run(
     old_logp: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
+    options: LossOptions,
     *,
     bias: Tensor | None,
     temperature: float | Tensor,
@@ -41,10 +42,8 @@ def run(
     logit_scale: float,
     chunk_size: int | None,
     group: Any,
-    **keywords: Any,
 ) -> GRPOOutput:
-    """The loss for checked arguments and resolved keywords (see ``LossOptions``); ``entropy`` is a bool here."""
-    options = LossOptions(**keywords)
+    """The loss for checked arguments and resolved options, whose ``entropy`` is a bool here."""
     layout = layout_of(mask, options.cu_seqlens)
     entropy = bool(options.entropy) or options.entropy_coef != 0
     head = Head(weight, bias, softcap, logit_scale)
@@ -95,7 +94,7 @@ def _two_ops(
     )
     logp, value = result if entropy else (result, None)
     loss = reference.grpo_loss if backend == "reference" else partial(autograd.run, backend)
-    return loss(logp, old_logp, advantages, mask, **options._replace(entropy=value)._asdict())
+    return loss(logp, old_logp, advantages, mask, options._replace(entropy=value))
 
 
 def _one_pass(
@@ -115,8 +114,7 @@ def _one_pass(
     """Forward and backward of the head together, a few tokens at a time."""
     weights = options.weights
     if weights is None:
-        totals, cu_seqlens = options._asdict(), options.cu_seqlens
-        weights = token_weights(layout, options.reduction, totals, cu_seqlens, torch.float32)
+        weights = token_weights(layout, options.reduction, options.totals, options.cu_seqlens, torch.float32)
     if advantages.shape == (layout.num_sequences,):
         advantages = advantages.unsqueeze(1)
 

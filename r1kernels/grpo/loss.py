@@ -148,4 +148,4 @@ def grpo_loss(
     checks.tensor("logp", logp, dtypes=checks.FLOATS)
     checks.tensor("mask", mask, shape=tuple(logp.shape), like=logp)
     check_tensors(options, num_sequences_of(mask, cu_seqlens), old_logp, advantages, logp)
-    return backends.dispatch("grpo_loss", backend, logp, old_logp, advantages, mask, **options._asdict())
+    return backends.dispatch("grpo_loss", backend, logp, old_logp, advantages, mask, options)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from .kl import ESTIMATORS
-from .reductions import REDUCTIONS, check_totals
+from .reductions import REDUCTIONS, Totals, check_totals
 
 RATIOS = ("token", "sequence", "output")
 
@@ -26,6 +26,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """For each variant the arguments that it uses, with their defaults."""
 
 _SPECIFIC = ("ratio", "clip_low", "clip_high", "delta", "dual_bound", "tau", "vespo")
+# The unbiased KL and the metrics of a variant without a choice of ratio take that of the token.
+_UNLESS_GIVEN = {
+    variant: {**dict.fromkeys(_SPECIFIC), "ratio": "token", **defaults}
+    for variant, defaults in DEFAULTS.items()
+}
 _FLOATS_AND_BOOL = (*checks.FLOATS, torch.bool)
 
 
@@ -54,22 +59,18 @@ class LossOptions(NamedTuple):
     max_length: Any = None
     cu_seqlens: Tensor | None = None
 
+    @property
+    def totals(self) -> Totals:
+        """What is known of the whole optimizer step."""
+        return Totals(self.num_sequences, self.num_tokens, self.max_length)
+
 
 def resolve(options: LossOptions) -> LossOptions:
     """The options with the variant's defaults, or a ValueError that names an argument which the variant does not use."""
     variant = checks.choice("variant", options.variant, DEFAULTS)
-    defaults = DEFAULTS[variant]
-    specific: dict[str, Any] = {}
-    for name in _SPECIFIC:
-        given = getattr(options, name)
-        if given is not None and name not in defaults:
-            raise ValueError(f"{name}: not used by variant {variant!r}, got {given!r}")
-        specific[name] = defaults.get(name) if given is None else given
-    # The unbiased KL and the metrics of a variant without a choice of ratio take that of the token.
-    specific["ratio"] = checks.choice("ratio", specific["ratio"] or "token", RATIOS)
-    resolved = options._replace(**specific)
-    _check_variant(resolved)
-    return _with_kl(resolved)
+    given = {name: getattr(options, name) for name in _SPECIFIC if getattr(options, name) is not None}
+    specific = _checked(variant, given) if given else _UNLESS_GIVEN[variant]
+    return options._replace(**specific, kl=_kl_of(options, specific["ratio"]))
 
 
 def check_tensors(
@@ -99,51 +100,59 @@ def check_tensors(
     _check_reduction(options, like)
 
 
-def _check_variant(options: LossOptions) -> None:
+def _checked(variant: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Every argument that belongs to variants, the ``given`` ones checked."""
+    for name, value in given.items():
+        if name not in DEFAULTS[variant]:
+            raise ValueError(f"{name}: not used by variant {variant!r}, got {value!r}")
+    specific = {**_UNLESS_GIVEN[variant], **given}
+    specific["ratio"] = checks.choice("ratio", specific["ratio"] or "token", RATIOS)
     for name in ("clip_low", "clip_high"):
-        value = getattr(options, name)
+        value = specific[name]
         if value is not None and checks.number(name, value) < 0:
             raise ValueError(f"{name}: expected at least 0, got {value}")
-    if options.delta is not None and checks.number("delta", options.delta) <= 1 + options.clip_high:
+    delta, dual_bound, tau, vespo = (specific[name] for name in ("delta", "dual_bound", "tau", "vespo"))
+    if delta is not None and checks.number("delta", delta) <= 1 + specific["clip_high"]:
         raise ValueError(
-            f"delta: expected above 1 + clip_high = {1 + options.clip_high} (it bounds what the clip lets through), "
-            f"got {options.delta}"
+            f"delta: expected above 1 + clip_high = {1 + specific['clip_high']} (it bounds what the clip lets "
+            f"through), got {delta}"
         )
-    if options.dual_bound is not None and checks.number("dual_bound", options.dual_bound) <= 1:
-        raise ValueError(f"dual_bound: expected above 1, got {options.dual_bound}")
-    if options.tau is not None:
-        for value in _pair("tau", options.tau, "(for A > 0, for A <= 0)"):
+    if dual_bound is not None and checks.number("dual_bound", dual_bound) <= 1:
+        raise ValueError(f"dual_bound: expected above 1, got {dual_bound}")
+    if tau is not None:
+        for value in _pair("tau", tau, "(for A > 0, for A <= 0)"):
             checks.positive("tau", value)
-    if options.vespo is not None:
-        for part in _pair("vespo", options.vespo, "((k, lam) for A >= 0, (k, lam) for A < 0)"):
+    if vespo is not None:
+        for part in _pair("vespo", vespo, "((k, lam) for A >= 0, (k, lam) for A < 0)"):
             k, lam = _pair("vespo", part, "(k, lam)")
             checks.number("vespo", k)
             checks.positive("vespo", lam)
+    return specific
 
 
-def _with_kl(options: LossOptions) -> LossOptions:
+def _kl_of(options: LossOptions, ratio: str) -> str | None:
+    """The estimator; None without a reference."""
     checks.number("kl_coef", options.kl_coef)
     if options.ref_logp is None:
         if options.kl is not None:
             raise ValueError(f"kl: {options.kl!r} needs ref_logp, got None")
         if options.kl_coef != 0:
             raise ValueError(f"kl_coef: {options.kl_coef} needs ref_logp, got None")
-        return options
-    kl = checks.choice("kl", "k3" if options.kl is None else options.kl, ESTIMATORS)
-    if options.ratio == "output" and kl != "k3":
+        return None
+    kl: str = checks.choice("kl", "k3" if options.kl is None else options.kl, ESTIMATORS)
+    if ratio == "output" and kl != "k3":
         raise ValueError(f"kl: {kl!r} is not used by ratio 'output', whose KL is the k3 of the whole output")
-    return options._replace(kl=kl)
+    return kl
 
 
 def _check_reduction(options: LossOptions, like: Tensor) -> None:
     checks.choice("reduction", options.reduction, REDUCTIONS)
-    totals = {name: getattr(options, name) for name in ("num_sequences", "num_tokens", "max_length")}
     if options.weights is None:
-        check_totals(options.reduction, totals, like)
+        check_totals(options.reduction, options.totals, like)
         return
     if options.reduction != "sequence":
         raise ValueError(f"reduction: not used together with weights, got {options.reduction!r}")
-    for name, value in totals.items():
+    for name, value in zip(Totals._fields, options.totals, strict=True):
         if value is not None:
             raise ValueError(f"{name}: not used together with weights, got {value!r}")
 

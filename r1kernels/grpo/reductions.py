@@ -19,6 +19,14 @@ REDUCTIONS: dict[str, tuple[str, ...]] = {
 """For each reduction the totals that it uses."""
 
 
+class Totals(NamedTuple):
+    """The totals of an optimizer step, see ``reduction_weights``."""
+
+    num_sequences: int | float | Tensor | None
+    num_tokens: int | float | Tensor | None
+    max_length: int | float | Tensor | None
+
+
 def reduction_weights(
     mask: Tensor,
     reduction: str,
@@ -63,14 +71,14 @@ def reduction_weights(
     """
     layout = layout_of(mask, cu_seqlens)
     checks.choice("reduction", reduction, REDUCTIONS)
-    totals = {"num_sequences": num_sequences, "num_tokens": num_tokens, "max_length": max_length}
+    totals = Totals(num_sequences, num_tokens, max_length)
     check_totals(reduction, totals, mask)
     return token_weights(layout, reduction, totals, cu_seqlens, torch.float32)
 
 
-def check_totals(reduction: str, totals: dict[str, Any], like: Tensor) -> None:
+def check_totals(reduction: str, totals: Totals, like: Tensor) -> None:
     """Check the totals given for a known reduction, and refuse those that it does not use."""
-    for name, value in totals.items():
+    for name, value in zip(Totals._fields, totals, strict=True):
         if value is None:
             continue
         if name not in REDUCTIONS[reduction]:
@@ -96,13 +104,13 @@ class Divisor(NamedTuple):
     the length of the longest packed sequence."""
 
 
-def divisor_of(reduction: str, totals: dict[str, Any], mask: Tensor, cu_seqlens: Tensor | None) -> Divisor:
+def divisor_of(reduction: str, totals: Totals, mask: Tensor, cu_seqlens: Tensor | None) -> Divisor:
     """Of what a named reduction consists, for checked arguments; nothing is counted or read."""
-    given = {name: totals[name] for name in REDUCTIONS[reduction]}
     count = "sequence" if reduction == "sequence" else "one"
     number: float = 1.0
     total = None
-    for name, value in given.items():
+    for name in REDUCTIONS[reduction]:
+        value: Any = getattr(totals, name)
         if value is None and name == "num_sequences":
             value = max(mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, 1)
         elif value is None and name == "max_length" and cu_seqlens is None:
@@ -118,7 +126,7 @@ def divisor_of(reduction: str, totals: dict[str, Any], mask: Tensor, cu_seqlens:
 
 
 def token_weights(
-    layout: Layout, reduction: str, totals: dict[str, Any], cu_seqlens: Tensor | None, dtype: torch.dtype
+    layout: Layout, reduction: str, totals: Totals, cu_seqlens: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """w for checked arguments, 0 where a token does not count."""
     number, total, count = divisor_of(reduction, totals, layout.mask, cu_seqlens)

@@ -24,10 +24,9 @@ LARGEST_LOG_RATIO = 20.0
 
 
 def grpo_loss(
-    logp: Tensor, old_logp: Tensor | None, advantages: Tensor, mask: Tensor, **keywords: Any
+    logp: Tensor, old_logp: Tensor | None, advantages: Tensor, mask: Tensor, options: LossOptions
 ) -> GRPOOutput:
-    """The loss for checked arguments and resolved keywords (see ``LossOptions``)."""
-    options = LossOptions(**keywords)
+    """The loss for checked arguments and resolved options."""
     layout = layout_of(mask, options.cu_seqlens)
     dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
 
@@ -41,7 +40,7 @@ def grpo_loss(
     per_sequence = advantages.unsqueeze(1) if advantages.shape == (layout.num_sequences,) else advantages
     policy_weights = None if options.policy_weights is None else options.policy_weights.detach().to(dtype)
     weights = (
-        token_weights(layout, options.reduction, options._asdict(), options.cu_seqlens, dtype)
+        token_weights(layout, options.reduction, options.totals, options.cu_seqlens, dtype)
         if options.weights is None
         else constant(options.weights)
     )

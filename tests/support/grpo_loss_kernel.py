@@ -26,7 +26,7 @@ GARBAGE = (torch.nan, torch.inf, -torch.inf)
 def on_backend(backend, logp, old_logp, advantages, mask, **keywords):
     """``grpo_loss`` on a backend that may not serve such tensors outside of a test."""
     options = resolve(LossOptions(**keywords))
-    return autograd.run(backend, logp, old_logp, advantages, mask, **options._asdict())
+    return autograd.run(backend, logp, old_logp, advantages, mask, options)
 
 
 def random_call(seed, sequences=4, tokens=37, packed=False, per_token=False, policy=None, drift=0.3):
