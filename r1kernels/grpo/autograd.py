@@ -1,8 +1,7 @@
 """The kernel backends of grpo_loss: from checked arguments to the call of an op, and one autograd function around it.
 
 The autograd function stands outside the torch ops and is entered only where a gradient is needed. The loss is a scalar,
-so the forward op writes its gradients at once, for an upstream gradient of 1, and the backward scales them by it: a plain
-product, or the backward op where the ratio of a sequence has a share for each of its tokens.
+so the forward op writes its gradients at once, for an upstream gradient of 1; the backward op scales them by it.
 """
 
 from __future__ import annotations
@@ -60,8 +59,7 @@ def run(
         differentiable and entropy is not None and entropy.requires_grad and options.entropy_coef != 0
     )
     if logp_gradient or entropy_gradient:
-        wanted = (logp_gradient, entropy_gradient)
-        loss, metrics = GRPOLoss.apply(logp, entropy, arguments, wanted, options.ratio != "token", backend)
+        loss, metrics = GRPOLoss.apply(logp, entropy, arguments, logp_gradient, entropy_gradient, backend)
     else:
         loss, metrics, *_ = _forward(backend, logp, entropy, arguments, False, False)
     clips = "clip_high" in DEFAULTS[options.variant]
@@ -81,17 +79,14 @@ class GRPOLoss(torch.autograd.Function):
         logp: Tensor,
         entropy: Tensor | None,
         arguments: tuple[Any, ...],
-        wanted: tuple[bool, bool],
-        shared: bool,
+        logp_gradient: bool,
+        entropy_gradient: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        loss, metrics, *grads = _forward(backend, logp, entropy, arguments, *wanted)
-        if shared:
-            mask, cu_seqlens = arguments[2], arguments[7]
-            ctx.save_for_backward(logp, entropy, *grads, mask, cu_seqlens)
-        else:
-            ctx.save_for_backward(logp, entropy, grads[0], grads[2])
-        ctx.backend, ctx.wanted, ctx.shared = backend, wanted, shared
+        loss, metrics, *grads = _forward(backend, logp, entropy, arguments, logp_gradient, entropy_gradient)
+        mask, cu_seqlens = arguments[2], arguments[7]
+        ctx.save_for_backward(logp, entropy, *grads, mask, cu_seqlens)
+        ctx.backend, ctx.wanted = backend, (logp_gradient, entropy_gradient)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         return loss, metrics
@@ -101,17 +96,11 @@ class GRPOLoss(torch.autograd.Function):
         unused = (None,) * 4
         if grads[0] is None:
             return None, None, *unused
-        upstream = grads[0].detach()
         logp, entropy, *saved = ctx.saved_tensors
-        if ctx.shared:
-            saved = getattr(ops.namespace, f"grpo_loss_{ctx.backend}_backward")(upstream, *saved)
-        else:
-            saved = [
-                grad * upstream if wanted else grad for grad, wanted in zip(saved, ctx.wanted, strict=True)
-            ]
+        results = getattr(ops.namespace, f"grpo_loss_{ctx.backend}_backward")(grads[0].detach(), *saved)
         return *(
             checks.first_derivative_only("grpo_loss", grad, value) if wanted else None
-            for grad, value, wanted in zip(saved, (logp, entropy), ctx.wanted, strict=True)
+            for grad, value, wanted in zip(results, (logp, entropy), ctx.wanted, strict=True)
         ), *unused
 
 

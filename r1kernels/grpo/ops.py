@@ -27,7 +27,7 @@ B sequences of T tokens; "tokens" is (B, T), or packed (N,) with cu_seqlens. All
         grad_entropy      float32 tokens
 
     grpo_loss_<backend>_backward(grad_loss, grad_logp, grad_of_ratio, grad_entropy, mask, cu_seqlens)
-            -> (grad_logp, grad_entropy), for ratios of a sequence or an output
+            -> (grad_logp, grad_entropy)
         grad_loss         float32 (), read on the device; the other arguments are outputs of the forward (empty: not needed)
 
     group_advantages_<backend>(rewards, group_size, group_ids, valid, scale, eps, leave_one_out) -> advantages

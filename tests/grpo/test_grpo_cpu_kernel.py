@@ -114,8 +114,7 @@ def test_opcheck(ratio):
             (logp, old, advantages, mask),
             keywords | {"ratio": ratio},
         )
-    # with the ratio of a token the backward is a product and needs no op
-    assert [function for function, _ in seen] == ([op] if ratio == "token" else [op, backward])
+    assert [function for function, _ in seen] == [op, backward]
     for function, args in seen:
         # what does not count holds NaN, which opcheck would take for a difference
         torch.library.opcheck(
