@@ -104,7 +104,7 @@ def test_explain_shows_every_backend_and_its_reasons(op):
 def test_explain_takes_the_arguments_of_the_public_function():
     logits, targets = torch.zeros(2, 3).double(), torch.zeros(2, dtype=torch.int64)
     text = r1kernels.explain("token_logprobs", logits, targets, temperature=0.7)
-    assert "reference  runs" in text and "float64 logits are served by the reference alone" in text
+    assert "reference  runs" in text and "logits: float64 is served by the reference alone" in text
     with pytest.raises(TypeError, match="targets: expected a torch.Tensor"):
         r1kernels.explain("token_logprobs", logits, [0, 0])
 

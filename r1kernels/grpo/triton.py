@@ -1,43 +1,26 @@
 """The Triton backend of grpo_loss and group_advantages: which calls it serves, and its ops.
 
-Triton is imported at the first launch, never before. With TRITON_INTERPRET=1, Triton's own switch, kernels run in its
-interpreter, which serves tensors on the CPU. B sequences, T or N tokens (padded or packed).
+Triton is imported at the first launch, never before. B sequences, T or N tokens (padded or packed).
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
+from .. import devices
 from . import ops
 from .advantages import SCALES
-from .cpu import dtype_reasons
+from .cpu import DTYPES
 from .options import DEFAULTS
 
-_INSTALLED = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 TILES = {"block": 512, "sequences": 32, "slots": 8, "many": 1024}  # see triton_sums.Call
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
-
-_OLDEST = (8, 0)  # the capability of sm_80
 
 
 def reasons(values: Tensor, *unused: object, **keywords: object) -> tuple[str, ...]:
     """Why this call can not be served; ``values`` are the log-probs, or the rewards."""
-    found = []
-    if values.device.type == "cuda":
-        # torch.compile takes the properties, not the capability, for constants
-        properties = torch.cuda.get_device_properties(values.device.index)
-        if (properties.major, properties.minor) < _OLDEST:
-            found.append(f"{values.device} is older than sm_80")
-    elif not _INTERPRETED:
-        found.append(f"the tensors are on {values.device}, Triton needs a GPU")
-    if not _INSTALLED:
-        found.append("the package triton is not installed")
-    return (*found, *dtype_reasons(values))
+    return tuple(devices.triton("tensors", values, DTYPES))
 
 
 def loss_forward(

@@ -4,38 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .. import extension
+from .. import devices, extension
 from . import gemm, linear, linear_ops, ops, tiles
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
     """Why this call can not be served (arguments of ``autograd.run``)."""
-    return _reasons("logits", logits)
+    return tuple(devices.cpu("logits", logits))
 
 
 def linear_reasons(hidden: Tensor, head: linear.Head, *arguments: object) -> tuple[str, ...]:
     """Why this call can not be served (arguments of ``linear.reference``)."""
     group = arguments[9]
-    found = _reasons("hidden states", hidden)
+    found = devices.cpu("hidden", hidden)
     if group is not None:
-        found += ("a vocabulary sharded over a process group is served by the reference alone",)
-    return found
-
-
-def _reasons(name: str, tensor: Tensor) -> tuple[str, ...]:
-    found = []
-    if tensor.device.type != "cpu":
-        found.append(f"the {name} are on {tensor.device}, this backend is for the CPU")
-    if tensor.dtype not in DTYPES:
-        found.append(f"{str(tensor.dtype).removeprefix('torch.')} {name} are served by the reference alone")
-    failure = extension.missing()
-    if failure:
-        found.append(failure)
+        found.append("a vocabulary sharded over a process group is served by the reference alone")
     return tuple(found)
 
 

@@ -18,47 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import extension
+from .. import devices
 from . import gpu, linear, linear_ops, ops, tiles
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OLDEST = (8, 0)  # the capability of sm_80
-
-_missing = extension.cuda_missing()  # read once: torch.compile can not trace a call into the extension
 
 
 def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
     """Why this call can not be served (arguments of ``autograd.run``)."""
-    return _reasons("logits", logits)
+    return tuple(devices.cuda("logits", logits))
 
 
 def linear_reasons(hidden: Tensor, head: linear.Head, *arguments: object) -> tuple[str, ...]:
     """Why this call can not be served (arguments of ``linear.reference``)."""
     group = arguments[9]
-    found = _reasons("hidden states", hidden)
+    found = devices.cuda("hidden", hidden)
     if group is not None:
-        found += ("a vocabulary sharded over a process group is served by the reference alone",)
-    return found
-
-
-def _reasons(name: str, tensor: Tensor) -> tuple[str, ...]:
-    found = []
-    if tensor.device.type != "cuda":
-        found.append(f"the {name} are on {tensor.device}, this backend is for NVIDIA GPUs")
-    elif older_than_supported(tensor.device.index):
-        found.append(f"{tensor.device} is older than sm_80")
-    if tensor.dtype not in DTYPES:
-        found.append(f"{str(tensor.dtype).removeprefix('torch.')} {name} are served by the reference alone")
-    if _missing:
-        found.append(_missing)
+        found.append("a vocabulary sharded over a process group is served by the reference alone")
     return tuple(found)
-
-
-def older_than_supported(device: int) -> bool:
-    """Whether a CUDA device is too old for the kernels."""
-    # torch.compile takes the properties, not the capability, for constants
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor) < OLDEST
 
 
 def _gradient(engine: tiles.Engine, tile: Tensor, rows: ops.Rows, dtype: torch.dtype, *saved: Any) -> Tensor:
@@ -72,17 +47,7 @@ def _gradient(engine: tiles.Engine, tile: Tensor, rows: ops.Rows, dtype: torch.d
     return grad
 
 
-ENGINE = tiles.Engine(
-    backend="cuda",
-    logits=gpu.logits,
-    add_product=gpu.add_product,
-    empty=gpu.empty,
-    tile_bytes=gpu.TILE_BYTES,
-    tokens=gpu.TOKENS,
-    invariant_columns=gpu.INVARIANT_COLUMNS,
-    invariant_tokens=gpu.invariant_tokens,
-    gradient=_gradient,
-)
+ENGINE = gpu.engine("cuda", _gradient)
 
 
 def _fake_into(logits: Tensor, *unused: object) -> None:

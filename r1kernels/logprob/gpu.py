@@ -9,10 +9,13 @@ Shapes: n tokens x v columns of a tile, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import tiles
 
 TILE_BYTES = 512 << 20
 TOKENS = 8192  # a tile; from 2,048 on a GEMM is bound by arithmetic and re-reads the head seldom
@@ -47,3 +50,21 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def invariant_tokens(dtype: torch.dtype) -> int:
     """How many rows every GEMM has where bits must not depend on the company."""
     return INVARIANT_TOKENS
+
+
+def engine(
+    backend: str, gradient: Callable[..., Tensor], forward: Callable[..., Any] | None = None
+) -> tiles.Engine:
+    """What a backend for GPUs gives to the tile loop: its own gradient of a tile and forward, the products from here."""
+    return tiles.Engine(
+        backend,
+        logits,
+        add_product,
+        empty,
+        TILE_BYTES,
+        TOKENS,
+        INVARIANT_COLUMNS,
+        invariant_tokens,
+        gradient,
+        forward,
+    )

@@ -1,51 +1,30 @@
 """The Triton backend of the log-probs on rows of logits: which calls it serves, and its ops.
 
-Triton is imported at the first launch, never before. With TRITON_INTERPRET=1, Triton's own switch, kernels run in its
-interpreter, which serves tensors on the CPU.
+Triton is imported at the first launch, never before.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import devices
 from . import ops
-from .cuda import DTYPES, older_than_supported
 
 MAX_PROGRAMS = 2**31 - 1  # in the first dimension of a grid
 VECTOR_BYTES = 16
 SEGMENT = 1 << 15  # logits that a program reads; few rows of a large vocabulary still fill a GPU
 
-_INSTALLED = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-
 
 def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
     """Why this call can not be served (arguments of ``autograd.run`` or ``grouped.run``)."""
-    found = list(device_reasons("logits", logits))
-    if logits.dtype not in DTYPES:
-        found.append(f"{str(logits.dtype).removeprefix('torch.')} logits are served by the reference alone")
+    found = devices.triton("logits", logits)
     columns = logits.shape[-1]
     rows = logits.numel() // columns
     if rows * _segments(columns) > MAX_PROGRAMS:
         found.append(f"{rows} rows of {columns} logits, a grid holds at most {MAX_PROGRAMS} programs")
-    return tuple(found)
-
-
-def device_reasons(name: str, tensor: Tensor) -> tuple[str, ...]:
-    """Why Triton can not run where this argument lies."""
-    found = []
-    if tensor.device.type == "cuda":
-        if older_than_supported(tensor.device.index):
-            found.append(f"{tensor.device} is older than sm_80")
-    elif not _INTERPRETED:
-        found.append(f"the {name} are on {tensor.device}, Triton needs a GPU")
-    if not _INSTALLED:
-        found.append("the package triton is not installed")
     return tuple(found)
 
 

@@ -11,19 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import devices
 from . import gpu, linear, linear_ops, ops, tiles, tuning
 from . import triton as rows_backend
-from .cuda import DTYPES
 from .triton import VECTOR_BYTES
 
 
 def reasons(hidden: Tensor, head: linear.Head, *arguments: Any) -> tuple[str, ...]:
     """Why this call can not be served (arguments of ``linear.reference``)."""
     group = arguments[9]
-    found = list(rows_backend.device_reasons("hidden states", hidden))
-    if hidden.dtype not in DTYPES:
-        name = str(hidden.dtype).removeprefix("torch.")
-        found.append(f"{name} hidden states are served by the reference alone")
+    found = devices.triton("hidden", hidden)
     if group is not None:
         found.append("a vocabulary sharded over a process group is served by the reference alone")
     return tuple(found)
@@ -135,18 +132,7 @@ def _programs(device: torch.device, tile_count: int) -> int:
     return min(tile_count, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-ENGINE = tiles.Engine(
-    backend="triton",
-    logits=gpu.logits,
-    add_product=gpu.add_product,
-    empty=gpu.empty,
-    tile_bytes=gpu.TILE_BYTES,
-    tokens=gpu.TOKENS,
-    invariant_columns=gpu.INVARIANT_COLUMNS,
-    invariant_tokens=gpu.invariant_tokens,
-    gradient=gradient,
-    forward=forward,
-)
+ENGINE = gpu.engine("triton", gradient, forward)
 
 
 def _wide_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from r1kernels import backends, extension
 from r1kernels.grpo import group_advantages, grpo_loss
 from tests.support.grpo_loss_kernel import GrpoLossKernel, gradients, random_call
 from tests.support.numerics import same_bits
@@ -16,15 +15,6 @@ from tests.support.numerics import same_bits
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device here", allow_module_level=True)
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request):
-    if request.param == "cuda" and extension.cuda_missing():
-        pytest.skip(extension.cuda_missing())
-    if request.param not in backends.registered("grpo_loss"):
-        pytest.skip(f"grpo_loss has no backend {request.param}")
-    return request.param
 
 
 class TestGrpoLossOnGpu(GrpoLossKernel):

@@ -8,22 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from r1kernels import backends, extension
 from r1kernels.grpo import grpo_preset, linear_grpo_loss
 from tests.support.numerics import assert_as_exact_as, same_bits
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device here", allow_module_level=True)
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request):
-    if request.param == "cuda" and extension.cuda_missing():
-        pytest.skip(extension.cuda_missing())
-    if request.param not in backends.registered("linear_grpo_loss"):
-        pytest.skip(f"linear_grpo_loss has no backend {request.param}")
-    return request.param
 
 
 def gpu_call(dtype, tokens=200, vocabulary=5003, width=64):

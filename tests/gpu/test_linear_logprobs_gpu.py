@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from r1kernels import extension, linear_grouped_logprobs, linear_logprobs
+from r1kernels import linear_grouped_logprobs, linear_logprobs
 from tests.support.numerics import assert_as_exact_as, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -20,15 +20,6 @@ HEADS = {
     "plain": {},
     "all": {"bias": True, "logit_scale": 0.7, "softcap": 9.0},
 }
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request):
-    if request.param == "cuda" and extension.cuda_missing():
-        pytest.skip(extension.cuda_missing())
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed")
-    return request.param
 
 
 def random_case(tokens, vocabulary, width, dtype=torch.bfloat16):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import r1kernels
-from r1kernels import extension, token_logprobs
+from r1kernels import token_logprobs
 from r1kernels.logprob import ops
 from r1kernels.logprob.autograd import plain_rows
 from tests.support.numerics import same_bits
@@ -19,15 +19,6 @@ from tests.support.token_logprobs_kernel import IGNORED, TokenLogprobsKernel, ra
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device here", allow_module_level=True)
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request):
-    if request.param == "cuda" and extension.cuda_missing():
-        pytest.skip(extension.cuda_missing())
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed")
-    return request.param
 
 
 class OpKernel:

@@ -1,0 +1,68 @@
+"""Why a kernel backend can not run where an argument lies, or in its dtype: sentences for ``backends.register``.
+
+Triton is looked for, not imported. With TRITON_INTERPRET=1, Triton's own switch, its kernels run in its interpreter, which
+serves tensors on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import extension
+
+FLOATS = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+)  # float32, which kernels compute in, holds all of them exactly
+OLDEST = (8, 0)  # the capability of sm_80
+
+# read once: torch.compile can not trace a call into the extension
+_no_cpu, _no_cuda = extension.missing(), extension.cuda_missing()
+_NO_TRITON = None if importlib.util.find_spec("triton") else "the package triton is not installed"
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def cpu(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> list[str]:
+    """Why the C++ kernels for CPUs can not take ``tensor``, the argument ``name``."""
+    found = [] if tensor.is_cpu else [f"{name}: on {tensor.device}, this backend is for the CPU"]
+    return found + _common(name, tensor, dtypes, _no_cpu)
+
+
+def cuda(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> list[str]:
+    """Why the C++ kernels for NVIDIA GPUs can not take ``tensor``, the argument ``name``."""
+    if tensor.is_cuda:
+        found = _too_old(tensor)
+    else:
+        found = [f"{name}: on {tensor.device}, this backend is for NVIDIA GPUs"]
+    return found + _common(name, tensor, dtypes, _no_cuda)
+
+
+def triton(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> list[str]:
+    """Why the Triton kernels can not take ``tensor``, the argument ``name``."""
+    if tensor.is_cuda:
+        found = _too_old(tensor)
+    else:
+        found = [] if _INTERPRETED else [f"{name}: on {tensor.device}, Triton needs a GPU"]
+    return found + _common(name, tensor, dtypes, _NO_TRITON)
+
+
+def _too_old(tensor: Tensor) -> list[str]:
+    # torch.compile takes the properties, not the capability, for constants
+    properties = torch.cuda.get_device_properties(tensor.device.index)
+    old = (properties.major, properties.minor) < OLDEST
+    return [f"{tensor.device} is older than sm_{OLDEST[0]}{OLDEST[1]}"] if old else []
+
+
+def _common(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], missing: str | None) -> list[str]:
+    found = []
+    if tensor.dtype not in dtypes:
+        found.append(f"{name}: {str(tensor.dtype).removeprefix('torch.')} is served by the reference alone")
+    if missing:
+        found.append(missing)
+    return found
