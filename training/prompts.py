@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from training.tasks.problem import Problem
@@ -24,6 +25,9 @@ WORDS: dict[str, tuple[str, ...]] = {
     "de": ("denke", "nach", "und", "prüfe"),
 }
 
+# A question, and the response that follows it in a worked example.
+_TURN = re.compile(r"user : (.*?) assistant :(.*?)(?=user : |$)", re.DOTALL)
+
 # How a summary leads in its answer.
 LEAD_IN = {"en": "the answer is", "de": "die antwort ist"}
 
@@ -38,13 +42,16 @@ def chat(problem: Problem) -> str:
     return ask(problem.question)
 
 
-def zero(problem: Problem) -> str:
-    """The R1-Zero template in miniature: it fixes the structure of the response and nothing else."""
-    return f"think in <think> </think> then answer in <answer> </answer> . {chat(problem)}"
+def zero(problem: Problem, examples: Sequence[tuple[str, str]] = ()) -> str:
+    """The R1-Zero template in miniature: it fixes the structure of the response and nothing else.
+
+    examples: (question, response) shown before the question, for a model that the template alone says nothing to.
+    """
+    return f"think in <think> </think> then answer in <answer> </answer> . {few_shot(problem, examples)}"
 
 
 def few_shot(problem: Problem, examples: Sequence[tuple[str, str]]) -> str:
-    """Worked examples (question, response) in the special-token form, then the question."""
+    """Worked examples (question, response), then the question."""
     shots = [f"{ask(question)} {response}" for question, response in examples]
     return " ".join([*shots, chat(problem)])
 
@@ -55,9 +62,19 @@ def reflect(problem: Problem) -> str:
     return ask(f"{problem.question} {request} .")
 
 
-def user_turn(prompt: str) -> str:
-    """A prompt as the user's turn of a chat template, which marks the turns itself."""
-    return prompt.replace("user : ", "").removesuffix(" assistant :")
+def turns(prompt: str) -> list[dict[str, str]]:
+    """A prompt as the turns of a chat template, which marks them itself: the user's, and the assistant's of the examples.
+
+    What stands before the first turn belongs to it. prompt: one that this module wrote.
+    """
+    before, _, _ = prompt.partition("user : ")
+    messages = []
+    for question, response in _TURN.findall(prompt):
+        messages.append({"role": "user", "content": question})
+        if response:
+            messages.append({"role": "assistant", "content": response.strip()})
+    messages[0]["content"] = before + messages[0]["content"]
+    return messages
 
 
 def judge(problem: Problem, reference: str, response: str) -> str:

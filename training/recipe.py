@@ -21,6 +21,7 @@ from training.sections import (
     ColdStart,
     Distill,
     Evaluate,
+    Example,
     Grpo,
     Judge,
     Model,
@@ -33,6 +34,7 @@ from training.sections import (
     Sampling,
     Sft2,
     Student,
+    Zero,
 )
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "ColdStart",
     "Distill",
     "Evaluate",
+    "Example",
     "Grpo",
     "Judge",
     "Model",
@@ -53,6 +56,7 @@ __all__ = [
     "Sampling",
     "Sft2",
     "Student",
+    "Zero",
     "load",
     "names",
     "stage_config",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,18 +32,20 @@ BATCH_SIZE = 256  # sequences in flight
 
 @dataclass
 class Source:
-    """A checkpoint to sample from: the stage that made it, its model and tokenizer, and the hash of its files."""
+    """A checkpoint to sample from: the stage that made it, its model and tokenizer, the hash of its files, and the prompt
+    that it answers."""
 
     stage: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     hash: str
+    prompt: Callable[[Problem], str]
 
 
-def load_source(stage: str, path: Path) -> Source:
-    """Load the checkpoint folder `path` that the named stage wrote."""
+def load_source(stage: str, path: Path, recipe: Recipe) -> Source:
+    """Load the checkpoint folder `path` that the named stage of a run of `recipe` wrote."""
     model, tokenizer = load(path)
-    return Source(stage, model, tokenizer, checkpoint.checkpoint_hash(path))
+    return Source(stage, model, tokenizer, checkpoint.checkpoint_hash(path), prompt_of(stage, recipe))
 
 
 def tasks(recipe: Recipe) -> dict[str, Task]:
@@ -63,9 +66,12 @@ def choose(pool: Sequence[Problem], count: int, *seed_parts: int | str) -> list[
     return [pool[index] for index in order]
 
 
-def prompt_of(stage: str) -> Callable[[Problem], str]:
+def prompt_of(stage: str, recipe: Recipe) -> Callable[[Problem], str]:
     """The prompt that the checkpoint of a stage answers."""
-    return prompts.zero if stage in ZERO_PROMPT else prompts.chat
+    if stage not in ZERO_PROMPT:
+        return prompts.chat
+    examples = [(example.question, example.response) for example in recipe.zero.examples]
+    return partial(prompts.zero, examples=examples)
 
 
 def draw(
@@ -83,7 +89,7 @@ def draw(
     """Sample `samples` responses to every problem, with the prompt of the source's stage unless one is given."""
     if not asked:
         raise UserError(f"no problems to ask the checkpoint of {source.stage}")
-    write = prompt or prompt_of(source.stage)
+    write = prompt or source.prompt
     return sample(
         source.model,
         source.tokenizer,

@@ -139,6 +139,22 @@ class Grpo:
 
 
 @dataclass
+class Example:
+    """A worked example: a question and a response in the form that is asked for."""
+
+    question: str = ""
+    response: str = ""
+
+
+@dataclass
+class Zero(Grpo):
+    """R1-Zero. A pretrained model that never answers in the template's form earns no reward to learn from: examples that
+    stand before every question, for base and zero alike, give it some."""
+
+    examples: list[Example] = field(default_factory=list)
+
+
+@dataclass
 class ColdStart(Sampling):
     """Long chain-of-thought data by three routes."""
 
@@ -294,7 +310,7 @@ class Recipe:
     task_options: dict[str, dict[str, Any]] = field(default_factory=dict)  # task -> its keyword arguments
     model: Model = field(default_factory=Model)
     base: Base = field(default_factory=Base)
-    zero: Grpo = field(default_factory=Grpo)
+    zero: Zero = field(default_factory=Zero)
     cold_start: ColdStart = field(default_factory=ColdStart)
     sft1: NextToken = field(default_factory=NextToken)
     rl_reasoning: RlReasoning = field(default_factory=RlReasoning)

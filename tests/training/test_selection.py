@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from training import filters
+from training import filters, prompts
 from training.loops.sample import Completion
 from training.responses import Source
 from training.selection import EXAMPLES, in_share, select
@@ -10,7 +10,7 @@ from training.stages.rejection import _in_special_form, _in_turn
 from training.tasks import get_task
 from training.tasks.arithmetic import make_problem
 
-SOURCE = Source("rl_reasoning", None, None, "hash-of-the-checkpoint")
+SOURCE = Source("rl_reasoning", None, None, "hash-of-the-checkpoint", prompts.chat)
 SUM = make_problem(23, 34, "en")  # 57
 RIGHT = "<|special_token|> 3 plus 4 makes 7 . <|special_token|> the answer is <answer> 57 </answer>"
 GENERAL = {p.question: p for split in ("train", "test") for p in get_task("general").problems(split)}

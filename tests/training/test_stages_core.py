@@ -112,7 +112,7 @@ def test_evaluation_has_a_row_for_every_checkpoint_split_and_language(run):
 
 def test_a_check_that_raises_is_counted_beside_the_marks(run, monkeypatch):
     recipe = run.read_recipe(["evaluate.problems=4", "evaluate.k_problems=2", "evaluate.splits=[test]"])
-    source = responses.load_source("zero", run.stage("zero").path / "checkpoint")
+    source = responses.load_source("zero", run.stage("zero").path / "checkpoint", recipe)
 
     def broken(task, problem, answer):
         raise ArithmeticError("no such number")

@@ -36,7 +36,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     if name.split("-")[0] in ("judge", "reward_models"):
         raise UserError(f"{name} judges responses and gives none: choose another checkpoint")
     with placed(recipe):
-        _talk(responses.load_source(name.split("-")[0], path), recipe, arguments)
+        _talk(responses.load_source(name.split("-")[0], path, recipe), recipe, arguments)
 
 
 def _talk(source: Any, recipe: Any, arguments: argparse.Namespace) -> None:

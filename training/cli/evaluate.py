@@ -39,7 +39,9 @@ def run_command(arguments: argparse.Namespace) -> None:
     else:
         name, path = checkpoint(run_dir, named[0] if named else None)
     with placed(recipe):
-        rows, _ = marks(responses.load_source(name.split("-")[0], path), name, recipe, recipe.evaluate)
+        rows, _ = marks(
+            responses.load_source(name.split("-")[0], path, recipe), name, recipe, recipe.evaluate
+        )
     hidden = ("checkpoint", "split", "language", "problems", "length", "k", "reward_errors")
     shown = [key for key in rows[0] if key not in hidden]
     header = ["split", "language", "problems", *shown, "length"]

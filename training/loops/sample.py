@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from r1kernels.integrations import transformers as integration
 from training import seeding
 from training.model import has_routers
-from training.prompts import user_turn
+from training.prompts import turns
 from training.tasks.problem import Problem
 
 
@@ -109,12 +109,11 @@ def sample(
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts: the user's turn of the tokenizer's chat template where it has one, else bos and the text."""
+    """Token ids of prompts: the turns of the tokenizer's chat template where it has one, else bos and the text."""
     if tokenizer.chat_template:
-        turns = [[{"role": "user", "content": user_turn(text)}] for text in texts]
         return [
-            tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-            for turn in turns
+            tokenizer.apply_chat_template(turns(text), add_generation_prompt=True, return_dict=False)
+            for text in texts
         ]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return (

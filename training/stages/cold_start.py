@@ -32,7 +32,7 @@ def run(context: StageContext) -> dict[str, Any]:
     filters.check_names(context.config.filters)
     tasks = responses.tasks(context.recipe)
     sources = {
-        stage: responses.load_source(stage, context.inputs[stage].path / "checkpoint")
+        stage: responses.load_source(stage, context.inputs[stage].path / "checkpoint", context.recipe)
         for stage in ("base", "zero")
     }
     metrics: dict[str, Any] = {}
@@ -71,7 +71,7 @@ def _draw(context: StageContext, route: str, source: Source, tasks: dict[str, Ta
     prompt: dict[str, Callable[[Problem], str]] = {
         "few_shot": few_shot,
         "reflect": prompts.reflect,
-        "refine": prompts.zero,
+        "refine": source.prompt,
     }
     return responses.draw(
         source,

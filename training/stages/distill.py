@@ -60,7 +60,7 @@ def run(context: StageContext) -> dict[str, Any]:
 def _teach(context: StageContext) -> Selection:
     """The teacher's responses to the prompts of the SFT mix, filtered."""
     config, seed = context.config, context.recipe.seed
-    teacher = responses.load_source("rl_all", context.inputs["rl_all"].path / "checkpoint")
+    teacher = responses.load_source("rl_all", context.inputs["rl_all"].path / "checkpoint", context.recipe)
     asked = {row["problem_id"] for row in context.inputs["rejection"].read_data("data.jsonl")}
     tasks = responses.tasks(context.recipe)
     settings = filters.Settings(task=tasks, paragraph_words=context.recipe.rejection.paragraph_words)
@@ -77,7 +77,7 @@ def _accuracy(context: StageContext, name: str, folder: Any) -> float:
     """Share of held-out reasoning problems that the student gets right at temperature 1, one sample each."""
     pool = responses.problems(context.recipe, "test", ("reasoning",))
     asked = responses.choose(pool, UNSEEN_PROBLEMS, context.recipe.seed, context.name, "unseen")
-    source = responses.load_source(f"{context.name}-{name}", folder)
+    source = responses.load_source(f"{context.name}-{name}", folder, context.recipe)
     drawn = _draw(context, source, asked, 1, 1.0, 1.0)
     tasks = responses.tasks(context.recipe)
     return sum(rewards.accuracy(as_sample(each), tasks).value == 1.0 for each in drawn) / len(drawn)

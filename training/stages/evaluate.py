@@ -41,7 +41,9 @@ def run(context: StageContext) -> dict[str, Any]:
         for name, (parent, path) in checkpoints.items():
             if name in finished:
                 continue
-            new, samples = marks(responses.load_source(parent, path), name, context.recipe, context.config)
+            new, samples = marks(
+                responses.load_source(parent, path, context.recipe), name, context.recipe, context.config
+            )
             rows += new
             context.stage.add_samples(samples)
             context.stage.save_state(len(rows), {}, {"rows": rows})

@@ -58,7 +58,7 @@ def _collect(context: StageContext, split: str) -> list[dict[str, Any]]:
     candidates: list[tuple[Sample, bool, str]] = []
     rows = {}
     for stage in config.samples_from:
-        source = responses.load_source(stage, context.inputs[stage].path / "checkpoint")
+        source = responses.load_source(stage, context.inputs[stage].path / "checkpoint", context.recipe)
         drawn = responses.draw(
             source,
             asked,

@@ -23,7 +23,9 @@ from training.tasks.problem import Problem
 
 def run(context: StageContext) -> dict[str, Any]:
     """Sample, judge, filter, mix; writes data.jsonl and rejected.jsonl."""
-    source = responses.load_source("rl_reasoning", context.inputs["rl_reasoning"].path / "checkpoint")
+    source = responses.load_source(
+        "rl_reasoning", context.inputs["rl_reasoning"].path / "checkpoint", context.recipe
+    )
     reasoning, contradicted = _reasoning(context, source)
     general = _general(context, len(reasoning.kept))
     context.stage.write_data("data.jsonl", reasoning.kept + general.kept)
@@ -88,7 +90,7 @@ def _general(context: StageContext, reasoning_kept: int) -> Selection:
     if not pool or not config.general_share:
         return Selection()
     stage = config.general_from
-    source = responses.load_source(stage, context.inputs[stage].path / "checkpoint")
+    source = responses.load_source(stage, context.inputs[stage].path / "checkpoint", context.recipe)
     drawn = responses.draw(
         source,
         pool,
@@ -98,7 +100,7 @@ def _general(context: StageContext, reasoning_kept: int) -> Selection:
         max_new_tokens=config.max_new_tokens,
         seed_parts=(seed, context.name, "general"),
         batch_size=config.batch_size,
-        prompt=responses.prompt_of(context.name),
+        prompt=responses.prompt_of(context.name, context.recipe),
     )
     settings = filters.Settings(paragraph_words=config.paragraph_words)
     split: dict[bool, list[Completion]] = {True: [], False: []}

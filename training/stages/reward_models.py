@@ -50,7 +50,7 @@ def _collect(context: StageContext, split: str) -> list[dict[str, Any]]:
     config, seed = context.config, context.recipe.seed
     rows = []
     for stage in config.samples_from:
-        source = responses.load_source(stage, context.inputs[stage].path / "checkpoint")
+        source = responses.load_source(stage, context.inputs[stage].path / "checkpoint", context.recipe)
         for kind, samples in (("helpful", config.samples), ("unsafe", config.unsafe_samples)):
             pool = responses.problems(context.recipe, split, (kind,))
             drawn = responses.draw(

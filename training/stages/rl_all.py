@@ -62,8 +62,10 @@ def run(context: StageContext) -> dict[str, Any]:
         context,
     )
     checkpoint.save_model(policy, tokenizer, context.stage.path / "checkpoint")
-    before = score_unseen(context, responses.load_source("sft2", sft2), scorers)
-    after = score_unseen(context, responses.load_source("rl_all", context.stage.path / "checkpoint"), scorers)
+    before = score_unseen(context, responses.load_source("sft2", sft2, context.recipe), scorers)
+    after = score_unseen(
+        context, responses.load_source("rl_all", context.stage.path / "checkpoint", context.recipe), scorers
+    )
     return {
         **metrics,
         **{f"unseen/{name}/before": value for name, value in before.items()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from training import checkpoint, prompts, responses, rewards
+from training import checkpoint, responses, rewards
 from training.context import StageContext
 from training.errors import UserError
 from training.loops import grpo
@@ -16,7 +16,7 @@ from training.tasks.problem import Problem
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train the base model with the R1-Zero template; writes checkpoint."""
-    return reinforce(context, "base", prompts.zero)
+    return reinforce(context, "base", responses.prompt_of(context.name, context.recipe))
 
 
 def reinforce(context: StageContext, parent: str, prompt: Callable[[Problem], str]) -> dict[str, Any]:
