@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from r1kernels import extension
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -18,8 +20,8 @@ _CLEAR = Path("/proc/self/clear_refs")
 class Peak:
     """Bytes at the peak inside the ``with`` block above those before it; None where the system can not tell.
 
-    On a CPU it is the resident memory of the process, so that scratch outside of torch counts too; memory that an
-    implementation keeps from an earlier call does not count again.
+    On a CPU it is the resident memory of the process, so that scratch outside of torch counts too; buffers that r1kernels
+    keeps for its next call are given back before.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -96,5 +98,6 @@ def _status(field: str) -> int:
 
 
 def _give_back() -> None:
-    """Return freed heap pages to the system, so that reusing them is seen."""
+    """Return freed heap pages and kept buffers to the system, so that reusing them is seen."""
+    extension.release()
     ctypes.CDLL(None).malloc_trim(0)

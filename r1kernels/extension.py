@@ -18,6 +18,7 @@ import torch
 
 _NAME = "r1kernels._C"
 _LARGE_BYTES = 1 << 20
+_KEPT_BYTES = 512 << 20
 _RECORD = re.compile(rb"r1kernels-build\{torch=([^,}]*),python=([^,}]*)\}")
 
 
@@ -109,6 +110,13 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     if _module is None or size * dtype.itemsize < _LARGE_BYTES:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(_module.Pages(size * dtype.itemsize), dtype=dtype).view(shape)
+
+
+def release() -> None:
+    """Give what ``empty`` keeps back to the system."""
+    if _module is not None:
+        # a free buffer larger than all that may be kept pushes the others out, and itself
+        _module.Pages(_KEPT_BYTES + 1)
 
 
 def cpu_features() -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..logprob.linear import check_linear
-from ..logprob.sharded import vocabulary_size
+from ..logprob.sharded import shard_of
 from .layout import layout_of
 from .metrics import GRPOOutput
 from .options import LossOptions, check_tensors, resolve
@@ -64,7 +64,7 @@ def linear_grpo_loss(
         old_logp, advantages, mask: as in ``grpo_loss``.
         bias: (V,).
         temperature: a number above 0, or one a token.
-        softcap, logit_scale, group: as in ``linear_logprobs``; with a group only the reference serves the call.
+        softcap, logit_scale, group: as in ``linear_logprobs``.
         chunk_size: tokens whose logits stand in memory together; None chooses.
         entropy: measure the entropy of every token (a bool here: the op computes it); a bonus does so in any case.
         entropy_weights: as in ``grpo_loss``; needs ``entropy`` or a bonus.
@@ -80,7 +80,8 @@ def linear_grpo_loss(
 
     Where the slope of a token follows from that token (grpo, dual_clip, cispo and sapo with token ratios, reinforce), the
     kernel backends compute the logits once, 6 N V H in all, and keep the gradients of their inputs until the backward, which
-    scales them. Other terms need every log-prob first: the backward computes the logits again. Without gradients, 2 N V H.
+    scales them. Other terms need every log-prob first, and so does a vocabulary sharded over a group: the backward computes the
+    logits again, or they are kept as ``linear_logprobs`` keeps them. Without gradients, 2 N V H.
 
     Precision: that of the two ops. NaN and inf in hidden states that do not count change nothing. Deterministic.
     """
@@ -128,7 +129,7 @@ def linear_grpo_loss(
     if chunk_size is not None:
         checks.integer("chunk_size", chunk_size, minimum=1)
     if checks.values_visible(targets):
-        vocabulary = weight.shape[0] if group is None else vocabulary_size(weight, group)
+        vocabulary = weight.shape[0] if group is None else shard_of(weight, group).vocabulary
         checks.in_range("targets", layout.keep(targets, 0), 0, vocabulary)
     return backends.dispatch(
         "linear_grpo_loss",

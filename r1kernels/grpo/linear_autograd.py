@@ -196,9 +196,8 @@ def reasons(
     of_loss: Callable[..., tuple[str, ...]],
     hidden: Tensor,
     *unused: object,
-    group: Any,
     **unused_too: object,
 ) -> tuple[str, ...]:
     """Why this call can not be served: what the backend's linear_logprobs and grpo_loss say (arguments of ``run``)."""
-    found = (*of_head(hidden, *(None,) * 10, group), *of_loss(hidden))
+    found = (*of_head(hidden), *of_loss(hidden))
     return tuple(dict.fromkeys(found))

@@ -43,6 +43,12 @@ class Completions(NamedTuple):
             return None if grad is None else grad.contiguous()
         return grad / self.divisor
 
+    def of_tokens(self, grad: Tensor, tokens: int) -> Tensor:
+        """The gradient of each token (N,) from that of the sum or mean, (B,); 0 where no completion holds it."""
+        sequences = self.sequences(tokens, grad.device)
+        grad = grad if self.divisor is None else grad / self.divisor
+        return torch.where(sequences >= 0, grad[sequences.clamp(min=0)], 0.0)
+
     def sequences(self, tokens: int, device: torch.device) -> Tensor:
         """The completion of each token, (N,) int32."""
         numbers = torch.arange(self.size, dtype=torch.int32, device=device)

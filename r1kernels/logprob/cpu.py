@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import devices, extension
-from . import gemm, linear, linear_ops, ops, tiles
+from . import gemm, linear_ops, ops, tiles
 
 
 def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
@@ -15,13 +15,9 @@ def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
     return tuple(devices.cpu("logits", logits))
 
 
-def linear_reasons(hidden: Tensor, head: linear.Head, *arguments: object) -> tuple[str, ...]:
+def linear_reasons(hidden: Tensor, *unused: object) -> tuple[str, ...]:
     """Why this call can not be served (arguments of ``linear.reference``)."""
-    group = arguments[9]
-    found = devices.cpu("hidden", hidden)
-    if group is not None:
-        found.append("a vocabulary sharded over a process group is served by the reference alone")
-    return tuple(found)
+    return tuple(devices.cpu("hidden", hidden))
 
 
 def _backward(logits: Tensor, *arguments: Any) -> Tensor:

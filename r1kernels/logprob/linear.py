@@ -69,10 +69,12 @@ def linear_logprobs(
         ignore_index: tokens with this target give 0 (False) everywhere and zero gradient rows.
         chunk_size: tokens a chunk; None chooses from V and a memory budget.
         save_logits: keep the logits for the backward (True, faster) or recompute them chunk by chunk (False, less memory);
-            None chooses by a memory budget.
+            None chooses by a memory budget. Where hidden alone needs a gradient, and of logp alone, kernels do neither
+            (False, None): the forward works out d logp / d hidden too.
         batch_invariant: logp and entropy of a token are bitwise the same for any N, order and ``chunk_size``.
         group: a process group over which the vocabulary is sharded: ``weight`` and ``bias`` are this rank's rows, in rank
-            order; ``targets`` and ``hidden`` are the same on every rank, and so are the results.
+            order; everything else is the same on every rank, and so are the results and the gradient of ``hidden``. Every
+            call waits once for the sizes of the shards.
         backend: forces one (see r1kernels.backends); None chooses.
 
     Returns:
@@ -149,7 +151,8 @@ def checked_call(
         checks.boolean("save_logits", save_logits)
     checks.boolean("batch_invariant", batch_invariant)
     temperatures, scalar = split_temperature(temperature, targets, ignore_index)
-    vocabulary = head.weight.shape[0] if group is None else sharded.vocabulary_size(head.weight, group)
+    shard = None if group is None else sharded.shard_of(head.weight, group)
+    vocabulary = head.weight.shape[0] if shard is None else shard.vocabulary
     if checks.values_visible(targets):
         checks.in_range("targets", targets, 0, vocabulary, allow=ignore_index)
     rows = (
@@ -160,7 +163,7 @@ def checked_call(
         scalar,
         ignore_index,
     )
-    return *rows, return_entropy, tuple(stats), chunk_size, save_logits, batch_invariant, group
+    return *rows, return_entropy, tuple(stats), chunk_size, save_logits, batch_invariant, shard
 
 
 def reference(
@@ -175,13 +178,13 @@ def reference(
     chunk_size: int | None,
     save_logits: bool | None,
     batch_invariant: bool,
-    group: dist.ProcessGroup | None,
+    shard: sharded.Shard | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Plain PyTorch, chunk by chunk over the tokens; (logp (N,), entropy (N,) or empty, one (N,) a name of ``stats``)."""
     hidden, head = _in_float32(*cast_as_linear_would(hidden, head))
     with torch.autocast(hidden.device.type, enabled=False):
-        if group is not None:
-            hidden = sharded.copy_to_group(hidden, group)
+        if shard is not None:
+            hidden = sharded.copy_to_group(hidden, shard)
         tokens, vocabulary = hidden.shape[0], head.weight.shape[0]
         if chunk_size is None:
             chunk_size = (
@@ -202,7 +205,7 @@ def reference(
                 entropy,
                 stats,
                 batch_invariant,
-                group,
+                shard,
             )
             if save_logits or not torch.is_grad_enabled():
                 chunks.append(_chunk(*arguments))
@@ -242,21 +245,30 @@ def _chunk(
     entropy: bool,
     stats: tuple[str, ...],
     batch_invariant: bool,
-    group: dist.ProcessGroup | None,
+    shard: sharded.Shard | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     logits = head_logits(hidden, head, batch_invariant)
     arguments = (targets, temperatures, temperature, ignore_index, entropy)
-    if group is None:
+    extra = logits.new_empty((0, targets.shape[0]))
+    if stats:
+        first = 0 if shard is None else shard.first
+        with torch.no_grad():
+            extra = _stats(
+                logits / (temperature if temperatures is None else temperatures.unsqueeze(-1)),
+                targets - first,
+            )
+    if shard is None:
         logp, value = autograd.run("reference", logits.unsqueeze(0), *arguments, False)
+        extra = extra.masked_fill(targets == ignore_index, 0)
     else:
-        logp, value = sharded.run(logits, *arguments, group)
-    if not stats:
-        return logp, value, ()
-    with torch.no_grad():
-        x = logits / (temperature if temperatures is None else temperatures.unsqueeze(-1))
-        extra = sharded.stats(x, targets, group) if group is not None else _stats(x, targets)
-        ignored = targets == ignore_index
-        return logp, value, tuple(extra[name].masked_fill(ignored, 0) for name in stats)
+        logp, value, extra = sharded.run(logits, *arguments, extra, shard)
+    return logp, value, of_names(extra, stats)
+
+
+def of_names(extra: Tensor, stats: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """The rows of ``extra``, which holds STATS as numbers, that the names stand for."""
+    rows = dict(zip(STATS, extra.unbind(0), strict=False))
+    return tuple(rows[name] > 0 if name == "is_top1" else rows[name] for name in stats)
 
 
 def head_logits(hidden: Tensor, head: Head, batch_invariant: bool = False) -> Tensor:
@@ -273,12 +285,9 @@ def head_logits(hidden: Tensor, head: Head, batch_invariant: bool = False) -> Te
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def _stats(x: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def _stats(x: Tensor, targets: Tensor) -> Tensor:
+    """STATS (3, N) of scaled logits (N, V), is_top1 as 1 or 0."""
     largest, position = x.max(dim=-1, keepdim=True)
     exponentials = (x - largest).exp()
     log_sum_sq = exponentials.square().sum(-1).log() - 2 * exponentials.sum(-1).log()
-    return {
-        "log_sum_sq_probs": log_sum_sq,
-        "mean_logits": x.mean(-1),
-        "is_top1": position.squeeze(-1) == targets,
-    }
+    return torch.stack((log_sum_sq, x.mean(-1), (position.squeeze(-1) == targets).to(x.dtype)))

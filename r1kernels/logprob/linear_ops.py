@@ -10,9 +10,11 @@ linear_logprobs_<backend>(hidden, weight, *rows, entropy, extra, chunk_size, sav
 linear_logprobs_<backend>_backward(hidden, weight, *rows, chunk_size, logp, stats, grad_logp, grad_entropy, sequences,
         needs_hidden, needs_weight, needs_bias) -> (grad_hidden, grad_weight, grad_bias)
     the logits are computed once more; gradients in the dtype of the inputs, that of the bias in float32; (0,) where
-    not needed
+    not needed; of a slab (ops.py) grad_hidden is in float32, to be summed over the slabs
 linear_logprobs_<backend>_backward_(logits, hidden, ...the same...) -> ...
     from the logits of the forward, which are overwritten
+linear_logprobs_<backend>_frozen(hidden, weight, *rows, extra, chunk_size) -> (logp, extra, slope)
+    of the whole vocabulary, where hidden alone needs a gradient: slope (N, H) float32 is d logp / d hidden
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, tiles
+from . import frozen, ops, tiles
 
 _INPUTS = f"Tensor hidden, Tensor weight, {ops.ROWS}"
 _FORWARD = "bool entropy, bool extra, SymInt chunk_size, bool save_logits, bool batch_invariant"
@@ -37,9 +39,13 @@ def define(backend: str) -> None:
     ops.library.define(f"{name}({_INPUTS}, {_FORWARD}) -> {_OUTPUTS}")
     ops.library.define(f"{name}_backward({_INPUTS}, {_BACKWARD}) -> {_GRADIENTS}")
     ops.library.define(f"{name}_backward_(Tensor(a!) logits, {_INPUTS}, {_BACKWARD}) -> {_GRADIENTS}")
+    ops.library.define(
+        f"{name}_frozen({_INPUTS}, bool extra, SymInt chunk_size) -> (Tensor logp, Tensor extra, Tensor slope)"
+    )
     torch.library.register_fake(f"r1kernels::{name}", _fake_forward, lib=ops.library)
     torch.library.register_fake(f"r1kernels::{name}_backward", _fake_backward, lib=ops.library)
     torch.library.register_fake(f"r1kernels::{name}_backward_", _fake_backward_of_saved, lib=ops.library)
+    torch.library.register_fake(f"r1kernels::{name}_frozen", _fake_frozen, lib=ops.library)
 
 
 def implement(engine: tiles.Engine, key: str) -> None:
@@ -84,10 +90,16 @@ def implement(engine: tiles.Engine, key: str) -> None:
         needs = (for_hidden, for_weight, for_bias)
         return tiles.backward(problem, logits, logp, stats, grad_logp, grad_entropy, sequences, needs)
 
+    def of_frozen_head(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *rows, extra, chunk_size = arguments
+        tiling = tiles.tiling_of(engine, hidden, weight.shape[0], chunk_size, False)
+        return frozen.forward(tiles.Problem(engine, hidden, weight, ops.Rows(*rows), tiling), extra)
+
     name = f"linear_logprobs_{engine.backend}"
     ops.library.impl(name, forward, key)
     ops.library.impl(f"{name}_backward", backward, key)
     ops.library.impl(f"{name}_backward_", gradients, key)
+    ops.library.impl(f"{name}_frozen", of_frozen_head, key)
 
 
 def _fake_forward(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -105,8 +117,10 @@ def _fake_forward(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tens
 
 def _fake_backward(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     for_hidden, for_weight, for_bias = arguments[-3:]
+    rows = ops.Rows(*arguments[: len(ops.Rows._fields)])
+    dtype = tiles.hidden_gradient_dtype(hidden, weight, rows)
     return (
-        hidden.new_empty(hidden.shape if for_hidden else 0),
+        hidden.new_empty(hidden.shape if for_hidden else 0, dtype=dtype),
         weight.new_empty(weight.shape if for_weight else 0),
         weight.new_empty(weight.shape[0] if for_bias else 0, dtype=torch.float32),
     )
@@ -114,6 +128,15 @@ def _fake_backward(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Ten
 
 def _fake_backward_of_saved(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_backward(*arguments)
+
+
+def _fake_frozen(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    extra, tokens = arguments[-2], hidden.shape[0]
+    return (
+        hidden.new_empty(tokens, dtype=torch.float32),
+        hidden.new_empty((3 if extra else 0, tokens), dtype=torch.float32),
+        hidden.new_empty(hidden.shape, dtype=torch.float32),
+    )
 
 
 for _backend in ops.BACKENDS:

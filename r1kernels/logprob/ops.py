@@ -22,8 +22,8 @@ all of them share; (B, T, V) is the shape of the logits, N = B * T.
 
 A slab, some columns of a larger vocabulary (``vocabulary`` > V), gives parts for the caller to merge: stats of these
 columns, logp = the logit of the target before the division by the temperature (NaN where the target lies in another slab,
-0 where it is ignored), and an empty entropy; ``entropy`` then says whether E' is wanted. ``extra`` is for a whole
-vocabulary alone. The backward of a slab takes the merged stats and the final logp.
+0 where it is ignored), an empty entropy and the ``extra`` of these columns' own distribution; ``entropy`` then says whether
+E' is wanted. The backward of a slab takes the merged stats and the final logp.
 
 A target out of range that is not ``ignore_index``, or a temperature that is not above 0: a RuntimeError from the cpu
 op, NaN in that row on a GPU.

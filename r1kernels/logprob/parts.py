@@ -64,8 +64,10 @@ def merge(parts: list[Part], starts: list[int], columns: int, rows: Rows) -> Par
     return Part(chosen, stats, torch.stack((squares + 0 * merged_others, mean, first)))
 
 
-def finish(part: Part, rows: Rows, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp (N,), entropy (N,) or (0,), stats (3, N), extra) in float32 from the part that is the whole vocabulary."""
+def finish(
+    part: Part, rows: Rows, entropy: bool, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp (N,), entropy (N,) or (0,), stats (3, N), extra) from the part that is the whole vocabulary."""
     top, others, spread = part.stats.double().unbind(0)
     # all -inf: no distribution
     others = torch.where(top == -torch.inf, torch.nan, others)
@@ -78,7 +80,7 @@ def finish(part: Part, rows: Rows, entropy: bool) -> tuple[Tensor, Tensor, Tenso
         value = torch.where(logp.isnan(), torch.nan, value).masked_fill(ignored, 0.0)
     stats = torch.stack((top, others, spread)).masked_fill(ignored, 0.0)
     extra = part.extra.masked_fill(ignored, 0.0)
-    return logp.masked_fill(ignored, 0.0).float(), value.float(), stats.float(), extra.float()
+    return logp.masked_fill(ignored, 0.0).to(dtype), value.to(dtype), stats.to(dtype), extra.to(dtype)
 
 
 def _inverse_temperature(rows: Rows) -> Tensor | float:

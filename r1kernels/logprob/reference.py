@@ -29,32 +29,46 @@ def forward(
     logits (B, T, V), targets (N,) int64, temperatures (N,) or None (then ``temperature`` holds for all tokens).
     A target outside [0, V) that is not ``ignore_index`` gives NaN in its row.
     """
-    x = _scaled(logits, temperatures, temperature)
-    largest, position = x.max(dim=-1, keepdim=True)
-    shifted = x - largest
-    others = shifted.exp().scatter(-1, position, 0.0)
-    # a logit at +inf has no finite normaliser: its row is NaN, as for log_softmax
-    sum_others = torch.where(largest.squeeze(-1) == torch.inf, torch.nan, others.sum(dim=-1))
-
+    x = scaled(logits, temperatures, temperature)
+    stats = sums(x, entropy)
+    largest, sum_others, spread = stats.unbind(0)
+    # -inf alone has no distribution
+    sum_others = torch.where(largest == -torch.inf, torch.nan, sum_others)
     ignored = targets == ignore_index
-    inside = (targets >= 0) & (targets < x.shape[-1])
-    chosen = torch.where(inside, targets, 0).unsqueeze(-1)
     log_normaliser = sum_others.log1p()
-    logp = shifted.gather(-1, chosen).squeeze(-1) - log_normaliser
-    logp = torch.where(inside, logp, torch.nan).masked_fill(ignored, 0.0)
-
-    # -inf logits have probability 0 and contribute 0, never 0 * inf
-    spread = (
-        torch.where(others > 0, others * -shifted, 0.0).sum(dim=-1)
-        if entropy
-        else torch.zeros_like(sum_others)
-    )
-    stats = torch.stack((largest.squeeze(-1), sum_others, spread))
+    logp = chosen(x, targets) - largest - log_normaliser
+    logp = logp.masked_fill(ignored, 0.0)
     if not entropy:
         return logp, logp.new_empty(0), stats
     value = log_normaliser + spread / (1 + sum_others)
-    value = torch.where(inside, value, torch.nan).masked_fill(ignored, 0.0)
+    value = torch.where((targets >= 0) & (targets < x.shape[-1]), value, torch.nan).masked_fill(ignored, 0.0)
     return logp, value, stats
+
+
+def sums(x: Tensor, entropy: bool) -> Tensor:
+    """M, S', E' (3, N) of logits (N, V) that are divided by the temperature; E' is 0 without entropy.
+
+    S' is 0 where all of them are -inf, as a part of a vocabulary may be.
+    """
+    largest, position = x.max(dim=-1, keepdim=True)
+    shifted = x - largest
+    others = shifted.exp().scatter(-1, position, 0.0)
+    largest = largest.squeeze(-1)
+    # a logit at +inf has no finite normaliser: its row is NaN, as for log_softmax
+    sum_others = torch.where(largest == torch.inf, torch.nan, others.sum(dim=-1))
+    sum_others = torch.where(largest == -torch.inf, 0.0, sum_others)
+    if not entropy:
+        return torch.stack((largest, sum_others, torch.zeros_like(sum_others)))
+    # -inf logits have probability 0 and contribute 0, never 0 * inf
+    spread = torch.where(others > 0, others * -shifted, 0.0).sum(dim=-1)
+    return torch.stack((largest, sum_others, spread))
+
+
+def chosen(x: Tensor, targets: Tensor, first: int = 0) -> Tensor:
+    """The logit of the target (N,) out of the columns [first, first + V) of the vocabulary; NaN where it is in no such."""
+    place = targets - first
+    here = (place >= 0) & (place < x.shape[-1])
+    return torch.where(here, x.gather(-1, torch.where(here, place, 0).unsqueeze(-1)).squeeze(-1), torch.nan)
 
 
 def backward(
@@ -67,19 +81,25 @@ def backward(
     stats: Tensor,
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
+    first: int = 0,
+    vocabulary: int | None = None,
 ) -> Tensor:
-    """The gradient of the logits (B, T, V), in their dtype, from the gradients of log-prob and entropy (N,) or None."""
-    x = _scaled(logits, temperatures, temperature)
+    """The gradient of the logits (B, T, V), in their dtype, from the gradients of log-prob and entropy (N,) or None.
+
+    Of the columns [first, first + V) of a larger vocabulary too, whose log-prob and statistics are given.
+    """
+    x = scaled(logits, temperatures, temperature)
     largest, sum_others, spread = stats.unsqueeze(-1).unbind(0)
     shifted = x - largest
     probs = shifted.exp() / (1 + sum_others)
-    inside = (targets >= 0) & (targets < x.shape[-1])
     grad = torch.zeros_like(x)
     if grad_logp is not None:
         # d logp / d x_v = 1[v = y] - p_v, and 1 - p_y = -expm1(logp) does not round to 0 for a leading target
-        chosen = torch.where(inside, targets, 0).unsqueeze(-1)
-        at_target = -logp.expm1().unsqueeze(-1)
-        grad = grad_logp.unsqueeze(-1) * (-probs).scatter(-1, chosen, at_target)
+        place = targets - first
+        here = ((place >= 0) & (place < x.shape[-1])).unsqueeze(-1)
+        place = torch.where(here, place.unsqueeze(-1), 0)
+        at_target = torch.where(here, -logp.expm1().unsqueeze(-1), -probs.gather(-1, place))
+        grad = grad_logp.unsqueeze(-1) * (-probs).scatter(-1, place, at_target)
     if grad_entropy is not None:
         # d H / d x_v = p_v ((M - x_v) - E' / (1 + S'))
         inner = torch.where(probs > 0, probs * (-shifted - spread / (1 + sum_others)), 0.0)
@@ -89,12 +109,13 @@ def backward(
         grad = grad / temperatures.unsqueeze(-1)
     elif temperature != 1.0:
         grad = grad / temperature
+    inside = (targets >= 0) & (targets < (x.shape[-1] if vocabulary is None else vocabulary))
     grad = torch.where(inside.unsqueeze(-1), grad, torch.nan)
     grad = grad.masked_fill((targets == ignore_index).unsqueeze(-1), 0.0)
     return grad.to(logits.dtype).view(logits.shape)
 
 
-def _scaled(logits: Tensor, temperatures: Tensor | None, temperature: float) -> Tensor:
+def scaled(logits: Tensor, temperatures: Tensor | None, temperature: float) -> Tensor:
     """logits / temperature as (N, V), in float32 (float64 stays)."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     x = logits.reshape(-1, logits.shape[-1]).to(dtype)

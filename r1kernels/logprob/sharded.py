@@ -1,33 +1,58 @@
-"""Log-probs of a vocabulary sharded over a process group, exact: each rank holds some columns of the logits.
+"""Log-probs of a vocabulary sharded over a process group, exact: each rank holds some rows of the head.
 
-Shapes: N tokens, V the columns of this rank, R ranks. Every rank gathers four numbers a token from every other one and
-merges them in rank order, so all ranks hold the same bits. With M_r, S'_r, E'_r of rank r (see ``reference.py``), M the
-largest M_r, its first owner o, and w_r = e^(M_r - M):
-
-    S' = S'_o + sum_{r != o} w_r (1 + S'_r)
-    E' = sum_r w_r (E'_r + (M - M_r)(1 + S'_r))        since M - x = (M - M_r) + (M_r - x)
+Every rank sums up its own columns of the logits, gathers the few numbers a token of every other rank and merges them in
+rank order (parts.py), so all ranks hold the same bits. Shapes: N tokens, V the columns of this rank.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import checks
-from . import reference
+from . import parts, reference
+from .ops import Rows
 
 
-def vocabulary_size(weight: Tensor, group: dist.ProcessGroup) -> int:
-    """The rows of the head over all ranks."""
-    return sum(_shard_sizes(weight.shape[0], weight.device, group))
+class Shard(NamedTuple):
+    """This rank's columns of the vocabulary."""
+
+    group: dist.ProcessGroup
+    first: int
+    starts: tuple[int, ...]  # the first column of every rank
+    vocabulary: int  # columns of all ranks
 
 
-def copy_to_group(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+def shard_of(weight: Tensor, group: dist.ProcessGroup) -> Shard:
+    """The shard that ``weight`` (V, H) is; every rank of the group calls this at once, and waits for the others."""
+    sizes = torch.stack(_gather(torch.tensor([weight.shape[0]], device=weight.device), group))
+    *starts, vocabulary = accumulate(sizes.flatten().tolist(), initial=0)
+    return Shard(group, starts[dist.get_rank(group)], tuple(starts), vocabulary)
+
+
+def merge(
+    part: parts.Part, shard: Shard, rows: Rows, entropy: bool, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, stats, extra) of the whole vocabulary, as ``parts.finish`` gives them, from this rank's part."""
+    numbers = torch.cat((part.chosen.unsqueeze(0), part.stats, part.extra))
+    every = [parts.Part(one[0], one[1:4], one[4:]) for one in _gather(numbers, shard.group)]
+    merged = parts.merge(every, list(shard.starts), shard.vocabulary, rows)
+    return parts.finish(merged, rows, entropy, dtype)
+
+
+def sum_over_ranks_(values: Tensor, shard: Shard) -> Tensor:
+    """``values``, overwritten with their sum over the ranks, the same bits on all of them."""
+    dist.all_reduce(values, group=shard.group)
+    return values
+
+
+def copy_to_group(hidden: Tensor, shard: Shard) -> Tensor:
     """``hidden`` itself; its gradient is the sum over the ranks, since each rank's columns give a part of it."""
-    return _CopyToGroup.apply(hidden, group)
+    return _CopyToGroup.apply(hidden, shard)
 
 
 def run(
@@ -37,47 +62,27 @@ def run(
     temperature: float,
     ignore_index: int,
     entropy: bool,
-    group: dist.ProcessGroup,
-) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy (N,) from this rank's logits (N, V) and the global targets (N,), differentiable."""
-    return _ShardedLogprobs.apply(logits, targets, temperatures, temperature, ignore_index, entropy, group)
+    extra: Tensor,
+    shard: Shard,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, entropy, extra) by plain PyTorch from this rank's logits (N, V) and the global targets (N,).
 
-
-def stats(x: Tensor, targets: Tensor, group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """log_sum_sq_probs, mean_logits and is_top1 (N,) from this rank's scaled logits (N, V)."""
-    start = _first_column(x.shape[-1], x.device, group)
-    largest, position = x.max(-1)
-    exponentials = (x - largest.unsqueeze(-1)).exp()
-    rows = torch.stack(
-        (
-            largest,
-            position.to(x.dtype) + start,
-            exponentials.sum(-1),
-            exponentials.square().sum(-1),
-            x.sum(-1),
-        )
+    extra (3, N) or (0, N): those of this rank's own distribution. Log-prob and entropy are differentiable.
+    """
+    return _ShardedLogprobs.apply(
+        logits, targets, temperatures, temperature, ignore_index, entropy, extra, shard
     )
-    maxima, positions, sums, squares, totals = _gather(rows, group).unbind(1)
-    overall, owner = maxima.max(0)
-    weights = (maxima - overall).exp()
-    size = sum(_shard_sizes(x.shape[-1], x.device, group))
-    top = positions.gather(0, owner.unsqueeze(0)).squeeze(0)
-    return {
-        "log_sum_sq_probs": (weights.square() * squares).sum(0).log() - 2 * (weights * sums).sum(0).log(),
-        "mean_logits": totals.sum(0) / size,
-        "is_top1": top == targets,
-    }
 
 
 class _CopyToGroup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, hidden: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather(grads[0].contiguous(), ctx.group).sum(0), None
+        return sum_over_ranks_(grads[0].clone(memory_format=torch.contiguous_format), ctx.shard), None
 
 
 class _ShardedLogprobs(torch.autograd.Function):
@@ -90,78 +95,47 @@ class _ShardedLogprobs(torch.autograd.Function):
         temperature: float,
         ignore_index: int,
         entropy: bool,
-        group: dist.ProcessGroup,
-    ) -> tuple[Tensor, Tensor]:
-        start = _first_column(logits.shape[-1], logits.device, group)
-        here = (targets >= start) & (targets < start + logits.shape[-1])
-        local = torch.where(here, targets - start, 0)
-        scale = temperature if temperatures is None else temperatures
-        _, _, shard = reference.forward(logits, local, temperatures, temperature, -1, entropy)
-        chosen = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1) / scale
-        chosen = torch.where(here, chosen, 0.0)
-        gathered = _gather(torch.cat((shard, chosen.unsqueeze(0), here.to(shard.dtype).unsqueeze(0))), group)
-        maxima, sums, spreads, targets_x, owners = gathered.unbind(1)
-
-        largest, owner = maxima.max(0)
-        distance = largest - maxima
-        weights = torch.where(maxima == -torch.inf, 0.0, (-distance).exp())
-        owned = torch.arange(maxima.shape[0], device=maxima.device).unsqueeze(-1) == owner
-        sum_others = torch.where(owned, sums, torch.where(weights == 0, 0.0, weights * (1 + sums))).sum(0)
-        spread = torch.where(weights == 0, 0.0, weights * (spreads + distance * (1 + sums))).sum(0)
-        # NaN or +inf on any rank, or -inf alone on every one, makes the row NaN on all of them
-        broken = maxima.isnan().any(0) | largest.isinf()
-        found = owners.sum(0) > 0
-        ignored = targets == ignore_index
-        logp = (targets_x.sum(0) - largest) - sum_others.log1p()
-        logp = torch.where(broken | ~found, torch.nan, logp).masked_fill(ignored, 0.0)
-        value = logp.new_empty(0)
-        if entropy:
-            value = sum_others.log1p() + spread / (1 + sum_others)
-            value = torch.where(broken | ~found, torch.nan, value).masked_fill(ignored, 0.0)
-        ctx.save_for_backward(logits, local, here, ignored, temperatures, logp)
-        ctx.stats = torch.stack((largest, sum_others, spread))
-        ctx.temperature = temperature
-        ctx.entropy = entropy
+        extra: Tensor,
+        shard: Shard,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = reference.scaled(logits, temperatures, temperature)
+        # divided by the temperature already
+        rows = Rows(None, 1.0, 0.0, targets, None, 1.0, ignore_index, shard.first, shard.vocabulary)
+        part = parts.Part(reference.chosen(x, targets, shard.first), reference.sums(x, entropy), extra)
+        logp, value, stats, extra = merge(part, shard, rows, entropy, x.dtype)
+        ctx.save_for_backward(logits, targets, temperatures, logp, stats)
+        ctx.temperature, ctx.ignore_index, ctx.entropy, ctx.shard = temperature, ignore_index, entropy, shard
         ctx.set_materialize_grads(False)
-        return logp, value
+        ctx.mark_non_differentiable(extra)
+        return logp, value, extra
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, local, here, ignored, temperatures, logp = ctx.saved_tensors
+        unused = (None,) * 7
         grad_logp = grads[0]
         grad_entropy = grads[1] if ctx.entropy else None
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 7
+            return None, *unused
+        logits, targets, temperatures, logp, stats = ctx.saved_tensors
         with torch.no_grad():
-            x = logits / (ctx.temperature if temperatures is None else temperatures.unsqueeze(-1))
-            largest, sum_others, spread = ctx.stats.unsqueeze(-1).unbind(0)
-            probs = (x - largest).exp() / (1 + sum_others)
-            grad = torch.zeros_like(x)
-            if grad_logp is not None:
-                # d logp / d x_v = 1[v = y] - p_v, with 1 - p_y = -expm1(logp) on the rank that holds the target
-                at_target = torch.where(
-                    here.unsqueeze(-1), -logp.expm1().unsqueeze(-1), -probs.gather(-1, local.unsqueeze(-1))
-                )
-                grad = grad_logp.unsqueeze(-1) * (-probs).scatter(-1, local.unsqueeze(-1), at_target)
-            if grad_entropy is not None:
-                # d H / d x_v = p_v ((M - x_v) - E' / (1 + S'))
-                inner = torch.where(probs > 0, probs * (largest - x - spread / (1 + sum_others)), 0.0)
-                grad = grad + grad_entropy.unsqueeze(-1) * torch.where(probs.isnan(), probs, inner)
-            grad = grad / (ctx.temperature if temperatures is None else temperatures.unsqueeze(-1))
-            grad = grad.masked_fill(ignored.unsqueeze(-1), 0.0)
-        return checks.first_derivative_only("linear_logprobs", grad, logits), *(None,) * 6
+            grad = reference.backward(
+                logits,
+                targets,
+                temperatures,
+                ctx.temperature,
+                ctx.ignore_index,
+                logp,
+                stats,
+                grad_logp,
+                grad_entropy,
+                ctx.shard.first,
+                ctx.shard.vocabulary,
+            )
+        return checks.first_derivative_only("linear_logprobs", grad, logits), *unused
 
 
-def _gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``rows`` of every rank, stacked in rank order."""
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, rows.contiguous(), group=group)
-    return torch.stack(parts)
-
-
-def _shard_sizes(columns: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
-    return [int(size) for size in _gather(torch.tensor([columns], device=device), group)]
-
-
-def _first_column(columns: int, device: torch.device, group: dist.ProcessGroup) -> int:
-    return sum(_shard_sizes(columns, device, group)[: dist.get_rank(group)])
+def _gather(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """``values`` of every rank, in rank order."""
+    every = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, values.contiguous(), group=group)
+    return every

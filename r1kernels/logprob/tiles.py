@@ -126,7 +126,7 @@ def logits(problem: Problem, saved: Tensor) -> None:
     """All raw logits, into ``saved`` (N, V)."""
     for slab in problem.tiling.slabs(problem.weight.shape[0]):
         for block in problem.tiling.blocks(problem.hidden.shape[0]):
-            _logits(problem, block, slab, saved[block, slab])
+            raw_logits(problem, block, slab, saved[block, slab])
 
 
 def backward(
@@ -139,23 +139,27 @@ def backward(
     sequences: Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias (float32); (0,) where ``needs`` says no. ``saved`` is overwritten."""
+    """Gradients of hidden, weight and bias (float32); (0,) where ``needs`` says no. ``saved`` is overwritten.
+
+    Of a slab, that of hidden is in float32.
+    """
     hidden, weight = problem.hidden, problem.weight
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     slabs, blocks = problem.tiling.slabs(vocabulary), problem.tiling.blocks(tokens)
     by_slab = needs[1] and (not needs[0] or tokens <= vocabulary)
-    grad_hidden = _Sum(problem, hidden, needs[0], blocks, complete=not by_slab)
-    grad_weight = _Sum(problem, weight, needs[1], slabs, complete=by_slab)
+    dtype = hidden_gradient_dtype(hidden, weight, problem.rows)
+    grad_hidden = _Sum(problem, hidden, needs[0], blocks, complete=not by_slab, dtype=dtype)
+    grad_weight = _Sum(problem, weight, needs[1], slabs, complete=by_slab, dtype=weight.dtype)
     grad_bias = hidden.new_zeros(vocabulary if needs[2] else 0, dtype=torch.float32)
     for block, slab in _in_turn(blocks, slabs, by_slab):
-        tile = _tile(problem, block, slab, saved)
+        tile = tile_of(problem, block, slab, saved)
         if saved is None:
-            _logits(problem, block, slab, tile)
+            raw_logits(problem, block, slab, tile)
         by_sequence = sequences is not None
         gradient = problem.engine.gradient(
             problem.engine,
             tile,
-            _rows(problem, block, slab),
+            rows_of(problem, block, slab),
             hidden.dtype,
             logp[block],
             stats[:, block].contiguous(),
@@ -170,20 +174,31 @@ def backward(
     return grad_hidden.result, grad_weight.result, grad_bias
 
 
+def hidden_gradient_dtype(hidden: Tensor, weight: Tensor, rows: ops.Rows) -> torch.dtype:
+    """That of the gradient of hidden: of a slab it is one term of a sum, which is not rounded."""
+    return hidden.dtype if rows.vocabulary == weight.shape[0] else torch.float32
+
+
 class _Sum:
     """The gradient of hidden or of weight, a sum of products over tiles, in float32; rounded once at the end."""
 
     def __init__(
-        self, problem: Problem, like: Tensor, needed: bool, pieces: list[slice], complete: bool
+        self,
+        problem: Problem,
+        like: Tensor,
+        needed: bool,
+        pieces: list[slice],
+        complete: bool,
+        dtype: torch.dtype,
     ) -> None:
         """complete: a piece gets all its products one after the other, so that its accumulator serves the next one."""
         self.engine, self.needed, self.like = problem.engine, needed, like
-        self.result = problem.engine.empty(like, like.shape if needed else (0,), like.dtype)
+        self.result = problem.engine.empty(like, like.shape if needed else (0,), dtype)
         self.started: set[int] = set()
         self.reused = complete
         if not needed:
             return
-        if like.dtype == torch.float32:
+        if dtype == torch.float32:
             self.reused, self.sums = False, self.result
         else:
             size = (
@@ -211,19 +226,21 @@ def _in_turn(blocks: list[slice], slabs: list[slice], by_slab: bool) -> Iterator
 def _forward_tile(
     problem: Problem, block: slice, slab: slice, entropy: bool, extra: bool, saved: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tile = _tile(problem, block, slab, saved)
-    _logits(problem, block, slab, tile)
-    return ops.forward(problem.engine.backend, tile.unsqueeze(0), _rows(problem, block, slab), entropy, extra)
+    tile = tile_of(problem, block, slab, saved)
+    raw_logits(problem, block, slab, tile)
+    return ops.forward(
+        problem.engine.backend, tile.unsqueeze(0), rows_of(problem, block, slab), entropy, extra
+    )
 
 
-def _tile(problem: Problem, block: slice, slab: slice, saved: Tensor | None) -> Tensor:
+def tile_of(problem: Problem, block: slice, slab: slice, saved: Tensor | None) -> Tensor:
     """Where the logits of a tile stand."""
     if saved is not None:
         return saved[block, slab]
     return scratch(problem.engine, problem.hidden, block.stop - block.start, slab.stop - slab.start)
 
 
-def _rows(problem: Problem, block: slice, slab: slice) -> ops.Rows:
+def rows_of(problem: Problem, block: slice, slab: slice) -> ops.Rows:
     rows = problem.rows
     return rows._replace(
         bias=None if rows.bias is None else rows.bias[slab],
@@ -233,7 +250,7 @@ def _rows(problem: Problem, block: slice, slab: slice) -> ops.Rows:
     )
 
 
-def _logits(problem: Problem, block: slice, slab: slice, tile: Tensor) -> None:
+def raw_logits(problem: Problem, block: slice, slab: slice, tile: Tensor) -> None:
     """The raw logits of a tile."""
     engine, hidden, weight = problem.engine, problem.hidden[block], problem.weight[slab]
     rows = problem.tiling.gemm_tokens
@@ -263,14 +280,14 @@ def one_pass(
     """
     engine, hidden, weight = problem.engine, problem.hidden, problem.weight
     blocks, whole = problem.tiling.blocks(hidden.shape[0]), slice(0, weight.shape[0])
-    grad_hidden = _Sum(problem, hidden, needs[0], blocks, complete=True)
-    grad_weight = _Sum(problem, weight, needs[1], [whole], complete=False)
+    grad_hidden = _Sum(problem, hidden, needs[0], blocks, complete=True, dtype=hidden.dtype)
+    grad_weight = _Sum(problem, weight, needs[1], [whole], complete=False, dtype=weight.dtype)
     grad_bias = hidden.new_zeros(whole.stop if needs[2] else 0, dtype=torch.float32)
     tiles = scratch(engine, hidden, min(problem.tiling.tokens, hidden.shape[0]), whole.stop)
     values = []
     for block in blocks:
-        tile, rows = tiles[: block.stop - block.start], _rows(problem, block, whole)
-        _logits(problem, block, whole, tile)
+        tile, rows = tiles[: block.stop - block.start], rows_of(problem, block, whole)
+        raw_logits(problem, block, whole, tile)
         logp, value, stats, _ = ops.forward(engine.backend, tile.unsqueeze(0), rows, entropy)
         upstream = (*slopes(block, logp, value), None)
         gradient = engine.gradient(engine, tile, rows, hidden.dtype, logp, stats, *upstream)

@@ -12,18 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import devices
-from . import gpu, linear, linear_ops, ops, tiles, tuning
+from . import gpu, linear_ops, ops, tiles, tuning
 from . import triton as rows_backend
 from .triton import VECTOR_BYTES
 
 
-def reasons(hidden: Tensor, head: linear.Head, *arguments: Any) -> tuple[str, ...]:
+def reasons(hidden: Tensor, *unused: object) -> tuple[str, ...]:
     """Why this call can not be served (arguments of ``linear.reference``)."""
-    group = arguments[9]
-    found = devices.triton("hidden", hidden)
-    if group is not None:
-        found.append("a vocabulary sharded over a process group is served by the reference alone")
-    return tuple(found)
+    return tuple(devices.triton("hidden", hidden))
 
 
 def forward(

@@ -12,7 +12,6 @@ import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1kernels import extension
-from r1kernels.backends import BackendError
 from r1kernels.grpo import grpo_loss, grpo_preset, linear_grpo_loss
 from r1kernels.logprob import linear_logprobs
 from tests.support.numerics import assert_as_exact_as, same_bits
@@ -259,7 +258,7 @@ def test_the_op_keeps_its_schema(batch_of):
     (arguments,) = seen
     detached = tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in arguments)
     torch.library.opcheck(ops.namespace.linear_grpo_loss_cpu.default, detached)
-    assert linear_autograd.reasons(lambda *_: ("a",), lambda *_: ("a", "b"), leaves[0], group=None) == (
+    assert linear_autograd.reasons(lambda *_: ("a",), lambda *_: ("a", "b"), leaves[0]) == (
         "a",
         "b",
     )
@@ -299,13 +298,6 @@ def test_bad_arguments_are_named(batch_of, backend, change, message):
     leaves, targets, tensors, _ = call_of(batch_of(seed=16))
     with pytest.raises(ValueError, match=message):
         linear_grpo_loss(leaves[0], leaves[1], targets, *tensors, backend=backend, **change)
-
-
-def test_a_sharded_vocabulary_is_refused_with_a_reason(batch_of, monkeypatch):
-    monkeypatch.setattr("r1kernels.grpo.linear.vocabulary_size", lambda weight, group: VOCABULARY)
-    leaves, targets, tensors, _ = call_of(batch_of(seed=17))
-    with pytest.raises(BackendError, match="sharded over a process group is served by the reference alone"):
-        linear_grpo_loss(leaves[0], leaves[1], targets, *tensors, group=object(), backend="cpu")
 
 
 def test_two_ranks_give_the_gradient_of_one_batch(batch_of, tmp_path):

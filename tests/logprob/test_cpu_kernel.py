@@ -352,6 +352,9 @@ def test_opcheck_of_the_linear_ops():
     arguments = (hidden, weight, *rows, 0, *grads, True, True, False)
     torch.library.opcheck(ops.linear_logprobs_cpu_backward.default, arguments)
     torch.library.opcheck(ops.linear_logprobs_cpu_backward_.default, (logits.clone(), *arguments))
+    torch.library.opcheck(ops.linear_logprobs_cpu_frozen.default, (hidden, weight, *rows, True, 0))
+    slab = (hidden, weight, *rows._replace(first=10, vocabulary=50), 0, *grads, True, True, False)
+    torch.library.opcheck(ops.linear_logprobs_cpu_backward.default, slab)
 
 
 def test_it_is_chosen_on_the_cpu_and_float64_goes_to_the_reference():

@@ -1,68 +1,191 @@
-"""linear_logprobs over a process group: each rank holds some rows of the head."""
+"""The linear ops over a process group: each of two ranks holds some rows of the head. N tokens, H hidden, V vocabulary.
+
+The ranks compute every case of CASES in one go, once a backend; the tests compare them with the whole vocabulary.
+"""
 
 from __future__ import annotations
 
-import itertools
-import socket
-
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from r1kernels import linear_logprobs
+from r1kernels import extension, linear_grouped_logprobs, linear_grpo_loss, linear_logprobs
 from tests.support import linear_oracle as oracle
 from tests.support.numerics import same_bits
 
-OPTIONS = {"temperature": 1.3, "softcap": 5.0, "logit_scale": 0.7, "return_entropy": True}
 STATS = ("log_sum_sq_probs", "mean_logits", "is_top1")
+HEAD = {"temperature": 1.3, "softcap": 5.0, "logit_scale": 0.7}
+TOKENS = {"temperature": torch.linspace(0.5, 2.0, 12)}
+# name: (N, where the vocabulary is cut, dtype, options)
+CASES = {
+    "everything": (12, (0, 13, 37), torch.float32, HEAD | {"stats": STATS}),
+    "temperatures": (12, (0, 36, 37), torch.float32, TOKENS),
+    "recomputed": (12, (0, 13, 37), torch.float32, HEAD | {"save_logits": False, "chunk_size": 5}),
+    "tiles": (1030, (0, 2100, 4300), torch.float32, HEAD | {"stats": STATS}),
+    "bfloat16": (1030, (0, 2100, 4300), torch.bfloat16, HEAD),
+    "masked": (12, (0, 13, 37), torch.float32, {"stats": STATS}),
+}
+BACKENDS = [
+    "reference",
+    pytest.param("cpu", marks=pytest.mark.skipif(extension.missing() is not None, reason="no extension")),
+]
 
 
-def problem(vocabulary):
+def problem(name):
+    """(leaves, targets); "masked": the first rank's logits are -inf, and two targets among them."""
+    tokens, cuts, dtype, _ = CASES[name]
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(11, 6, dtype=torch.float64, generator=generator, requires_grad=True)
-    weight = torch.randn(vocabulary, 6, dtype=torch.float64, generator=generator)
-    bias = torch.randn(vocabulary, dtype=torch.float64, generator=generator)
-    targets = torch.randint(0, vocabulary, (11,), generator=generator)
-    targets[1::4] = -100
-    return x, weight, bias, targets
+    sizes = (tokens, 6), (cuts[-1], 6), (cuts[-1],)
+    x, weight, bias = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
+    targets = torch.randint(0, cuts[-1], (tokens,), generator=generator)
+    if name == "masked":
+        bias[: cuts[1]] = -torch.inf
+        targets[:] = targets.clamp(min=cuts[1])
+        targets[:2] = 0
+    targets[2::4] = -100
+    return (x, weight, bias), targets
 
 
-def gradients(logp, entropy, leaves):
-    upstream = torch.linspace(-1, 1, 11, dtype=torch.float64)
-    return torch.autograd.grad((logp * upstream).sum() + (entropy * upstream.flip(0)).sum(), leaves)
+def results_and_gradients(x, weight, bias, targets, **options):
+    """Log-prob, entropy, [stats], then the gradients; a target at -inf takes no part in the loss."""
+    leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
+    found = linear_logprobs(leaves[0], leaves[1], targets, bias=leaves[2], return_entropy=True, **options)
+    logp, entropy, *extra = found
+    grads = torch.autograd.grad(loss_of(logp, entropy), leaves)
+    return [*(value.detach() for value in (logp, entropy)), *grads, *(extra[0].values() if extra else ())]
 
 
-def _on_rank(rank, port, bounds, directory):
-    """One rank of a vocabulary cut at ``bounds``; saves its results and gradients."""
+def loss_of(logp, entropy):
+    upstream = torch.linspace(-1, 1, len(logp), dtype=logp.dtype)
+    return (torch.where(logp.isfinite(), logp, 0.0) * upstream).sum() + (entropy * upstream.flip(0)).sum()
+
+
+def completions(x, weight, bias, targets, **options):
+    """Means over four completions of three tokens, and gradients."""
+    leaves = [leaf.detach().requires_grad_() for leaf in (x.view(4, 3, -1), weight, bias)]
+    found = linear_grouped_logprobs(
+        leaves[0], leaves[1], targets.view(4, 3), bias=leaves[2], group_size=2, reduce="mean", **options
+    )
+    upstream = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
+    return [found.logp.detach(), *torch.autograd.grad((found.logp * upstream).sum(), leaves)]
+
+
+def grpo(x, weight, bias, targets, **options):
+    """The loss with an entropy bonus, and gradients."""
+    leaves = [leaf.detach().requires_grad_() for leaf in (x.view(4, 3, -1), weight, bias)]
+    mask = (targets != -100).view(4, 3)
+    old, advantages = torch.full((4, 3), -3.0), torch.tensor([1.0, -1.0, 0.5, -0.5])
+    output = linear_grpo_loss(
+        leaves[0],
+        leaves[1],
+        targets.view(4, 3),
+        old,
+        advantages,
+        mask,
+        bias=leaves[2],
+        entropy_coef=0.1,
+        **options,
+    )
+    return [output.loss.detach(), *torch.autograd.grad(output.loss, leaves)]
+
+
+def _on_rank(rank, backend, folder):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(bounds) - 1
-    )
-    x, weight, bias, targets = problem(bounds[-1])
-    shard = slice(bounds[rank], bounds[rank + 1])
-    w, b = weight[shard].requires_grad_(), bias[shard].requires_grad_()
-    logp, entropy, extra = linear_logprobs(
-        x, w, targets, bias=b, group=dist.group.WORLD, stats=STATS, **OPTIONS
-    )
-    results = (logp, entropy, *gradients(logp, entropy, (x, w, b)), *extra.values())
-    torch.save([value.detach() for value in results], f"{directory}/{rank}.pt")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = {}
+    for name, (_, cuts, _, options) in CASES.items():
+        (x, weight, bias), targets = problem(name)
+        mine = slice(cuts[rank], cuts[rank + 1])
+        call = (x, weight[mine], bias[mine], targets)
+        where = {"group": dist.group.WORLD, "backend": backend}
+        found[name] = results_and_gradients(*call, **options, **where)
+        if name == "everything":
+            with torch.no_grad():
+                found["no gradient"] = linear_logprobs(
+                    x, weight[mine], targets, bias=bias[mine], **HEAD, **where
+                )
+            found["completions"] = completions(*call, **HEAD, **where)
+            found["grpo"] = grpo(*call, **HEAD, **where)
+            if backend == "reference":
+                double = (tensor.double() for tensor in call[:3])
+                found["float64"] = results_and_gradients(*double, targets, **options, **where)
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_a_vocabulary_on_two_ranks_gives_the_whole_one(tmp_path):
-    bounds = (0, 13, 37)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_on_rank, args=(port, bounds, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    x, weight, bias, targets = problem(bounds[-1])
-    weight.requires_grad_(), bias.requires_grad_()
-    head = oracle.Head(bias, OPTIONS["logit_scale"], OPTIONS["softcap"])
-    values = oracle.of_logits(x @ weight.T, head, targets, OPTIONS["temperature"])
-    dx, dw, db = gradients(*values[:2], (x, weight, bias))
-    for rank, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        expected = (*values[:2], dx, dw[start:stop], db[start:stop], *values[2:])
-        for mine, whole in zip(ranks[rank], expected, strict=True):
-            torch.testing.assert_close(mine, whole.detach(), rtol=1e-11, atol=1e-12)
-    assert all(same_bits(first, second) for first, second in zip(ranks[0][:3], ranks[1][:3], strict=True))
+@pytest.fixture(scope="module", params=BACKENDS)
+def ranks(request, tmp_path_factory):
+    """(backend, what each of the two ranks found)"""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_on_rank, args=(request.param, str(folder)), nprocs=2)
+    return request.param, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def assert_shares(ranks, found, expected, cuts, tolerance, count=2):
+    """What the ranks found against the whole: ``count`` results, gradients of hidden, weight and bias, other results.
+
+    What every rank has is the same bits on both.
+    """
+    for rank, values in enumerate(ranks):
+        mine = slice(cuts[rank], cuts[rank + 1])
+        wanted = list(expected)
+        wanted[count + 1], wanted[count + 2] = wanted[count + 1][mine], wanted[count + 2][mine]
+        for value, whole in zip(values[found], wanted, strict=True):
+            assert value.shape == whole.shape
+            finite = whole.double()[whole.double().isfinite()]
+            scale = float(finite.abs().max()) if finite.numel() else 0.0
+            torch.testing.assert_close(value.double(), whole.double(), rtol=tolerance, atol=tolerance * scale)
+    first, second = (values[found] for values in ranks)
+    for place in {*range(len(first))} - {count + 1, count + 2}:
+        assert same_bits(first[place], second[place])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_have_what_one_has(ranks, name):
+    """In float64: by torch's log_softmax, or by the reference on one rank where a target is at -inf."""
+    _, found = ranks
+    leaves, targets = problem(name)
+    _, cuts, dtype, options = CASES[name]
+    if name == "masked":
+        double = [leaf.double() for leaf in leaves]
+        expected = results_and_gradients(*double, targets, backend="reference", **options)
+        assert (expected[0][:2] == -torch.inf).all()
+    else:
+        expected = of_the_oracle(leaves, targets, options)
+    assert_shares(found, name, expected, cuts, 2.0**-7 if dtype == torch.bfloat16 else 1e-5)
+    assert found[0][name][2].dtype == dtype
+
+
+def of_the_oracle(leaves, targets, options):
+    x, weight, bias = (leaf.double().requires_grad_() for leaf in leaves)
+    head = oracle.Head(bias, options.get("logit_scale", 1.0), options.get("softcap"))
+    temperature = options["temperature"]
+    temperature = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
+    logp, entropy, *extra = oracle.of_logits(x @ weight.T, head, targets, temperature)
+    grads = torch.autograd.grad(loss_of(logp, entropy), (x, weight, bias))
+    return [value.detach() for value in (logp, entropy, *grads, *(extra if "stats" in options else ()))]
+
+
+def test_in_float64(ranks):
+    backend, found = ranks
+    if backend != "reference":
+        pytest.skip("kernels serve no float64")
+    leaves, targets = problem("everything")
+    expected = of_the_oracle(leaves, targets, CASES["everything"][3])
+    assert_shares(found, "float64", expected, CASES["everything"][1], 1e-11)
+
+
+def test_without_a_gradient(ranks):
+    _, found = ranks
+    for values in found:
+        assert same_bits(values["no gradient"], values["everything"][0])
+
+
+@pytest.mark.parametrize("op", [completions, grpo])
+def test_ops_above_it(ranks, op):
+    _, found = ranks
+    leaves, targets = problem("everything")
+    double = [leaf.double() for leaf in leaves]
+    expected = op(*double, targets, backend="reference", **HEAD)
+    assert_shares(found, op.__name__, expected, CASES["everything"][1], 1e-5, count=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 
 import pytest
 import torch
@@ -39,3 +40,17 @@ def test_any_shape_and_dtype(shape, dtype):
     assert tensor.shape == shape and tensor.dtype == dtype and tensor.device.type == "cpu"
     tensor.fill_(3.0)
     assert (tensor == 3.0).all()
+
+
+def test_what_is_kept_can_be_released():
+    with open("/proc/self/statm") as statm:
+        pages = [int(statm.read().split()[1])]
+        extension.empty(FREE, torch.uint8).fill_(1)
+        for _ in range(2):
+            gc.collect()
+            statm.seek(0)
+            pages.append(int(statm.read().split()[1]))
+            extension.release()
+    before, kept, released = (count * mmap.PAGESIZE for count in pages)
+    size = FREE[0] * FREE[1]
+    assert kept - before > size / 2 and released - before < size / 2

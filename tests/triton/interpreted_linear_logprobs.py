@@ -10,7 +10,7 @@ import torch
 
 import r1kernels
 from r1kernels import linear_grouped_logprobs, linear_logprobs
-from r1kernels.logprob import tiles, tuning
+from r1kernels.logprob import ops, parts, tiles, tuning
 from r1kernels.logprob import triton as rows_backend
 from r1kernels.logprob import triton_linear as backend
 from r1kernels.logprob.linear import STATS
@@ -26,6 +26,7 @@ IGNORED = -100
 DTYPES = (torch.bfloat16, torch.float16)
 POINTERS = tuning.Tile(16, 32, 16, group=2, warps=4, stages=2, descriptors=False)
 DESCRIPTORS = POINTERS._replace(descriptors=True)
+LINEAR, LINEAR_BACKWARD = ops.namespace.linear_logprobs_triton, ops.namespace.linear_logprobs_triton_backward
 KERNEL = {"backend": "triton", "batch_invariant": True}  # never by tiles, whatever H is
 HEADS = {
     "plain": {},
@@ -268,6 +269,55 @@ def test_gradients_of_the_tile_loop(monkeypatch, save_logits, dtype):
         assert ours.dtype == expected.dtype
         allowed = 2.0**-7 if ours.dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(ours, expected, rtol=allowed, atol=allowed * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [64, 150], ids=["slabs", "whole"])
+def test_a_frozen_head(monkeypatch, columns, dtype):
+    """The slope from the forward, against the gradient that the reference computes."""
+    monkeypatch.setattr(tiles, "tiling_of", lambda *unused: tiles.Tiling(4, columns, 0))
+    hidden, weight, targets = random_case(11, 150, 16, dtype)
+    targets[2] = IGNORED
+    results = []
+    for name in ("triton", "reference"):
+        x = hidden.clone().requires_grad_()
+        options = {"softcap": 6.0, "logit_scale": 0.8, "temperature": 0.9, "backend": name}
+        logp = linear_logprobs(x, weight, targets, **options)
+        results.append((logp.detach(), torch.autograd.grad((logp * torch.arange(11)).sum(), x)[0]))
+    for ours, expected in zip(*results, strict=True):
+        allowed = 2.0**-7 if ours.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours, expected, rtol=allowed, atol=allowed * float(expected.abs().max()))
+
+
+def test_the_ranks_of_a_sharded_vocabulary_add_up_to_the_whole():
+    """The ops as each rank calls them: sums of its columns, merged, then its gradients from the merged sums."""
+    hidden, weight, targets = random_case(11, 150, 16)
+    targets[2] = IGNORED
+    rows = rows_of(weight.T, targets, temperature=0.9, softcap=6.0)
+    shards = [slice(0, 40), slice(40, 150)]
+    options = (True, False, 0, False, False)
+    found = [LINEAR(hidden, weight[shard], *rows._replace(first=shard.start), *options) for shard in shards]
+    pieces = [parts.Part(logp, stats, extra) for logp, _, stats, extra, _ in found]
+    logp, entropy, stats, _ = parts.finish(parts.merge(pieces, [0, 40], 150, rows), rows, True)
+    upstream = (torch.ones(11), torch.full((11,), 0.3), None)
+    needs = (True, True, False)
+    gradients = [
+        LINEAR_BACKWARD(
+            hidden, weight[shard], *rows._replace(first=shard.start), 0, logp, stats, *upstream, *needs
+        )
+        for shard in shards
+    ]
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    how = {"temperature": 0.9, "softcap": 6.0, "return_entropy": True, "backend": "reference"}
+    expected = linear_logprobs(leaves[0], leaves[1], targets, **how)
+    torch.testing.assert_close(logp, expected[0].detach(), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(entropy, expected[1].detach(), rtol=1e-5, atol=2e-6)
+    truth = torch.autograd.grad((expected[0] + 0.3 * expected[1]).sum(), leaves)
+    grad_hidden = gradients[0][0] + gradients[1][0]
+    assert grad_hidden.dtype == torch.float32, "a term of a sum is not rounded"
+    grad_weight = torch.cat([grads[1] for grads in gradients])
+    for ours, other in zip((grad_hidden.bfloat16(), grad_weight), truth, strict=True):
+        torch.testing.assert_close(ours, other, rtol=2.0**-7, atol=2.0**-7 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
