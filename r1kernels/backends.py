@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 
+from . import devices
+
 NAMES = ("cuda", "triton", "cpu", "reference")
 AUTO = "auto"
 EVERY_OP = "*"
@@ -131,11 +133,15 @@ def choose(op: str, backend: str | None, /, *args: Any, **kwargs: Any) -> Backen
         if not refusal:
             return chosen
         _fall_back(chosen, refusal)
+    device = _device_type(args, kwargs)
     for chosen in available.values():
+        # not asked where it can only refuse: to word the reasons would cost as much as the kernel of a small batch
+        if device and device not in devices.SERVED.get(chosen.name, (device,)):
+            continue
         refusal = chosen.refuses(*args, **kwargs)
         if not refusal:
             return chosen
-        if _DEVICE_OF[chosen.name] == _device_type(args, kwargs):
+        if _DEVICE_OF[chosen.name] == device:
             _fall_back(chosen, refusal)
     raise BackendError(f"{op}: no backend can serve this call and no reference is registered")
 

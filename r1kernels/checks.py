@@ -132,7 +132,7 @@ def first_derivative_only(op: str, grad: Tensor, *inputs: Tensor) -> Tensor:
 
     Without it autograd would take the gradient for a constant under ``create_graph=True``, silently.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return grad
     return _FirstDerivativeOnly.apply(op, grad, *inputs)
 

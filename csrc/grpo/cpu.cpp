@@ -105,14 +105,23 @@ Tokens load_tokens(const R1kernelsGrpo& call, int64_t sequence, float weight, in
 
 // --- sums over lanes ---
 
-float tree_sum(Floats value) {
-    float lanes[kLanes];
-    memcpy(lanes, &value, sizeof lanes);
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    }
-    return lanes[0];
+// half of the lanes added to the other half, again and again
+template <int lanes>
+float tree_sum(const float* values) {
+    typedef float Half __attribute__((vector_size(2 * lanes)));
+    Half low, high;
+    memcpy(&low, values, sizeof low);
+    memcpy(&high, values + lanes / 2, sizeof high);
+    low += high;
+    return tree_sum<lanes / 2>(reinterpret_cast<const float*>(&low));
 }
+
+template <>
+inline float tree_sum<1>(const float* values) {
+    return *values;
+}
+
+float tree_sum(Floats value) { return tree_sum<kLanes>(reinterpret_cast<const float*>(&value)); }
 
 LossSums<float> over_lanes(LossSums<Floats> sums) {
     // relative to the largest ratio of all lanes

@@ -19,6 +19,7 @@ using Optional = std::optional<Tensor>;
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 constexpr int64_t kTokensOfThread = 16384;  // fewer are not worth a second thread
+constexpr int64_t kCountedForOne = 16;      // tokens that are counted in the time in which one is computed
 constexpr int64_t kMetrics = 12;
 
 const void* values(const char* name, const Tensor& tensor, int64_t count, const Tensor& like) {
@@ -156,7 +157,8 @@ Outputs forward_cpu(const Tensor& logp, const Optional& old_logp, const Tensor& 
     const std::unique_ptr<double[]> memory(new double[kernels.workspace_bytes(call, items) / sizeof(double) + 1]);
     void* workspace = memory.get();
     if (r1kernels_grpo_needs_first_pass(call)) {
-        parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+        const bool counts = !r1kernels_grpo_sums_over_sequences(call);  // the mask alone is read
+        parallel_for(0, items, counts ? kCountedForOne * grain : grain, [&](int64_t begin, int64_t end) {
             kernels.first_pass(call, workspace, items, begin, end);
         });
     }

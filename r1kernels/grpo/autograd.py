@@ -7,6 +7,7 @@ so the forward op writes its gradients at once, for an upstream gradient of 1; t
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from .. import checks
 from . import ops
 from .metrics import GRPOOutput, Metrics, measured_names
-from .options import DEFAULTS, LossOptions
+from .options import DEFAULTS, TERMS, LossOptions
 from .reductions import Divisor, divisor_of
 
 
@@ -35,6 +36,7 @@ def run(
         if options.weights is None
         else Divisor(1.0, None, "one")
     )
+    numbers, *places = constants_of(options, divisor.number)
     arguments = (
         kernel_values(old_logp),
         kernel_values(advantages.unsqueeze(1) if advantages.shape == (sequences,) else advantages),
@@ -44,15 +46,12 @@ def run(
         kernel_values(options.entropy_weights),
         kernel_values(options.weights),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
-        numbers_of(options, divisor.number),
+        numbers,
         divisor.total,
-        ops.VARIANTS.index(options.variant),
-        ops.RATIOS.index(options.ratio),
-        ops.ESTIMATORS.index(options.kl or "k3"),
+        *places,
         ops.COUNTS.index(divisor.counted),
     )
-    logp = _float_contiguous(logp)
-    entropy = None if options.entropy is None else _float_contiguous(options.entropy)
+    logp, entropy = kernel_values(logp, True), kernel_values(options.entropy, True)
     differentiable = torch.is_grad_enabled()
     logp_gradient = differentiable and logp.requires_grad
     entropy_gradient = (
@@ -93,15 +92,16 @@ class GRPOLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        unused = (None,) * 4
-        if grads[0] is None:
-            return None, None, *unused
         logp, entropy, *saved = ctx.saved_tensors
-        results = getattr(ops.namespace, f"grpo_loss_{ctx.backend}_backward")(grads[0].detach(), *saved)
-        return *(
-            checks.first_derivative_only("grpo_loss", grad, value) if wanted else None
-            for grad, value, wanted in zip(results, (logp, entropy), ctx.wanted, strict=True)
-        ), *unused
+        of_logp = of_entropy = None
+        if grads[0] is not None:
+            op = getattr(ops.namespace, f"grpo_loss_{ctx.backend}_backward")
+            to_logp, to_entropy = op(grads[0].detach(), *saved)
+            if ctx.wanted[0]:
+                of_logp = checks.first_derivative_only("grpo_loss", to_logp, logp)
+            if ctx.wanted[1]:
+                of_entropy = checks.first_derivative_only("grpo_loss", to_entropy, entropy)
+        return of_logp, of_entropy, None, None, None, None
 
 
 def _forward(
@@ -116,29 +116,35 @@ def _forward(
     return op(logp, *arguments[:5], entropy, *arguments[5:], logp_gradient, entropy_gradient)
 
 
-def kernel_values(values: Tensor | None) -> Tensor | None:
-    """As kernels read them: float32, contiguous, without gradient."""
+def kernel_values(values: Any, differentiable: bool = False) -> Any:
+    """A tensor, or None, as kernels read it: float32, contiguous, without gradient unless ``differentiable``."""
     if values is None:
         return None
-    return _float_contiguous(values.detach() if values.requires_grad else values)
-
-
-def _float_contiguous(values: Tensor) -> Tensor:
+    if values.requires_grad and not differentiable:
+        values = values.detach()
     # asked first: each call that would change nothing costs as much as the kernel of a small batch
     if values.dtype is torch.float32 and values.is_contiguous():
         return values
     return values.float().contiguous()
 
 
-def numbers_of(options: LossOptions, divisor: float) -> Tensor:
-    """``ops.NUMBERS``: the hyper-parameters in the form that the kernels compare with."""
+def constants_of(options: LossOptions, divisor: float) -> tuple[Tensor, int, int, int]:
+    """What the ops take of the hyper-parameters: numbers, variant, ratio and kl."""
+    constants = _constants if torch.compiler.is_compiling() else _kept_constants
+    return constants(options[:TERMS], options.kl_coef, options.entropy_coef, divisor)
+
+
+def _constants(
+    terms: tuple[Any, ...], kl_coef: float, entropy_coef: float, divisor: float
+) -> tuple[Tensor, int, int, int]:
+    options = LossOptions(*terms)
     low = 0.0 if options.clip_low is None else options.clip_low
     high = 0.0 if options.clip_high is None else options.clip_high
     if options.variant in ("grpo", "dual_clip"):
         low, high = 1 - low, 1 + high
     else:
         low = -low
-    return ops.numbers_tensor(
+    numbers = ops.numbers_tensor(
         (
             low,
             high,
@@ -146,8 +152,19 @@ def numbers_of(options: LossOptions, divisor: float) -> Tensor:
             math.inf if options.dual_bound is None else options.dual_bound,
             *((0.0, 0.0) if options.tau is None else options.tau),
             *(number for pair in (_NO_VESPO if options.vespo is None else options.vespo) for number in pair),
-            options.kl_coef,
-            options.entropy_coef,
+            kl_coef,
+            entropy_coef,
             divisor,
         )
     )
+    return (
+        numbers,
+        ops.VARIANTS.index(options.variant),
+        ops.RATIOS.index(options.ratio),
+        ops.ESTIMATORS.index(options.kl or "k3"),
+    )
+
+
+_kept_constants = lru_cache(maxsize=64)(
+    _constants
+)  # most steps have those of the step before; ops only read them

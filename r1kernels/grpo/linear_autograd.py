@@ -122,6 +122,7 @@ def _one_pass(
         """Float32 values of all tokens in a row, or None."""
         return None if values is None else layout.to_tokens(values.detach()).float().reshape(-1)
 
+    numbers, variant, _, kl = autograd.constants_of(options, 1.0)
     terms = Terms(
         tokens(old_logp),
         tokens(advantages),
@@ -130,9 +131,9 @@ def _one_pass(
         tokens(options.policy_weights),
         tokens(options.entropy_weights),
         tokens(weights),
-        autograd.numbers_of(options, 1.0),
-        ops.VARIANTS.index(options.variant),
-        ops.ESTIMATORS.index(options.kl or "k3"),
+        numbers,
+        variant,
+        kl,
         options.entropy_coef != 0,
     )
     hidden, head = cast_as_linear_would(hidden, head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +46,9 @@ class LossOptions(NamedTuple):
     dual_bound: Any = None
     tau: Any = None
     vespo: Any = None
+    kl: Any = None
     ref_logp: Tensor | None = None
     kl_coef: float = 0.0
-    kl: Any = None
     policy_weights: Tensor | None = None
     entropy: Any = None
     entropy_coef: float = 0.0
@@ -65,12 +66,19 @@ class LossOptions(NamedTuple):
         return Totals(self.num_sequences, self.num_tokens, self.max_length)
 
 
+TERMS = LossOptions._fields.index("kl") + 1
+"""How many options stand first that say what the terms are: variant, ``_SPECIFIC`` and kl."""
+
+
 def resolve(options: LossOptions) -> LossOptions:
     """The options with the variant's defaults, or a ValueError that names an argument which the variant does not use."""
-    variant = checks.choice("variant", options.variant, DEFAULTS)
-    given = {name: getattr(options, name) for name in _SPECIFIC if getattr(options, name) is not None}
-    specific = _checked(variant, given) if given else _UNLESS_GIVEN[variant]
-    return options._replace(**specific, kl=_kl_of(options, specific["ratio"]))
+    given = (*options[:TERMS], options.kl_coef, options.ref_logp is not None)
+    if not torch.compiler.is_compiling():
+        try:
+            return LossOptions(*_kept_terms(*given), *options[TERMS:])
+        except TypeError:  # a list is no key; an error is found again
+            pass
+    return LossOptions(*_terms(*given), *options[TERMS:])
 
 
 def check_tensors(
@@ -100,6 +108,18 @@ def check_tensors(
     _check_reduction(options, like)
 
 
+def _terms(variant: Any, *values: Any) -> tuple[Any, ...]:
+    """The first ``TERMS`` options, of which these were given, then kl_coef and whether there is a reference."""
+    checks.choice("variant", variant, DEFAULTS)
+    *specific, kl, kl_coef, has_reference = values
+    given = {name: value for name, value in zip(_SPECIFIC, specific, strict=True) if value is not None}
+    found = _checked(variant, given) if given else _UNLESS_GIVEN[variant]
+    return variant, *found.values(), _kl_of(kl, kl_coef, has_reference, found["ratio"])
+
+
+_kept_terms = lru_cache(maxsize=64, typed=True)(_terms)  # most steps have the terms of the step before
+
+
 def _checked(variant: str, given: dict[str, Any]) -> dict[str, Any]:
     """Every argument that belongs to variants, the ``given`` ones checked."""
     for name, value in given.items():
@@ -120,29 +140,33 @@ def _checked(variant: str, given: dict[str, Any]) -> dict[str, Any]:
     if dual_bound is not None and checks.number("dual_bound", dual_bound) <= 1:
         raise ValueError(f"dual_bound: expected above 1, got {dual_bound}")
     if tau is not None:
-        for value in _pair("tau", tau, "(for A > 0, for A <= 0)"):
+        specific["tau"] = _pair("tau", tau, "(for A > 0, for A <= 0)")
+        for value in specific["tau"]:
             checks.positive("tau", value)
     if vespo is not None:
-        for part in _pair("vespo", vespo, "((k, lam) for A >= 0, (k, lam) for A < 0)"):
-            k, lam = _pair("vespo", part, "(k, lam)")
+        pairs = _pair("vespo", vespo, "((k, lam) for A >= 0, (k, lam) for A < 0)")
+        specific["vespo"] = tuple(_pair("vespo", part, "(k, lam)") for part in pairs)
+        for k, lam in specific["vespo"]:
             checks.number("vespo", k)
             checks.positive("vespo", lam)
     return specific
 
 
-def _kl_of(options: LossOptions, ratio: str) -> str | None:
+def _kl_of(kl: Any, kl_coef: float, has_reference: bool, ratio: str) -> str | None:
     """The estimator; None without a reference."""
-    checks.number("kl_coef", options.kl_coef)
-    if options.ref_logp is None:
-        if options.kl is not None:
-            raise ValueError(f"kl: {options.kl!r} needs ref_logp, got None")
-        if options.kl_coef != 0:
-            raise ValueError(f"kl_coef: {options.kl_coef} needs ref_logp, got None")
+    checks.number("kl_coef", kl_coef)
+    if not has_reference:
+        if kl is not None:
+            raise ValueError(f"kl: {kl!r} needs ref_logp, got None")
+        if kl_coef != 0:
+            raise ValueError(f"kl_coef: {kl_coef} needs ref_logp, got None")
         return None
-    kl: str = checks.choice("kl", "k3" if options.kl is None else options.kl, ESTIMATORS)
-    if ratio == "output" and kl != "k3":
-        raise ValueError(f"kl: {kl!r} is not used by ratio 'output', whose KL is the k3 of the whole output")
-    return kl
+    found: str = checks.choice("kl", "k3" if kl is None else kl, ESTIMATORS)
+    if ratio == "output" and found != "k3":
+        raise ValueError(
+            f"kl: {found!r} is not used by ratio 'output', whose KL is the k3 of the whole output"
+        )
+    return found
 
 
 def _check_reduction(options: LossOptions, like: Tensor) -> None:
