@@ -4,6 +4,7 @@ python -m bench run [--quick | --tiny] [--only logprob] [--device cpu|cuda] [--o
 python -m bench report OUT.json [--against OLD.json]
 python -m bench compare A.json B.json
 python -m bench precision [--out OUT.json]
+python -m bench saved [--out OUT.json]
 python -m bench guard [--update]
 python -m bench documents
 """
@@ -50,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     precision = commands.add_parser("precision", help="errors against float64, also where one logit leads")
     precision.add_argument("--out", type=Path, default=Path("bench-results/precision.json"))
     precision.set_defaults(command=_precision)
+    saved = commands.add_parser(
+        "saved", help="bytes that experts keep for the backward, at the shapes of models"
+    )
+    saved.add_argument("--out", type=Path, default=Path("bench-results/saved.json"))
+    saved.set_defaults(command=_saved)
     guard = commands.add_parser("guard", help="are the CPU kernels slower than the committed baseline")
     guard.add_argument("--update", action="store_true", help="write the baseline")
     guard.set_defaults(command=_guard)
@@ -62,6 +68,12 @@ def _precision(given: argparse.Namespace) -> None:
     from . import precision
 
     precision.main(given.out)
+
+
+def _saved(given: argparse.Namespace) -> None:
+    from . import saved
+
+    saved.main(given.out)
 
 
 def _guard(given: argparse.Namespace) -> int:
@@ -93,9 +105,10 @@ def _report(path: Path, against: Path | None) -> None:
     from .report import markdown, page
 
     record = results.load(path)
-    before = results.load(against) if against else page.previous(record, RESULTS)
-    path.with_suffix(".html").write_text(page.page(record, before), encoding="utf-8")
-    path.with_suffix(".md").write_text(markdown.document(record, before), encoding="utf-8")
+    before = results.load(against) if against else page.committed(record, RESULTS, "ops.json")
+    saved = page.committed(record, RESULTS, "saved.json")
+    path.with_suffix(".html").write_text(page.page(record, before, saved), encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown.document(record, before, saved), encoding="utf-8")
     print(markdown.terminal(record))
     print(f"{path.with_suffix('.html')}, {path.with_suffix('.md')}")
 

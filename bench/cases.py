@@ -36,7 +36,8 @@ class Work:
 class Case:
     """One op at one shape, on one kind of device ("cpu" or "cuda").
 
-    layout: "padded" or "packed" where both exist. quick: part of a quick run. model: whose shape it is.
+    layout: "padded" or "packed" where both exist; of a router "softmax" or "softmax-plain" (not normalised), "" for
+    DeepSeek-V3's. quick: part of a quick run. model: whose shape it is.
     """
 
     op: str
@@ -187,7 +188,7 @@ WORK = {
 }
 
 F32, BF16 = "float32", "bfloat16"
-_MODELS = {
+MODELS = {
     "DeepSeek-V3": {"H": 7168, "I": 2048, "E": 256, "K": 8},
     "Qwen3-30B-A3B": {"H": 2048, "I": 768, "E": 128, "K": 8},
     "Qwen3-Next-80B": {"H": 2048, "I": 512, "E": 512, "K": 10},
@@ -216,7 +217,7 @@ def _cpu() -> list[Case]:
     small, large = {"N": 2048, "V": 32768}, {"N": 512, "V": 151936}
     group = {"B": 1024, "L": 64, "G": 16, "V": 2048}
     experts = {"T": 256, "H": 512, "I": 256, "E": 64, "K": 4}
-    few = {"T": 2048, "H": 512, "I": 256, "E": 16, "K": 4}
+    router = {"T": 2048, "E": 256, "K": 8}
     return [
         Case("token_logprobs", "cpu", F32, small, quick=True),
         Case("token_logprobs", "cpu", BF16, small, quick=True),
@@ -230,13 +231,25 @@ def _cpu() -> list[Case]:
         Case("grouped_logprobs", "cpu", F32, group, "packed"),
         *_grpo_cases("cpu", quick=65536),
         Case("linear_grpo_loss", "cpu", F32, {"B": 16, "L": 128, "V": 32768, "H": 512}, "padded"),
-        Case("moe_experts", "cpu", F32, experts, quick=True),
-        Case("moe_experts", "cpu", BF16, experts),
-        Case("moe_experts", "cpu", F32, few),
-        Case("moe_experts", "cpu", BF16, few),
-        Case("moe_experts", "cpu", F32, {**experts, "T": 1}, model="decode"),
-        Case("moe_experts", "cpu", BF16, {**experts, "T": 1}, model="decode"),
-        Case("route", "cpu", F32, {"T": 2048, "E": 256, "K": 8}, quick=True, model="DeepSeek-V3"),
+        *(
+            Case("moe_experts", "cpu", dtype, sizes, quick=sizes is experts, model=model)
+            for sizes, model in (
+                (experts, ""),
+                ({**experts, "T": 64}, ""),
+                ({"T": 2048, "H": 512, "I": 256, "E": 16, "K": 4}, ""),
+                ({"T": 2048, "H": 128, "I": 64, "E": 128, "K": 8}, "Qwen3-30B-A3B, scaled down"),
+                ({"T": 256, "H": 1024, "I": 512, "E": 8, "K": 2}, "Mixtral-8x7B, scaled down"),
+            )
+            for dtype in (F32, BF16)
+        ),
+        *(
+            Case("moe_experts", "cpu", dtype, {**experts, "T": 1}, quick=True, model="decode")
+            for dtype in (F32, BF16)
+        ),
+        Case("route", "cpu", F32, router, quick=True, model="DeepSeek-V3"),
+        Case("route", "cpu", F32, router, "softmax", quick=True, model="Qwen3, Mixtral"),
+        Case("route", "cpu", F32, router, "softmax-plain", model="OLMoE"),
+        Case("route", "cpu", F32, {**router, "T": 1}, model="DeepSeek-V3, decode"),
         Case("grpo_step", "cpu", F32, {"B": 32, "L": 64}, quick=True, model="recipe tiny"),
         Case("grpo_step", "cpu", F32, {"B": 16, "L": 32, "H": 256, "I": 128, "E": 32}, model="random"),
     ]
@@ -268,7 +281,7 @@ def _cuda() -> list[Case]:
                 quick=tokens in (1, 4096) and model == "Qwen3-30B-A3B",
                 model=model,
             )
-            for model, sizes in _MODELS.items()
+            for model, sizes in MODELS.items()
             for tokens in (32768, 4096, 256, 1)
         ),
         Case("route", "cuda", F32, {"T": 4096, "E": 256, "K": 8}, quick=True, model="DeepSeek-V3"),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import precision, results
+from . import precision, results, saved
 from .report import markdown, tables
 
 ROOT = Path(__file__).parents[1]
@@ -53,11 +53,18 @@ def exactness() -> str:
     return "\n\n".join(markdown.section(one, level=3) for one in precision.tables(record))
 
 
+def saved_bytes() -> str:
+    """The table of ``python -m bench saved``."""
+    found = saved.table(json.loads((ROOT / "bench/results/cpu/saved.json").read_text(encoding="utf-8")))
+    return f"{found.note}\n\n{markdown.rows(found)}"
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "headline": headline,
     "inference": inference,
     "cases": cases,
     "precision": exactness,
+    "saved": saved_bytes,
 }
 
 

@@ -52,13 +52,13 @@ class Saved:
     """Counts what is saved for the backward, each storage once; ``without`` (parameters, by the contract) is left out."""
 
     def __init__(self, without: list[Tensor]) -> None:
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in without}
+        self._seen = {tensor.untyped_storage()._cdata for tensor in without}
         self.bytes = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
             self.bytes += storage.nbytes()
         return tensor
 

@@ -104,9 +104,9 @@ def expert_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
 
 
 def route_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
-    """DeepSeek-V3's router in float64; weights as a dense (T, E), so that the order of the chosen does not matter."""
+    """The router in float64; weights as a dense (T, E), so that the order of the chosen does not matter."""
     logits = inputs["logits"].detach().double().requires_grad_()
-    weights, indices = _route(logits, inputs["bias"].double(), case.sizes["K"])
+    weights, indices = _router(case)(logits, inputs["bias"].double(), case.sizes["K"])
     assert inputs.upstream_of is not None
     above = inputs.upstream_of({"indices": indices})["weights"]
     (gradient,) = torch.autograd.grad(weights, logits, above.double())
@@ -135,12 +135,27 @@ def _route(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return weights / (weights.sum(-1, keepdim=True) + 1e-20) * SCALE, indices
 
 
+def _softmax(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    weights, indices = _softmax_plain(logits, bias, top_k)
+    return weights / weights.sum(-1, keepdim=True), indices
+
+
+def _softmax_plain(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    weights, indices = logits.softmax(-1).topk(top_k, dim=-1)
+    return weights, indices
+
+
+def _router(case: Case) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    """The router of a case, by its layout."""
+    return {"": _route, "softmax": _softmax, "softmax-plain": _softmax_plain}[case.layout]
+
+
 def _same(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
 def _torch_route(case: Case, wrap: Callable[..., Any]) -> Call:
-    function = wrap(_route)
+    function = wrap(_router(case))
 
     def call(inputs: Inputs) -> Outputs:
         weights, indices = function(inputs["logits"], inputs["bias"], case.sizes["K"])
@@ -160,12 +175,18 @@ OURS_EXPERTS = Ours(
     ),
     lambda found: {"out": found},
 )
+
+
+def _route_arguments(case: Case, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    options = {"bias": inputs["bias"], "n_group": GROUPS, "topk_group": GROUPS_PER_TOKEN, "scale": SCALE}
+    if case.layout:
+        options = {"score": "softmax", "normalize": case.layout == "softmax"}
+    return (inputs["logits"], case.sizes["K"]), options
+
+
 OURS_ROUTE = Ours(
     "route",
-    lambda case, inputs: (
-        (inputs["logits"], case.sizes["K"]),
-        {"bias": inputs["bias"], "n_group": GROUPS, "topk_group": GROUPS_PER_TOKEN, "scale": SCALE},
-    ),
+    _route_arguments,
     lambda found: {"weights": found.weights, "indices": found.indices},
 )
 
@@ -197,9 +218,13 @@ def _transformers_experts(implementation: str) -> Callable[[Case, Inputs], Call]
 
 
 def _transformers_route(case: Case, inputs: Inputs) -> Call:
-    """The forward of DeepSeek-V3's router without the GEMM that makes the logits: its ``F.linear`` gives them."""
-    module = needs("transformers.models.deepseek_v3.modeling_deepseek_v3", "transformers")
-    original = module.DeepseekV3TopkRouter.forward
+    """The forward of a model's router without the GEMM that makes the logits: its ``F.linear`` gives them."""
+    if case.layout:
+        module = needs("transformers.models.qwen3_moe.modeling_qwen3_moe", "transformers")
+        original = module.Qwen3MoeTopKRouter.forward
+    else:
+        module = needs("transformers.models.deepseek_v3.modeling_deepseek_v3", "transformers")
+        original = module.DeepseekV3TopkRouter.forward
     given = SimpleNamespace(linear=lambda hidden, weight: hidden)
     forward = FunctionType(
         original.__code__, {**original.__globals__, "F": given}, closure=original.__closure__
@@ -210,7 +235,7 @@ def _transformers_route(case: Case, inputs: Inputs) -> Call:
         top_k=case.sizes["K"],
         num_group=GROUPS,
         topk_group=GROUPS_PER_TOKEN,
-        norm_topk_prob=True,
+        norm_topk_prob=case.layout != "softmax-plain",
         routed_scaling_factor=SCALE,
         weight=torch.zeros(0),
     )

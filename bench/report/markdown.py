@@ -7,12 +7,16 @@ from typing import Any
 
 from training.format import align
 
-from .. import compare
+from .. import compare, saved
 from . import tables
 from .table import Cell, Table
 
 
-def document(record: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> str:
+def document(
+    record: Mapping[str, Any],
+    before: Mapping[str, Any] | None = None,
+    kept: Mapping[str, Any] | None = None,
+) -> str:
     """All tables of the page, without its pictures."""
     made = record["environment"]
     parts = [f"# Benchmarks on {made.get('gpu', made['processor'])}", summary(record)]
@@ -25,6 +29,8 @@ def document(record: Mapping[str, Any], before: Mapping[str, Any] | None = None)
     for op, cases in tables.by_op(record["cases"]):
         parts.append(f"## {op}")
         parts += [section(tables.case_table(case), level=3) for case in cases]
+    if kept:
+        parts.append(section(saved.table(kept)))
     if before:
         parts.append(section(compare.table(before, record)))
     parts += [section(table) for table in (tables.not_run(record), tables.environment(record)) if table.rows]

@@ -9,7 +9,7 @@ from typing import Any
 
 import training.report
 
-from .. import compare, results
+from .. import compare, results, saved
 from . import pictures, tables
 from .table import Table
 
@@ -31,8 +31,12 @@ svg { max-width: 760px; width: 100%; height: auto; } svg text { font-size: 11px;
 """
 
 
-def page(record: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> str:
-    """The whole page; ``before`` are the results to show changes against."""
+def page(
+    record: Mapping[str, Any],
+    before: Mapping[str, Any] | None = None,
+    kept: Mapping[str, Any] | None = None,
+) -> str:
+    """The whole page; ``before`` are the results to show changes against, ``kept`` those of ``python -m bench saved``."""
     made = record["environment"]
     title = f"r1kernels: benchmarks on {made.get('gpu', made['processor'])}"
     sections = [
@@ -44,6 +48,7 @@ def page(record: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> 
         _section("How far from the floor", _FLOOR, pictures.floor_shares(record)),
         _section("Roofline", _ROOFLINE, pictures.roofline(record)),
         *(_op(op, cases) for op, cases in tables.by_op(record["cases"])),
+        _table(saved.table(kept), text=True) if kept else "",
         _changes(record, before),
         _table(tables.not_run(record), text=True),
         _table(tables.environment(record), text=True),
@@ -140,7 +145,7 @@ def _section(title: str, text: str, body: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{f'<p>{escape(text)}</p>' if text else ''}{body}</section>"
 
 
-def previous(record: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
-    """The last committed results of the same kind of device, if there are any."""
-    path = folder / record["environment"]["device"] / "ops.json"
+def committed(record: Mapping[str, Any], folder: Path, name: str) -> dict[str, Any] | None:
+    """The last committed results of this name on the same kind of device, if there are any."""
+    path = folder / record["environment"]["device"] / name
     return results.load(path) if path.is_file() else None

@@ -96,7 +96,7 @@ struct MoeKernels {
 
 // Bytes of scratch that `route` and `route_backward` need.
 inline int64_t router_scratch(int64_t experts, int64_t top_k) {
-    return 28 * ((experts > top_k ? experts : top_k) + 32) + 64;
+    return 32 * ((experts > top_k ? experts : top_k) + 32) + 64;
 }
 
 R1KERNELS_DECLARE_TABLES(MoeKernels, moe_kernels)

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/kept.h"
 #include "common/memory.h"
 #include "common/stable.h"
 #include "moe/cpu.h"

@@ -86,7 +86,7 @@ void product_and_combine(const Experts& call, Transposed transposed, const Tenso
     const MoeKernels& kernels = chosen_moe_kernels();
     const int64_t fitting = kCombineBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(call.rows, 1);
     const int64_t step = std::min(call.hidden, std::max(fitting / kMoeBlockColumns, int64_t{1}) * kMoeBlockColumns);
-    const Tensor waiting = empty_on(call.x, {call.rows, step}, ScalarType::Float);
+    const Tensor waiting = kept_on(call.x, {call.rows, step}, ScalarType::Float);
     for (int64_t column = 0; column < call.hidden; column += step) {
         const int64_t columns = std::min(step, call.hidden - column);
         grouped_product(transposed, {rows, nullptr}, weight, offsets, column, columns, waiting.data_ptr(), true);
@@ -105,12 +105,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_forward(const Tensor&
                                                                    const Tensor& down, int64_t activation, bool keep) {
     const Experts call(x, weights, gate_up, down, activation);
     check("indices", indices, ScalarType::Long, {call.tokens, call.top_k});
-    const Tensor out = empty_on(x, {call.tokens, call.hidden}, call.dtype);
-    const Tensor pre_activation = empty_on(x, {keep ? call.rows : 0, 2 * call.intermediate}, call.dtype);
-    const Tensor offsets = empty_on(x, {call.experts + 1}, ScalarType::Int);
-    const Tensor permutation = empty_on(x, {call.rows}, ScalarType::Int);
-    const Tensor inverse = empty_on(x, {call.rows}, ScalarType::Int);
-    const Tensor activated = empty_on(x, {call.rows, call.intermediate}, call.dtype);
+    const Tensor out = kept_on(x, {call.tokens, call.hidden}, call.dtype);
+    const Tensor pre_activation = kept_on(x, {keep ? call.rows : 0, 2 * call.intermediate}, call.dtype);
+    const Tensor offsets = kept_on(x, {call.experts + 1}, ScalarType::Int);
+    const Tensor permutation = kept_on(x, {call.rows}, ScalarType::Int);
+    const Tensor inverse = kept_on(x, {call.rows}, ScalarType::Int);
+    const Tensor activated = kept_on(x, {call.rows, call.intermediate}, call.dtype);
     const int32_t* bounds = data_of<int32_t>(offsets);
     sort_rows(data_of<int64_t>(indices), call.rows, call.experts, data_of<int32_t>(offsets),
               data_of<int32_t>(permutation), data_of<int32_t>(inverse));
@@ -157,8 +157,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
     const int32_t* order = data_of<int32_t>(permutation);
     const std::vector<int32_t> token = tokens_of(order, call);
     const bool recompute = kept.size(0) != call.rows;
-    const Tensor activated = empty_on(x, {recompute || needed.down ? call.rows : 0, width}, call.dtype);
-    const Tensor pre_activation = recompute ? empty_on(x, {call.rows, 2 * width}, call.dtype) : kept;
+    const Tensor activated = kept_on(x, {recompute || needed.down ? call.rows : 0, width}, call.dtype);
+    const Tensor pre_activation = recompute ? kept_on(x, {call.rows, 2 * width}, call.dtype) : kept;
     if (recompute) up_projection(call, bounds, token.data(), &pre_activation, activated);
     check("pre_activation", pre_activation, call.dtype, {call.rows, 2 * width});
 
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
     for (int64_t row = 0; row < call.rows; ++row) scales[row] = data_of<float>(weights)[order[row]];
     const int64_t parts = (width + kMoeGateColumns - 1) / kMoeGateColumns;
     std::vector<float> partial(needed.weights ? parts * call.rows : 0);
-    const Tensor grad_pre = empty_on(x, {needed.pre_activation() ? call.rows : 0, 2 * width}, call.dtype);
+    const Tensor grad_pre = kept_on(x, {needed.pre_activation() ? call.rows : 0, 2 * width}, call.dtype);
     const std::vector<Block> blocks = blocks_of(bounds, call.experts, width, kMoeGateColumns);
     share(blocks.size(), bounds[call.experts] * width * call.hidden, kernels.workspace,
           [&](int64_t item, void* workspace) {
@@ -191,11 +191,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
               kernels.gate_backward(at, workspace);
           });
 
-    const Tensor grad_hidden = empty_on(x, {needed.hidden ? call.tokens : 0, call.hidden}, call.dtype);
-    const Tensor grad_weights = empty_on(x, {needed.weights ? call.tokens : 0, call.top_k}, ScalarType::Float);
+    const Tensor grad_hidden = kept_on(x, {needed.hidden ? call.tokens : 0, call.hidden}, call.dtype);
+    const Tensor grad_weights = kept_on(x, {needed.weights ? call.tokens : 0, call.top_k}, ScalarType::Float);
     const Tensor grad_gate_up =
-        empty_on(x, {needed.gate_up ? call.experts : 0, 2 * width, call.hidden}, call.dtype);
-    const Tensor grad_down = empty_on(x, {needed.down ? call.experts : 0, call.hidden, width}, call.dtype);
+        kept_on(x, {needed.gate_up ? call.experts : 0, 2 * width, call.hidden}, call.dtype);
+    const Tensor grad_down = kept_on(x, {needed.down ? call.experts : 0, call.hidden, width}, call.dtype);
     if (needed.weights) {
         finish_weights_gradient(call, partial, parts, bounds, order, data_of<float>(grad_weights));
     }

@@ -44,7 +44,7 @@ void clear_rest(const Tensor& rows, int64_t first) {
 Tensor grouped_gemm_cpu(const Tensor& x, const Tensor& weight, const Tensor& offsets) {
     const int32_t* bounds = checked_offsets(offsets, x, weight);
     check("x", x, x.scalar_type(), {x.size(0), weight.size(2)});
-    const Tensor out = empty_on(x, {x.size(0), weight.size(1)}, x.scalar_type());
+    const Tensor out = kept_on(x, {x.size(0), weight.size(1)}, x.scalar_type());
     grouped_product(Transposed::yes, {x, nullptr}, weight, bounds, 0, weight.size(1), out.data_ptr(), false);
     clear_rest(out, bounds[weight.size(0)]);
     return out;
@@ -56,8 +56,8 @@ std::tuple<Tensor, Tensor> grouped_gemm_backward_cpu(const Tensor& grad, const T
     const int64_t rows = x.size(0), experts = weight.size(0), m = weight.size(1), n = weight.size(2);
     check("x", x, x.scalar_type(), {rows, n});
     check("grad", grad, x.scalar_type(), {rows, m});
-    const Tensor grad_x = empty_on(x, {need_x ? rows : 0, n}, x.scalar_type());
-    const Tensor grad_weight = empty_on(x, {need_weight ? experts : 0, m, n}, x.scalar_type());
+    const Tensor grad_x = kept_on(x, {need_x ? rows : 0, n}, x.scalar_type());
+    const Tensor grad_weight = kept_on(x, {need_weight ? experts : 0, m, n}, x.scalar_type());
     if (need_x) {
         grouped_product(Transposed::no, {grad, nullptr}, weight, bounds, 0, n, grad_x.data_ptr(), false);
         clear_rest(grad_x, bounds[experts]);
@@ -68,7 +68,8 @@ std::tuple<Tensor, Tensor> grouped_gemm_backward_cpu(const Tensor& grad, const T
 
 // --- route ---
 
-constexpr int64_t kRouteTokens = 32;  // of an item
+// Tokens are shared out in items: of at least as many tokens, and at most as many of them.
+constexpr int64_t kRouteTokens = 32, kRouteItems = 256;
 
 MoeRouter router_of(const Tensor& logits, int64_t top_k, bool softmax, bool normalize, double scale) {
     MoeRouter call = {};
@@ -85,18 +86,27 @@ MoeRouter router_of(const Tensor& logits, int64_t top_k, bool softmax, bool norm
 }
 
 void check_choice(const MoeRouter& call, const int64_t* indices, int64_t tokens) {
-    for (int64_t i = 0; i < tokens * call.top_k; ++i) {
-        STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < call.experts, "indices: expected values in [0, ", call.experts,
-                        "), got ", indices[i], " at position ", i);
+    const auto outside = [&](int64_t i) {
+        return static_cast<uint64_t>(indices[i]) >= static_cast<uint64_t>(call.experts);
+    };
+    bool any = false;  // found without a branch first
+    for (int64_t i = 0; i < tokens * call.top_k; ++i) any |= outside(i);
+    for (int64_t i = 0; any && i < tokens * call.top_k; ++i) {
+        STD_TORCH_CHECK(!outside(i), "indices: expected values in [0, ", call.experts, "), got ", indices[i],
+                        " at position ", i);
     }
 }
 
+// Calls run(item, scratch, first token, last token) for all items; returns how many there are.
 template <typename Run>
-void share_tokens(const MoeRouter& call, int64_t tokens, const Run& run) {
-    share((tokens + kRouteTokens - 1) / kRouteTokens, tokens * call.experts * 16,
-          router_scratch(call.experts, call.top_k), [&](int64_t item, void* scratch) {
-              run(scratch, item * kRouteTokens, std::min((item + 1) * kRouteTokens, tokens));
+int64_t share_tokens(const MoeRouter& call, int64_t tokens, const Run& run) {
+    const int64_t size = std::max(kRouteTokens, (tokens + kRouteItems - 1) / kRouteItems);
+    const int64_t items = (tokens + size - 1) / size;
+    share(items, tokens * call.experts * 16, router_scratch(call.experts, call.top_k),
+          [&](int64_t item, void* scratch) {
+              run(item, scratch, item * size, std::min((item + 1) * size, tokens));
           });
+    return items;
 }
 
 std::tuple<Tensor, Tensor, Tensor> route_cpu(const Tensor& logits, int64_t top_k, bool softmax,
@@ -124,12 +134,19 @@ std::tuple<Tensor, Tensor, Tensor> route_cpu(const Tensor& logits, int64_t top_k
         check_choice(call, chosen, tokens);
     }
     const MoeKernels& kernels = chosen_moe_kernels();
-    share_tokens(call, tokens, [&](void* scratch, int64_t begin, int64_t end) {
+    std::vector<int32_t> item_counts(std::min(tokens / kRouteTokens + 1, kRouteItems) * call.experts, 0);
+    const int64_t items = share_tokens(call, tokens, [&](int64_t item, void* scratch, int64_t begin, int64_t end) {
         kernels.route(call, replayed.has_value(), chosen, data_of<float>(weights), scratch, begin, end);
+        int32_t* count = item_counts.data() + item * call.experts;
+        for (int64_t i = begin * top_k; i < end * top_k; ++i) ++count[chosen[i]];
     });
     int32_t* count = data_of<int32_t>(counts);
     memset(count, 0, call.experts * sizeof(int32_t));
-    for (int64_t i = 0; i < tokens * top_k; ++i) ++count[chosen[i]];
+    for (int64_t item = 0; item < items; ++item) {
+        for (int64_t expert = 0; expert < call.experts; ++expert) {
+            count[expert] += item_counts[item * call.experts + expert];
+        }
+    }
     return {weights, indices, counts};
 }
 
@@ -140,9 +157,9 @@ Tensor route_backward_cpu(const Tensor& grad_weights, const Tensor& logits, cons
     check("grad_weights", grad_weights, ScalarType::Float, {tokens, top_k});
     check("indices", indices, ScalarType::Long, {tokens, top_k});
     check_choice(call, data_of<int64_t>(indices), tokens);
-    const Tensor grad = empty_on(logits, {tokens, call.experts}, logits.scalar_type());
+    const Tensor grad = kept_on(logits, {tokens, call.experts}, logits.scalar_type());
     const MoeKernels& kernels = chosen_moe_kernels();
-    share_tokens(call, tokens, [&](void* scratch, int64_t begin, int64_t end) {
+    share_tokens(call, tokens, [&](int64_t, void* scratch, int64_t begin, int64_t end) {
         kernels.route_backward(call, data_of<int64_t>(indices), data_of<float>(grad_weights), grad.data_ptr(), scratch,
                                begin, end);
     });

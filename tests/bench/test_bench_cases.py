@@ -91,8 +91,10 @@ def test_every_case_is_either_run_or_listed_with_a_reason():
 def test_a_run_keeps_what_is_done_and_can_be_added_to(tmp_path):
     out = tmp_path / "cpu.json"
     first = run.run(run.Plan("cpu", ["route"], tiny=True), out, lambda text: None)
-    assert [case["op"] for case in first["cases"]] == ["route"]
+    routers = len([case for case in tiny() if case.op == "route"])
+    assert [case["op"] for case in first["cases"]] == ["route"] * routers
     both = run.run(run.Plan("cpu", ["grouped_logprobs"], tiny=True, add=True), out, lambda text: None)
-    assert [case["op"] for case in both["cases"]].count("route") == 1 and len(both["cases"]) == 3
+    assert [case["op"] for case in both["cases"]].count("route") == routers
+    assert len(both["cases"]) == routers + 2
     late = run.run(run.Plan("cpu", ["route"], tiny=True, limit=-1), out, lambda text: None)
     assert not late["cases"] and late["not_run"][0]["reason"] == "no time was left"

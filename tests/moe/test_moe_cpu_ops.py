@@ -87,6 +87,19 @@ def test_tokens_do_not_depend_on_their_company_in_a_small_call(dtype):
         assert same_bits(alone, together[one])
 
 
+def test_large_gradients_in_use_are_not_given_again():
+    # their memory is kept for the next call, once they are free
+    logits = torch.randn(2048, 256)
+    _, indices, _ = ops.route_cpu(logits, 8, False, None, 1, 1, True, 1.0, None)
+    backward = (logits, indices, False, True, 1.0)
+    first = ops.route_cpu_backward(torch.randn(2048, 8), *backward)
+    rows, copy = first[100:], first[100:].clone()
+    del first
+    second = ops.route_cpu_backward(torch.randn(2048, 8), *backward)
+    assert same_bits(rows, copy) and not torch.equal(second[100:], copy)
+    assert second.is_contiguous() and second.shape == logits.shape
+
+
 def test_values_that_nobody_checked_are_errors():
     case = Case(6, 8, 5, 4, 2, dtype=torch.float32)
     hidden, indices, weights, gate_up, down = forward_arguments(case)

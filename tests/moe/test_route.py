@@ -350,6 +350,20 @@ def test_choice_among_many(experts, score, top_k):
             check_choice((2 * normal(12, experts)).round(), None, grouped)
 
 
+@families
+@pytest.mark.parametrize("start", [0.0, 1.0, -3.0, 12.0, 20.0, -90.0])
+@pytest.mark.parametrize("lift", [None, 0.0, 15.0, 1e4], ids=str)
+def test_scores_that_nearly_tie(options, start, lift):
+    # logits a few bits apart: some have the same score in float32, some do not; so do sums of two scores
+    logits = normal(60, 64, seed=1).sign() * 2.0**-22 * normal(60, 64).mul(3).round() + start
+    logits[::2] += 4 * normal(30, 64, seed=2)[:, :1] * (normal(30, 64, seed=3) > 1.5)
+    bias = None if lift is None else lift + (normal(64, seed=4) / 100).round(decimals=2)
+    expected = route(logits, bias=bias, **options, backend="reference")
+    assert torch.equal(route(logits, bias=bias, **options).indices, expected.indices)
+    if "n_group" not in options and lift is None:
+        check_choice(logits, None, options)
+
+
 def test_extreme_selection_scores():
     bias = torch.tensor([0.0, -torch.inf, torch.inf, 1e30, -1e30, -0.0, 2.0, -2.0])
     check_choice(normal(20, 8), bias, {"top_k": 8, "score": "sigmoid"})

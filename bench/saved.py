@@ -1,0 +1,134 @@
+"""``python -m bench saved``: the bytes that the experts keep for the backward, at the true shapes of models.
+
+The goal is X + pre-activation: tokens (T, H) and (S, 2 I), S = T * K routed rows. All tensors that autograd saves count,
+each storage once, parameters left out. Nobody needs the weights for that: ours and grouped_mm run on fake tensors of the
+true shapes, which have sizes and no memory; eager PyTorch, which looks at the routing, runs on real tokens, with one
+expert's weights in the place of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+
+from . import memory, moe, results
+from .cases import MODELS, Case
+from .environment import environment
+from .peers import EAGER, Inputs, Peer
+from .report.table import Cell, Table, size, times
+
+SCHEMA = 1
+TOKENS = 64
+DTYPE = "bfloat16"
+ALLOWED = 1.05  # of X + pre-activation
+OURS, NOTHING_SAVED, GROUPED_MM = "r1kernels", "r1kernels, nothing saved", "transformers, grouped_mm"
+SHOWN = (OURS, NOTHING_SAVED, GROUPED_MM, EAGER)
+
+
+def cases() -> list[Case]:
+    """The experts of every model of the table, TOKENS tokens each."""
+    return [
+        Case("moe_experts", "cpu", DTYPE, {"T": TOKENS, **sizes}, model=model)
+        for model, sizes in MODELS.items()
+    ]
+
+
+def goal(case: Case) -> int:
+    """Bytes of X (T, H) and the pre-activation (S, 2 I)."""
+    s = case.sizes
+    return case.bytes_per_value * s["T"] * (s["H"] + s["K"] * 2 * s["I"])
+
+
+def count(case: Case, peer: Peer) -> int:
+    """Bytes that one forward of an implementation keeps."""
+    fake = peer.name != EAGER
+    mode: AbstractContextManager[object] = FakeTensorMode() if fake else nullcontext()
+    with mode:
+        inputs = _inputs(case, one_expert=not fake)
+        call = peer.make(case, inputs)
+        with memory.counting_saved([inputs["gate_up"], inputs["down"]]) as saved:
+            outputs = call(inputs)
+    del outputs
+    return saved.bytes
+
+
+def _inputs(case: Case, one_expert: bool) -> Inputs:
+    s, dtype = case.sizes, case.torch_dtype
+    held = 1 if one_expert else s["E"]
+    gate_up = torch.zeros(held, 2 * s["I"], s["H"], dtype=dtype).expand(s["E"], -1, -1)
+    down = torch.zeros(held, s["H"], s["I"], dtype=dtype).expand(s["E"], -1, -1)
+    generator = torch.Generator().manual_seed(0)
+    scores, indices = torch.rand(s["T"], s["E"], generator=generator).topk(s["K"], dim=-1)
+    tensors = {
+        "hidden": torch.zeros(s["T"], s["H"], dtype=dtype),
+        "indices": indices,
+        "weights": scores,
+        "gate_up": gate_up,
+        "down": down,
+    }
+    leaves = ("hidden", "weights", "gate_up", "down")
+    for leaf in leaves:
+        tensors[leaf].requires_grad_()
+    return Inputs(tensors, leaves, {})
+
+
+def measure_all() -> dict[str, Any]:
+    """Saved bytes of every implementation at every model's shape."""
+    peers = {peer.name: peer for peer in moe.EXPERTS}
+    return {
+        "schema": SCHEMA,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "environment": environment("cpu"),
+        "dtype": DTYPE,
+        "cases": [
+            {
+                "model": case.model,
+                "sizes": dict(case.sizes),
+                "goal_bytes": goal(case),
+                "saved_bytes": {name: count(case, peers[name]) for name in SHOWN},
+            }
+            for case in cases()
+        ],
+    }
+
+
+def table(record: Mapping[str, Any]) -> Table:
+    """A row for each model: X + pre-activation, and how many times as much each implementation keeps."""
+    note = (
+        f"Bytes that autograd keeps of one call in {record['dtype']}, parameters left out, and in brackets how many times X "
+        f"(T, H) + pre-activation (S, 2 I) that is; the goal of ours is at most {ALLOWED}. They grow in proportion to T."
+    )
+    found = Table("Saved for the backward", ("model", "shape", "X + pre-activation", *SHOWN), note=note)
+    for case in record["cases"]:
+        wanted, kept = case["goal_bytes"], case["saved_bytes"]
+        missed = kept[OURS] > ALLOWED * wanted
+        cells = [
+            Cell(
+                f"{size(kept[name])} ({_share(kept[name] / wanted)})",
+                "failed" if name == OURS and missed else "",
+            )
+            for name in SHOWN
+        ]
+        shape = ", ".join(f"{name} {count}" for name, count in case["sizes"].items())
+        found.rows.append([Cell(case["model"]), Cell(shape), Cell(size(wanted)), *cells])
+    return found
+
+
+def _share(value: float) -> str:
+    return f"{value:.3f}x" if value < 2 else times(value)
+
+
+def main(out: Path) -> None:
+    """The command."""
+    from .report import markdown
+
+    record = measure_all()
+    results.save(out, record)
+    print(markdown.section(table(record)))
+    print(out)
