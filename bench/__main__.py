@@ -1,6 +1,6 @@
 """The command line of the benchmarks.
 
-python -m bench run [--quick | --tiny] [--only logprob] [--device cpu|cuda] [--out OUT.json] [--add] [--limit SECONDS]
+python -m bench run [--quick | --tiny] [--only logprob] [--device cpu|cuda] [--out OUT.json] [--add | --resume] [--limit SECONDS]
 python -m bench report OUT.json [--against OLD.json]
 python -m bench compare A.json B.json
 python -m bench precision [--out OUT.json]
@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--limit", type=float, default=math.inf, metavar="S", help="begin no case after S seconds"
     )
-    run.add_argument("--add", action="store_true", help="keep the other cases that the JSON file holds")
+    kept = run.add_mutually_exclusive_group()
+    kept.add_argument("--add", action="store_true", help="keep the other cases that the JSON file holds")
+    kept.add_argument("--resume", action="store_true", help="run only the cases that the JSON file lacks")
     run.set_defaults(command=_run)
     report = commands.add_parser("report", help="results as one HTML page and as Markdown, beside the JSON")
     report.add_argument("results", type=Path)
@@ -95,7 +97,8 @@ def _run(given: argparse.Namespace) -> int:
 
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     out = given.out or Path("bench-results") / f"{device}.json"
-    code = run.main(run.Plan(device, given.only, given.quick, given.tiny, given.limit, given.add), out)
+    plan = run.Plan(device, given.only, given.quick, given.tiny, given.limit, given.add, given.resume)
+    code = run.main(plan, out)
     _report(out, None)
     return code
 

@@ -227,8 +227,12 @@ def _cpu() -> list[Case]:
         Case("linear_logprobs", "cpu", BF16, {**small, "H": 512}),
         Case("linear_logprobs", "cpu", F32, {"N": 1024, "V": 151936, "H": 896}, model="Qwen2.5-0.5B"),
         Case("linear_logprobs", "cpu", BF16, {"N": 1024, "V": 151936, "H": 896}, model="Qwen2.5-0.5B"),
-        Case("grouped_logprobs", "cpu", F32, group, "padded"),
-        Case("grouped_logprobs", "cpu", F32, group, "packed"),
+        *(
+            Case("grouped_logprobs", "cpu", dtype, group, layout)
+            for dtype in (F32, BF16)
+            for layout in ("padded", "packed")
+        ),
+        Case("linear_grpo_loss", "cpu", BF16, {"B": 16, "L": 128, "V": 32768, "H": 512}, "padded"),
         *_grpo_cases("cpu", quick=65536),
         Case("linear_grpo_loss", "cpu", F32, {"B": 16, "L": 128, "V": 32768, "H": 512}, "padded"),
         *(
@@ -257,7 +261,13 @@ def _cpu() -> list[Case]:
 
 def _cuda() -> list[Case]:
     logits = ((8192, 151936), (8192, 129280), (32768, 151936))
-    heads = ((8192, 151936, 2048), (8192, 129280, 7168), (16384, 248320, 2048), (1024, 151936, 2048))
+    heads = (
+        (8192, 151936, 2048),
+        (8192, 129280, 7168),
+        (16384, 248320, 2048),
+        (1024, 151936, 2048),
+        (8192, 131072, 4096),
+    )
     group = {"B": 1024, "L": 128, "G": 16, "V": 32768}
     return [
         *(

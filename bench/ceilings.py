@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,14 +37,28 @@ class Ceilings:
         bound = max(BOUNDS, key=seconds.__getitem__)
         return seconds[bound], bound
 
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher of both, one by one: of two runs on one machine the quieter moment is nearer to what it can do."""
+        flops = {
+            name: max(value, other.flops_per_second[name]) for name, value in self.flops_per_second.items()
+        }
+        return Ceilings(
+            max(self.bytes_per_second, other.bytes_per_second),
+            flops,
+            max(self.exps_per_second, other.exps_per_second),
+        )
+
     def floors(self, case: Case) -> dict[str, tuple[float, str]]:
         """Phase -> (seconds, bound); forward+backward is the sum, bound by the larger part."""
-        found = {phase: self.floor(work, case.dtype) for phase, work in case.work().items()}
-        if found:
-            found["inference"] = found["forward"]
-            larger = max(found["forward"], found["backward"])
-            found["forward+backward"] = (found["forward"][0] + found["backward"][0], larger[1])
-        return found
+        return self.floors_of(case.work(), case.dtype)
+
+    def floors_of(self, works: Mapping[str, Work], dtype: str) -> dict[str, tuple[float, str]]:
+        """The same from the work of the phases "forward" and "backward"; nothing from nothing."""
+        if not works:
+            return {}
+        forward, backward = (self.floor(works[phase], dtype) for phase in ("forward", "backward"))
+        both = (forward[0] + backward[0], max(forward, backward)[1])
+        return {"forward": forward, "backward": backward, "inference": forward, "forward+backward": both}
 
 
 def measure(device: torch.device, rounds: int = 5) -> Ceilings:

@@ -28,12 +28,29 @@ def _ops() -> dict[str, Any]:
 
 
 def headline() -> str:
-    """The headline table of the CPU, the sentence about the machine, and where we are not the best."""
+    """The headline table of the cases of a quick run, and of all cases those where we are not the best."""
     record = _ops()
-    table = tables.headline(record)
-    lost = [f"- {line}" for line in tables.not_best(record)]
+    quick = {**record, "cases": [case for case in record["cases"] if case["quick"]]}
+    return _against_the_best(record, quick)
+
+
+def every_case() -> str:
+    """The headline table of all cases."""
+    record = _ops()
+    return _against_the_best(record, record)
+
+
+def _against_the_best(record: dict[str, Any], shown: dict[str, Any]) -> str:
+    table = tables.headline(shown)
+    lists = {
+        "Where we are not the best": tables.not_best(record),
+        "Cases whose rounds do not repeat": tables.noisy(shown),
+    }
     parts = [markdown.summary(record), table.note, markdown.rows(table), f"**{tables.NOT_ON_A_GPU}**"]
-    return "\n\n".join([*parts, *(["Where we are not the best:\n\n" + "\n".join(lost)] if lost else [])])
+    parts += [
+        f"{title}:\n\n" + "\n".join(f"- {line}" for line in lines) for title, lines in lists.items() if lines
+    ]
+    return "\n\n".join(parts)
 
 
 def inference() -> str:
@@ -61,6 +78,7 @@ def saved_bytes() -> str:
 
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "headline": headline,
+    "every case": every_case,
     "inference": inference,
     "cases": cases,
     "precision": exactness,

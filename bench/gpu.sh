@@ -1,32 +1,45 @@
 #!/usr/bin/env bash
 # Everything a machine with a GPU and no network is asked for, in one call: build, tests, benchmarks, report.
 #
-#   bench/gpu.sh [--quick] [--dry-run] [--parts build,test,sanitize,bench] [--out DIR] [--python PYTHON]
+#   bench/gpu.sh [--quick] [--dry-run] [--parts build,test,sanitize,bench] [--families logprob,grpo,moe,step]
+#                [--minutes M] [--out DIR] [--python PYTHON]
 #
-# Under ten minutes, with --quick under four: each step gets what is left of that. A step that fails or runs out of
-# time does not stop the others. DIR (default gpu-results) gets one log a step, cuda.json, cuda.html and cuda.md, which
-# hold every case that was finished. --dry-run goes through all of it on the CPU at tiny shapes.
+# Under ten minutes, with --quick under four, or under M: each step gets what is left of that. A step that fails or runs
+# out of time does not stop the others, and each family has its own processes, so that a kernel that breaks the device
+# takes no other family with it. DIR (default gpu-results) gets one log a step, cuda.json, cuda.html and cuda.md, which
+# hold every case that was finished; the same call with more minutes and --parts bench goes on where it stopped.
+# --dry-run goes through all of it on the CPU at tiny shapes.
 set -u
 cd "$(dirname "$0")/.."
 
-quick=; dry=; out=gpu-results; parts=build,test,sanitize,bench; python=python3; minutes=9.5; device=cuda
+quick=; dry=; out=gpu-results; parts=build,test,sanitize,bench; families=logprob,grpo,moe,step
+python=python3; minutes=; device=cuda
 while [ $# -gt 0 ]; do
     case $1 in
-        --quick) quick=--quick; minutes=3.7 ;;
+        --quick) quick=--quick ;;
         --dry-run) dry=1; device=cpu ;;
         --parts) parts=$2; shift ;;
+        --families) families=$2; shift ;;
+        --minutes) minutes=$2; shift ;;
         --out) out=$2; shift ;;
         --python) python=$2; shift ;;
         *) echo "gpu.sh: unknown argument $1" >&2; exit 2 ;;
     esac
     shift
 done
-for part in ${parts//,/ }; do
-    case $part in
-        build | test | sanitize | bench) ;;
-        *) echo "gpu.sh: --parts: expected names out of build,test,sanitize,bench, got $part" >&2; exit 2 ;;
-    esac
-done
+# known NAME GIVEN ALLOWED: ends the script where a name is none of those allowed
+known() {
+    local word
+    for word in ${2//,/ }; do
+        case ",$3," in
+            *",$word,"*) ;;
+            *) echo "gpu.sh: $1: expected names out of $3, got $word" >&2; exit 2 ;;
+        esac
+    done
+}
+known --parts "$parts" build,test,sanitize,bench
+known --families "$families" logprob,grpo,moe,step
+[ -n "$minutes" ] || minutes=$([ -n "$quick" ] && echo 3.7 || echo 9.5)
 
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -56,7 +69,19 @@ step() {
     [ "$status" = ok ]
 }
 
-wants() { case ",$parts," in *",$1,"*) true ;; *) false ;; esac }
+wants() { case ",$parts," in *",$1,"*) true ;; *) false ;; esac; }
+
+# percent P: that much of the time that is left, in seconds
+percent() { echo $(((deadline - SECONDS) * $1 / 100)); }
+
+# tests_of FAMILY: the files under tests/gpu that belong to it; with "step" go those that belong to no other
+tests_of() {
+    case $1 in
+        logprob) ls tests/gpu/test_*logprob*_gpu.py ;;
+        grpo | moe) ls tests/gpu/test_"$1"_*gpu.py ;;
+        step) ls tests/gpu/test_*_gpu.py | grep -v 'logprob\|/test_grpo_\|/test_moe_' ;;
+    esac 2>/dev/null
+}
 
 step machine 60 "$python" -m r1kernels
 command -v nvidia-smi >/dev/null && nvidia-smi >>"$out/machine.log" 2>&1
@@ -68,16 +93,25 @@ if wants build; then
     step built 60 "$python" -m r1kernels
 fi
 
+# tests and sanitizers leave the larger part to the benchmarks, where those are wanted
+wants bench && share=18 || share=45
 if wants test; then
-    # without a GPU every one of these tests skips itself, and pytest then finds none to run (5)
-    step test 240 sh -c '"$0" -m pytest -m gpu -q -x --durations=5 tests/gpu; status=$?; [ $status = 5 ] && [ -n "$1" ] || exit $status' \
-        "$python" "$dry"
+    for family in ${families//,/ }; do
+        files=$(tests_of "$family")
+        [ -n "$files" ] || continue
+        # without a GPU every one of these tests skips itself, and pytest then finds none to run (5)
+        # shellcheck disable=SC2086
+        step "test-$family" "$(percent $share)" sh -c '
+            python=$1 dry=$2; shift 2
+            "$python" -m pytest -m gpu -q --maxfail=5 --durations=5 -p no:cacheprovider "$@"; status=$?
+            [ $status = 5 ] && [ -n "$dry" ] || exit $status' test "$python" "$dry" $files
+    done
 fi
 
 if wants sanitize; then
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck synccheck; do
-            step "sanitize-$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+            step "sanitize-$tool" "$(percent 10)" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
                 --error-exitcode 9 "$python" -m bench.sanitize --device "$device"
         done
     else
@@ -89,12 +123,17 @@ fi
 if wants bench; then
     size=$quick
     [ -n "$dry" ] && size=--tiny
-    # a minute less than what is left: the last case has to end, and the report to be written
-    step bench $((deadline - SECONDS)) "$python" -m bench run --device "$device" $size --out "$out/$device.json" \
-        --limit $((deadline - SECONDS - 45))
+    count=$(echo "$families" | tr , '\n' | wc -l)
+    for family in ${families//,/ }; do
+        # an equal part of what is left, of which the last case to begin has half a minute
+        limit=$(((deadline - SECONDS - 10) / count))
+        count=$((count - 1))
+        step "bench-$family" $((limit > 0 ? limit : 0)) "$python" -m bench run --device "$device" $size --only "$family" \
+            --resume --out "$out/$device.json" --limit $((limit > 40 ? limit - 30 : limit / 2))
+    done
     if [ -f "$out/$device.json" ]; then
-        deadline=$((deadline + 20))
-        step report 20 "$python" -m bench report "$out/$device.json"
+        deadline=$((deadline + 30))
+        step report 30 "$python" -m bench report "$out/$device.json"
         echo
         cat "$out/report.log"
     fi

@@ -313,6 +313,20 @@ def _liger_linear(case: Case, inputs: Inputs) -> Call:
     return call
 
 
+def _liger_cute(case: Case, inputs: Inputs) -> Call:
+    """Log-probs of each token by Liger's Hopper kernel; on other devices its name stands for a loop over chunks."""
+    only_on_cuda(case, "Liger's fused linear log-probs (CuTe)")
+    if torch.cuda.get_device_capability() != (9, 0):
+        raise Unavailable("Liger's fused linear log-probs (CuTe) need sm_90")
+    module = needs("liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel")
+    function = module.LigerFusedLinearScaledCrossEntropyFunction
+
+    def call(inputs: Inputs) -> Outputs:
+        return {"logp": -function.apply(inputs["hidden"], inputs["weight"], inputs["targets"])}
+
+    return call
+
+
 def _liger_chunked(case: Case, inputs: Inputs) -> Call:
     base = needs("liger_kernel.chunked_loss.fused_linear_ppo", "liger-kernel").LigerFusedLinearPPOBase
 
@@ -398,6 +412,7 @@ LINEAR = (
     Peer("TRL, chunked", _trl_linear, package="trl"),
     Peer("Liger, chunked", _liger_chunked, package="liger-kernel"),
     Peer("Liger, Triton", _liger_linear, package="liger-kernel"),
+    Peer("Liger, CuTe", _liger_cute, package="liger-kernel"),
     Peer("cut-cross-entropy, exact", _cce(None), package="cut-cross-entropy"),
     Peer("cut-cross-entropy, filtered", _cce("high"), package="cut-cross-entropy"),
     Peer("quack", _quack, package="quack-kernels"),

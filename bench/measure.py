@@ -18,8 +18,10 @@ from .numerics import Exact, allowed, error
 from .peers import EAGER, Inputs, Peer, Unavailable, version
 
 MOST_ROUNDS, FEWEST_ROUNDS = 40, 5
-# of a round that is longer than this, three have to do
-_LONG_SECONDS = 6.0
+# of a round that is longer than this, three have to do; of one longer than that, two
+_LONG_SECONDS, _VERY_LONG_SECONDS = 6.0, 60.0
+# whoever takes this many times as long as we do is timed once where a round is long
+_FAR_BEHIND = 3.0
 _L2_BYTES = 128 << 20
 
 
@@ -34,7 +36,7 @@ class Effort:
         """A GPU repeats itself better, and its minutes are dear."""
         if device == "cuda":
             return cls(1.5) if quick else cls(3.0)
-        return cls(8.0) if quick else cls(40.0)
+        return cls(8.0) if quick else cls(10.0)
 
 
 @dataclass
@@ -133,7 +135,7 @@ def _first_calls(case: Case, peer: Peer, row: Row, inputs: Inputs, exact: dict[s
     except Exception as problem:
         # somebody else's package may fail in any way; ours must not
         row.status = "failed" if peer.kind == "ours" else "unavailable"
-        row.reason = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0] if str(problem).strip() else ''}"
+        row.reason = first_line(problem)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return None
@@ -160,26 +162,64 @@ def _time(
     device = torch.device(case.device)
     clock = timing.Clock(device)
     sets = _rotating(inputs, device)
-    began = time.perf_counter()
-    first = [_sample(one, inputs, clock) for one in running]
-    seconds = time.perf_counter() - began
-    fewest = FEWEST_ROUNDS if seconds < _LONG_SECONDS else 3
-    rounds = max(fewest, min(MOST_ROUNDS, int(effort.seconds / max(seconds, 1e-9))))
+    first = _round(running, inputs, clock)
     if device.type == "cuda":
-        for one, phases in zip(running, first, strict=True):
-            short = phases["forward+backward"] < 2 * timing.GRAPH_BELOW_SECONDS
+        for one in running:
+            phases = one.row.samples
+            short = phases and phases["forward+backward"][0] < 2 * timing.GRAPH_BELOW_SECONDS
             if short and one.peer.kind != "floor" and one.peer.prepare is None:
                 one.replayed = _replayed(one, sets)
-        first = [_sample(one, inputs, clock) for one in running]
-    for number in range(rounds):
-        found = first if number == 0 else [_sample(one, sets[number % len(sets)], clock) for one in running]
-        for one, phases in zip(running, found, strict=True):
-            for phase in one.peer.phases:
-                one.row.samples.setdefault(phase, []).append(phases[phase])
+            phases.clear()
+        first = _round(running, inputs, clock)
+    far = _far_behind(running) if sum(first.values()) > _LONG_SECONDS else set()
+    close = [one for one in running if one.row.peer not in far]
+    rounds = _rounds(sum(first.get(one.row.peer, 0.0) for one in close), effort)
+    for number in range(1, rounds):
+        _round(close, sets[number % len(sets)], clock)
     ours = [one.row for one in running if one.row.kind == "ours" and "forward+backward" in one.row.samples]
     if ours:
         median = statistics.median(ours[0].samples["forward+backward"])
         progress(f"  {rounds} rounds, r1kernels {median * 1e3:.3f} ms forward+backward")
+
+
+def _rounds(seconds: float, effort: Effort) -> int:
+    """How many rounds of so many seconds are made."""
+    fewest = FEWEST_ROUNDS if seconds < _LONG_SECONDS else 3 if seconds < _VERY_LONG_SECONDS else 2
+    return max(fewest, min(MOST_ROUNDS, int(effort.seconds / max(seconds, 1e-9))))
+
+
+def _far_behind(running: list[_Running]) -> set[str]:
+    """Those who took _FAR_BEHIND times as long as our fastest; more rounds would not bring them closer."""
+    rows = [one.row for one in running if one.row.status == "ok"]
+    taken = {row.peer: row.samples["forward+backward"][0] for row in rows}
+    ours = [taken[row.peer] for row in rows if row.kind == "ours"]
+    return {name for name, seconds in taken.items() if ours and seconds > _FAR_BEHIND * min(ours)}
+
+
+def _round(running: list[_Running], inputs: Inputs, clock: timing.Clock) -> dict[str, float]:
+    """Everybody once; adds to the samples and returns the seconds of each. Whoever fails now is out."""
+    taken = {}
+    for one in running:
+        if one.row.status != "ok":
+            continue
+        began = time.perf_counter()
+        try:
+            phases = _sample(one, inputs, clock)
+        except RuntimeError as problem:
+            one.row.samples.clear()
+            one.row.status = "failed" if one.row.kind == "ours" else "unavailable"
+            one.row.reason = f"stopped while it was timed: {first_line(problem)}"
+            continue
+        for phase in one.peer.phases:
+            one.row.samples.setdefault(phase, []).append(phases[phase])
+        taken[one.row.peer] = time.perf_counter() - began
+    return taken
+
+
+def first_line(problem: Exception) -> str:
+    """The kind of an error and the first line of its text, which is enough for a table."""
+    lines = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}: {lines[0]}" if lines else type(problem).__name__
 
 
 def _sample(one: _Running, inputs: Inputs, clock: timing.Clock) -> timing.Phases:
@@ -198,7 +238,7 @@ def _replayed(one: _Running, sets: list[Inputs]) -> timing.Replayed | None:
     try:
         return timing.Replayed(one.call, sets, one.peer.phases)
     except RuntimeError as problem:
-        one.row.reason = f"not captured in a CUDA graph: {str(problem).strip().splitlines()[0]}"
+        one.row.reason = f"not captured in a CUDA graph: {first_line(problem)}"
         torch.cuda.synchronize()
         return None
 

@@ -16,7 +16,20 @@ from torch import Tensor
 from .cases import GROUPS, GROUPS_PER_TOKEN, SCALE, Case
 from .logprob import spread
 from .numerics import Exact
-from .peers import COMPILED, EAGER, OURS, Call, Inputs, Ours, Outputs, Peer, compiled, needs, only_on_cuda
+from .peers import (
+    COMPILED,
+    EAGER,
+    OURS,
+    Call,
+    Inputs,
+    Ours,
+    Outputs,
+    Peer,
+    Unavailable,
+    compiled,
+    needs,
+    only_on_cuda,
+)
 
 CHECKED_EXPERTS = 16
 
@@ -217,6 +230,19 @@ def _transformers_experts(implementation: str) -> Callable[[Case, Inputs], Call]
     return make
 
 
+def _batched_mm(case: Case, inputs: Inputs) -> Call:
+    if case.sizes["T"] * case.sizes["K"] > case.sizes["E"]:
+        raise Unavailable("batched_mm copies the weights for every row: it is for decoding")
+    return _transformers_experts("batched_mm")(case, inputs)
+
+
+def _sonic(case: Case, inputs: Inputs) -> Call:
+    """SonicMoE's CuTe kernels, by the door that transformers has for them."""
+    only_on_cuda(case, "SonicMoE (CuTe)")
+    needs("kernels")
+    return _transformers_experts("sonicmoe")(case, inputs)
+
+
 def _transformers_route(case: Case, inputs: Inputs) -> Call:
     """The forward of a model's router without the GEMM that makes the logits: its ``F.linear`` gives them."""
     if case.layout:
@@ -283,6 +309,8 @@ EXPERTS = (
     OURS_EXPERTS.peer(),
     OURS_EXPERTS.peer(f"{OURS}, nothing saved", save="nothing"),
     Peer("transformers, grouped_mm", _transformers_experts("grouped_mm"), package="transformers"),
+    Peer("transformers, batched_mm", _batched_mm, package="transformers"),
+    Peer("transformers, SonicMoE", _sonic, package="kernels"),
     Peer("Liger, Triton", _liger_experts, package="liger-kernel"),
     Peer("dense GEMMs of the same FLOPs", _dense_gemms, kind="floor"),
 )

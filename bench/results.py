@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .cases import Case
+from .cases import Case, Work
 from .ceilings import Ceilings
 from .measure import Row
 from .peers import EAGER
@@ -45,6 +45,17 @@ def case_record(case: Case, rows: Sequence[Row], ceilings: Ceilings, load: Seque
         "phases": phases,
         "rows": [_row_record(row) for row in rows],
     }
+
+
+def set_floors(case: Mapping[str, Any], ceilings: Ceilings) -> None:
+    """The floors of a case in a record anew, under other ceilings."""
+    works = {
+        phase: Work(**{name: found[name] for name in ("bytes", "flops", "exps")})
+        for phase, found in case["phases"].items()
+        if phase in ("forward", "backward")
+    }
+    for phase, (seconds, bound) in ceilings.floors_of(works, case["dtype"]).items():
+        case["phases"][phase] |= {"floor_seconds": short(seconds), "bound": bound}
 
 
 def _part(phase: str) -> str:
@@ -136,6 +147,12 @@ def eager(case: Mapping[str, Any]) -> dict[str, Any] | None:
     return named(case, EAGER)
 
 
+def rounds_spread(row: Mapping[str, Any], phase: str) -> float | None:
+    """Median over shortest round of a phase: how far its rounds repeat."""
+    found, least = median(row, phase), fastest(row, phase)
+    return found / least if found and least else None
+
+
 def best_peer(case: Mapping[str, Any], phase: str) -> dict[str, Any] | None:
     """The fastest implementation of somebody else that gives right results."""
     timed = [
@@ -161,6 +178,22 @@ def worst_error(row: Mapping[str, Any], phase: str) -> float | None:
 def main_phase(case: Mapping[str, Any]) -> str:
     """The phase that a headline shows: the whole step where it is one, else forward+backward."""
     return "step" if case["op"] == "grpo_step" else "forward+backward"
+
+
+def loads(record: Mapping[str, Any]) -> list[float]:
+    """The load averages before and after each case."""
+    return [value for case in record["cases"] for value in case["load"]]
+
+
+def noises(record: Mapping[str, Any]) -> list[float]:
+    """How far a fixed work repeated itself before and after each case (noise.of_machine)."""
+    return [value for case in record["cases"] for value in case.get("noise", ())]
+
+
+def commits(record: Mapping[str, Any]) -> list[str]:
+    """Of what was measured, in order of first use."""
+    made = record["environment"]["commit"]
+    return list(dict.fromkeys(case.get("commit", made) for case in record["cases"])) or [made]
 
 
 def title(case: Mapping[str, Any]) -> str:

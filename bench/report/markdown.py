@@ -25,6 +25,7 @@ def document(
     parts += _list("FAILED", [f"**{line}**" for line in tables.failures(record)])
     parts.append(section(tables.headline(record)))
     parts += _list("Where we are not the best", tables.not_best(record))
+    parts += _list("Cases whose rounds do not repeat", tables.noisy(record))
     parts.append(section(tables.inference(record)))
     for op, cases in tables.by_op(record["cases"]):
         parts.append(f"## {op}")
@@ -38,13 +39,15 @@ def document(
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """One sentence: machine, versions, load."""
+    """One or two sentences: machine, versions, load; a warning where the machine was not quiet."""
     made = record["environment"]
-    return (
+    text = (
         f"{made.get('gpu', made['processor'])}, {made['threads']} threads, torch {made['packages']['torch']}, "
-        f"{record['date']}, commit {made['commit']}, load average {record['load_before']} before and "
-        f"{record.get('load_after', '-')} after{', a quick run' if record['quick'] else ''}."
+        f"{record['date']}, commit {tables.commits(record)}, {tables.load(record)}"
+        f"{', a quick run' if record['quick'] else ''}."
     )
+    warning = tables.noise_warning(record)
+    return f"{text} **{warning}**" if warning else text
 
 
 def section(table: Table, level: int = 2) -> str:
@@ -66,8 +69,10 @@ def terminal(record: Mapping[str, Any]) -> str:
     columns = [0, 1, 2, 3, 4, 5, 6, 7, 8]
     shown = [[str(table.head[column]) for column in columns]]
     shown += [[row[column].text for column in columns] for row in table.rows]
-    parts = [summary(record), *align(shown)]
+    parts = [summary(record).replace("**", ""), *align(shown)]
     parts += [f"FAILED {line}" for line in tables.failures(record)]
+    parts += [f"NOT THE BEST {line}" for line in tables.not_best(record)]
+    parts += [f"NOISY {line}" for line in tables.noisy(record)]
     if record["environment"]["device"] != "cuda":
         parts.append(tables.NOT_ON_A_GPU)
     return "\n".join(parts)

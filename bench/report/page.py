@@ -11,23 +11,35 @@ import training.report
 
 from .. import compare, results, saved
 from . import pictures, tables
-from .table import Table
+from .table import Table, times
 
 STYLE = Path(training.report.__file__).with_name("style.css")
 MORE_STYLE = """
-body { max-width: 1420px; }
+body { max-width: 1440px; } td, thead th { padding-left: 7px; padding-right: 7px; }
+h2 { margin-top: 40px; } h3 { margin: 0; }
+nav { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 14px; margin-top: 14px; } nav a, summary { color: var(--accent); }
 table.text th { text-align: left; }
 td, thead th { text-align: right; } td.first, th.first { text-align: left; }
-tbody td.first { font-weight: 600; white-space: normal; min-width: 150px; }
-table.text td { text-align: left; white-space: normal; }
-td.failed, li.failed { color: var(--bad); font-weight: 600; white-space: normal; text-align: left; }
-td.best { color: var(--good); font-weight: 600; } td.ours { color: var(--accent); font-weight: 600; }
-td.muted { color: var(--muted); white-space: normal; text-align: left; }
-.note { color: var(--muted); font-size: 13px; margin: 2px 0 0; } .warning { border-left: 4px solid var(--bad); padding-left: 12px; }
-.bars { max-width: 760px; margin: 10px 0 4px; } .bar { grid-template-columns: 230px 1fr 84px; }
-.bar.wide-label { grid-template-columns: 420px 1fr 110px; } .bars small { display: block; }
+tbody td.first { font-weight: 600; white-space: normal; min-width: 130px; }
+table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+td.failed, li.failed { color: var(--bad); font-weight: 600; } td.failed[colspan], td.muted[colspan] { white-space: normal; text-align: left; }
+td.best { color: var(--good); font-weight: 600; } td.ours { color: var(--accent); font-weight: 600; } td.muted { color: var(--muted); }
+.note { color: var(--muted); font-size: 13px; margin: 2px 0 0; max-width: 110ch; }
+.warning { border-left: 4px solid var(--bad); padding-left: 12px; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(168px, 1fr)); } .tile b { font-size: 20px; } .tile.lost b { color: var(--bad); }
+details { border-top: 1px solid var(--line); margin: 0; padding: 10px 0; } summary { font-size: 14px; }
+summary b { color: var(--ink); font-weight: 600; } summary span { color: var(--muted); margin-left: 8px; }
+.bars { max-width: 860px; margin: 10px 0 4px; } .bar { grid-template-columns: 230px 1fr 84px; }
+.bar.wide-label { grid-template-columns: minmax(0, 440px) minmax(80px, 1fr) 110px; } .bars small { display: block; }
 svg + small { display: block; }
-svg { max-width: 760px; width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--muted); } svg .grid { stroke: var(--line); }
+svg { max-width: 860px; width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--muted); } svg .grid { stroke: var(--line); }
+@media (max-width: 700px) {
+  body { padding: 24px 14px 60px; } h1 { font-size: 25px; }
+  .bar { grid-template-columns: minmax(0, 1fr) 84px; row-gap: 2px; } .bar.wide-label { grid-template-columns: minmax(0, 1fr) 110px; }
+  .bar i { grid-column: 1 / -1; grid-row: 2; } .bar span { white-space: normal; }
+  svg text { font-size: 17px; }
+  td, thead th { font-size: 12px; padding: 5px; } tbody td.first { min-width: 90px; } td:nth-child(2) { white-space: normal; min-width: 100px; }
+}
 """
 
 
@@ -41,9 +53,11 @@ def page(
     title = f"r1kernels: benchmarks on {made.get('gpu', made['processor'])}"
     sections = [
         _head(record, title),
+        _tiles(record),
         _failures(record),
         _table(tables.headline(record)),
         _list("Where we are not the best", tables.not_best(record)),
+        _list("Cases whose rounds do not repeat", tables.noisy(record)),
         _table(tables.inference(record)),
         _section("How far from the floor", _FLOOR, pictures.floor_shares(record)),
         _section("Roofline", _ROOFLINE, pictures.roofline(record)),
@@ -71,12 +85,27 @@ _ROOFLINE = "Ops that multiply matrices, under the bandwidth and the GEMM rate o
 def _head(record: Mapping[str, Any], title: str) -> str:
     made = record["environment"]
     facts = (
-        f"{record['date']}, commit {made['commit']}, torch {made['packages']['torch']}, {made['threads']} threads, "
-        f"load {record['load_before']} to {record.get('load_after', '-')}"
+        f"{record['date']}, commit {tables.commits(record)}, torch {made['packages']['torch']}, "
+        f"{made['threads']} threads, {tables.load(record)}"
         f"{', a quick run' if record['quick'] else ''}"
     )
-    warning = "" if made["device"] == "cuda" else f'<p class="warning">{escape(tables.NOT_ON_A_GPU)}</p>'
-    return f"<header><h1>{escape(title)}</h1><p class='lead'>{escape(facts)}</p>{warning}</header>"
+    warnings = ["" if made["device"] == "cuda" else tables.NOT_ON_A_GPU, tables.noise_warning(record)]
+    shown = "".join(f'<p class="warning">{escape(text)}</p>' for text in warnings if text)
+    links = "".join(f'<a href="#{op}">{op}</a>' for op, _ in tables.by_op(record["cases"]))
+    return f'<header><h1>{escape(title)}</h1><p class="lead">{escape(facts)}</p>{shown}<nav>{links}</nav></header>'
+
+
+def _tiles(record: Mapping[str, Any]) -> str:
+    """One number an op: how many times longer the best of the others takes, from the worst of its cases to the best."""
+    tiles = []
+    for op, cases in tables.by_op(record["cases"]):
+        ratios = sorted(filter(None, map(tables.best_ratio, cases)))
+        if ratios:
+            lost = " lost" if ratios[0] < 1 else ""
+            ends = dict.fromkeys((times(ratios[0]), times(ratios[-1])))
+            tiles.append(f'<div class="tile{lost}"><b>{" to ".join(ends)}</b><span>{op}</span></div>')
+    note = "The best of the others by ours, forward and backward or the whole step, over the cases: above 1 we are faster."
+    return f'<div class="tiles">{"".join(tiles)}</div><p class="note">{note}</p>' if tiles else ""
 
 
 def _failures(record: Mapping[str, Any]) -> str:
@@ -87,14 +116,19 @@ def _failures(record: Mapping[str, Any]) -> str:
 
 
 def _op(op: str, cases: Sequence[Mapping[str, Any]]) -> str:
+    """Every case folds; the first of an op is open."""
     parts = []
-    for case in cases:
+    for number, case in enumerate(cases):
         table = tables.case_table(case)
+        failed = [row["peer"] for row in case["rows"] if row["status"] == "failed"]
+        ratio = tables.best_ratio(case)
+        verdict = f"the best of the others takes {times(ratio)} our time" if ratio else ""
+        verdict = "; ".join(filter(None, (f"FAILED: {', '.join(failed)}" if failed else "", verdict)))
         parts.append(
-            f"<h3>{escape(table.title)}</h3><p class='note'>{escape(table.note)}</p>"
-            f"{pictures.bars(case)}{_cells(table)}"
+            f"<details{'' if number else ' open'}><summary><b>{escape(table.title)}</b><span>{verdict}</span></summary>"
+            f'<p class="note">{escape(table.note)}</p>{pictures.bars(case)}{_cells(table)}</details>'
         )
-    return _section(op, "", "".join(parts))
+    return f'<div id="{op}">{_section(op, "", "".join(parts))}</div>'
 
 
 def _changes(record: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:

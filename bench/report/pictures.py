@@ -22,7 +22,7 @@ def bars(case: Mapping[str, Any]) -> str:
     if not timed:
         return ""
     longest = max(seconds for _, seconds in timed)
-    colours = {"ours": "var(--accent)", "peer": "var(--series-4)", "floor": "var(--line)"}
+    colours = {"ours": "var(--accent)", "peer": "var(--series-4)", "floor": "var(--series-6)"}
     lines = []
     for row, seconds in sorted(timed, key=lambda pair: pair[1]):
         share = max(100 * seconds / longest, 0.4)
@@ -51,11 +51,15 @@ def floor_shares(record: Mapping[str, Any]) -> str:
                     f'style="width:{100 * share:.1f}%;background:{colour}"></b></i><em>{100 * share:.0f} % '
                     f"{found['bound']}</em></div>"
                 )
-    return f'<div class="bars">{"".join(lines)}</div>' if lines else ""
+    legend = "".join(
+        f'<span><b style="background:{colour}"></b>{name}</span>'
+        for colour, name in zip(SERIES, ("bandwidth", "GEMM", "exp"), strict=False)
+    )
+    return f'<div class="legend">{legend}</div><div class="bars">{"".join(lines)}</div>' if lines else ""
 
 
 def roofline(record: Mapping[str, Any]) -> str:
-    """FLOP/s against FLOPs a byte, both logarithmic: our forward and backward, the best peer's, under the ceilings."""
+    """FLOP/s against FLOPs a byte, both logarithmic: ours and the best peer's, without and with the backward."""
     points = _points(record)
     if not points:
         return ""
@@ -77,7 +81,9 @@ def roofline(record: Mapping[str, Any]) -> str:
         )
         if knee < plot.x1:
             parts.append(plot.path([(max(knee, plot.x0), value), (plot.x1, value)], colour))
-        parts.append(plot.text(plot.x1, value, f"{name}: {rate(value, 'FLOP/s')}", colour))
+        parts.append(
+            plot.text(min(max(knee, plot.x0), plot.x1), value, f"{name}: {rate(value, 'FLOP/s')}", colour)
+        )
     for x, y, dtype, kind, label in points:
         colour = SERIES[list(peak).index(dtype)]
         parts.append(plot.dot(x, y, colour, filled=kind == "ours", label=label))
@@ -88,7 +94,8 @@ def roofline(record: Mapping[str, Any]) -> str:
 def _points(record: Mapping[str, Any]) -> list[tuple[float, float, str, str, str]]:
     found = []
     for case in record["cases"]:
-        for phase in ("forward", "backward"):
+        # not the forward and the backward apart: some compute their gradients in the forward
+        for phase in ("inference", "forward+backward"):
             work = case["phases"].get(phase)
             if not work or not work["flops"]:
                 continue

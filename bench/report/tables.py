@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .. import results
+from training.format import duration
+
+from .. import noise, results
 from ..peers import PHASES
 from ..step import PARTS
 from .reasons import reason
@@ -37,9 +39,10 @@ def environment(record: Mapping[str, Any]) -> Table:
     facts = {
         "device": made.get("gpu", made["processor"]),
         "threads": str(made["threads"]),
-        "date, commit": f"{record['date']}, {made['commit']}",
+        "date, commit": f"{record['date']}, {commits(record)}",
+        "measuring took": duration(sum(case.get("seconds", 0.0) for case in record["cases"])),
         "kind of run": "quick: fewer shapes and rounds" if record["quick"] else "all shapes that fit",
-        "load average": f"{record['load_before']} before, {record.get('load_after', '-')} after",
+        "load": load(record),
         "Python": made["python"],
         "r1kernels": f"{made['r1kernels']}, extension {made['extension']}",
         **{name: found or "not installed" for name, found in made["packages"].items()},
@@ -48,6 +51,48 @@ def environment(record: Mapping[str, Any]) -> Table:
         "exp": rate(ceilings["exps_per_second"], "/s"),
     }
     return Table("Environment", ("", ""), [[Cell(name), Cell(value)] for name, value in facts.items()])
+
+
+def commits(record: Mapping[str, Any]) -> str:
+    """What was measured; several where a run was made in parts."""
+    return ", ".join(results.commits(record))
+
+
+def load(record: Mapping[str, Any]) -> str:
+    """ "load average 0.4 to 2.1, our own threads included; a fixed work repeats within 3 %" """
+    loads, spreads = results.loads(record), results.noises(record)
+    if not loads:
+        return "nothing was measured"
+    text = f"load average {min(loads):.1f} to {max(loads):.1f}, our own threads included"
+    if spreads:
+        text += f"; a fixed work between the cases repeats within {100 * (max(spreads) - 1):.0f} %"
+    return text
+
+
+def noise_warning(record: Mapping[str, Any]) -> str:
+    """A sentence if something else was at work on the machine, else nothing."""
+    spreads = results.noises(record)
+    many = sum(value > noise.MACHINE_LIMIT for value in spreads)
+    if not many:
+        return ""
+    return (
+        f"The machine was not quiet: {many} of {len(spreads)} times the median of a fixed work lay more than "
+        f"{100 * (noise.MACHINE_LIMIT - 1):.0f} % above its shortest. Trust ratios more than times."
+    )
+
+
+def noisy(record: Mapping[str, Any]) -> list[str]:
+    """A sentence for every case of which our rounds, or those of the best of the others, do not repeat."""
+    lines = []
+    for case in record["cases"]:
+        phase = results.main_phase(case)
+        for row in (results.main_row(case), results.best_peer(case, phase)):
+            found = results.rounds_spread(row, phase) if row else None
+            if row and found and found > noise.ROUNDS_LIMIT:
+                lines.append(
+                    f"{results.title(case)}: the median of {row['peer']} is {times(found)} its shortest round."
+                )
+    return lines
 
 
 def headline(record: Mapping[str, Any]) -> Table:
@@ -111,6 +156,13 @@ def _headline_row(case: Case, own: Mapping[str, Any], phase: str) -> list[Cell]:
     ]
 
 
+def best_ratio(case: Case) -> float | None:
+    """How many times longer than ours the best of the others takes, in the phase of the headline."""
+    phase = results.main_phase(case)
+    own, peer = results.main_row(case), results.best_peer(case, phase)
+    return results.ratio(peer, own, phase) if own and peer else None
+
+
 def not_best(record: Mapping[str, Any]) -> list[str]:
     """A sentence for every case in which somebody else is faster."""
     lines = []
@@ -170,7 +222,9 @@ def _time_cell(case: Case, row: Mapping[str, Any], phase: str) -> Cell:
         for other in case["rows"]
         if other["kind"] != "floor" and (found := results.median(other, phase)) is not None
     ]
-    mark = "best" if row["kind"] != "floor" and seconds == min(others) else ""
+    # forward and backward apart compare nothing: some compute their gradients in the forward
+    compared = phase in ("inference", results.main_phase(case))
+    mark = "best" if compared and row["kind"] != "floor" and seconds == min(others) else ""
     return Cell(f"{milliseconds(seconds)} ({milliseconds(results.fastest(row, phase))})", mark)
 
 
@@ -180,8 +234,12 @@ def _floor_note(case: Case) -> str:
         for phase, found in case["phases"].items()
         if phase in ("forward", "backward")
     ]
-    rounds = max((len(samples) for row in case["rows"] for samples in row["samples"].values()), default=0)
-    text = f"{rounds} rounds; median, in brackets the shortest."
+    made = {row["peer"]: max(map(len, row["samples"].values())) for row in case["rows"] if row["samples"]}
+    rounds = max(made.values(), default=0)
+    fewer = [f"{name} {count}" for name, count in made.items() if count < rounds]
+    text = (
+        f"{rounds} rounds{' (' + ', '.join(fewer) + ')' if fewer else ''}; median, in brackets the shortest."
+    )
     return text + (f" Floor: {', '.join(parts)}." if parts else "")
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bench import families, logprob, run
+from bench import families, logprob, measure, run
 from bench.cases import CASES, Case, lengths, tiny
+from bench.ceilings import Ceilings
 from bench.measure import Effort
 
 
@@ -88,13 +89,90 @@ def test_every_case_is_either_run_or_listed_with_a_reason():
     assert {reason for case, reason in left if case.device == "cuda"} == {run.OTHER_DEVICE["cpu"]}
 
 
-def test_a_run_keeps_what_is_done_and_can_be_added_to(tmp_path):
+@pytest.fixture
+def known_ceilings(monkeypatch):
+    """A machine whose ceilings need no measuring, another copy rate each time."""
+    found = (Ceilings(speed * 1e9, {"float32": 1e9, "bfloat16": 2e9}, 1e9) for speed in (2, 1, 3, 1, 1))
+    monkeypatch.setattr(run.ceilings, "measure", lambda device: next(found))
+
+
+def test_a_run_keeps_what_is_done_and_can_be_added_to(tmp_path, known_ceilings):
     out = tmp_path / "cpu.json"
     first = run.run(run.Plan("cpu", ["route"], tiny=True), out, lambda text: None)
     routers = len([case for case in tiny() if case.op == "route"])
     assert [case["op"] for case in first["cases"]] == ["route"] * routers
     both = run.run(run.Plan("cpu", ["grouped_logprobs"], tiny=True, add=True), out, lambda text: None)
     assert [case["op"] for case in both["cases"]].count("route") == routers
-    assert len(both["cases"]) == routers + 2
+    assert len(both["cases"]) == routers + 4
     late = run.run(run.Plan("cpu", ["route"], tiny=True, limit=-1), out, lambda text: None)
     assert not late["cases"] and late["not_run"][0]["reason"] == "no time was left"
+
+
+def test_a_run_that_is_resumed_makes_what_is_missing_and_nothing_again(tmp_path, known_ceilings):
+    out = tmp_path / "cpu.json"
+    late = run.run(run.Plan("cpu", ["route"], tiny=True, limit=-1), out, lambda text: None)
+    assert {entry["reason"] for entry in late["not_run"]} == {run.OUT_OF_TIME} and not late["cases"]
+    done = run.run(run.Plan("cpu", ["route"], tiny=True, resume=True), out, lambda text: None)
+    assert {case["op"] for case in done["cases"]} == {"route"} and not done["not_run"]
+    assert len(done["cases"]) == len(late["not_run"])
+    again = run.run(run.Plan("cpu", ["route"], tiny=True, resume=True), out, lambda text: None)
+    assert again["cases"][0]["rows"] == done["cases"][0]["rows"]
+    # floors are those of the best ceilings of all parts
+    assert [record["ceilings"]["bytes_per_second"] for record in (late, done, again)] == [2e9, 2e9, 3e9]
+    assert (
+        again["cases"][0]["phases"]["forward"]["floor_seconds"]
+        <= done["cases"][0]["phases"]["forward"]["floor_seconds"]
+    )
+
+
+def test_a_case_that_stops_with_an_error_takes_no_other_with_it(tmp_path, monkeypatch, known_ceilings):
+    measured = run.rows
+
+    def breaks(case, *args, **kwargs):
+        if case.layout == "packed":
+            raise RuntimeError("the device is gone")
+        return measured(case, *args, **kwargs)
+
+    monkeypatch.setattr(run, "rows", breaks)
+    plan = run.Plan("cpu", ["grouped_logprobs"], tiny=True)
+    record = run.run(plan, tmp_path / "cpu.json", lambda text: None)
+    assert {case["layout"] for case in record["cases"]} == {"padded"}
+    assert run.failed(record) and all("the device is gone" in line for line in run.failed(record))
+
+
+def test_an_implementation_that_stops_while_it_is_timed_has_no_time(monkeypatch):
+    case = Case("token_logprobs", "cpu", "float32", {"N": 8, "V": 33})
+    timed = measure.timing.train
+    calls = []
+
+    def stops(call, inputs, clock):
+        calls.append(call)
+        if len(calls) > 3 and call is calls[0]:
+            raise RuntimeError("no memory is left")
+        return timed(call, inputs, clock)
+
+    monkeypatch.setattr(measure.timing, "train", stops)
+    rows = run.rows(case, Effort(0.0), lambda text: None, compiles=False)
+    assert rows[0].reason == "stopped while it was timed: RuntimeError: no memory is left"
+    assert rows[0].status == "unavailable" and not rows[0].samples and rows[1].samples
+
+
+def test_rounds_are_fewer_where_they_are_long():
+    counts = [measure._rounds(seconds, Effort(10.0)) for seconds in (0.001, 1.0, 3.0, 20.0, 100.0)]
+    assert counts == [40, 10, 5, 3, 2]
+
+
+def test_whoever_is_far_behind_our_fastest_is_known():
+    def running(name, kind, seconds, status="ok"):
+        row = measure.Row(name, kind, "torch", "1", status, samples={"forward+backward": [seconds]})
+        return measure._Running(None, row, None)
+
+    everybody = [
+        running("ours", "ours", 2.0),
+        running("ours, other", "ours", 1.0),
+        running("slow", "peer", 3.1),
+        running("close", "peer", 2.9),
+        running("out", "peer", 9.0, "failed"),
+    ]
+    assert measure._far_behind(everybody) == {"slow"}
+    assert measure._far_behind(everybody[2:]) == set()

@@ -12,7 +12,7 @@ from bench.cases import Case
 from bench.ceilings import Ceilings
 from bench.measure import Effort
 from bench.replay import Replay
-from bench.report import markdown, page, tables
+from bench.report import markdown, page, reasons, tables
 
 TINY = Case("token_logprobs", "cpu", "float32", {"N": 8, "V": 33}, quick=True)
 CEILINGS = Ceilings(1e9, {"float32": 1e9, "bfloat16": 2e9}, 1e9)
@@ -123,6 +123,52 @@ def test_a_case_that_we_lose_is_shown_as_such(good):
     assert "Where we are not the best" not in page.page(
         made(good, row("r1kernels", [1.0], "ours"), row("TRL", [2.0]))
     )
+
+
+def test_a_reason_says_what_the_numbers_say(good):
+    case = made(good, row("r1kernels", [2.0], "ours"), row("eager PyTorch", [4.0]), row("TRL", [1.0]))[
+        "cases"
+    ][0]
+    assert "ours takes" in reasons.reason(case, case["rows"][2], "inference")
+    assert "the bandwidth floor, theirs" in reasons.reason(case, case["rows"][2], "inference")
+    short = made(good, row("r1kernels", [2e-4], "ours"), row("TRL", [1e-4]))["cases"][0]
+    assert "time goes into what surrounds the work" in reasons.reason(short, short["rows"][1], "inference")
+    served = made(good, row("r1kernels", [2.0], "ours", backend="reference"), row("TRL", [1.0]))["cases"][0]
+    assert reasons.reason(served, served["rows"][1], "inference") == reasons.NO_KERNEL
+    known = {**short, "op": "grpo_loss"}
+    peer = {**short["rows"][1], "peer": "torch.compile"}
+    assert reasons.reason(known, peer, "inference") == reasons.REASONS["grpo_loss", "torch.compile"]
+
+
+def test_of_a_whole_step_the_reason_names_the_part_that_is_slower(good):
+    ours, theirs = row("r1kernels", [2.0], "ours"), row("plain PyTorch", [1.0])
+    ours["samples"] = {"rollout": [1.0], "update": [1.0], "step": [2.0]}
+    theirs["samples"] = {"rollout": [0.9], "update": [0.1], "step": [1.0]}
+    case = {**made(good, ours, theirs)["cases"][0], "op": "grpo_step", "phases": {}}
+    assert reasons.reason(case, theirs, "step") == "most is lost in update, 10x theirs"
+
+
+def test_a_machine_that_is_not_quiet_is_told(good):
+    quiet = {**good, "cases": [{**good["cases"][0], "noise": [1.01, 1.02]}]}
+    busy = {**good, "cases": [{**good["cases"][0], "noise": [1.01, 1.5]}]}
+    assert "not quiet" not in markdown.document(quiet) and "repeats within 2 %" in markdown.document(quiet)
+    for text in (page.page(busy), markdown.document(busy), markdown.terminal(busy)):
+        assert "The machine was not quiet: 1 of 2 times" in text
+
+
+def test_rounds_that_do_not_repeat_are_named(good):
+    record = made(good, row("r1kernels", [1.0, 1.9, 2.0], "ours"), row("TRL", [3.0, 3.0, 3.1]))
+    (line,) = tables.noisy(record)
+    assert line.endswith("the median of r1kernels is 1.90x its shortest round.")
+    assert line in page.page(record)
+
+
+def test_the_best_ceilings_of_two_runs_lower_the_floor_of_a_case(good):
+    case = json.loads(json.dumps(good["cases"][0]))
+    best = CEILINGS.best(Ceilings(2e9, {"float32": 1.0, "bfloat16": 1.0}, 1e8))
+    assert best == Ceilings(2e9, {"float32": 1e9, "bfloat16": 2e9}, 1e9)
+    results.set_floors(case, best)
+    assert case["phases"]["forward"]["floor_seconds"] == pytest.approx(1056 / 2e9)
 
 
 def test_the_floor_takes_the_largest_ceiling():
