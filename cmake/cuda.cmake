@@ -1,4 +1,5 @@
-# Finds an nvcc and builds the CUDA kernels. Sets R1KERNELS_CUDA_BUILT, _OBJECTS and _ARCHITECTURES.
+# Finds an nvcc and builds the CUDA kernels. Sets R1KERNELS_CUDA_BUILT, _OBJECTS and _ARCHITECTURES, and
+# R1KERNELS_HOPPER_BUILT where CUTLASS is there: then 90a is one of the architectures.
 
 # CUDACXX, or the toolkit's own nvcc before one on PATH, which may be a wrapper that hides the toolkit's root
 unset(R1KERNELS_NVCC CACHE)
@@ -19,9 +20,8 @@ endif()
 
 execute_process(COMMAND ${R1KERNELS_NVCC} --list-gpu-code OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
 string(REGEX MATCHALL "sm_[0-9]+" known "${known}")
-foreach(architecture 80 86 89 90 90a 100 120)
-  string(REGEX REPLACE "a$" "" listed ${architecture})  # nvcc lists no variants
-  if("sm_${listed}" IN_LIST known)
+foreach(architecture 80 86 89 90 100 120)
+  if("sm_${architecture}" IN_LIST known)
     list(APPEND R1KERNELS_CUDA_ARCHITECTURES ${architecture})
   endif()
 endforeach()
@@ -45,11 +45,17 @@ if(portable_sources)
   target_include_directories(r1kernels_cuda PRIVATE csrc)
   list(APPEND R1KERNELS_CUDA_OBJECTS $<TARGET_OBJECTS:r1kernels_cuda>)
 endif()
-if(hopper_sources AND "90a" IN_LIST R1KERNELS_CUDA_ARCHITECTURES)
+list(FIND R1KERNELS_CUDA_ARCHITECTURES 90 hopper)
+if(NOT R1KERNELS_CUTLASS_DIR)
+  message(STATUS "r1kernels: CUTLASS was not found, the wgmma kernels for sm_90 are not built")
+elseif(hopper_sources AND NOT hopper EQUAL -1)
   add_library(r1kernels_cuda_sm90a OBJECT ${hopper_sources})
-  target_include_directories(r1kernels_cuda_sm90a PRIVATE csrc ${R1KERNELS_CUTLASS_DIR})
+  target_include_directories(r1kernels_cuda_sm90a PRIVATE csrc)
+  target_include_directories(r1kernels_cuda_sm90a SYSTEM PRIVATE ${R1KERNELS_CUTLASS_DIR})
   set_target_properties(r1kernels_cuda_sm90a PROPERTIES CUDA_ARCHITECTURES 90a-real)
   list(APPEND R1KERNELS_CUDA_OBJECTS $<TARGET_OBJECTS:r1kernels_cuda_sm90a>)
+  list(INSERT R1KERNELS_CUDA_ARCHITECTURES ${hopper} 90a)
+  set(R1KERNELS_HOPPER_BUILT ON)
 endif()
 if(R1KERNELS_CUDA_OBJECTS)
   set(R1KERNELS_CUDA_BUILT ON)

@@ -33,6 +33,10 @@ def built() -> list[str]:
     ]
     if info["cuda_architectures"]:
         lines.append(f"CUDA {info['cuda']} kernels for sm_{info['cuda_architectures'].replace(' ', ', sm_')}")
+        if "90a" not in extension.cuda_architectures():
+            lines.append(
+                "no wgmma kernels for sm_90: CUTLASS was not found when this was built (docs/building.md)"
+            )
     else:
         lines.append(f"CUDA kernels: {extension.cuda_missing()}")
     return lines

@@ -9,11 +9,15 @@
 namespace r1kernels {
 
 // Enqueues kernel(arguments...) on a one-dimensional grid and returns cudaGetLastError(). A grid holds at most 2^31 - 1
-// blocks: a kernel strides over its rows by gridDim.x. Nothing is launched for no blocks.
+// blocks: a kernel strides over its rows by gridDim.x. Nothing is launched for no blocks. A block gets 48 KB of shared
+// memory unasked; more has to be asked for, on every device anew.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
            const Arguments&... arguments) {
     if (blocks == 0) return cudaSuccess;
+    if (shared_bytes > 48 << 10) {
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    }
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(blocks, INT32_MAX)));
     config.blockDim = dim3(threads);

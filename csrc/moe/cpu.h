@@ -8,11 +8,9 @@
 #include <cstdint>
 
 #include "common/isa.h"
+#include "moe/element.h"
 
 namespace r1kernels {
-
-enum class Element : int32_t { float32, bfloat16, float16 };
-enum class Activation : int32_t { silu, gelu_tanh };
 
 // Row r: data + (index ? index[r] : r) * stride elements.
 struct MoeRows {

@@ -1,4 +1,4 @@
-// What the MoE ops on the CPU share: checks, the counting sort, and sharing blocks out to torch's threads.
+// What the MoE ops on the CPU share: the counting sort, and sharing blocks out to torch's threads.
 // Included by ops.cpp alone. T tokens, E experts, K experts per token, S = T * K routed rows.
 #pragma once
 
@@ -12,40 +12,12 @@
 
 #include "common/kept.h"
 #include "common/memory.h"
-#include "common/stable.h"
+#include "moe/checks.h"
 #include "moe/cpu.h"
 
 namespace r1kernels {
 
 namespace {
-
-// --- checks ---
-
-Element element_of(const char* name, const Tensor& tensor) {
-    switch (tensor.scalar_type()) {
-        case ScalarType::Float: return Element::float32;
-        case ScalarType::BFloat16: return Element::bfloat16;
-        case ScalarType::Half: return Element::float16;
-        default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
-    }
-    return Element::float32;
-}
-
-// A contiguous tensor of these sizes.
-void check(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-    STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": wrong dtype");
-    STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
-    STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(sizes.size()), name, ": wrong number of dimensions");
-    int64_t dim = 0;
-    for (int64_t size : sizes) {
-        STD_TORCH_CHECK(tensor.size(dim) == size, name, ": expected size ", size, " at dimension ", dim, ", got ",
-                        tensor.size(dim));
-        ++dim;
-    }
-}
-
-template <typename T>
-T* data_of(const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); }
 
 char* at_element(const Tensor& tensor, int64_t element) {
     return data_of<char>(tensor) + element * static_cast<int64_t>(tensor.element_size());

@@ -44,7 +44,15 @@ def emulated(request):
 
 
 def build(compiler: str, name: str, folder: Path) -> Path:
-    sources = sorted([*HERE.rglob("*.cpp"), *HERE.rglob("*.h"), *CSRC.rglob("*.cu*"), *CSRC.rglob("*.h")])
+    sources = sorted(
+        [
+            *HERE.rglob("*.cpp"),
+            *HERE.rglob("*.h"),
+            *HERE.rglob("*.cu*"),
+            *CSRC.rglob("*.cu*"),
+            *CSRC.rglob("*.h"),
+        ]
+    )
     state = hashlib.sha256(" ".join([compiler, *FLAGS, pybind11.__version__]).encode())
     for path in sources:
         state.update(path.name.encode() + path.read_bytes())

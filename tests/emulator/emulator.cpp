@@ -25,13 +25,26 @@ constexpr unsigned char kPoison = 0xFF, kCanary = 0xA5;
 
 using r1kernels::shared_memory;
 
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes;
+
+    void run() const {
+        std::memset(to, 0, 16);
+        std::memcpy(to, from, bytes);
+    }
+};
+
 struct Fiber {
-    enum State { kReady, kAtBarrier, kAtWarp, kDone };
+    enum State { kReady, kAtBarrier, kAtWarp, kWaiting, kDone };
     ucontext_t context;
     uint3 index;
     int warp, lane;
     State state;
     std::string waits_for;  // a barrier's place in the source, or a warp operation
+    std::function<bool()> ready;  // what a waiting thread waits for
+    std::vector<std::vector<Copy>> copies = {{}};  // by group; the last one is still open
 };
 
 // Where lanes of one mask hand each other a value.
@@ -86,6 +99,7 @@ public:
 private:
     static void enter();
     void resume(Fiber& fiber);
+    bool wake_waiting(std::mt19937_64& random);
     void release_barrier();
     std::string where_threads_are() const;
 
@@ -99,6 +113,7 @@ private:
 
 uint64_t current_seed = 0;
 Block* current_block = nullptr;
+std::mt19937_64 copy_order;
 
 void Block::enter() {
     Block& block = *current_block;
@@ -145,8 +160,20 @@ void Block::run(std::mt19937_64& random) {
             }
         }
         if (std::all_of(fibers_.begin(), fibers_.end(), done)) return;
-        release_barrier();
+        if (!wake_waiting(random)) release_barrier();
     }
+}
+
+// Some of the threads for which what they wait for has come, at least one of them.
+bool Block::wake_waiting(std::mt19937_64& random) {
+    std::vector<Fiber*> ready;
+    for (Fiber& fiber : fibers_) {
+        if (fiber.state == Fiber::kWaiting && fiber.ready()) ready.push_back(&fiber);
+    }
+    std::shuffle(ready.begin(), ready.end(), random);
+    const size_t count = ready.empty() ? 0 : 1 + random() % ready.size();
+    for (size_t i = 0; i < count; ++i) ready[i]->state = Fiber::kReady;
+    return count > 0;
 }
 
 // Nobody can run: either all threads wait at the same barrier, or some wait for what never comes.
@@ -186,6 +213,7 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
     const size_t threads = size_t{block.x} * block.y * block.z;
     const auto stacks = std::make_unique_for_overwrite<char[]>(threads * kStackBytes);
     std::mt19937_64 random(current_seed);
+    copy_order.seed(current_seed);
     std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), random);
@@ -209,6 +237,11 @@ void sync_threads(const char* file, int line) {
 
 int lane() { return current_block->running().lane; }
 
+void wait_until(const char* what, const std::function<bool()>& ready) {
+    current_block->running().ready = ready;
+    current_block->wait(Fiber::kWaiting, what);
+}
+
 WarpValues exchange(uint32_t mask, uint64_t value, const char* operation) {
     Block& block = *current_block;
     const uint32_t self = 1u << lane();
@@ -228,6 +261,43 @@ WarpValues exchange(uint32_t mask, uint64_t value, const char* operation) {
         block.wait(Fiber::kAtWarp, operation);
     }
     return meeting.result;
+}
+
+void together(const void* mine, const char* operation, const std::function<void(const LanePointers&)>& act) {
+    constexpr uint32_t kAll = 0xffffffffu;
+    Block& block = *current_block;
+    Meeting& meeting = block.meeting(kAll);
+    const bool last = (meeting.arrived | 1u << lane()) == block.present(kAll);
+    if (last) {
+        LanePointers lanes;
+        for (int i = 0; i < kWarpSize; ++i) lanes[i] = reinterpret_cast<const void*>(meeting.arriving[i]);
+        lanes[lane()] = mine;
+        if (block.present(kAll) != kAll) throw EmulatorError(std::string(operation) + ": a warp without 32 lanes");
+        if (meeting.arrived == 0 || meeting.operation == operation) act(lanes);
+    }
+    exchange(kAll, reinterpret_cast<uint64_t>(mine), operation);
+}
+
+void copy_async(void* shared, const void* global, int bytes) {
+    if ((reinterpret_cast<uintptr_t>(shared) | (bytes ? reinterpret_cast<uintptr_t>(global) : 0)) % 16 != 0) {
+        throw EmulatorError("cp.async: a misaligned address");
+    }
+    const Copy copy = {shared, global, bytes};
+    if (copy_order() % 2) {
+        copy.run();
+    } else {
+        current_block->running().copies.back().push_back(copy);
+    }
+}
+
+void commit_copies() { current_block->running().copies.emplace_back(); }
+
+void wait_for_copies(int pending) {
+    auto& groups = current_block->running().copies;
+    while (groups.size() > size_t{1} + pending) {
+        for (const Copy& copy : groups.front()) copy.run();
+        groups.erase(groups.begin());
+    }
 }
 
 }  // namespace emulator

@@ -84,3 +84,36 @@ def test_aligned_rows_move_16_bytes_at_a_time(inspect, direction, stores):
         assert "LDG.E.128" in text
         narrower = re.search(r"kernelIf(13__nv_bfloat16|6__half)", text.splitlines()[0])
         assert not stores or ("STG.E.64" if narrower else "STG.E.128") in text
+
+
+# of the grouped products: by element and tile (128 or 64 rows of 16 bits, 64 of float32), for each of four kinds of products
+# over rows, and one gradient of the weights by element
+MOE_KERNELS = {"rows": (2 * 2 + 1) * 4, "weights": 3, "combine": 3, "sum_partials": 1, "schedule": 1}
+
+
+def test_every_architecture_holds_every_kernel_of_the_grouped_products(inspect):
+    by_architecture = re.split(r"^arch = sm_", inspect("-res-usage"), flags=re.MULTILINE)[1:]
+    for architecture in portable_architectures():
+        usage = "".join(text for text in by_architecture if text.splitlines()[0] == architecture)
+        for kind, count in MOE_KERNELS.items():
+            name = f"{kind}_kernel"
+            assert len(re.findall(rf"Function \S*3moe{len(name)}{name}", usage)) == count, (
+                architecture,
+                kind,
+            )
+
+
+@pytest.mark.parametrize("kind", ["rows", "weights"])
+def test_products_of_16_bits_run_on_tensor_cores_and_those_of_float32_do_not(inspect, kind):
+    name = f"3moe{len(kind) + 7}{kind}_kernelI"
+    for architecture in portable_architectures():
+        functions = inspect("-sass", "-arch", f"sm_{architecture}").split("Function : ")[1:]
+        found = {text.splitlines()[0]: text for text in functions if name in text.splitlines()[0]}
+        assert len(found) == MOE_KERNELS[kind]
+        for mangled, code in found.items():
+            assert not re.search(r"\b(LDL|STL)\b", code), f"{mangled} touches local memory"
+            assert "LDGSTS.E.BYPASS.128" in code, mangled
+            if f"{name}f" in mangled:
+                assert "FFMA" in code and "HMMA" not in code
+            else:
+                assert f"HMMA.16816.F32{'.BF16' if 'bfloat16' in mangled else ''}" in code and "LDSM" in code

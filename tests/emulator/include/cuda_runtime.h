@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "emulator.h"
+#include "tensor_cores.h"
 
 #define __global__
 #define __device__
@@ -24,6 +25,15 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
+using std::max;
+using std::min;
 
 #define __syncthreads() ::emulator::sync_threads(__FILE__, __LINE__)
 
@@ -60,6 +70,38 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
         if (mask >> lane & 1u && all[lane]) ballot |= 1u << lane;
     }
     return ballot;
+}
+
+// The lanes of `mask` that hold the same value as this one.
+template <class Value>
+unsigned __match_any_sync(unsigned mask, Value value) {
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof(Value));
+    const emulator::WarpValues all = emulator::exchange(mask, bits, "__match_any_sync");
+    unsigned same = 0;
+    for (int lane = 0; lane < emulator::kWarpSize; ++lane) {
+        if (mask >> lane & 1u && all[lane] == bits) same |= 1u << lane;
+    }
+    return same;
+}
+
+// combine() over the lanes of `mask`; on a GPU these are for integers of 32 bits.
+template <class Value, class Combine>
+Value emulated_reduce_sync(unsigned mask, Value value, const char* operation, Combine combine) {
+    static_assert(sizeof(Value) == 4, "32 bits");
+    const emulator::WarpValues all = emulator::exchange(mask, static_cast<uint32_t>(value), operation);
+    for (int lane = 0; lane < emulator::kWarpSize; ++lane) {
+        if (mask >> lane & 1u) value = combine(value, static_cast<Value>(static_cast<uint32_t>(all[lane])));
+    }
+    return value;
+}
+
+inline int __reduce_max_sync(unsigned mask, int value) {
+    return emulated_reduce_sync(mask, value, "__reduce_max_sync", [](int a, int b) { return std::max(a, b); });
+}
+
+inline int __reduce_min_sync(unsigned mask, int value) {
+    return emulated_reduce_sync(mask, value, "__reduce_min_sync", [](int a, int b) { return std::min(a, b); });
 }
 
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
@@ -116,6 +158,13 @@ inline cudaError_t cudaGetLastError() { return std::exchange(emulated_last_error
 
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
     memset(memory, value, bytes);
+    return cudaSuccess;
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int) {
     return cudaSuccess;
 }
 

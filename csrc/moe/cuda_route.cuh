@@ -1,0 +1,243 @@
+// The router: a warp a token, which chooses among keys in registers.
+//
+// Scores are computed in float64 and rounded once to float32, so that equal logits have equal scores on every device. The
+// choice compares their keys: integers in the order of the floats, NaN above everything. Expert e lies in lane e % 32.
+#pragma once
+
+#include "common/block_reduce.cuh"
+#include "common/elements.cuh"
+#include "moe/cuda_routing.h"
+
+namespace r1kernels::moe {
+
+constexpr int kRouteThreads = 128;
+constexpr int kRouteWarps = kRouteThreads / kWarpSize;
+constexpr int kNotEligible = INT32_MIN;  // below the key of every float
+
+// --- scores ---
+
+__device__ inline double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+
+__device__ inline double warp_sum(double value) {
+    return warp_reduce(value, [](double a, double b) { return a + b; });
+}
+
+struct SoftmaxSums {
+    double largest, inverse;  // of the sum of e^(l - largest)
+};
+
+// Of some logits of a token; at(i) is the logit i < count.
+template <class At>
+__device__ inline SoftmaxSums softmax_sums(int64_t count, At at) {
+    float most = -INFINITY;
+    for (int64_t i = lane_id(); i < count; i += kWarpSize) most = fmaxf(most, at(i));  // NaN comes into the sum
+    const double largest = warp_reduce(most, [](float a, float b) { return fmaxf(a, b); });
+    double sum = 0;
+    for (int64_t i = lane_id(); i < count; i += kWarpSize) sum += exp(at(i) - largest);
+    return {largest, 1.0 / warp_sum(sum)};
+}
+
+// A token's logits, and what turns one of them into a score.
+template <class Scalar>
+struct Row {
+    const Scalar* logits;
+    bool softmax;
+    SoftmaxSums sums;  // of all experts, for softmax
+
+    __device__ float logit(int64_t expert) const { return to_float(logits[expert]); }
+    __device__ double wide_score(double logit) const {
+        return softmax ? exp(logit - sums.largest) * sums.inverse : sigmoid(logit);
+    }
+    __device__ float score(double logit) const { return static_cast<float>(wide_score(logit)); }
+};
+
+// --- keys ---
+
+__device__ inline int key_of(float value) {
+    int bits;
+    memcpy(&bits, &value, sizeof bits);
+    return value == value ? bits ^ ((bits >> 31) & INT32_MAX) : INT32_MAX;
+}
+
+__device__ inline float value_of(int key) {
+    const int bits = key ^ ((key >> 31) & INT32_MAX);
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+__device__ inline int warp_max(int value) { return __reduce_max_sync(kWholeWarp, value); }
+__device__ inline int warp_min(int value) { return __reduce_min_sync(kWholeWarp, value); }
+
+// Both the largest key and the lowest number that has it, over the lanes; each lane gives its own.
+struct Best {
+    int key, number;
+};
+
+__device__ inline Best warp_best(Best mine) {
+    const int key = warp_max(mine.key);
+    return {key, warp_min(mine.key == key ? mine.number : INT32_MAX)};
+}
+
+// The selection keys of all experts: key i of lane l belongs to expert 32 i + l.
+template <int kOfLane>
+struct Keys {
+    int keys[kOfLane];
+
+    __device__ static int expert(int i) { return i * kWarpSize + lane_id(); }
+
+    // The best of the experts [first, end).
+    __device__ Best best(int first, int end) const {
+        Best mine = {kNotEligible, INT32_MAX};
+#pragma unroll
+        for (int i = 0; i < kOfLane; ++i) {
+            const bool inside = expert(i) >= first && expert(i) < end;
+            if (inside && keys[i] > mine.key) mine = {keys[i], expert(i)};
+        }
+        return warp_best(mine);
+    }
+
+    __device__ void remove(int number) {
+#pragma unroll
+        for (int i = 0; i < kOfLane; ++i) {
+            if (expert(i) == number) keys[i] = kNotEligible;
+        }
+    }
+};
+
+// --- choice ---
+
+// For softmax the best key of a group, for sigmoid the key of the sum of its two best selection scores.
+template <int kOfLane>
+__device__ inline int group_key(const R1kernelsRoute& call, Keys<kOfLane> selection, int first, int end) {
+    const Best best = selection.best(first, end);
+    if (call.softmax || end - first == 1) return best.key;
+    selection.remove(best.number);
+    return key_of(value_of(best.key) + value_of(selection.best(first, end).key));
+}
+
+// Makes the experts outside of the best groups not eligible. `groups` is memory for n_group integers of this warp alone.
+template <int kOfLane>
+__device__ inline void keep_best_groups(const R1kernelsRoute& call, Keys<kOfLane>& selection, int* groups) {
+    const int n_group = static_cast<int>(call.n_group), size = static_cast<int>(call.experts / call.n_group);
+    for (int group = 0; group < n_group; ++group) {
+        const int key = group_key(call, selection, group * size, (group + 1) * size);
+        if (lane_id() == group % kWarpSize) groups[group] = key;
+    }
+    for (int64_t kept = 0; kept < call.topk_group; ++kept) {
+        Best mine = {kNotEligible, INT32_MAX};
+        for (int group = lane_id(); group < n_group; group += kWarpSize) {
+            if (groups[group] > mine.key) mine = {groups[group], group};
+        }
+        const Best best = warp_best(mine);
+        if (lane_id() == best.number % kWarpSize) groups[best.number] = kNotEligible;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+        const int expert = Keys<kOfLane>::expert(i);
+        if (expert < call.experts && groups[expert / size] != kNotEligible) selection.keys[i] = kNotEligible;
+    }
+    __syncwarp();  // the next token's keys come to the same place
+}
+
+// Fills in the softmax sums of the row. The keys go through `memory`, E integers of this warp alone, so that the scores are
+// computed in a loop.
+template <int kOfLane, class Scalar>
+__device__ inline Keys<kOfLane> selection_keys(const R1kernelsRoute& call, Row<Scalar>& row, int* memory) {
+    const int experts = static_cast<int>(call.experts);
+    if (call.softmax) row.sums = softmax_sums(experts, [&](int64_t expert) { return row.logit(expert); });
+#pragma unroll 4
+    for (int expert = lane_id(); expert < experts; expert += kWarpSize) {
+        float score = row.score(row.logit(expert));
+        if (call.bias != nullptr) score += call.bias[expert];
+        memory[expert] = key_of(score);
+    }
+    Keys<kOfLane> selection;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+        const int expert = Keys<kOfLane>::expert(i);
+        selection.keys[i] = expert < experts ? memory[expert] : kNotEligible;  // which this lane has written
+    }
+    __syncwarp();  // the memory is free again
+    return selection;
+}
+
+template <int kOfLane>
+__device__ inline void choose(const R1kernelsRoute& call, Keys<kOfLane> selection, int* memory, int64_t* chosen) {
+    if (call.n_group > 1) keep_best_groups(call, selection, memory);
+    for (int64_t k = 0; k < call.top_k; ++k) {
+        const Best best = selection.best(0, static_cast<int>(call.experts));
+        if (lane_id() == k % kWarpSize) chosen[k] = best.number;
+        selection.remove(best.number);
+    }
+}
+
+// --- weights ---
+
+// Choice k is read by the lane k % 32, which has also written it.
+template <class Scalar>
+__device__ inline void weigh(const R1kernelsRoute& call, const Row<Scalar>& row, const int64_t* chosen, float* weights,
+                             int32_t* counts) {
+    const auto is_expert = [&](int64_t k) { return chosen[k] >= 0 && chosen[k] < call.experts; };
+    const bool softmax_of_chosen = call.softmax && call.normalize;
+    double largest = 0, factor = call.scale;
+    if (softmax_of_chosen) {
+        const SoftmaxSums sums =
+            softmax_sums(call.top_k, [&](int64_t k) { return is_expert(k) ? row.logit(chosen[k]) : -INFINITY; });
+        largest = sums.largest;
+        factor *= sums.inverse;
+    } else if (call.normalize) {
+        double sum = 0;
+        for (int64_t k = lane_id(); k < call.top_k; k += kWarpSize) {
+            if (is_expert(k)) sum += row.score(row.logit(chosen[k]));
+        }
+        factor /= warp_sum(sum) + 1e-20;
+    }
+    for (int64_t k = lane_id(); k < call.top_k; k += kWarpSize) {
+        double weight = 0;
+        if (is_expert(k)) {
+            const double logit = row.logit(chosen[k]);
+            weight = factor * (softmax_of_chosen ? exp(logit - largest) : row.score(logit));
+            atomicAdd(counts + chosen[k], 1);  // of integers: in any order
+        }
+        weights[k] = static_cast<float>(weight);
+    }
+}
+
+// --- kernels ---
+
+__device__ inline int64_t first_token() { return blockIdx.x * int64_t{kRouteWarps} + threadIdx.x / kWarpSize; }
+__device__ inline int64_t all_warps_of_grid() { return gridDim.x * int64_t{kRouteWarps}; }
+
+// How many blocks share a processor: the compiler, left to itself, spills to fit more of them.
+constexpr int route_blocks(int of_lane) { return of_lane > 16 ? 2 : of_lane > 4 ? 4 : 5; }
+
+// counts are zeros before. Shared memory: E integers a warp.
+template <class Scalar, int kOfLane>
+__global__ void __launch_bounds__(kRouteThreads, route_blocks(kOfLane))
+    route_kernel(R1kernelsRoute call, float* weights, int64_t* indices, int32_t* counts) {
+    int* memory = reinterpret_cast<int*>(shared_memory) + threadIdx.x / kWarpSize * call.experts;
+    for (int64_t token = first_token(); token < call.tokens; token += all_warps_of_grid()) {
+        Row<Scalar> row = {static_cast<const Scalar*>(call.logits) + token * call.experts, call.softmax != 0, {}};
+        int64_t* chosen = indices + token * call.top_k;
+        choose(call, selection_keys<kOfLane>(call, row, memory), memory, chosen);
+        weigh(call, row, chosen, weights + token * call.top_k, counts);
+    }
+}
+
+template <class Scalar>
+__global__ void __launch_bounds__(kRouteThreads, route_blocks(1))
+    replay_kernel(R1kernelsRoute call, float* weights, int64_t* indices, int32_t* counts) {
+    for (int64_t token = first_token(); token < call.tokens; token += all_warps_of_grid()) {
+        Row<Scalar> row = {static_cast<const Scalar*>(call.logits) + token * call.experts, call.softmax != 0, {}};
+        if (call.softmax && !call.normalize) {
+            row.sums = softmax_sums(call.experts, [&](int64_t expert) { return row.logit(expert); });
+        }
+        int64_t* chosen = indices + token * call.top_k;
+        for (int64_t k = lane_id(); k < call.top_k; k += kWarpSize) chosen[k] = call.replayed[token * call.top_k + k];
+        weigh(call, row, chosen, weights + token * call.top_k, counts);
+    }
+}
+
+}  // namespace r1kernels::moe

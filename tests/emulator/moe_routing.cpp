@@ -1,0 +1,67 @@
+// The CUDA launchers of the router and of sort_by_expert under the emulator, for pytest. Addresses come as integers
+// (Tensor.data_ptr()).
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <memory>
+
+#include "moe/cuda_sm80_route.cu"
+#include "moe/cuda_sm80_sort.cu"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+// Device memory holds anything before it is written.
+struct Workspace {
+    explicit Workspace(size_t bytes) : memory(new (std::align_val_t(16)) char[bytes]) {
+        memset(memory.get(), 0xA5, bytes);
+    }
+    struct Free {
+        void operator()(char* bytes) const { ::operator delete[](bytes, std::align_val_t(16)); }
+    };
+    std::unique_ptr<char[], Free> memory;
+};
+
+int sort(uintptr_t indices, int64_t rows, int64_t experts, bool wide, uintptr_t offsets, uintptr_t permutation,
+         uintptr_t inverse) {
+    const R1kernelsExpertSort call = {at<const int64_t>(indices), rows,  experts, wide, at<int32_t>(offsets),
+                                      at<void>(permutation), at<void>(inverse)};
+    const Workspace workspace(r1kernels_expert_sort_cuda_workspace(&call));
+    return r1kernels_expert_sort_cuda(&call, workspace.memory.get(), nullptr);
+}
+
+R1kernelsRoute router(int element, uintptr_t logits, int64_t tokens, int64_t experts, int64_t top_k, bool softmax,
+                      bool normalize, double scale) {
+    return {static_cast<r1kernels::Element>(element), at<const void>(logits), tokens, experts, top_k, 1, 1, softmax,
+            normalize, scale, nullptr, nullptr};
+}
+
+int route(R1kernelsRoute call, int64_t n_group, int64_t topk_group, uintptr_t bias, uintptr_t replayed,
+          uintptr_t weights, uintptr_t indices, uintptr_t counts) {
+    call.n_group = n_group;
+    call.topk_group = topk_group;
+    call.bias = at<const float>(bias);
+    call.replayed = at<const int64_t>(replayed);
+    return r1kernels_route_cuda(&call, at<float>(weights), at<int64_t>(indices), at<int32_t>(counts), nullptr);
+}
+
+int route_backward(const R1kernelsRoute& call, uintptr_t indices, uintptr_t grad_weights, uintptr_t grad_logits) {
+    return r1kernels_route_cuda_backward(&call, at<const int64_t>(indices), at<const float>(grad_weights),
+                                         at<void>(grad_logits), nullptr);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(moe_routing, module) {
+    py::register_exception<emulator::EmulatorError>(module, "EmulatorError");
+    module.def("set_seed", &emulator::set_seed);
+    module.def("set_max_blocks", [](unsigned blocks) { emulator::max_blocks = blocks; });
+    py::class_<R1kernelsRoute>(module, "Router").def(py::init(&router));
+    module.def("route", &route);
+    module.def("route_backward", &route_backward);
+    module.def("sort", &sort);
+}

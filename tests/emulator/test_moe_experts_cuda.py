@@ -1,0 +1,292 @@
+"""grouped_gemm and moe_experts of the backend cuda without a GPU: their kernels, launchers and order of launches under the
+host emulator, behind the autograd functions of the backend.
+
+T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from r1kernels import extension
+from r1kernels.moe import autograd, reference
+from tests.support.emulated_experts import ELEMENTS, EmulatedExperts
+from tests.support.moe_case import NAMES, Case, in_eager
+from tests.support.numerics import assert_as_exact_as, same_bits
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="module")
+def module(emulated):
+    return emulated("moe_experts")
+
+
+@pytest.fixture(autouse=True)
+def kernels(module):
+    """The ops of the backend cuda take CPU tensors, by the emulator, while a test runs."""
+    module.set_seed(0)
+    emulated_ops = EmulatedExperts(module)
+    library = torch.library.Library("r1kernels", "IMPL")
+    emulated_ops.register(library)
+    yield emulated_ops
+    library._destroy()
+
+
+def experts(*arguments, activation="silu", save="hidden"):
+    return autograd.moe_experts("cuda", *arguments, activation, save)
+
+
+def gemm(*arguments):
+    return autograd.grouped_gemm("cuda", *arguments)
+
+
+def assert_exact(case, dtype):
+    results = case.run(experts)
+    for name, ours, theirs, exact in zip(NAMES, results, case.run(in_eager), case.exact(), strict=True):
+        assert ours.dtype == (torch.float32 if name == "weights" else dtype)
+        assert_as_exact_as(ours, theirs, exact, dtype)
+    return results
+
+
+SHAPES = {  # tokens, hidden, intermediate, experts, top_k
+    "odd, prime E": (37, 45, 23, 7, 3),
+    "2I == H": (19, 64, 32, 5, 2),
+    "K = E": (6, 40, 33, 5, 5),
+    "idle experts": (4, 32, 40, 31, 2),
+    "one of everything": (1, 1, 1, 1, 1),
+    "several column tiles": (9, 136, 72, 2, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_values_and_gradients_are_as_exact_as_eager(shape, dtype):
+    assert_exact(Case(*shape, dtype=dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+def test_several_row_tiles_and_long_sums(dtype):
+    # 145 rows of expert 0: of 16 bits one tile of 128 rows and a part of another
+    indices = torch.cat((torch.zeros(145, 1, dtype=torch.int64), torch.ones(3, 1, dtype=torch.int64)))
+    assert_exact(Case(148, 24, 8, 2, 1, dtype=dtype, indices=indices), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_row_has_the_same_bits_in_tiles_of_any_size(module, dtype):
+    many = Case(140, 56, 24, 1, 1, dtype=dtype)
+    few = Case(140, 56, 24, 1, 1, dtype=dtype)
+    few.hidden, few.grad = few.hidden.detach()[:20].requires_grad_(), few.grad[:20]
+    few.indices, few.weights = few.indices[:20], few.weights.detach()[:20].requires_grad_()
+    for rows, height in ((140, 128), (20, 64)):
+        offsets = torch.tensor([0, rows], dtype=torch.int32)
+        assert module.schedule(ELEMENTS.index(dtype), rows, 1, offsets.data_ptr())[0] == height
+    for ours, alone in zip(many.run(experts)[:3], few.run(experts)[:3], strict=True):
+        assert same_bits(ours[:20], alone)
+
+
+@pytest.mark.parametrize("indices", ["all on one", "duplicates"])
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+def test_uneven_choices(indices, dtype):
+    chosen = {"all on one": torch.full((12, 2), 3), "duplicates": torch.tensor([[1, 1], [0, 1]] * 6)}[indices]
+    results = assert_exact(Case(12, 33, 17, 5, 2, dtype=dtype, indices=chosen), dtype)
+    idle = [expert for expert in range(5) if expert not in chosen]
+    assert all((grad[idle] == 0).all() for grad in results[3:])
+
+
+def test_gelu():
+    case = Case(8, 24, 19, 3, 2, dtype=torch.float32)
+    results = case.run(lambda *arguments: experts(*arguments, activation="gelu_tanh"))
+    exact = case.exact(lambda gate: F.gelu(gate, approximate="tanh"))
+    for ours, expected in zip(results, exact, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gates_of_any_size(activation):
+    # H = I = 1 and weights of 1: the output is act(x) x
+    x = torch.tensor([-200.0, -90.0, -20.0, -1.0, -1e-10, 0.0, 1e-10, 1.0, 20.0, 90.0, 200.0, 1e15])
+    hidden = x[:, None].clone().requires_grad_()
+    ones = torch.ones(1, 2, 1), torch.ones(1, 1, 1)
+    out = experts(
+        hidden, torch.zeros(12, 1, dtype=torch.int64), torch.ones(12, 1), *ones, activation=activation
+    )
+    out.sum().backward()
+    wide = x.double().requires_grad_()
+    act = F.silu(wide) if activation == "silu" else F.gelu(wide, approximate="tanh")
+    (act * wide).sum().backward()
+    torch.testing.assert_close(out[:, 0].double(), (act * wide).detach(), rtol=1e-5, atol=1e-34)
+    torch.testing.assert_close(hidden.grad[:, 0].double(), wide.grad, rtol=1e-5, atol=1e-34)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+def test_no_tokens(dtype):
+    case = Case(0, 6, 5, 3, 2, dtype=dtype)
+    out, *grads = case.run(experts)
+    assert out.shape == (0, 6)
+    assert [grad.shape for grad in grads] == [leaf.shape for leaf in case.leaves]
+    assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("away", ["some", "all"])
+@pytest.mark.parametrize("save", ["hidden", "nothing"])
+def test_sentinels_of_expert_parallelism(away, dtype, save):
+    case = Case(12, 21, 11, 4, 2, dtype=dtype)
+    lost = {
+        "all": torch.ones(12, 2, dtype=torch.bool),
+        "some": torch.tensor([[True, False], [True, True]] * 6),
+    }[away]
+    case.indices = case.indices.masked_fill(lost, 4)
+    # the weight of a sentinel is 0 by contract; even a NaN must not reach the output
+    case.weights = case.weights.detach().masked_fill(lost, torch.nan).requires_grad_()
+    results = case.run(lambda *arguments: experts(*arguments, save=save))
+    case.weights = case.weights.detach().masked_fill(lost, 0.0).requires_grad_()
+    for ours, theirs, exact in zip(results, case.run(in_eager), case.exact(), strict=True):
+        assert_as_exact_as(ours, theirs, exact, dtype)
+    out, d_hidden, d_weights, *_ = results
+    assert (d_weights[lost] == 0).all()
+    nowhere = lost.all(1)
+    assert (out[nowhere] == 0).all() and (d_hidden[nowhere] == 0).all()
+
+
+def test_what_is_saved_for_sentinels_is_written(module):
+    case = Case(5, 16, 8, 3, 2, dtype=torch.bfloat16, indices=torch.full((5, 2), 3))
+    arguments = [argument.detach() for argument in case.arguments()]
+    _, kept, *_ = EmulatedExperts(module).experts(*arguments, 0, True)
+    assert kept.shape == (10, 16) and (kept == 0).all()
+
+
+def test_indices_out_of_range_count_as_sentinels():
+    wild, tame = Case(6, 9, 8, 4, 2, dtype=torch.float32), Case(6, 9, 8, 4, 2, dtype=torch.float32)
+    wild.indices[0], wild.indices[3, 1] = torch.tensor([-1, 2**40]), 5
+    tame.indices[0], tame.indices[3, 1] = 4, 4
+    for ours, expected in zip(wild.run(experts), tame.run(experts), strict=True):
+        assert same_bits(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+def test_nothing_leaks_between_rows_and_experts(dtype):
+    chosen = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 4]] * 3)
+    case = Case(12, 35, 19, 6, 2, dtype=dtype, indices=chosen)
+    clean = case.run(experts)
+    with torch.no_grad():
+        case.gate_up[5], case.down[5] = torch.nan, torch.inf  # no token goes there
+        case.hidden[3] = torch.nan  # goes to experts 3 and 4
+    out, d_hidden, d_weights, d_gate_up, d_down = case.run(experts)
+    others = [token for token in range(12) if token != 3]
+    for ours, expected in zip((out, d_hidden, d_weights), clean, strict=False):
+        assert same_bits(ours[others], expected[others])
+        assert ours[3].isnan().all()
+    for ours, expected in zip((d_gate_up, d_down), clean[3:], strict=True):
+        assert same_bits(ours[:3], expected[:3])
+        assert ours[3:5].isnan().any() and (ours[5] == 0).all()
+
+
+@pytest.mark.parametrize("live", range(1, 15))
+def test_frozen_arguments(live):
+    case = Case(7, 12, 9, 3, 2, dtype=torch.float32)
+    expected = case.run(experts)[1:]
+    for place, leaf in enumerate(case.leaves):
+        leaf.requires_grad_(bool(live >> place & 1))
+    leaves = [leaf for leaf in case.leaves if leaf.requires_grad]
+    wanted = [grad for place, grad in enumerate(expected) if live >> place & 1]
+    for save in ("hidden", "nothing"):
+        grads = torch.autograd.grad(experts(*case.arguments(), save=save), leaves, case.grad)
+        assert all(same_bits(ours, grad) for ours, grad in zip(grads, wanted, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [(32, 16), (34, 18)], ids=["whole rows", "odd rows"])
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+def test_no_alignment_moves_a_bit(kernels, dtype, sizes):
+    case = Case(9, *sizes, 2, 2, dtype=dtype)
+    expected = case.run(experts)
+    for offset in (1, 2):
+        kernels.offset = offset
+        assert all(same_bits(ours, plain) for ours, plain in zip(case.run(experts), expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_order_of_threads_blocks_and_copies_moves_a_bit(module, dtype):
+    """A missing barrier, or a copy that nobody waits for, shows as a difference between two orders."""
+    case = Case(11, 136, 40, 3, 2, dtype=dtype)
+    first, *others = (module.set_seed(seed) or case.run(experts) for seed in range(4))
+    for other in others:
+        assert all(same_bits(one, two) for one, two in zip(first, other, strict=True))
+
+
+@pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+def test_against_the_backend_cpu(dtype):
+    case = Case(14, 40, 24, 5, 3, dtype=dtype)
+    theirs = case.run(lambda *arguments: autograd.moe_experts("cpu", *arguments, "silu", "hidden"))
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for ours, expected in zip(case.run(experts), theirs, strict=True):
+        assert (ours - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+# --- grouped_gemm ---
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("counts", [[2, 0, 20, 1], [0, 0, 0, 0], [70, 6, 0, 7]])
+def test_grouped_gemm(counts, dtype):
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    rows = int(offsets[-1]) + 3  # three rows of nobody, which are not even finite
+    x = torch.randn(rows, 45).to(dtype)
+    x[int(offsets[-1]) :] = torch.nan
+    x.requires_grad_()
+    weight = (torch.randn(4, 36, 45) / 7).to(dtype).requires_grad_()
+    grad = torch.randn(rows, 36).to(dtype)
+    wide = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
+
+    def run(function, leaves, grad):
+        out = function(*leaves, offsets)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    ours = run(gemm, (x, weight), grad)
+    peers, truth = (
+        run(reference.grouped_gemm, (x, weight), grad),
+        run(reference.grouped_gemm, wide, grad.double()),
+    )
+    for mine, peer, exact in zip(ours, peers, truth, strict=True):
+        assert_as_exact_as(mine, peer, exact, dtype)
+    owned = int(offsets[-1])
+    assert (ours[0][owned:] == 0).all() and (ours[1][owned:] == 0).all()
+    for live, expected in ((x, ours[1]), (weight, ours[2])):
+        leaves = [leaf if leaf is live else leaf.detach() for leaf in (x, weight)]
+        assert same_bits(torch.autograd.grad(gemm(*leaves, offsets), live, grad)[0], expected)
+
+
+def test_offsets_that_nobody_checked_lead_nowhere_else():
+    x, weight = torch.randn(40, 6).requires_grad_(), torch.randn(3, 5, 6).requires_grad_()
+    for offsets in ([0, 90, 1000, -5], [7, -7, 2**31 - 1, 3], [0, 9, 4, 40], [-(2**31), 0, 0, 0]):
+        out = gemm(x, weight, torch.tensor(offsets, dtype=torch.int32))
+        grads = torch.autograd.grad(out, (x, weight), torch.ones_like(out))
+        assert all(torch.isfinite(result).all() for result in (out, *grads))
+
+
+# --- the schedule ---
+
+
+@pytest.mark.parametrize("experts", [1, 5, 511, 512, 1300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_cover_every_row_once(module, experts, dtype):
+    generator = torch.Generator().manual_seed(experts)
+    counts = torch.randint(0, 400, (experts,), generator=generator)
+    counts = counts * (torch.rand(experts, generator=generator) < 0.5)
+    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))).int()
+    rows = int(offsets[-1]) + 77
+    height, tiles, bounds = module.schedule(ELEMENTS.index(dtype), rows, experts, offsets.data_ptr())
+    assert bounds == [*offsets.tolist(), rows]
+    expected = [
+        (expert, start, min(start + height, end))
+        for expert, (first, end) in enumerate(pairwise(bounds))
+        for start in range(first, end, height)
+    ]
+    assert tiles[: len(expected)] == expected
+    assert all(tile == (-1, 0, 0) for tile in tiles[len(expected) :])

@@ -1,0 +1,87 @@
+"""route and sort_by_expert of the backend cuda without a GPU: their kernels and launchers under the host emulator, behind
+the autograd functions of the backend. T tokens, E experts, K experts per token, S rows.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from r1kernels.moe import reference
+from tests.support.emulated_routing import EmulatedRouting
+from tests.support.numerics import same_bits
+from tests.support.routing_kernel import FAMILIES, RoutingKernel, families, integers, normal
+
+
+@pytest.fixture(scope="module")
+def module(emulated):
+    return emulated("moe_routing")
+
+
+@pytest.fixture
+def kernels(module):
+    """The ops of the backend cuda take CPU tensors, by the emulator, while a test runs."""
+    module.set_seed(0)
+    emulated_ops = EmulatedRouting(module)
+    library = torch.library.Library("r1kernels", "IMPL")
+    emulated_ops.register(library)
+    yield emulated_ops
+    library._destroy()
+    module.set_max_blocks(2**32 - 1)
+
+
+@pytest.fixture
+def backend(kernels):
+    return "cuda"
+
+
+class TestRoutingCuda(RoutingKernel):
+    def test_many_experts(self, backend):
+        self.check(backend, normal(1, 2048), **FAMILIES["deepseek-v3"])
+        self.check(backend, normal(1, 600), **FAMILIES["olmoe"])
+
+    @families
+    def test_unaligned_arguments(self, backend, kernels, options):
+        logits = normal(3, 21 if options.get("n_group", 1) == 1 else 20)
+        plain = self.run(backend, logits, **options)
+        kernels.offset = 1
+        shifted = self.run(backend, logits, **options)
+        assert all(same_bits(first, second) for first, second in zip(plain, shifted, strict=True))
+
+    def test_more_tokens_than_a_grid_holds(self, backend, module):
+        module.set_max_blocks(2)
+        self.check(backend, normal(20, 16), **FAMILIES["deepseek-v3"])
+        self.check(backend, normal(20, 16), **FAMILIES["olmoe"])
+
+    @families
+    def test_no_order_of_threads_moves_a_bit(self, backend, module, options):
+        results = []
+        for seed in range(3):
+            module.set_seed(seed)
+            results.append(self.run(backend, normal(9, 40), **options))
+        for other in results[1:]:
+            assert all(same_bits(first, second) for first, second in zip(results[0], other, strict=True))
+
+
+# one block, and three launches; the counters of many experts do not fit in shared memory
+@pytest.mark.parametrize(
+    ("rows", "experts"), [(300, 5), (5000, 17), (4500, 300), pytest.param(300, 13000, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_order_of_many(kernels, module, rows, experts, dtype):
+    indices = integers(-1, experts + 2, rows)
+    indices[: rows // 2] %= 4
+    expected = reference.sort_by_expert(indices, experts)
+    for seed in range(1 if experts > 1000 else 2):
+        module.set_seed(seed)
+        ours = kernels.sort(indices, experts, dtype)
+        assert ours[1].dtype == ours[2].dtype == dtype
+        for part, exact in zip(ours, expected, strict=True):
+            assert torch.equal(part.long(), exact.long())
+
+
+def test_more_rows_than_a_grid_holds(kernels, module):
+    module.set_max_blocks(2)
+    indices = integers(0, 6, 7000)
+    for part, exact in zip(kernels.sort(indices, 5), reference.sort_by_expert(indices, 5), strict=True):
+        assert torch.equal(part, exact)

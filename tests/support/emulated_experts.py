@@ -1,0 +1,97 @@
+"""The launches of csrc/moe/cuda_experts.h under the host emulator, behind the ops of the backend "cuda" for CPU tensors.
+
+Every operand lies between redzones, `offset` elements behind a multiple of 16 bytes; outputs are NaN before they are written.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tests.support.redzones import Redzones
+
+ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class EmulatedExperts:
+    """``module`` is what tests/emulator/moe_experts.cpp defines."""
+
+    def __init__(self, module):
+        self.module, self.offset = module, 0
+
+    def register(self, library):
+        for name, function in (
+            ("grouped_gemm_cuda", self.gemm),
+            ("grouped_gemm_cuda_backward", self.gemm_backward),
+            ("moe_experts_cuda", self.experts),
+            ("moe_experts_cuda_backward", self.experts_backward),
+        ):
+            library.impl(name, function, "CPU")
+
+    def gemm(self, x, weight, offsets):
+        zones = Zones(self.offset)
+        out = zones.output(x, x.shape[0], weight.shape[1])
+        self.module.gemm_forward(self.gemm_call(zones, x, weight, offsets), out.data_ptr())
+        zones.check()
+        return out
+
+    def gemm_backward(self, grad, x, weight, offsets, need_x, need_weight):
+        zones = Zones(self.offset)
+        grads = [zones.gradient(x, need_x), zones.gradient(weight, need_weight)]
+        call = self.gemm_call(zones, x, weight, offsets)
+        self.module.gemm_backward(call, zones.input(grad), *map(address, grads))
+        zones.check()
+        return tuple(grads)
+
+    def gemm_call(self, zones, x, weight, offsets):
+        pointers = (zones.input(x), zones.input(weight), zones.input(offsets))
+        return self.module.Gemm(ELEMENTS.index(x.dtype), x.shape[0], *weight.shape, *pointers)
+
+    def experts(self, hidden, indices, weights, gate_up, down, activation, keep):
+        zones = Zones(self.offset)
+        rows = indices.numel()
+        out = zones.output(hidden, *hidden.shape)
+        kept = zones.output(hidden, rows if keep else 0, gate_up.shape[1])
+        order = [zones.redzones.output(size, dtype=torch.int32) for size in (down.shape[0] + 1, rows, rows)]
+        pointers = [tensor.data_ptr() for tensor in order]
+        call = self.experts_call(zones, hidden, weights, gate_up, down, activation, pointers)
+        self.module.experts_forward(call, zones.input(indices), address(kept), out.data_ptr())
+        zones.check()
+        return out, kept, *order
+
+    def experts_backward(
+        self, grad, hidden, weights, gate_up, down, kept, offsets, permutation, inverse, activation, *needed
+    ):
+        zones = Zones(self.offset)
+        leaves = (hidden, weights, gate_up, down)
+        grads = [zones.gradient(leaf, need) for leaf, need in zip(leaves, needed, strict=True)]
+        order = [zones.input(tensor) for tensor in (offsets, permutation, inverse)]
+        call = self.experts_call(zones, hidden, weights, gate_up, down, activation, order)
+        is_kept = zones.input(kept) if kept.numel() else 0
+        self.module.experts_backward(call, zones.input(grad), is_kept, *map(address, grads))
+        zones.check()
+        return tuple(grads)
+
+    def experts_call(self, zones, hidden, weights, gate_up, down, activation, order):
+        sizes = (*hidden.shape, down.shape[2], down.shape[0], weights.shape[1])
+        pointers = [zones.input(tensor) for tensor in (hidden, weights, gate_up, down)]
+        return self.module.Experts(ELEMENTS.index(hidden.dtype), activation, *sizes, *pointers, *order)
+
+
+class Zones:
+    def __init__(self, offset):
+        self.redzones, self.offset = Redzones(), offset
+        self.check = self.redzones.check
+
+    def input(self, tensor):
+        offset = self.offset if tensor.dtype in ELEMENTS else 0
+        return self.redzones.input(tensor.detach(), offset=offset).data_ptr()
+
+    def output(self, like, *shape):
+        return self.redzones.output(*shape, dtype=like.dtype, offset=self.offset)
+
+    def gradient(self, like, needed):
+        return self.output(like, like.shape[0] if needed else 0, *like.shape[1:])
+
+
+def address(tensor):
+    return tensor.data_ptr() if tensor.numel() else 0
