@@ -12,13 +12,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import devices
+
 Device = Callable[..., list[str]]
 
 _MOST_ROWS = 2**31 - 1
+_MOST_EXPERTS = 2048  # whose scores a GPU holds in registers
 
 
 def route(device: Device, logits: Tensor, *unused: object) -> tuple[str, ...]:
-    return tuple(device("logits", logits))
+    return (*device("logits", logits), *_too_many_experts(device, logits.shape[1]))
 
 
 def sort_by_expert(device: Device, indices: Tensor, *unused: object) -> tuple[str, ...]:
@@ -33,6 +36,12 @@ def moe_experts(
     device: Device, hidden: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, *unused: object
 ) -> tuple[str, ...]:
     return (*device("hidden", hidden), *_too_many(indices.numel()), *_empty(gate_up))
+
+
+def _too_many_experts(device: Device, experts: int) -> tuple[str, ...]:
+    if device is devices.cpu or experts <= _MOST_EXPERTS:
+        return ()
+    return (f"{experts} experts are more than the {_MOST_EXPERTS} that a GPU kernel chooses from",)
 
 
 def _too_many(rows: int) -> tuple[str, ...]:

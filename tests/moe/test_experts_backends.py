@@ -1,4 +1,4 @@
-"""moe_experts and grouped_gemm on every backend: exactness, gradients, and what breaks in practice.
+"""moe_experts and grouped_gemm on the backends for CPUs, and beside the experts of transformers.
 
 T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows.
 """
@@ -7,137 +7,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers.integrations import moe as transformers_moe
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from r1kernels.moe import grouped_gemm, moe_experts, sort_by_expert
-from tests.support.moe_case import NAMES, Case, in_eager
+from r1kernels.moe import moe_experts
+from tests.support.moe_case import Case
+from tests.support.moe_experts_kernel import DTYPES, MoeExpertsKernel
 from tests.support.numerics import assert_as_exact_as, same_bits
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = {  # tokens, hidden, intermediate, experts, top_k
-    "odd, prime E": (37, 45, 23, 7, 3),
-    "2I == H": (19, 64, 32, 5, 2),
-    "K = E": (6, 40, 33, 5, 5),
-    "K = 1": (41, 32, 48, 3, 1),
-    "one token": (1, 66, 35, 13, 2),
-    "one expert": (25, 48, 50, 1, 1),
-    "idle experts": (4, 32, 40, 31, 2),
-    "one of everything": (1, 1, 1, 1, 1),
-    "several row blocks": (300, 32, 16, 2, 2),
-    "several column blocks": (30, 300, 150, 2, 1),
-}
 
-
-def check_exactness(case, dtype, **options):
-    results = case.run(lambda *arguments: moe_experts(*arguments, **options))
-    eager = case.run(in_eager)
-    for name, ours, theirs, exact in zip(NAMES, results, eager, case.exact(), strict=True):
-        assert ours.dtype == (torch.float32 if name == "weights" else dtype)
-        assert_as_exact_as(ours, theirs, exact, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_values_and_gradients_are_as_exact_as_eager(backend, shape, dtype):
-    check_exactness(Case(*shape, dtype=dtype), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_long_sums(backend, dtype):
-    # more than one block of the sums over H (2 * 384 at most) and over the rows of an expert
-    indices = torch.arange(1300)[:, None] % 100 // 99  # 1287 tokens for expert 0, 13 for expert 1
-    case = Case(1300, 16, 8, 2, 1, dtype=dtype, indices=indices)
-    check_exactness(case, dtype)
-    check_exactness(Case(30, 1100, 8, 3, 2, dtype=dtype), dtype)
-
-
-@pytest.mark.parametrize("indices", ["all on one", "duplicates"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_uneven_choices(backend, indices, dtype):
-    chosen = {"all on one": torch.full((30, 2), 3), "duplicates": torch.tensor([[1, 1], [0, 1]] * 15)}[
-        indices
-    ]
-    case = Case(30, 33, 17, 5, 2, dtype=dtype, indices=chosen)
-    check_exactness(case, dtype)
-    idle = [expert for expert in range(5) if expert not in chosen]
-    assert all((grad[idle] == 0).all() for grad in case.run(moe_experts)[3:])
-
-
-def test_gelu(backend):
-    case = Case(20, 24, 19, 3, 2, dtype=torch.float32)
-    results = case.run(lambda *arguments: moe_experts(*arguments, activation="gelu_tanh"))
-    exact = case.exact(lambda gate: F.gelu(gate, approximate="tanh"))
-    for ours, expected in zip(results, exact, strict=True):
-        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_gates_of_any_size(backend, activation):
-    # H = I = 1 and weights of 1: the output is act(x) x
-    x = torch.tensor([-200.0, -90.0, -20.0, -1.0, -1e-10, 0.0, 1e-10, 1.0, 20.0, 90.0, 200.0, 1e15])
-    hidden = x[:, None].clone().requires_grad_()
-    ones = torch.ones(1, 2, 1), torch.ones(1, 1, 1)
-    indices, weights = torch.zeros(12, 1, dtype=torch.int64), torch.ones(12, 1)
-    out = moe_experts(hidden, indices, weights, *ones, activation=activation)
-    out.sum().backward()
-    wide = x.double().requires_grad_()
-    act = F.silu(wide) if activation == "silu" else F.gelu(wide, approximate="tanh")
-    (act * wide).sum().backward()
-    torch.testing.assert_close(out[:, 0].double(), (act * wide).detach(), rtol=1e-5, atol=1e-34)
-    torch.testing.assert_close(hidden.grad[:, 0].double(), wide.grad, rtol=1e-5, atol=1e-34)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_tokens(backend, dtype):
-    case = Case(0, 6, 5, 3, 2, dtype=dtype)
-    out, *grads = case.run(moe_experts)
-    assert out.shape == (0, 6)
-    assert [grad.shape for grad in grads] == [leaf.shape for leaf in case.leaves]
-    assert all((grad == 0).all() for grad in grads)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("all_rows", [False, True])
-@pytest.mark.parametrize("save", ["hidden", "nothing"])
-def test_sentinels_of_expert_parallelism(backend, all_rows, dtype, save):
-    case = Case(30, 21, 11, 4, 2, dtype=dtype)
-    away = (
-        torch.ones(30, 2, dtype=torch.bool) if all_rows else torch.tensor([[True, False], [True, True]] * 15)
-    )
-    case.indices = case.indices.masked_fill(away, 4)
-    # the weight of a sentinel is 0 by contract; even a NaN must not reach the output
-    case.weights = case.weights.detach().masked_fill(away, torch.nan).requires_grad_()
-    results = case.run(lambda *arguments: moe_experts(*arguments, save=save))
-    case.weights = case.weights.detach().masked_fill(away, 0.0).requires_grad_()
-    eager = case.run(in_eager)
-    for ours, theirs, exact in zip(results, eager, case.exact(), strict=True):
-        assert_as_exact_as(ours, theirs, exact, dtype)
-    out, d_hidden, d_weights, *_ = results
-    assert (d_weights[away] == 0).all()
-    nowhere = away.all(1)
-    assert (out[nowhere] == 0).all() and (d_hidden[nowhere] == 0).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_leaks_between_rows_and_experts(backend, dtype):
-    chosen = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 4]] * 10)
-    case = Case(40, 35, 19, 6, 2, dtype=dtype, indices=chosen)
-    clean = case.run(moe_experts)
-    with torch.no_grad():
-        case.gate_up[5], case.down[5] = torch.nan, torch.inf  # no token goes there
-        case.hidden[3] = torch.nan  # goes to experts 3 and 4
-    out, d_hidden, d_weights, d_gate_up, d_down = case.run(moe_experts)
-    others = [token for token in range(40) if token != 3]
-    for ours, expected in zip((out, d_hidden, d_weights), clean, strict=False):
-        assert same_bits(ours[others], expected[others])
-        assert ours[3].isnan().all()
-    for ours, expected in zip((d_gate_up, d_down), clean[3:], strict=True):
-        assert same_bits(ours[:3], expected[:3])
-        assert ours[3:5].isnan().any() and (ours[5] == 0).all()
+class TestMoeExperts(MoeExpertsKernel):
+    pass
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -157,97 +38,6 @@ def test_repeated_runs_agree_bit_for_bit_on_any_number_of_threads(backend, dtype
         assert all(same_bits(first, second) for first, second in zip(results[0], other, strict=True))
 
 
-def saved_bytes(function, parameters):
-    held = {}
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-
-    def keep(tensor):
-        if tensor.untyped_storage().data_ptr() not in known:
-            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = function()
-    del out
-    return sum(held.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_saved_for_the_backward(backend, dtype):
-    if backend == "reference":
-        pytest.skip("the reference keeps what autograd keeps")
-    tokens, hidden, intermediate, top_k = 128, 256, 96, 4
-    case = Case(tokens, hidden, intermediate, 8, top_k, dtype=dtype)
-    parameters = (case.gate_up, case.down)
-    kept = saved_bytes(lambda: moe_experts(*case.arguments()), parameters)
-    needed = (tokens * hidden + tokens * top_k * 2 * intermediate) * dtype.itemsize
-    assert kept <= 1.05 * needed
-    nothing = saved_bytes(lambda: moe_experts(*case.arguments(), save="nothing"), parameters)
-    assert (
-        nothing <= 1.1 * tokens * hidden * dtype.itemsize + tokens * top_k * 12
-    )  # X, the order, the weights
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_saving_nothing_and_checkpoints_give_the_same_bits(backend, dtype):
-    case = Case(50, 40, 36, 4, 2, dtype=dtype)
-    plain = case.run(moe_experts)
-    for function in (
-        lambda *arguments: moe_experts(*arguments, save="nothing"),
-        lambda *arguments: checkpoint(moe_experts, *arguments, use_reentrant=False),
-    ):
-        for first, second in zip(plain, case.run(function), strict=True):
-            assert same_bits(first, second)
-
-
-@pytest.mark.parametrize("save", ["hidden", "nothing"])
-@pytest.mark.parametrize("live", range(1, 15))
-def test_frozen_arguments(backend, live, save):
-    case = Case(30, 24, 18, 4, 2, dtype=torch.float32)
-    expected = case.run(moe_experts)[1:]
-    for place, leaf in enumerate(case.leaves):
-        leaf.requires_grad_(bool(live >> place & 1))
-    leaves = [leaf for leaf in case.leaves if leaf.requires_grad]
-    grads = torch.autograd.grad(moe_experts(*case.arguments(), save=save), leaves, case.grad)
-    wanted = [grad for place, grad in enumerate(expected) if live >> place & 1]
-    for ours, grad in zip(grads, wanted, strict=True):
-        assert same_bits(ours, grad)
-
-
-def test_weights_computed_from_other_parameters(backend):
-    # as PEFT's target_parameters does: W + B A, where only A and B train
-    case = Case(20, 12, 10, 4, 2, dtype=torch.float32)
-    a = torch.randn(4, 2, 12, requires_grad=True)
-    b = torch.randn(4, 20, 2, requires_grad=True)
-    frozen = case.gate_up.detach()
-    out = moe_experts(case.hidden, case.indices, case.weights, frozen + b @ a, case.down)
-    grads = torch.autograd.grad(out, (a, b), case.grad)
-    whole = (frozen + b @ a).detach().requires_grad_()
-    out = moe_experts(case.hidden, case.indices, case.weights, whole, case.down)
-    (full,) = torch.autograd.grad(out, whole, case.grad)
-    torch.testing.assert_close(grads, (b.detach().mT @ full, full @ a.detach().mT))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strides_do_not_matter(backend, dtype):
-    case = Case(30, 18, 16, 4, 2, dtype=dtype)
-    plain = case.run(moe_experts)
-    case.hidden = case.hidden.detach().t().contiguous().t().requires_grad_()
-    case.indices = case.indices.t().contiguous().t()
-    case.weights = case.weights.detach().t().contiguous().t().requires_grad_()
-    case.gate_up = case.gate_up.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    case.down = case.down.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
-    case.grad = case.grad.t().contiguous().t()
-    assert not any(argument.is_contiguous() for argument in case.arguments())
-    for ours, expected in zip(case.run(moe_experts), plain, strict=True):
-        torch.testing.assert_close(ours, expected)
-    expanded = case.weights.detach()[:1].expand(30, 2)
-    assert same_bits(
-        moe_experts(case.hidden, case.indices, expanded, case.gate_up, case.down),
-        moe_experts(case.hidden, case.indices, expanded.contiguous(), case.gate_up, case.down),
-    )
-
-
 def unaligned(weight):
     """A copy of ``weight`` at an odd address, as in a memory-mapped file."""
     file = torch.empty(weight.numel() * weight.element_size() + 1, dtype=torch.uint8)
@@ -264,31 +54,6 @@ def test_unaligned_weights(backend, dtype):
     case.gate_up, case.down = (unaligned(weight).requires_grad_() for weight in (case.gate_up, case.down))
     for ours, plain in zip(case.run(moe_experts), expected, strict=True):
         torch.testing.assert_close(ours, plain)
-
-
-def test_autocast_is_that_of_linear(backend):
-    case = Case(30, 18, 16, 4, 2, dtype=torch.float32)
-    half = [leaf.detach().bfloat16() for leaf in (case.hidden, case.gate_up, case.down)]
-    expected = moe_experts(half[0], case.indices, case.weights, half[1], half[2])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        results = case.run(moe_experts)
-        mixed = moe_experts(case.hidden, case.indices, case.weights, half[1], half[2])
-        order = sort_by_expert(case.indices, 4)
-        rows = grouped_gemm(case.hidden[order.permutation // 2], case.gate_up, order.offsets)
-    assert same_bits(results[0], expected) and same_bits(mixed, expected)
-    assert rows.dtype == torch.bfloat16
-    assert all(grad.dtype == torch.float32 for grad in results[1:])
-
-
-@pytest.mark.parametrize("weights_dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_routing_weights_of_another_dtype(backend, weights_dtype):
-    case = Case(30, 18, 16, 4, 2, dtype=torch.bfloat16)
-    case.weights = case.weights.detach().to(weights_dtype).requires_grad_()
-    results = case.run(moe_experts)
-    assert results[2].dtype == weights_dtype
-    case.weights = case.weights.detach().float().requires_grad_()
-    for ours, expected in zip(results, case.run(moe_experts), strict=True):
-        torch.testing.assert_close(ours.float(), expected.float(), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -313,78 +78,3 @@ def test_against_the_experts_of_transformers(backend, peer, dtype):
     assert peer == "eager" or peer in transformers_moe.ALL_EXPERTS_FUNCTIONS
     for ours, peers, exact in zip(case.run(moe_experts), case.run(theirs), case.exact(), strict=True):
         assert_as_exact_as(ours, peers, exact, dtype)
-
-
-@pytest.mark.parametrize("save", ["hidden", "nothing"])
-def test_compiled(backend, save):
-    compiled = torch.compile(
-        lambda *a: moe_experts(*a, save=save), backend="aot_eager", fullgraph=True, dynamic=True
-    )
-    first = Case(13, 8, 6, 4, 2, dtype=torch.float32)
-    for ours, eager in zip(first.run(compiled), first.run(moe_experts), strict=True):
-        torch.testing.assert_close(ours, eager)
-    with torch._dynamo.config.patch(error_on_recompile=True):  # another token count, another load
-        second = Case(31, 8, 6, 4, 2, dtype=torch.float32)
-        for ours, eager in zip(second.run(compiled), second.run(moe_experts), strict=True):
-            torch.testing.assert_close(ours, eager)
-
-
-def test_a_second_derivative_is_refused(backend):
-    if backend == "reference":
-        pytest.skip("the reference has second derivatives")
-    case = Case(6, 5, 3, 4, 2, dtype=torch.float32)
-    out = moe_experts(*case.arguments())
-    grads = torch.autograd.grad(out, case.leaves, case.grad, create_graph=True)
-    for grad in grads:
-        with pytest.raises(RuntimeError, match="moe_experts: a second derivative is not implemented"):
-            torch.autograd.grad(grad.sum(), case.hidden, retain_graph=True)
-
-
-# --- grouped_gemm ---
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("counts", [[2, 0, 50, 1], [0, 0, 0, 8], [0, 0, 0, 0], [1, 1, 1, 1], [200, 30, 0, 7]])
-def test_grouped_gemm(backend, counts, dtype):
-    offsets = torch.tensor([0, *counts]).cumsum(0)
-    rows = int(offsets[-1]) + 3  # three rows of nobody, which are not even finite
-    x = torch.randn(rows, 45).to(dtype)
-    x[int(offsets[-1]) :] = torch.nan
-    x.requires_grad_()
-    weight = (torch.randn(4, 36, 45) / 7).to(dtype).requires_grad_()
-    grad = torch.randn(rows, 36).to(dtype)
-    owner = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
-
-    def by_hand(x, weight, grad):
-        out = [x[:0] @ weight[0].T]
-        out += [F.linear(x[row : row + 1], weight[expert]) for row, expert in enumerate(owner.tolist())]
-        out = torch.cat([*out, torch.zeros_like(grad[len(owner) :])])
-        return out.detach(), *torch.autograd.grad(out, (x, weight), grad)
-
-    out = grouped_gemm(x, weight, offsets.int())
-    ours = (out.detach(), *torch.autograd.grad(out, (x, weight), grad))
-    assert (out[len(owner) :] == 0).all() and (ours[1][len(owner) :] == 0).all()
-    wide = (leaf.detach().double().requires_grad_() for leaf in (x, weight))
-    for mine, peer, exact in zip(ours, by_hand(x, weight, grad), by_hand(*wide, grad.double()), strict=True):
-        assert_as_exact_as(mine, peer, exact, dtype)
-    for frozen in (x, weight):
-        frozen.requires_grad_(False)
-        live = weight if frozen is x else x
-        (alone,) = torch.autograd.grad(grouped_gemm(x, weight, offsets), live, grad)
-        assert same_bits(alone, ours[2 if live is weight else 1])
-        frozen.requires_grad_()
-
-
-def test_grouped_gemm_compiled_and_derived_once(backend):
-    x, weight = torch.randn(9, 5, requires_grad=True), torch.randn(3, 4, 5, requires_grad=True)
-    offsets = torch.tensor([0, 4, 4, 8])
-    compiled = torch.compile(grouped_gemm, backend="aot_eager", fullgraph=True)
-    grad = torch.randn(9, 4)
-    torch.testing.assert_close(compiled(x, weight, offsets), grouped_gemm(x, weight, offsets))
-    ours = torch.autograd.grad(compiled(x, weight, offsets), (x, weight), grad)
-    torch.testing.assert_close(ours, torch.autograd.grad(grouped_gemm(x, weight, offsets), (x, weight), grad))
-    if backend != "reference":
-        out = grouped_gemm(x, weight, offsets)
-        (first,) = torch.autograd.grad(out, x, grad, create_graph=True)
-        with pytest.raises(RuntimeError, match="grouped_gemm: a second derivative is not implemented"):
-            first.sum().backward()

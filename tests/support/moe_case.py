@@ -17,7 +17,10 @@ NAMES = ("output", "hidden", "weights", "gate_up", "down")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    """The same values on every device; on the default one."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(*shape, dtype=torch.float64, generator=generator, device="cpu")
+    return values.to(torch.get_default_device(), dtype)
 
 
 class Case:

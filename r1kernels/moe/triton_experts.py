@@ -1,0 +1,373 @@
+"""The Triton backend of the experts: grouped_gemm and moe_experts, forward and backward.
+
+Triton is imported at the first launch, never before. T tokens, H hidden size, I intermediate size, E experts, K experts per
+token, S = T * K routed rows; N inputs and M outputs of a product. Nothing here depends on values: grids and buffers follow
+from shapes, and what an expert has is read on the device. ``ops.py`` says what the ops take and give.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, tuning
+
+VECTOR_BYTES = 16
+SCHEDULED_TILES = 32  # row tiles that a program of schedule_kernel places
+COMBINED_COLUMNS = 1024
+SUMMED_ROWS = 256
+
+
+def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """The implementation of the op ``grouped_gemm_triton``."""
+    rows = Rows(offsets, x.shape[0], x.dtype, tail=True)
+    return multiply("rows", x, weight, rows)
+
+
+def grouped_gemm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """The implementation of the op ``grouped_gemm_triton_backward``."""
+    rows = Rows(offsets, x.shape[0], x.dtype, tail=True)
+    return (
+        multiply("rows_transposed", grad, weight, rows) if need_x else _nothing(x),
+        weight_gradient(grad, None, x, None, rows) if need_weight else _nothing(weight),
+    )
+
+
+def moe_experts(
+    hidden: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The implementation of the op ``moe_experts_triton``."""
+    from .triton_sort import sort_rows
+
+    offsets, permutation, inverse = sort_rows(indices.view(-1), down.shape[0], torch.int32)
+    rows = Rows(offsets, indices.numel(), hidden.dtype)
+    tokens = permutation // indices.shape[1]
+    pre_activation = hidden.new_empty(rows.count if keep else 0, gate_up.shape[1])
+    activated = hidden.new_empty(rows.count, down.shape[2])
+    up_into(pre_activation if keep else None, activated, hidden, tokens, gate_up, activation, rows)
+    out = combine(multiply("rows", activated, down, rows), inverse, weights, rows, hidden.shape[0])
+    return out, pre_activation, offsets, permutation, inverse
+
+
+def moe_experts_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    pre_activation: Tensor,
+    offsets: Tensor,
+    permutation: Tensor,
+    inverse: Tensor,
+    activation: int,
+    need_hidden: bool,
+    need_weights: bool,
+    need_gate_up: bool,
+    need_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The implementation of the op ``moe_experts_triton_backward``."""
+    rows = Rows(offsets, permutation.shape[0], hidden.dtype)
+    tokens = permutation // weights.shape[1]
+    if not pre_activation.shape[0]:
+        pre_activation = hidden.new_empty(rows.count, gate_up.shape[1])
+        up_into(pre_activation, None, hidden, tokens, gate_up, activation, rows)
+
+    d_pre = pre_activation.new_empty(pre_activation.shape) if need_hidden or need_gate_up else None
+    scaled = hidden.new_empty(rows.count, down.shape[2]) if need_down else None
+    d_weights = weights.new_empty(weights.shape) if need_weights else None
+    down_backward_into(
+        d_pre,
+        scaled,
+        d_weights,
+        grad,
+        tokens,
+        down,
+        pre_activation,
+        weights,
+        permutation,
+        inverse,
+        activation,
+        rows,
+    )
+    d_down = _nothing(down) if scaled is None else weight_gradient(grad, tokens, scaled, None, rows)
+    del scaled
+    d_hidden, d_gate_up = _nothing(hidden), _nothing(gate_up)
+    if d_pre is not None and need_gate_up:
+        d_gate_up = weight_gradient(d_pre, None, hidden, tokens, rows)
+    if d_pre is not None and need_hidden:
+        d_rows = multiply("rows_transposed", d_pre, gate_up, rows)
+        d_hidden = combine(d_rows, inverse, None, rows, hidden.shape[0])
+    return d_hidden, _nothing(weights) if d_weights is None else d_weights, d_gate_up, d_down
+
+
+class Rows:
+    """The routed rows of a call: how many, where each expert's begin, and their tiles.
+
+    tail: products have a result for rows that no expert has, 0.
+    """
+
+    def __init__(self, offsets: Tensor, count: int, dtype: torch.dtype, tail: bool = False) -> None:
+        self.offsets, self.count, self.tail = offsets, count, tail
+        self.experts = offsets.shape[0] - 1
+        self._dtype = dtype
+        self._schedules: dict[int, Tensor] = {}
+
+    def tile(self, kernel: str) -> tuning.Tile:
+        """The tile of a kernel for these rows."""
+        return tuning.tile(kernel, self.offsets.device, self._dtype, self.count, self.experts)
+
+    def bound(self, tile_rows: int) -> int:
+        """At most so many tiles of so many rows have a row."""
+        return min(self.count, -(-self.count // tile_rows) + self.experts + self.tail - 1)
+
+    def schedule(self, tile_rows: int) -> Tensor:
+        """What ``triton_tiles.schedule_kernel`` writes for tiles of so many rows."""
+        from . import triton_tiles as kernels
+
+        if tile_rows not in self._schedules:
+            bound = self.bound(tile_rows)
+            schedule = self.offsets.new_empty(1 + 3 * bound)
+            with torch.cuda.device_of(schedule):
+                kernels.schedule_kernel[(-(-bound // SCHEDULED_TILES),)](
+                    self.offsets,
+                    schedule,
+                    self.count,
+                    self.experts,
+                    bound,
+                    ROWS=tile_rows,
+                    TAIL=self.tail,
+                    EXPERTS=1 << (self.experts + self.tail - 1).bit_length(),
+                    TILES=SCHEDULED_TILES,
+                )
+            self._schedules[tile_rows] = schedule
+        return self._schedules[tile_rows]
+
+
+def multiply(kernel: str, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    """Each row of x (S, N) times the matrix of its expert: (M, N) for the kernel "rows", (N, M) for "rows_transposed"."""
+    from . import triton_gemm as kernels
+
+    outputs_first = kernel == "rows"
+    size = x.shape[1]
+    width = weight.shape[1 if outputs_first else 2]
+    out = x.new_empty(rows.count, width)
+    if rows.count == 0:
+        return out
+    unit = _unit(x, size, width)
+    tile = _pointers_if_needed(rows.tile(kernel), unit, x, weight)
+    block = (tile.columns, tile.depth) if outputs_first else (tile.depth, tile.columns)
+    with torch.cuda.device_of(x):
+        kernels.rows_kernel[(_programs(tile, rows, width),)](
+            _blocks(x, tile.rows, tile.depth) if tile.descriptors else x,
+            _blocks(weight, 1, *block) if tile.descriptors else weight,
+            out,
+            rows.schedule(tile.rows),
+            size // unit,
+            width // unit,
+            rows.experts,
+            **_shape(tile, unit),
+            DESCRIPTORS=tile.descriptors,
+            OUTPUTS_FIRST=outputs_first,
+        )
+    return out
+
+
+def up_into(
+    pre_activation: Tensor | None,
+    activated: Tensor | None,
+    hidden: Tensor,
+    tokens: Tensor,
+    gate_up: Tensor,
+    activation: int,
+    rows: Rows,
+) -> None:
+    """The pre-activation (S, 2 I) and the activation (S, I), either or both."""
+    from . import triton_gemm as kernels
+
+    if rows.count == 0:
+        return
+    size, width = hidden.shape[1], gate_up.shape[1] // 2
+    unit = _unit(hidden, size, width)
+    tile = _pointers_if_needed(rows.tile("up"), unit, gate_up)
+    with torch.cuda.device_of(hidden):
+        kernels.up_kernel[(_programs(tile, rows, width),)](
+            hidden,
+            tokens,
+            _blocks(gate_up, 1, tile.columns, tile.depth) if tile.descriptors else gate_up,
+            pre_activation,
+            activated,
+            rows.schedule(tile.rows),
+            size // unit,
+            width // unit,
+            **_shape(tile, unit),
+            DESCRIPTORS=tile.descriptors,
+            ACTIVATION=activation,
+        )
+
+
+def down_backward_into(
+    d_pre: Tensor | None,
+    scaled: Tensor | None,
+    d_weights: Tensor | None,
+    grad: Tensor,
+    tokens: Tensor,
+    down: Tensor,
+    pre_activation: Tensor,
+    weights: Tensor,
+    permutation: Tensor,
+    inverse: Tensor,
+    activation: int,
+    rows: Rows,
+) -> None:
+    """The gradient of the pre-activation (S, 2 I), s A (S, I) and the gradient of the routing weights (T, K), each if given."""
+    from . import triton_combine, triton_gemm
+
+    if rows.count == 0:
+        return
+    size, width = down.shape[1:]
+    unit = _unit(grad, size, width)
+    tile = _pointers_if_needed(rows.tile("down_backward"), unit, down)
+    blocks = -(-width // tile.columns)
+    parts = None if d_weights is None else weights.new_empty(blocks, rows.count)
+    product_wanted = d_pre is not None or parts is not None
+    with torch.cuda.device_of(grad):
+        triton_gemm.down_backward_kernel[(_programs(tile, rows, width),)](
+            grad,
+            tokens,
+            _blocks(down, 1, tile.depth, tile.columns) if tile.descriptors else down,
+            pre_activation,
+            weights,
+            permutation,
+            d_pre,
+            scaled,
+            parts,
+            rows.schedule(tile.rows),
+            size // unit if product_wanted else 0,
+            size // unit,
+            width // unit,
+            rows.count,
+            **_shape(tile, unit),
+            DESCRIPTORS=tile.descriptors,
+            ACTIVATION=activation,
+        )
+        if d_weights is not None:
+            triton_combine.sum_parts_kernel[(-(-rows.count // SUMMED_ROWS),)](
+                parts, inverse, rows.offsets, d_weights, rows.count, blocks, rows.experts, SIZE=SUMMED_ROWS
+            )
+
+
+def weight_gradient(
+    left: Tensor, left_rows: Tensor | None, right: Tensor, right_rows: Tensor | None, rows: Rows
+) -> Tensor:
+    """(E, M, N): for each expert the sum over its rows of left[left_rows]^T right[right_rows] (None: the row itself)."""
+    from . import triton_gemm as kernels
+
+    height, width = left.shape[1], right.shape[1]
+    out = left.new_empty(rows.experts, height, width)
+    unit = _unit(left, height, width)
+    tile = rows.tile("weight_gradient")
+    tiles = -(-height // tile.rows) * -(-width // tile.columns)
+    with torch.cuda.device_of(left):
+        kernels.weight_gradient_kernel[(rows.experts * tiles,)](
+            left,
+            left_rows,
+            right,
+            right_rows,
+            rows.offsets,
+            out,
+            height // unit,
+            width // unit,
+            rows.count,
+            rows.experts,
+            **_shape(tile, unit),
+        )
+    return out
+
+
+def combine(values: Tensor, inverse: Tensor, weights: Tensor | None, rows: Rows, tokens: int) -> Tensor:
+    """(T, H): for each token the sum of its rows of values (S, H), weighted or not."""
+    from . import triton_combine as kernels
+
+    width = values.shape[1]
+    out = values.new_empty(tokens, width)
+    if rows.count == 0:
+        return out
+    unit = _unit(values, width)
+    with torch.cuda.device_of(values):
+        kernels.combine_kernel[(tokens, -(-width // COMBINED_COLUMNS))](
+            values,
+            inverse,
+            rows.offsets,
+            weights,
+            out,
+            width // unit,
+            rows.experts,
+            TOP_K=rows.count // tokens,
+            COLUMNS=COMBINED_COLUMNS,
+            UNIT=unit,
+        )
+    return out
+
+
+def _unit(matrix: Tensor, *sizes: int) -> int:
+    """The elements of a vector, if all sizes are multiples of it, else 1."""
+    unit = VECTOR_BYTES // matrix.element_size()
+    return 1 if any(size % unit for size in sizes) else unit
+
+
+def _pointers_if_needed(tile: tuning.Tile, unit: int, *matrices: Tensor) -> tuning.Tile:
+    """The tile, without descriptors where rows do not begin on a vector's boundary."""
+    if unit > 1 and not any(matrix.data_ptr() % VECTOR_BYTES for matrix in matrices):
+        return tile
+    return tile._replace(descriptors=False)
+
+
+def _blocks(matrix: Tensor, *block: int) -> Any:
+    """The descriptor of a tensor that is read in blocks."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, list(block))
+
+
+def _programs(tile: tuning.Tile, rows: Rows, width: int) -> int:
+    """One program a tile, or one a multiprocessor, which takes one tile after the other."""
+    tiles = rows.bound(tile.rows) * -(-width // tile.columns)
+    device = rows.offsets.device
+    if not tile.descriptors:
+        return tiles
+    return min(
+        tiles, torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    )
+
+
+def _shape(tile: tuning.Tile, unit: int) -> dict[str, Any]:
+    return {
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "GROUP": tile.group,
+        "UNIT": unit,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _nothing(like: Tensor) -> Tensor:
+    return like.new_empty(0, *like.shape[1:])
+
+
+for _key in ("CUDA", "CPU"):  # on the CPU, in Triton's interpreter
+    ops.library.impl("grouped_gemm_triton", grouped_gemm, _key)
+    ops.library.impl("grouped_gemm_triton_backward", grouped_gemm_backward, _key)
+    ops.library.impl("moe_experts_triton", moe_experts, _key)
+    ops.library.impl("moe_experts_triton_backward", moe_experts_backward, _key)

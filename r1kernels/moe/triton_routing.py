@@ -1,0 +1,108 @@
+"""The Triton backend of the router and of sort_by_expert: its ops.
+
+Triton is imported at the first launch, never before. T tokens, E experts, K experts per token, S rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+EXPERTS_OF_WARP = 512
+
+
+def sort_by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The op ``sort_by_expert_triton`` (see ops.py), in one launch for few rows, else in three."""
+    from . import triton_sort
+
+    return triton_sort.sort_rows(indices, experts, torch.int64)
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    softmax: bool,
+    bias: Tensor | None,
+    n_group: int,
+    topk_group: int,
+    normalize: bool,
+    scale: float,
+    indices: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op ``route_triton``, in one launch."""
+    from . import triton_route
+
+    tokens, experts = logits.shape
+    weights = logits.new_empty((tokens, top_k), dtype=torch.float32)
+    chosen = logits.new_empty((tokens, top_k), dtype=torch.int64)
+    counts = logits.new_zeros(experts, dtype=torch.int32)
+    if indices is not None:
+        n_group = topk_group = 1
+    groups, members = _power_of_two(n_group), _power_of_two(experts // n_group)
+    if tokens > 0:
+        with torch.cuda.device_of(logits):
+            triton_route.route_kernel[(tokens,)](
+                logits,
+                bias,
+                indices,
+                weights,
+                chosen,
+                counts,
+                experts,
+                top_k,
+                n_group,
+                topk_group,
+                scale,
+                SOFTMAX=softmax,
+                NORMALIZE=normalize,
+                GROUPS=groups,
+                MEMBERS=members,
+                SLOTS=_power_of_two(top_k),
+                **_launch(groups * members),
+            )
+    return weights, chosen, counts
+
+
+def route_backward(
+    grad_weights: Tensor, logits: Tensor, indices: Tensor, softmax: bool, normalize: bool, scale: float
+) -> Tensor:
+    """The op ``route_triton_backward``, in one launch."""
+    from . import triton_route
+
+    (tokens, experts), top_k = logits.shape, indices.shape[1]
+    grad = torch.empty_like(logits)
+    size = _power_of_two(experts)
+    if tokens > 0:
+        with torch.cuda.device_of(logits):
+            triton_route.route_backward_kernel[(tokens,)](
+                grad_weights,
+                logits,
+                indices,
+                grad,
+                experts,
+                top_k,
+                scale,
+                SOFTMAX=softmax,
+                NORMALIZE=normalize,
+                EXPERTS=size,
+                SLOTS=_power_of_two(top_k),
+                **_launch(size),
+            )
+    return grad
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _launch(size: int) -> dict[str, int | bool]:
+    """Options of a launch whose programs hold ``size`` experts."""
+    return {"num_warps": min(max(size // EXPERTS_OF_WARP, 1), 16), "enable_fp_fusion": True}
+
+
+for _key in ("CUDA", "CPU"):  # on the CPU, in Triton's interpreter
+    ops.library.impl("sort_by_expert_triton", sort_by_expert, _key)
+    ops.library.impl("route_triton", route, _key)
+    ops.library.impl("route_triton_backward", route_backward, _key)

@@ -1,0 +1,209 @@
+"""The Triton kernels of moe_experts and grouped_gemm in Triton's interpreter. Run by test_interpreter.py in a process of its
+own. T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows."""
+
+import pytest
+import torch
+
+from r1kernels.moe import moe_experts, tuning
+from r1kernels.moe import triton_experts as backend_module
+from tests.support import interpreter_bfloat16
+from tests.support.moe_case import NAMES, Case, in_eager
+from tests.support.moe_experts_kernel import DTYPES, SHAPES, MoeExpertsKernel
+from tests.support.numerics import assert_as_exact_as, same_bits
+from tests.support.redzones import Redzones
+
+interpreter_bfloat16.repair()
+
+SMALL = tuning.Tile(16, 32, 32, group=2, warps=4, stages=2, descriptors=False)
+ops = torch.ops.r1kernels
+SMALL_SHAPES = {  # as SHAPES
+    "odd, prime E": (7, 37, 19, 7, 3),
+    "2I == H": (9, 64, 32, 3, 2),
+    "K = E": (3, 40, 33, 3, 3),
+    "K = 1": (20, 32, 48, 2, 1),
+    "one token": (1, 34, 19, 5, 2),
+    "one expert": (18, 24, 48, 1, 1),
+    "idle experts": (2, 16, 24, 11, 2),
+    "one of everything": (1, 1, 1, 1, 1),
+    "several row blocks": (40, 32, 16, 2, 2),
+    "several column blocks": (4, 72, 40, 2, 1),
+}
+assert set(SMALL_SHAPES) == set(SHAPES)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Small tiles, so that a small call has many; by descriptors where a GPU that has them would take them."""
+
+    def tile(kernel, device, dtype, rows, experts):
+        return SMALL._replace(descriptors=dtype == torch.bfloat16 and kernel != "weight_gradient")
+
+    monkeypatch.setattr(tuning, "tile", tile)
+    monkeypatch.setattr(backend_module, "COMBINED_COLUMNS", 32)
+    monkeypatch.setattr(backend_module, "SUMMED_ROWS", 8)
+    monkeypatch.setattr(backend_module, "SCHEDULED_TILES", 4)
+
+
+@pytest.fixture
+def backend():
+    return "triton"
+
+
+class TestMoeExpertsTriton(MoeExpertsKernel):
+    """The interpreter is slow: small sizes, and half of the larger products."""
+
+    shapes = SMALL_SHAPES
+    tokens = 8
+    long = (110, 200)
+    wide = (12, 40, 40, 3, 2)
+    saved_tokens = 12
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype"), [(shape, DTYPES[place % 3]) for place, shape in enumerate(SHAPES)], ids=str
+    )
+    def test_values_and_gradients_are_as_exact_as_eager(self, backend, shape, dtype):
+        super().test_values_and_gradients_are_as_exact_as_eager(backend, shape, dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+    def test_what_is_saved_for_the_backward(self, backend, dtype):
+        super().test_what_is_saved_for_the_backward(backend, dtype)
+
+    @pytest.mark.parametrize(("dtype", "all_rows", "save"), [
+        (torch.float32, False, "nothing"), (torch.bfloat16, True, "hidden"), (torch.float16, False, "hidden"),
+    ], ids=str)  # fmt: skip
+    def test_sentinels_of_expert_parallelism(self, backend, all_rows, dtype, save):
+        super().test_sentinels_of_expert_parallelism(backend, all_rows, dtype, save)
+
+    @pytest.mark.parametrize("few", [False])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+    def test_repeated_runs_agree_bit_for_bit(self, backend, dtype, few):
+        super().test_repeated_runs_agree_bit_for_bit(backend, dtype, few)
+
+    @pytest.mark.parametrize(
+        ("live", "save"), [(1, "hidden"), (2, "nothing"), (4, "hidden"), (8, "nothing"), (6, "hidden")]
+    )
+    def test_frozen_arguments(self, backend, live, save):
+        super().test_frozen_arguments(backend, live, save)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+    def test_long_sums(self, backend, dtype):
+        super().test_long_sums(backend, dtype)
+
+    @pytest.mark.parametrize("indices", ["duplicates"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+    def test_uneven_choices(self, backend, indices, dtype):
+        super().test_uneven_choices(backend, indices, dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+    def test_nothing_leaks_between_rows_and_experts(self, backend, dtype):
+        super().test_nothing_leaks_between_rows_and_experts(backend, dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+    def test_saving_nothing_and_checkpoints_give_the_same_bits(self, backend, dtype):
+        super().test_saving_nothing_and_checkpoints_give_the_same_bits(backend, dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+    def test_strides_do_not_matter(self, backend, dtype):
+        super().test_strides_do_not_matter(backend, dtype)
+
+    @pytest.mark.parametrize("weights_dtype", [torch.bfloat16])
+    def test_routing_weights_of_another_dtype(self, backend, weights_dtype):
+        super().test_routing_weights_of_another_dtype(backend, weights_dtype)
+
+    @pytest.mark.parametrize("save", ["nothing"])
+    def test_compiled(self, backend, save):
+        super().test_compiled(backend, save)
+
+    @pytest.mark.parametrize(
+        ("counts", "dtype"),
+        [
+            ([2, 0, 20, 1], torch.bfloat16),
+            ([0, 0, 0, 8], torch.float32),
+            ([0, 0, 0, 0], torch.bfloat16),
+            ([1, 1, 1, 1], torch.float16),
+        ],
+        ids=str,
+    )
+    def test_grouped_gemm(self, backend, counts, dtype):
+        super().test_grouped_gemm(backend, counts, dtype)
+
+
+def test_the_tiles_of_a_gpu_give_the_same_numbers(monkeypatch):
+    """The entries of sm_90 for few and for many rows, with descriptors."""
+    for rows in (1, 1000):
+        monkeypatch.setattr(
+            tuning,
+            "tile",
+            lambda kernel, device, dtype, *unused, rows=rows: tuning.choose(kernel, "", (9, 0), dtype, rows),
+        )
+        case = Case(6, 72, 40, 2, 2, dtype=torch.bfloat16)
+        results = case.run(lambda *arguments: moe_experts(*arguments, backend="triton"))
+        for _, ours, eager, exact in zip(NAMES, results, case.run(in_eager), case.exact(), strict=True):
+            assert_as_exact_as(ours, eager, exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 40), (torch.float16, 37)], ids=str)
+def test_nothing_outside_the_arguments_is_read_or_written(monkeypatch, dtype, size, offset):
+    """Arguments between NaN, at aligned addresses and at odd ones, give the bits of plain arguments."""
+    case = Case(5, size, 24, 3, 2, dtype=dtype)
+    hidden, indices, weights, gate_up, down = (argument.detach() for argument in case.arguments())
+    plain = (hidden, indices, weights.float(), gate_up, down)
+    zones = Redzones()
+    placed = tuple(zones.input(argument, offset=offset) for argument in plain)
+    grad = zones.input(case.grad, offset=offset)
+    make = torch.Tensor.new_empty
+
+    def between_canaries(self, *shape, dtype=None, **options):
+        """Results and scratch too; the interpreter itself makes tensors of no element."""
+        sizes = shape[0] if isinstance(shape[0], (tuple, torch.Size)) else shape
+        if options or not torch.Size(sizes).numel():
+            return make(self, *shape, dtype=dtype, **options)
+        return zones.output(*sizes, dtype=dtype or self.dtype)
+
+    results = []
+    for arguments, upstream in ((plain, case.grad), (placed, grad)):
+        out, *order = ops.moe_experts_triton(*arguments, 0, True)
+        hidden, _, *others = arguments
+        grads = ops.moe_experts_triton_backward(upstream, hidden, *others, *order, 0, *(True,) * 4)
+        results.append((out, *order, *grads))
+        monkeypatch.setattr(torch.Tensor, "new_empty", between_canaries)
+    zones.check()
+    for first, second in zip(*results, strict=True):
+        assert same_bits(first, second)
+
+
+def test_indices_and_offsets_that_do_not_fit_reach_nothing_outside():
+    """Values of a device are not read: such an index counts as a sentinel, and offsets are cut to [0, S]."""
+    case = Case(5, 16, 8, 3, 2, dtype=torch.float32)
+    arguments = [argument.detach() for argument in case.arguments()]
+    wild = arguments[1].clone()
+    wild[0], wild[3, 1] = torch.tensor([-7, 10**12]), 4
+    sentinels = torch.where((wild < 0) | (wild >= 3), 3, wild)
+    outs = [
+        ops.moe_experts_triton(arguments[0], index, *arguments[2:], 0, True)[0] for index in (wild, sentinels)
+    ]
+    assert same_bits(*outs) and (outs[0][0] == 0).all()
+    zones = Redzones()
+    x, weight = zones.input(torch.randn(20, 16)), zones.input(torch.randn(3, 8, 16))
+    for bounds in ((0, 30, 5, 40), (-9, 3, 7, 99), (5, 2, 1, 0), (0, 20, 0, 20)):
+        offsets = torch.tensor(bounds, dtype=torch.int32)
+        ops.grouped_gemm_triton(x, weight, offsets)
+        ops.grouped_gemm_triton_backward(torch.randn(20, 8), x, weight, offsets, True, True)
+    zones.check()
+
+
+@pytest.mark.parametrize("keep", [True])
+def test_the_ops_keep_their_schemas(keep):
+    case = Case(4, 16, 8, 3, 2, dtype=torch.float32)
+    hidden, indices, weights, gate_up, down = (argument.detach() for argument in case.arguments())
+    arguments = (hidden, indices, weights, gate_up, down, 0, keep)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.moe_experts_triton.default, arguments, test_utils=checks)
+    _, *saved = ops.moe_experts_triton(*arguments)
+    backward = (case.grad, hidden, weights, gate_up, down, *saved, 0, True, keep, True, keep)
+    torch.library.opcheck(ops.moe_experts_triton_backward.default, backward, test_utils=checks)
+    x, offsets = torch.randn(9, 16), torch.tensor([0, 4, 4, 8], dtype=torch.int32)
+    torch.library.opcheck(ops.grouped_gemm_triton.default, (x, gate_up, offsets), test_utils=checks)
+    call = (torch.randn(9, 16), x, gate_up, offsets, keep, True)
+    torch.library.opcheck(ops.grouped_gemm_triton_backward.default, call, test_utils=checks)

@@ -1,0 +1,102 @@
+"""The Triton kernels of the router and of the order of experts in Triton's interpreter. Run by test_interpreter.py in a
+process of its own.
+"""
+
+import pytest
+import torch
+
+import r1kernels
+from r1kernels.moe import reference, triton_sort
+from r1kernels.moe import route as public_route
+from r1kernels.moe import sort_by_expert as public_sort
+from tests.support import interpreter_bfloat16
+from tests.support.redzones import Redzones
+from tests.support.routing_kernel import FAMILIES, RoutingKernel, families, integers, normal
+
+interpreter_bfloat16.repair()
+ops = torch.ops.r1kernels
+SCHEMA = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Few rows then make several tiles and rounds of loops."""
+    for name, size in {"ROWS": 16, "FEW": 64, "MOST_TILES": 3, "SCANNED": 8}.items():
+        monkeypatch.setattr(triton_sort, name, size)
+
+
+@pytest.fixture
+def backend():
+    return "triton"
+
+
+class TestRoutingTriton(RoutingKernel):
+    """The interpreter is slow: few tokens, and fewer sizes."""
+
+    tokens = 2
+
+    @families
+    def test_choice_weights_and_gradients(self, backend, options):
+        self.check(backend, normal(2, 20), bias=normal(20, seed=1) - 2, **options)
+
+    @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+    @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (7, 7), (33, 1), (1000, 2)])
+    def test_sizes(self, backend, score, experts, top_k):
+        self.check(backend, normal(1, experts), top_k=top_k, score=score, normalize=experts == 7)
+
+    @pytest.mark.parametrize("rows", [0, 1, 33, 64, 65, 120])
+    @pytest.mark.parametrize("experts", [1, 9])
+    def test_order(self, backend, rows, experts):
+        self.check_order(backend, integers(0, experts + 1, rows), experts)
+
+
+def test_nothing_outside_the_arguments_is_read():
+    logits, bias = normal(2, 21), normal(21, seed=1)
+    for softmax, normalize in ((False, True), (True, True), (True, False)):
+        results = []
+        for place in (torch.clone, Redzones().input):
+            choice = ops.route_triton(place(logits), 4, softmax, place(bias), 3, 2, normalize, 2.5, None)
+            grad = ops.route_triton_backward(
+                place(choice[0]), place(logits), place(choice[1]), softmax, normalize, 2.5
+            )
+            results.append((*choice, grad))
+        assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("rows", [40, 100])
+def test_the_order_in_int32(rows):
+    indices = integers(-1, 8, rows)
+    ours = triton_sort.sort_rows(indices, 6, torch.int32)
+    assert all(part.dtype == torch.int32 for part in ours)
+    for part, exact in zip(ours, reference.sort_by_expert(indices, 6), strict=True):
+        assert torch.equal(part.long(), exact.long())
+
+
+def test_the_ops_keep_their_schemas():
+    logits, indices = normal(2, 8), integers(0, 8, 2, 3)
+    for given in (None, indices):
+        arguments = (logits, 3, False, None, 4, 2, True, 2.5, given)
+        torch.library.opcheck(ops.route_triton.default, arguments, test_utils=SCHEMA)
+    backward = (normal(2, 3), logits, indices, True, False, 1.0)
+    torch.library.opcheck(ops.route_triton_backward.default, backward, test_utils=SCHEMA)
+    torch.library.opcheck(ops.sort_by_expert_triton.default, (indices.flatten(), 8), test_utils=SCHEMA)
+
+
+def test_the_public_functions_take_the_backend():
+    logits, options = normal(2, 8).requires_grad_(), FAMILIES["deepseek-v3"]
+    with r1kernels.use_backend("triton"):
+        eager = public_route(logits, **options)
+        order = public_sort(eager.indices, 8)
+        compiled = torch.compile(lambda z: public_route(z, **options), backend="aot_eager", fullgraph=True)(
+            logits
+        )
+    assert torch.equal(eager.weights, compiled.weights) and torch.equal(eager.indices, compiled.indices)
+    assert torch.equal(order.permutation, reference.sort_by_expert(eager.indices, 8).permutation)
+    (first,) = torch.autograd.grad(compiled.weights.square().sum(), logits)
+    (second,) = torch.autograd.grad(eager.weights.square().sum(), logits)
+    assert torch.equal(first, second)
+
+
+def test_more_experts_than_a_kernel_holds_are_left_to_the_reference():
+    text = r1kernels.explain(public_route, torch.zeros(1, 2049), 2)
+    assert "2049 experts are more than the 2048 that a GPU kernel chooses from" in text

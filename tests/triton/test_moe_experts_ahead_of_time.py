@@ -1,0 +1,140 @@
+"""The Triton kernels of the experts, compiled with every entry of the tuning tables for GPUs that are not here."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from r1kernels.moe import triton_experts as backend
+from r1kernels.moe import tuning
+from tests.support import offline_triton
+
+TABLES = sorted(Path(tuning.__file__).parent.glob("*.json"))
+CAPABILITIES = {80: (8, 0), 86: (8, 6), 89: (8, 9), 90: (9, 0), 120: (12, 0)}
+DTYPES = (torch.bfloat16, torch.float32)
+ROWS_AN_EXPERT = (16, 64, 4096)  # one of each entry
+FEW = ((90, torch.bfloat16, 4096), (80, torch.bfloat16, 64))
+MATRIX = [
+    pytest.param(*point, marks=[] if point in FEW else pytest.mark.slow)
+    for point in itertools.product(CAPABILITIES, DTYPES, ROWS_AN_EXPERT)
+]
+EXPERTS, TOP_K = 4, 2
+PRODUCTS = ("up_kernel", "rows_kernel", "down_backward_kernel", "weight_gradient_kernel")
+OTHERS = (
+    "schedule_kernel",
+    "combine_kernel",
+    "sum_parts_kernel",
+)  # those of the sort have tests of their own
+
+
+@pytest.fixture
+def table_of(monkeypatch):
+    """Makes launches take the entries for a capability."""
+
+    def choose(capability):
+        def tile(kernel, device, dtype, rows, experts):
+            return tuning.choose(kernel, "", CAPABILITIES[capability], dtype, -(-rows // experts))
+
+        monkeypatch.setattr(tuning, "tile", tile)
+
+    return choose
+
+
+def forward(rows, dtype, size, keep=True, activation=0):
+    """The launches of moe_experts behind the sort."""
+    hidden = torch.empty(rows // TOP_K, size, dtype=dtype)
+    indices = torch.zeros(rows // TOP_K, TOP_K, dtype=torch.int64)
+    weights = torch.empty(EXPERTS, 2 * size, size, dtype=dtype), torch.empty(EXPERTS, size, size, dtype=dtype)
+    backend.moe_experts(hidden, indices, torch.empty(rows // TOP_K, TOP_K), *weights, activation, keep)
+
+
+def backward(rows, dtype, size, activation=0):
+    hidden = torch.empty(rows // TOP_K, size, dtype=dtype)
+    weights = torch.empty(EXPERTS, 2 * size, size, dtype=dtype), torch.empty(EXPERTS, size, size, dtype=dtype)
+    order = (torch.zeros(length, dtype=torch.int32) for length in (EXPERTS + 1, rows, rows))
+    pre_activation = torch.empty(rows, 2 * size, dtype=dtype)
+    scores = torch.empty(rows // TOP_K, TOP_K)
+    backend.moe_experts_backward(
+        hidden, hidden, scores, *weights, pre_activation, *order, activation, *(True,) * 4
+    )
+
+
+@pytest.mark.parametrize(("capability", "dtype", "rows"), MATRIX)
+def test_every_entry_fits_and_uses_the_tensor_cores(tmp_path, table_of, capability, dtype, rows):
+    table_of(capability)
+    with offline_triton.compile_only(capability) as compiled:
+        forward(rows * EXPERTS, dtype, 256)
+        backward(rows * EXPERTS, dtype, 256)
+    compiled = [kernel for kernel in compiled if kernel.name in PRODUCTS + OTHERS]
+    names = [kernel.name for kernel in compiled if kernel.name in PRODUCTS]
+    assert names == [*PRODUCTS, "weight_gradient_kernel", "rows_kernel"]
+    for kernel in compiled:
+        needs = offline_triton.resources(kernel, tmp_path)
+        assert needs.shared_bytes <= offline_triton.SHARED_BYTES[capability], kernel.name
+        assert needs.stack_bytes == 0 and needs.spill_instructions == 0, kernel.name
+        if kernel.name not in PRODUCTS:
+            continue
+        if dtype == torch.float32:
+            assert "HMMA" not in needs.instructions and "HGMMA" not in needs.instructions, "tf32 loses digits"
+        else:
+            tall = rows > 16 or kernel.name == "weight_gradient_kernel"  # wgmma has 64 rows
+            assert ("HGMMA" if capability == 90 and tall else "HMMA") in needs.instructions
+        asynchronous = "LDGSTS" in needs.instructions or "UTMALDG" in needs.instructions
+        assert asynchronous, f"{kernel.name}: loads are not pipelined"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_odd_sizes_take_pointers_and_fit(tmp_path, table_of, capability, dtype):
+    table_of(capability)
+    with offline_triton.compile_only(capability) as compiled:
+        forward(4096 * EXPERTS, dtype, 255, activation=1)
+        backward(4096 * EXPERTS, dtype, 255, activation=1)
+    for kernel in compiled:
+        needs = offline_triton.resources(kernel, tmp_path)
+        assert needs.shared_bytes <= offline_triton.SHARED_BYTES[capability], kernel.name
+        assert "UTMALDG" not in needs.instructions
+
+
+def test_no_number_of_tokens_compiles_a_kernel_anew(table_of):
+    table_of(80)
+    with offline_triton.compile_only(80) as compiled:
+        for rows in (520, 1026, 2048):  # more than 64 rows an expert: the same entries
+            forward(rows, torch.bfloat16, 64)
+            backward(rows, torch.bfloat16, 64)
+    kernels = [kernel for kernel in compiled if kernel.name in PRODUCTS + OTHERS]
+    once = {kernel.hash for kernel in kernels[: len(kernels) // 3]}
+    assert {kernel.hash for kernel in kernels} == once
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_the_tables_are_well_formed(path):
+    """Entries in rising order of rows an expert; the default serves every kernel, class and kind, any number of rows."""
+    table = json.loads(path.read_text())
+    if path.stem == "default":
+        assert set(table) == set(tuning.KERNELS)
+        assert all(set(classes) == {"sm_80", "sm_86", "sm_90"} for classes in table.values())
+    for classes in table.values():
+        for kinds in classes.values():
+            assert path.stem != "default" or set(kinds) == {"half", "float32"}
+            for entries in kinds.values():
+                limits = [entry["rows_an_expert"] for entry in entries]
+                assert path.stem != "default" or limits[-1] is None
+                numbers = [limit for limit in limits if limit is not None]
+                assert numbers == sorted(set(numbers)) and None not in limits[:-1]
+                keys = {"rows_an_expert", "tile", "group", "warps", "stages", "descriptors"}
+                assert all(set(entry) == keys for entry in entries)
+
+
+def test_the_entry_of_a_call():
+    def choose(rows, name="NVIDIA H200", capability=(9, 0)):
+        return tuning.choose("rows", name, capability, torch.bfloat16, rows)
+
+    assert choose(1).rows == choose(16).rows == 16
+    assert choose(17) == choose(64) and choose(65) == choose(100_000)
+    assert choose(9, "some GPU to come", (13, 7)).stages > 0
