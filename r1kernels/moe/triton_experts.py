@@ -7,6 +7,7 @@ from shapes, and what an expert has is read on the device. ``ops.py`` says what 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -122,9 +123,16 @@ class Rows:
         self._dtype = dtype
         self._schedules: dict[int, Tensor] = {}
 
-    def tile(self, kernel: str) -> tuning.Tile:
-        """The tile of a kernel for these rows."""
-        return tuning.tile(kernel, self.offsets.device, self._dtype, self.count, self.experts)
+    def tile(self, kernel: str, unit: int, *described: Tensor) -> tuning.Tile:
+        """The tile of a kernel for these rows; without descriptors where rows of what they would describe begin off the
+        boundary of a vector."""
+        choose = functools.partial(
+            tuning.tile, kernel, self.offsets.device, self._dtype, self.count, self.experts
+        )
+        tile = choose()
+        if tile.descriptors and (unit == 1 or any(each.data_ptr() % VECTOR_BYTES for each in described)):
+            return choose(pointers=True)
+        return tile
 
     def bound(self, tile_rows: int) -> int:
         """At most so many tiles of so many rows have a row."""
@@ -164,7 +172,7 @@ def multiply(kernel: str, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
     if rows.count == 0:
         return out
     unit = _unit(x, size, width)
-    tile = _pointers_if_needed(rows.tile(kernel), unit, x, weight)
+    tile = rows.tile(kernel, unit, x, weight)
     block = (tile.columns, tile.depth) if outputs_first else (tile.depth, tile.columns)
     with torch.cuda.device_of(x):
         kernels.rows_kernel[(_programs(tile, rows, width),)](
@@ -198,7 +206,7 @@ def up_into(
         return
     size, width = hidden.shape[1], gate_up.shape[1] // 2
     unit = _unit(hidden, size, width)
-    tile = _pointers_if_needed(rows.tile("up"), unit, gate_up)
+    tile = rows.tile("up", unit, gate_up)
     with torch.cuda.device_of(hidden):
         kernels.up_kernel[(_programs(tile, rows, width),)](
             hidden,
@@ -236,7 +244,7 @@ def down_backward_into(
         return
     size, width = down.shape[1:]
     unit = _unit(grad, size, width)
-    tile = _pointers_if_needed(rows.tile("down_backward"), unit, down)
+    tile = rows.tile("down_backward", unit, down)
     blocks = -(-width // tile.columns)
     parts = None if d_weights is None else weights.new_empty(blocks, rows.count)
     product_wanted = d_pre is not None or parts is not None
@@ -275,7 +283,7 @@ def weight_gradient(
     height, width = left.shape[1], right.shape[1]
     out = left.new_empty(rows.experts, height, width)
     unit = _unit(left, height, width)
-    tile = rows.tile("weight_gradient")
+    tile = rows.tile("weight_gradient", unit)
     tiles = -(-height // tile.rows) * -(-width // tile.columns)
     with torch.cuda.device_of(left):
         kernels.weight_gradient_kernel[(rows.experts * tiles,)](
@@ -323,13 +331,6 @@ def _unit(matrix: Tensor, *sizes: int) -> int:
     """The elements of a vector, if all sizes are multiples of it, else 1."""
     unit = VECTOR_BYTES // matrix.element_size()
     return 1 if any(size % unit for size in sizes) else unit
-
-
-def _pointers_if_needed(tile: tuning.Tile, unit: int, *matrices: Tensor) -> tuning.Tile:
-    """The tile, without descriptors where rows do not begin on a vector's boundary."""
-    if unit > 1 and not any(matrix.data_ptr() % VECTOR_BYTES for matrix in matrices):
-        return tile
-    return tile._replace(descriptors=False)
 
 
 def _blocks(matrix: Tensor, *block: int) -> Any:
