@@ -7,7 +7,6 @@ from shapes, and what an expert has is read on the device. ``ops.py`` says what 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -124,15 +123,15 @@ class Rows:
         self._schedules: dict[int, Tensor] = {}
 
     def tile(self, kernel: str, unit: int, *described: Tensor) -> tuning.Tile:
-        """The tile of a kernel for these rows; without descriptors where rows of what they would describe begin off the
-        boundary of a vector."""
-        choose = functools.partial(
-            tuning.tile, kernel, self.offsets.device, self._dtype, self.count, self.experts
-        )
-        tile = choose()
-        if tile.descriptors and (unit == 1 or any(each.data_ptr() % VECTOR_BYTES for each in described)):
-            return choose(pointers=True)
-        return tile
+        """The tile of a kernel for these rows. Where rows begin off the boundary of a vector it is that of few rows,
+        without descriptors: it leaves registers for elements that are read one by one."""
+        found = self._entry(kernel, self.count)
+        if unit == 1 or (found.descriptors and any(each.data_ptr() % VECTOR_BYTES for each in described)):
+            return self._entry(kernel, 1)._replace(descriptors=False)
+        return found
+
+    def _entry(self, kernel: str, rows: int) -> tuning.Tile:
+        return tuning.tile(kernel, self.offsets.device, self._dtype, rows, self.experts)
 
     def bound(self, tile_rows: int) -> int:
         """At most so many tiles of so many rows have a row."""

@@ -14,7 +14,6 @@ import torch
 from ... import tuning
 
 FOLDER = Path(__file__).parent
-_POINTERS = ("", (8, 0))  # of any name; a class without descriptors, whose tiles fit wherever there are some
 KERNELS = ("rows", "rows_transposed", "up", "down_backward", "weight_gradient")
 
 
@@ -32,12 +31,9 @@ class Tile(NamedTuple):
     )
 
 
-def tile(
-    kernel: str, device: torch.device, dtype: torch.dtype, rows: int, experts: int, pointers: bool = False
-) -> Tile:
-    """The tile of ``kernel``, one of KERNELS, for so many routed rows; one for ``pointers`` alone has no descriptors."""
-    place = _POINTERS if pointers else tuning.name_and_capability(device)
-    return choose(kernel, *place, dtype, -(-rows // experts))
+def tile(kernel: str, device: torch.device, dtype: torch.dtype, rows: int, experts: int) -> Tile:
+    """The tile of ``kernel``, one of KERNELS, for so many routed rows."""
+    return choose(kernel, *tuning.name_and_capability(device), dtype, -(-rows // experts))
 
 
 def choose(
