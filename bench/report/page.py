@@ -33,6 +33,7 @@ summary b { color: var(--ink); font-weight: 600; } summary span { color: var(--m
 .bar.wide-label { grid-template-columns: minmax(0, 440px) minmax(80px, 1fr) 110px; } .bars small { display: block; }
 svg + small { display: block; }
 svg { max-width: 860px; width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--muted); } svg .grid { stroke: var(--line); }
+@media (max-width: 1439px) { td, thead th { font-size: 12.5px; padding-left: 4px; padding-right: 4px; } }
 @media (max-width: 700px) {
   body { padding: 24px 14px 60px; } h1 { font-size: 25px; }
   .bar { grid-template-columns: minmax(0, 1fr) 84px; row-gap: 2px; } .bar.wide-label { grid-template-columns: minmax(0, 1fr) 110px; }
