@@ -98,7 +98,7 @@ def test_odd_sizes_take_pointers_and_fit(tmp_path, table_of, capability, dtype):
     for kernel in compiled:
         needs = offline_triton.resources(kernel, tmp_path)
         assert needs.shared_bytes <= offline_triton.SHARED_BYTES[capability], kernel.name
-        assert needs.stack_bytes <= (8 if dtype == torch.float32 else 0), kernel.name  # a predicate or two
+        assert needs.stack_bytes <= (16 if dtype == torch.float32 else 0), kernel.name  # a few predicates
         assert "UTMALDG" not in needs.instructions
 
 
