@@ -36,7 +36,6 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 AUTO = "auto"
 EVERY_OP = "*"
 
-_DEVICE_OF = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
 _log = logging.getLogger("r1kernels")
 
 
@@ -141,7 +140,7 @@ def choose(op: str, backend: str | None, /, *args: Any, **kwargs: Any) -> Backen
         refusal = chosen.refuses(*args, **kwargs)
         if not refusal:
             return chosen
-        if _DEVICE_OF[chosen.name] == device:
+        if devices.SERVED[chosen.name][0] == device:
             _fall_back(chosen, refusal)
     raise BackendError(f"{op}: no backend can serve this call and no reference is registered")
 

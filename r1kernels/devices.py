@@ -27,7 +27,7 @@ _no_cpu, _no_cuda = extension.missing(), extension.cuda_missing()
 _NO_TRITON = None if importlib.util.find_spec("triton") else "the package triton is not installed"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 SERVED = {"cuda": ("cuda",), "triton": ("cuda", "cpu") if _INTERPRETED else ("cuda",), "cpu": ("cpu",)}
-"""The types of the devices whose tensors a backend may serve."""
+"""The types of the devices whose tensors a backend may serve; the first is the one that its kernels are for."""
 
 
 def cpu(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> list[str]:
