@@ -45,10 +45,8 @@ def table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
 
 def _row(old_case: Mapping[str, Any], case: Mapping[str, Any], row: Mapping[str, Any]) -> list[Cell]:
     phase = results.main_phase(case)
-    old = results.named(old_case, row["peer"])
     names = [Cell(results.title(case)), Cell(row["peer"])]
-    was = results.fastest(old, phase) if old else None
-    now = results.fastest(row, phase)
+    was, now = _shortest(results.named(old_case, row["peer"]), row, phase)
     error = Cell(small(results.worst_error(row, phase)))
     times_cells = [Cell(milliseconds(was)), Cell(milliseconds(now))]
     if now is None or was is None:
@@ -71,9 +69,19 @@ def _row(old_case: Mapping[str, Any], case: Mapping[str, Any], row: Mapping[str,
     return [*names, *times_cells, Cell(times(now / was)), shown, error, verdict]
 
 
+def _shortest(
+    old: Mapping[str, Any] | None, new: Mapping[str, Any] | None, phase: str
+) -> tuple[float | None, float | None]:
+    """The shortest rounds of both; of first calls where a turn makes several in only one of the two."""
+    if old and new and (phase in old["cold"]) != (phase in new["cold"]):
+        old, new = results.of_first_calls(old), results.of_first_calls(new)
+    return (
+        results.fastest(old, phase) if old else None,
+        results.fastest(new, phase) if new else None,
+    )
+
+
 def _control(old_case: Mapping[str, Any], case: Mapping[str, Any], phase: str) -> float | None:
     """How eager PyTorch changed, by its shortest rounds."""
-    old, new = results.eager(old_case), results.eager(case)
-    was = results.fastest(old, phase) if old else None
-    now = results.fastest(new, phase) if new else None
+    was, now = _shortest(results.eager(old_case), results.eager(case), phase)
     return now / was if was and now else None

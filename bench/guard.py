@@ -1,12 +1,12 @@
 """``python -m bench guard``: have the main CPU kernels become slower than the committed baseline?
 
-A time is not comparable between two days of one machine; a ratio to a yardstick timed in the same rounds is. Forward and
-backward of each kernel are divided by a pass of torch.exp over as many values (for logits and log-probs) or by the bare
-GEMMs of the op in float32, shortest round by shortest round. One thread: threads that wait for one another repeat badly on
-a machine that others use too. Where memory happens to lie changes a time, so rounds are taken with fresh tensors REPEATS
-times; and what seems slower is measured up to AGAIN times more, since noise goes away and a slower kernel does not.
-Hardware counters, which would do better, are missing in most virtual machines. The command ends with an error where a
-ratio has grown by more than BAND.
+A time is not comparable between two days of one machine; a ratio to a yardstick timed in the same rounds is. Forward
+and backward of each kernel are divided by a pass of torch.exp over as many values (for logits and log-probs) or by the
+bare GEMMs of the op in float32, shortest round by shortest round, without the first calls of turns (turns.py). One
+thread: threads that wait for one another repeat badly on a machine that others use too. Where memory happens to lie
+changes a time, so rounds are taken with fresh tensors REPEATS times; and what seems slower is measured up to AGAIN
+times more, since noise goes away and a slower kernel does not. Hardware counters, which would do better, are missing
+in most virtual machines. The command ends with an error where a ratio has grown by more than BAND.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import families, measure, results, timing
+from . import families, measure, results, timing, turns
 from .cases import Case
 from .environment import environment
 from .numerics import Exact, allowed, error
@@ -111,17 +111,18 @@ def _shortest(case: Case) -> tuple[timing.Phases, timing.Phases]:
     _check(case, call, prepare(inputs), exact, op.comparable)
     yardstick = _yardstick(case, inputs, op.peers)
     clock = timing.Clock(device)
-    ours: list[timing.Phases] = []
-    its: list[timing.Phases] = []
-    for _ in range(ROUNDS + 1):
-        ours.append(timing.train(call, prepare(inputs), clock))
-        its.append(yardstick(clock))
-    # the first round of both is a warm-up
-    first, second = (
-        {phase: min(one[phase] for one in rounds[1:]) for phase in ("forward", "backward")}
-        for rounds in (ours, its)
+    both = (lambda: timing.train(call, prepare(inputs), clock), lambda: yardstick(clock))
+    # the first round is a warm-up, and tells how many calls a turn makes
+    calls = [turns.take(once).calls for once in both]
+    rounds = [
+        [turns.take(once, count).samples for once, count in zip(both, calls, strict=True)]
+        for _ in range(ROUNDS)
+    ]
+    ours, its = (
+        {phase: min(one[phase] for one in samples) for phase in ("forward", "backward")}
+        for samples in zip(*rounds, strict=True)
     )
-    return first, second
+    return ours, its
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""One case, measured: every implementation checked against float64, then all of them timed in turn, A B A B."""
+"""One case, measured: every implementation checked against float64, then all of them timed in turns, A B A B."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from . import families, memory, timing
-from .cases import Case
+from . import families, memory, timing, turns
+from .cases import Case, smallest
 from .numerics import Exact, allowed, error
 from .peers import EAGER, Inputs, Peer, Unavailable, version
 
@@ -23,6 +23,8 @@ _LONG_SECONDS, _VERY_LONG_SECONDS = 6.0, 60.0
 # whoever takes this many times as long as we do is timed once where a round is long
 _FAR_BEHIND = 3.0
 _L2_BYTES = 128 << 20
+# what takes turns of its own
+_MODES = ("inference", "forward+backward")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class Row:
 
     status: "ok", "failed" (its numbers break the rule: it gets no time) or "unavailable"; reason says why.
     errors, limits: name of a result -> its error against float64, and what the rule allows.
-    samples: phase -> seconds of every round.
+    samples: phase -> seconds of every round. cold: phase -> seconds of the first call of every turn, where a turn makes
+    several (see turns.py). calls: "inference" or "forward+backward" -> how many a turn makes.
+    overhead: of ours where a turn makes several calls, phase -> seconds of one at a shape so small that next to no work
+    is left.
     """
 
     peer: str
@@ -58,6 +63,9 @@ class Row:
     errors: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict)
+    cold: dict[str, list[float]] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    overhead: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
     saved_bytes: int | None = None
 
@@ -98,6 +106,9 @@ def measure(
     running = [one for one in running if one.row.status == "ok"]
     if running:
         _time(running, inputs, case, effort, progress)
+    for one in running:
+        if one.row.kind == "ours" and one.row.cold:
+            one.row.overhead = _overhead(one, case)
     return rows
 
 
@@ -158,10 +169,14 @@ def _judge(rows: list[Row], case: Case) -> None:
 def _time(
     running: list[_Running], inputs: Inputs, case: Case, effort: Effort, progress: Callable[[str], None]
 ) -> None:
-    """Rounds in which everybody runs once, until the time is spent; how long the first takes says how many."""
+    """Rounds in which everybody has a turn, until the time is spent; how long the first takes says how many."""
     device = torch.device(case.device)
     clock = timing.Clock(device)
     sets = _rotating(inputs, device)
+    if device.type == "cuda" or not effort.seconds:
+        # graphs of short calls are replayed many times anyway; without an effort no time is meant
+        for one in running:
+            one.row.calls = dict.fromkeys(_MODES, 1)
     first = _round(running, inputs, clock)
     if device.type == "cuda":
         for one in running:
@@ -197,22 +212,29 @@ def _far_behind(running: list[_Running]) -> set[str]:
 
 
 def _round(running: list[_Running], inputs: Inputs, clock: timing.Clock) -> dict[str, float]:
-    """Everybody once; adds to the samples and returns the seconds of each. Whoever fails now is out."""
-    taken = {}
-    for one in running:
-        if one.row.status != "ok":
-            continue
-        began = time.perf_counter()
-        try:
-            phases = _sample(one, inputs, clock)
-        except RuntimeError as problem:
-            one.row.samples.clear()
-            one.row.status = "failed" if one.row.kind == "ours" else "unavailable"
-            one.row.reason = f"stopped while it was timed: {first_line(problem)}"
-            continue
-        for phase in one.peer.phases:
-            one.row.samples.setdefault(phase, []).append(phases[phase])
-        taken[one.row.peer] = time.perf_counter() - began
+    """A turn of everybody in each mode; adds to the samples and returns the seconds of each. Whoever fails now is out."""
+    taken: dict[str, float] = {}
+    for mode in _MODES:
+        for one in running:
+            row, once = one.row, _once(one, mode, inputs, clock)
+            if row.status != "ok" or once is None:
+                continue
+            began = time.perf_counter()
+            try:
+                turn = turns.take(once, row.calls.get(mode))
+            except RuntimeError as problem:
+                row.samples.clear()
+                row.cold.clear()
+                taken.pop(row.peer, None)
+                row.status = "failed" if row.kind == "ours" else "unavailable"
+                row.reason = f"stopped while it was timed: {first_line(problem)}"
+                continue
+            row.calls[mode] = turn.calls
+            for kept, found in ((row.samples, turn.samples), (row.cold, turn.cold)):
+                for phase in one.peer.phases:
+                    if phase in found:
+                        kept.setdefault(phase, []).append(found[phase])
+            taken[row.peer] = taken.get(row.peer, 0.0) + time.perf_counter() - began
     return taken
 
 
@@ -222,14 +244,33 @@ def first_line(problem: Exception) -> str:
     return f"{type(problem).__name__}: {lines[0]}" if lines else type(problem).__name__
 
 
-def _sample(one: _Running, inputs: Inputs, clock: timing.Clock) -> timing.Phases:
-    if one.replayed is not None:
-        return one.replayed.sample(clock)
-    if one.peer.kind == "floor":
-        return timing.floor(one.call, clock)
-    found = timing.train(one.call, _fresh(one.peer, inputs), clock)
-    if "inference" in one.peer.phases:
-        found |= timing.infer(one.call, inputs, clock)
+def _once(
+    one: _Running, mode: str, inputs: Inputs, clock: timing.Clock
+) -> Callable[[], timing.Phases] | None:
+    """One call in a mode; None where the implementation has no turn in it."""
+    replayed = one.replayed
+    if replayed is not None or one.peer.kind == "floor":
+        # all phases at once
+        if mode == "inference":
+            return None
+        return lambda: replayed.sample(clock) if replayed else timing.floor(one.call, clock)
+    if mode != "inference":
+        return lambda: timing.train(one.call, _fresh(one.peer, inputs), clock)
+    return (lambda: timing.infer(one.call, inputs, clock)) if "inference" in one.peer.phases else None
+
+
+def _overhead(one: _Running, case: Case) -> timing.Phases:
+    """What a call takes at the smallest shape in the modes in which a turn makes several."""
+    small, device = smallest(case), torch.device(case.device)
+    inputs = families.OPS[case.op].inputs(small, device)
+    for leaf in inputs.leaves:
+        inputs[leaf].requires_grad_()
+    there = replace(one, call=one.peer.make(small, inputs))
+    found: timing.Phases = {}
+    for mode in _MODES:
+        once = _once(there, mode, inputs, timing.Clock(device))
+        if once is not None and one.row.calls[mode] > 1:
+            found |= turns.take(once).samples
     return found
 
 

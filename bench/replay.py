@@ -105,6 +105,7 @@ def play(session: Session, benchmark: Any, case: Case, peer: str, phase: str) ->
         {
             "errors": row.errors,
             "limits": row.limits,
+            "first_calls": row.cold.get(phase, []),
             "peak_bytes": row.peak_bytes,
             "saved_bytes": row.saved_bytes,
             "floor_seconds": floors[0] if floors else None,

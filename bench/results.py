@@ -16,7 +16,9 @@ from .ceilings import Ceilings
 from .measure import Row
 from .peers import EAGER
 
-SCHEMA = 1
+SCHEMA = 2
+# before the first calls of turns were told apart from those after them
+_ONE_CALL_A_TURN = 1
 
 
 def case_record(case: Case, rows: Sequence[Row], ceilings: Ceilings, load: Sequence[float]) -> dict[str, Any]:
@@ -64,8 +66,9 @@ def _part(phase: str) -> str:
 
 def _row_record(row: Row) -> dict[str, Any]:
     record = asdict(row)
-    record["samples"] = {name: [short(value) for value in found] for name, found in row.samples.items()}
-    for name in ("errors", "limits"):
+    for kind in ("samples", "cold"):
+        record[kind] = {name: [short(value) for value in found] for name, found in record[kind].items()}
+    for name in ("errors", "limits", "overhead"):
         record[name] = {key: short(value) for key, value in record[name].items()}
     return record
 
@@ -91,16 +94,22 @@ def save(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read results.
+    """Read results; in those of schema 1 every turn is one call.
 
     Raises:
-        ValueError: the file is not of this schema.
+        ValueError: the file is of no schema that is known.
     """
     results: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    if results.get("schema") != SCHEMA:
+    if results.get("schema") not in (_ONE_CALL_A_TURN, SCHEMA):
         raise ValueError(
-            f"{path}: expected benchmark results of schema {SCHEMA}, got {results.get('schema')!r}"
+            f"{path}: expected benchmark results of schema {_ONE_CALL_A_TURN} or {SCHEMA}, "
+            f"got {results.get('schema')!r}"
         )
+    if results["schema"] == _ONE_CALL_A_TURN:
+        results["schema"] = SCHEMA
+        # the cases of ``bench saved`` have no rows
+        for row in (row for case in results["cases"] for row in case.get("rows", ())):
+            row |= {"cold": {}, "calls": {}, "overhead": {}}
     return results
 
 
@@ -117,6 +126,21 @@ def fastest(row: Mapping[str, Any], phase: str) -> float | None:
     """The shortest round of a phase."""
     samples = row["samples"].get(phase)
     return min(samples) if samples and row["status"] == "ok" else None
+
+
+def has_first_calls(case: Mapping[str, Any], phase: str) -> bool:
+    """Whether a turn of somebody makes several calls in this phase, of which the first is told apart."""
+    return any(phase in row["cold"] for row in case["rows"])
+
+
+def first_calls(case: Mapping[str, Any]) -> dict[str, Any]:
+    """The case as the first call of every turn shows it."""
+    return {**case, "rows": [of_first_calls(row) for row in case["rows"]]}
+
+
+def of_first_calls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose samples are the first calls; the only call of a turn is its first."""
+    return {**row, "samples": {**row["samples"], **row["cold"]}}
 
 
 def ratio(theirs: Mapping[str, Any], ours: Mapping[str, Any], phase: str) -> float | None:

@@ -1,4 +1,4 @@
-"""Why somebody else is faster, where that is so: (op, implementation) -> a sentence for the report."""
+"""Why somebody else is faster, where that is so: a sentence for the report, from the numbers of the case."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ from typing import Any
 from .. import results
 from .table import milliseconds, times
 
-REASONS: Mapping[tuple[str, str], str] = {
-    ("grpo_loss", "torch.compile"): (
-        "ours checks its arguments and chooses a backend in Python before each call, which a compiled function does not; "
-        "at a few thousand tokens that is about half of the call"
-    ),
-}
 NO_KERNEL = "no kernel of ours serves this call here yet: the reference, plain PyTorch, does"
 # shorter calls whose floor is this far below them are spent on the way to the kernel
 _SHORT_SECONDS, _FAR_FROM_FLOOR = 1e-3, 20.0
@@ -22,19 +16,13 @@ _AT_THE_FLOOR = 1.15
 
 
 def reason(case: Mapping[str, Any], peer: Mapping[str, Any], phase: str) -> str:
-    """What was found out about this op and implementation; else what the numbers of the case say."""
-    own = results.main_row(case)
-    if own is not None and own["backend"] == "reference":
-        return NO_KERNEL
-    return REASONS.get((case["op"], peer["peer"])) or _from_numbers(case, peer, phase)
-
-
-def _from_numbers(case: Mapping[str, Any], peer: Mapping[str, Any], phase: str) -> str:
     """Ours and theirs against the floor, and the sentence that follows from it."""
     own, work = results.main_row(case), case["phases"].get(phase)
     seconds = results.median(own, phase) if own else None
     if own is None or seconds is None:
         return "ours has no time"
+    if own["backend"] == "reference":
+        return NO_KERNEL
     if not work or not work["floor_seconds"]:
         parts = {name: results.median(own, name) for name in own["samples"] if name != phase}
         slower = {
@@ -48,6 +36,12 @@ def _from_numbers(case: Mapping[str, Any], peer: Mapping[str, Any], phase: str) 
         )
     floor, bound = work["floor_seconds"], work["bound"]
     above = seconds / floor
+    overhead = own["overhead"].get(phase, 0.0)
+    if overhead > floor:
+        return (
+            f"the {bound} floor of this work is {milliseconds(floor)} ms and ours takes {milliseconds(seconds)} ms, of "
+            f"which {milliseconds(overhead)} ms at any size: so long a call takes at a tiny shape"
+        )
     if seconds < _SHORT_SECONDS and above > _FAR_FROM_FLOOR:
         return (
             f"the {bound} floor of this work is {milliseconds(floor)} ms and ours takes {milliseconds(seconds)} ms: at "

@@ -10,11 +10,17 @@ from training.format import duration
 from .. import noise, results
 from ..peers import PHASES
 from ..step import PARTS
+from ..turns import SECONDS
 from .reasons import reason
 from .table import MISSING, Cell, Table, milliseconds, rate, size, small, times
 
 Case = Mapping[str, Any]
 NOT_ON_A_GPU = "Not measured on a GPU: these numbers are of a CPU. The shapes for GPUs are in the list of what was not run."
+FIRST_CALL = "first call of a turn"
+FIRST_CALLS = (
+    f"A call shorter than {milliseconds(SECONDS)} ms is made several times in a turn: times are those of the calls after "
+    f'the first; a line "{FIRST_CALL}" holds those of the first, right after other code ran and took the caches.'
+)
 HEADLINE = (
     "op",
     "shape",
@@ -118,9 +124,20 @@ def _against_the_best(
 ) -> Table:
     table = Table(title, HEADLINE, note=note)
     for case in record["cases"]:
-        own = results.main_row(case)
-        if own is not None:
-            table.rows.append(_headline_row(case, own, phase_of(case)))
+        own, phase = results.main_row(case), phase_of(case)
+        if own is None:
+            continue
+        table.rows.append(_headline_row(case, own, phase))
+        if own["status"] == "ok" and results.has_first_calls(case, phase):
+            cells = _headline_row(results.first_calls(case), results.of_first_calls(own), phase)
+            table.rows.append([Cell(""), Cell(FIRST_CALL, "muted"), Cell(""), *cells[3:]])
+    return _explained(table)
+
+
+def _explained(table: Table) -> Table:
+    """The note says what first calls are where the table has some."""
+    if any(cell.text == FIRST_CALL for row in table.rows for cell in row[:2]):
+        table.note += f" {FIRST_CALLS}"
     return table
 
 
@@ -168,23 +185,26 @@ def not_best(record: Mapping[str, Any]) -> list[str]:
     lines = []
     for case in record["cases"]:
         for phase in dict.fromkeys((results.main_phase(case), "inference")):
-            own, peer = results.main_row(case), results.best_peer(case, phase)
-            faster = results.ratio(peer, own, phase) if own and peer else None
-            if peer and faster is not None and faster < 1:
-                lines.append(
-                    f"{results.title(case)}, {phase}: {peer['peer']} takes {times(faster)} our time; "
-                    f"{reason(case, peer, phase)}."
-                )
+            views = [(case, phase)]
+            if results.has_first_calls(case, phase):
+                views.append((results.first_calls(case), f"{phase}, {FIRST_CALL}"))
+            for shown, name in views:
+                own, peer = results.main_row(shown), results.best_peer(shown, phase)
+                faster = results.ratio(peer, own, phase) if own and peer else None
+                if peer and faster is not None and faster < 1:
+                    lines.append(
+                        f"{results.title(case)}, {name}: {peer['peer']} takes {times(faster)} our time; "
+                        f"{reason(shown, peer, phase)}."
+                    )
     return lines
 
 
 def case_table(case: Case) -> Table:
     """Every implementation of a case: times of each phase, ratio to ours, fraction of the floor, errors, memory."""
     phases = (*PARTS, "step") if case["op"] == "grpo_step" else PHASES
-    main = results.main_phase(case)
     head = ["implementation", *(f"{phase}, ms" for phase in phases), "/ ours", "/ floor", "error", "gradient error",
             "peak memory", "saved"]  # fmt: skip
-    table = Table(results.title(case), head, note=_floor_note(case))
+    table = Table(results.title(case), head, note=_case_note(case))
     own = results.main_row(case)
     for row in case["rows"]:
         label = row["peer"] + (f" ({row['version']})" if row["kind"] == "peer" and row["version"] else "")
@@ -194,22 +214,34 @@ def case_table(case: Case) -> Table:
             mark = "failed" if row["status"] == "failed" else "muted"
             table.rows.append([name, Cell(state(row), mark), *[Cell("")] * (len(head) - 2)])
             continue
-        times_cells = [_time_cell(case, row, phase) for phase in phases]
-        seconds = results.median(row, main)
-        floor = case["phases"].get(main, {}).get("floor_seconds")
         table.rows.append(
             [
                 name,
-                *times_cells,
-                Cell(times(results.ratio(row, own, main)) if own else "-"),
-                Cell(times(seconds / floor) if floor and seconds else "-"),
+                *_time_cells(case, row, own, phases),
                 Cell(small(results.worst_error(row, "forward"))),
                 Cell(small(results.worst_error(row, "backward"))),
                 Cell(size(row["peak_bytes"])),
                 Cell(size(row["saved_bytes"])),
             ]
         )
-    return table
+        if any(results.has_first_calls(case, phase) for phase in phases):
+            cold = results.first_calls(case)
+            cells = _time_cells(cold, results.of_first_calls(row), results.main_row(cold), phases)
+            table.rows.append([Cell(FIRST_CALL, "muted"), *cells, *[Cell("")] * 4])
+    return _explained(table)
+
+
+def _time_cells(
+    case: Case, row: Mapping[str, Any], own: Mapping[str, Any] | None, phases: Sequence[str]
+) -> list[Cell]:
+    """The phases, then in that of the headline the ratio to ours and to the floor."""
+    main = results.main_phase(case)
+    seconds, floor = results.median(row, main), case["phases"].get(main, {}).get("floor_seconds")
+    return [
+        *(_time_cell(case, row, phase) for phase in phases),
+        Cell(times(results.ratio(row, own, main)) if own else "-"),
+        Cell(times(seconds / floor) if floor and seconds else "-"),
+    ]
 
 
 def _time_cell(case: Case, row: Mapping[str, Any], phase: str) -> Cell:
@@ -228,19 +260,30 @@ def _time_cell(case: Case, row: Mapping[str, Any], phase: str) -> Cell:
     return Cell(f"{milliseconds(seconds)} ({milliseconds(results.fastest(row, phase))})", mark)
 
 
-def _floor_note(case: Case) -> str:
+def _case_note(case: Case) -> str:
+    """Rounds and floors; of short calls how many a turn makes, and what of ours is spent at any size."""
+    made = {row["peer"]: max(map(len, row["samples"].values())) for row in case["rows"] if row["samples"]}
+    rounds = max(made.values(), default=0)
+    fewer = [f"{name} {count}" for name, count in made.items() if count < rounds]
     parts = [
+        f"{rounds} rounds{' (' + ', '.join(fewer) + ')' if fewer else ''}; median, in brackets the shortest."
+    ]
+    floors = [
         f"{phase} {milliseconds(found['floor_seconds'])} ms ({found['bound']})"
         for phase, found in case["phases"].items()
         if phase in ("forward", "backward")
     ]
-    made = {row["peer"]: max(map(len, row["samples"].values())) for row in case["rows"] if row["samples"]}
-    rounds = max(made.values(), default=0)
-    fewer = [f"{name} {count}" for name, count in made.items() if count < rounds]
-    text = (
-        f"{rounds} rounds{' (' + ', '.join(fewer) + ')' if fewer else ''}; median, in brackets the shortest."
-    )
-    return text + (f" Floor: {', '.join(parts)}." if parts else "")
+    if floors:
+        parts.append(f"Floor: {', '.join(floors)}.")
+    main, own = results.main_phase(case), results.main_row(case)
+    several = [f"{row['peer']} {calls}" for row in case["rows"] if (calls := row["calls"].get(main, 1)) > 1]
+    if several:
+        parts.append(f"Calls a turn, {main}: {', '.join(several)}.")
+    if own and main in own["overhead"]:
+        spent, floor = own["overhead"][main], case["phases"][main]["floor_seconds"]
+        binds = f", more than the {main} floor of this one" if spent > floor else ""
+        parts.append(f"At a tiny shape a call of ours takes {milliseconds(spent)} ms{binds}.")
+    return " ".join(parts)
 
 
 def state(row: Mapping[str, Any]) -> str:

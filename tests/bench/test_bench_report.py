@@ -50,7 +50,7 @@ def row(peer, seconds, kind="peer", **more):
     return {
         "peer": peer, "kind": kind, "package": "torch", "version": "1", "status": "ok", "reason": "",
         "backend": "cpu" if kind == "ours" else "", "errors": {"logp": 1e-7, "d logits": 2e-7}, "limits": {},
-        "samples": samples, "peak_bytes": 1024, "saved_bytes": 10, **more,
+        "samples": samples, "cold": {}, "calls": {}, "overhead": {}, "peak_bytes": 1024, "saved_bytes": 10, **more,
     }  # fmt: skip
 
 
@@ -135,9 +135,11 @@ def test_a_reason_says_what_the_numbers_say(good):
     assert "time goes into what surrounds the work" in reasons.reason(short, short["rows"][1], "inference")
     served = made(good, row("r1kernels", [2.0], "ours", backend="reference"), row("TRL", [1.0]))["cases"][0]
     assert reasons.reason(served, served["rows"][1], "inference") == reasons.NO_KERNEL
-    known = {**short, "op": "grpo_loss"}
-    peer = {**short["rows"][1], "peer": "torch.compile"}
-    assert reasons.reason(known, peer, "inference") == reasons.REASONS["grpo_loss", "torch.compile"]
+    measured = row("r1kernels", [2e-4], "ours", overhead={"inference": 1.5e-4})
+    spent = made(good, measured, row("TRL", [1e-4]))["cases"][0]
+    assert "ours takes 0.2 ms, of which 0.15 ms at any size" in reasons.reason(
+        spent, spent["rows"][1], "inference"
+    )
 
 
 def test_of_a_whole_step_the_reason_names_the_part_that_is_slower(good):
