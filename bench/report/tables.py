@@ -19,7 +19,7 @@ NOT_ON_A_GPU = "Not measured on a GPU: these numbers are of a CPU. The shapes fo
 FIRST_CALL = "first call of a turn"
 FIRST_CALLS = (
     f"A call shorter than {milliseconds(SECONDS)} ms is made several times in a turn: times are those of the calls after "
-    f'the first; a line "{FIRST_CALL}" holds those of the first, right after other code ran and took the caches.'
+    f'the first; a line "{FIRST_CALL}" holds those of the first, right after other code ran and filled the caches.'
 )
 HEADLINE = (
     "op",
