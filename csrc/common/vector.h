@@ -48,6 +48,19 @@ inline Floats greater(Floats a, Floats b) {
 #endif
 }
 
+// whether a lane of a comparison holds
+inline bool any(Ints lanes) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes) != 0;
+#elif defined(__AVX2__)
+    return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes);
+#else
+    int32_t found = 0;
+    for (int lane = 0; lane < kLanes; ++lane) found |= lanes[lane];
+    return found != 0;
+#endif
+}
+
 // --- load: kLanes elements from any address ---
 
 inline Floats load(const float* from) {

@@ -76,10 +76,10 @@ Ints counted_tokens(const R1kernelsGrpo& call, int64_t first, Count count) {
 }
 
 template <typename Count>
-Tokens load_tokens(const R1kernelsGrpo& call, int64_t sequence, float weight, int64_t first, Count count) {
+Tokens load_tokens(const R1kernelsGrpo& call, int64_t sequence, float weight, Ints counted, int64_t first,
+                   Count count) {
     const Floats zero = {};
     Tokens tokens;
-    const Ints counted = counted_tokens(call, first, count);
     const auto values = [&](const float* from) { return counted ? load_values(from, first, count) : zero; };
     tokens.counted = counted;
     tokens.logp = values(call.logp);
@@ -150,12 +150,10 @@ R1KERNELS_FLATTEN void first_pass(const R1kernelsGrpo& call, void* workspace, in
         Ints counted = {};
         Floats first = {}, second = {}, third = {};
         for_vectors(item, [&](int64_t t, auto count) {
-            if (only_counts) {
-                counted -= counted_tokens(call, t, count);
-                return;
-            }
-            const Tokens tokens = load_tokens(call, item.sequence, 1.0f, t, count);
-            counted -= tokens.counted;
+            const Ints now = counted_tokens(call, t, count);
+            counted -= now;
+            if (only_counts || !any(now)) return;
+            const Tokens tokens = load_tokens(call, item.sequence, 1.0f, now, t, count);
             Floats terms[3];
             sequence_terms(call, tokens, terms[0], terms[1], terms[2]);
             first += terms[0];
@@ -209,8 +207,12 @@ R1KERNELS_FLATTEN void second_pass(const R1kernelsGrpo& call, void* workspace, i
         const Sequence sequence = item.begin < item.end ? parts.sequences[item.sequence] : Sequence{};
         LossSums<Floats> sums;
         for_vectors(item, [&](int64_t t, auto count) {
-            const Tokens tokens = load_tokens(call, item.sequence, sequence.weight, t, count);
-            const TokenGradient<Floats> gradient = add_token(call, sequence, tokens, sums);
+            const Ints counted = counted_tokens(call, t, count);
+            TokenGradient<Floats> gradient = {};
+            if (any(counted)) {
+                const Tokens tokens = load_tokens(call, item.sequence, sequence.weight, counted, t, count);
+                gradient = add_token(call, sequence, tokens, sums);
+            }
             if (call.grad_logp != nullptr) store_values(call.grad_logp, t, count, gradient.logp);
             if (call.grad_entropy != nullptr) store_values(call.grad_entropy, t, count, gradient.entropy);
         });

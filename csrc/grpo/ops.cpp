@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/kept.h"
 #include "common/stable.h"
 #include "grpo/call.h"
 #include "grpo/cpu.h"
@@ -108,11 +109,12 @@ R1kernelsGrpo call_of(const Tensor& logp, const Optional& old_logp, const Tensor
 
 float* data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
+typedef Tensor (*Allocate)(const Tensor& like, Shape shape, ScalarType dtype);
+
 // Allocates the outputs and notes them in the call.
-Outputs outputs_of(R1kernelsGrpo& call, const Tensor& logp, bool logp_gradient, bool entropy_gradient) {
-    const auto empty = [&](torch::headeronly::IntHeaderOnlyArrayRef shape) {
-        return empty_on(logp, shape, ScalarType::Float);
-    };
+Outputs outputs_of(R1kernelsGrpo& call, Allocate allocate, const Tensor& logp, bool logp_gradient,
+                   bool entropy_gradient) {
+    const auto empty = [&](Shape shape) { return allocate(logp, shape, ScalarType::Float); };
     const bool of_ratio = logp_gradient && call.ratio != R1KERNELS_RATIO_TOKEN;
     Outputs outputs = {empty({}), empty({kMetrics}), logp_gradient ? empty(logp.sizes()) : empty({0}),
                        empty({of_ratio ? call.sequences : 0}), entropy_gradient ? empty(logp.sizes()) : empty({0})};
@@ -151,7 +153,7 @@ Outputs forward_cpu(const Tensor& logp, const Optional& old_logp, const Tensor& 
     R1kernelsGrpo call = call_of(logp, old_logp, advantages, mask, ref_logp, policy_weights, entropy, entropy_weights,
                                  weights, cu_seqlens, numbers, total, variant, ratio, kl, count);
     check_boundaries(call);
-    Outputs outputs = outputs_of(call, logp, logp_gradient, entropy_gradient);
+    Outputs outputs = outputs_of(call, kept_on, logp, logp_gradient, entropy_gradient);
     const GrpoKernels& kernels = chosen_grpo_kernels();
     const int64_t items = r1kernels_grpo_items(call, kGrpoChunk), grain = items_of_thread(call, items);
     const std::unique_ptr<double[]> memory(new double[kernels.workspace_bytes(call, items) / sizeof(double) + 1]);
@@ -180,7 +182,7 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_loss, const Tensor& g
     const GrpoKernels& kernels = chosen_grpo_kernels();
     const int64_t items = r1kernels_grpo_items(call, kGrpoChunk);
     const auto scaled = [&](const char* name, const Tensor& grad, const float* shared) {
-        Tensor result = empty_on(grad, grad.sizes(), ScalarType::Float);
+        Tensor result = kept_on(grad, grad.sizes(), ScalarType::Float);
         if (grad.numel() == 0) return result;
         const float* from = floats(name, grad, call.tokens, mask);
         float* to = data(result);
@@ -212,7 +214,7 @@ Outputs forward_cuda(const Tensor& logp, const Optional& old_logp, const Tensor&
                                  weights, cu_seqlens, numbers, total, variant, ratio, kl, count);
     const int32_t device = logp.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    Outputs outputs = outputs_of(call, logp, logp_gradient, entropy_gradient);
+    Outputs outputs = outputs_of(call, empty_on, logp, logp_gradient, entropy_gradient);
     const int64_t bytes = static_cast<int64_t>(r1kernels_grpo_loss_cuda_workspace(&call));
     const Tensor workspace = empty_on(logp, {bytes}, ScalarType::Byte);
     check_launch(r1kernels_grpo_loss_cuda(&call, workspace.data_ptr(), current_stream(device)));

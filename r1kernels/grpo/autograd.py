@@ -7,6 +7,7 @@ so the forward op writes its gradients at once, for an upstream gradient of 1; t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -95,13 +96,37 @@ class GRPOLoss(torch.autograd.Function):
         logp, entropy, *saved = ctx.saved_tensors
         of_logp = of_entropy = None
         if grads[0] is not None:
-            op = getattr(ops.namespace, f"grpo_loss_{ctx.backend}_backward")
-            to_logp, to_entropy = op(grads[0].detach(), *saved)
+            if _are_final(grads[0], saved[1]):
+                to_logp, to_entropy = saved[0], saved[2]
+            else:
+                op = getattr(ops.namespace, f"grpo_loss_{ctx.backend}_backward")
+                to_logp, to_entropy = op(grads[0].detach(), *saved)
             if ctx.wanted[0]:
                 of_logp = checks.first_derivative_only("grpo_loss", to_logp, logp)
             if ctx.wanted[1]:
                 of_entropy = checks.first_derivative_only("grpo_loss", to_entropy, entropy)
         return of_logp, of_entropy, None, None, None, None
+
+
+# unknown to torch: kept, so that nothing is handed out twice
+_graph_is_kept: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+
+
+def _are_final(upstream: Tensor, grad_of_ratio: Tensor) -> bool:
+    """Whether the gradients that the forward wrote are those of the inputs already, and nobody will ask for them again.
+
+    Then the backward hands them out as they are, without a pass over the tokens. It never writes to them: whoever else
+    holds them (a saved-tensor hook) finds them unchanged.
+    """
+    return (
+        checks.values_visible(upstream)  # a GPU is not waited for
+        and not torch.is_grad_enabled()
+        and grad_of_ratio.numel() == 0
+        and not _graph_is_kept()
+        and upstream.item() == 1
+    )
 
 
 def _forward(
