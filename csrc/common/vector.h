@@ -48,6 +48,19 @@ inline Floats greater(Floats a, Floats b) {
 #endif
 }
 
+// a where a < b, else b: b also where either is NaN
+inline Floats lesser(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+    return _mm_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
 // whether a lane of a comparison holds
 inline bool any(Ints lanes) {
 #if defined(__AVX512F__)
@@ -161,6 +174,17 @@ inline void store_some(T* to, Floats value, int count) {
     store(buffer, value);
     memcpy(to, buffer, count * sizeof(T));
 }
+
+#if defined(__AVX512F__)
+// a buffer costs a short row more than its work
+inline __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+inline Floats load_some(const float* from, int count) {
+    return _mm512_mask_loadu_ps(all(-kInfinity), first_lanes(count), from);
+}
+
+inline void store_some(float* to, Floats value, int count) { _mm512_mask_storeu_ps(to, first_lanes(count), value); }
+#endif
 
 // --- over the lanes, always in the same order ---
 

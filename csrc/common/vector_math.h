@@ -16,7 +16,7 @@ struct Exponential {
 
 inline Exponential exponential_of(Floats x) {
     const Floats raised = greater(all(kSmallestExponent), x);         // the second operand passes NaN on
-    const Floats clamped = raised > 89.0f ? all(89.0f) : raised;      // e^89 is infinite
+    const Floats clamped = lesser(all(89.0f), raised);                // e^89 is infinite
     const Floats shift = all(0x1.8p23f);                              // adding it rounds to a whole number
     const Floats n = (clamped * 0x1.715476p+0f + shift) - shift;
     const Floats r = (clamped - n * 0x1.62e400p-1f) - n * 0x1.7f7d1cp-20f;
