@@ -28,6 +28,9 @@ Workspace parts_of(void* workspace, int64_t items) {
     return parts;
 }
 
+// Tokens that are fetched ahead of those at work: the processor itself stops at the end of a page.
+constexpr int kAhead = 256;
+
 // --- loads: `count` <= kLanes tokens from the token `first` on; Count is int, or Whole ---
 
 struct Whole {
@@ -80,7 +83,10 @@ Tokens load_tokens(const R1kernelsGrpo& call, int64_t sequence, float weight, In
                    Count count) {
     const Floats zero = {};
     Tokens tokens;
-    const auto values = [&](const float* from) { return counted ? load_values(from, first, count) : zero; };
+    const auto values = [&](const float* from) {
+        __builtin_prefetch(from + first + kAhead);
+        return counted ? load_values(from, first, count) : zero;
+    };
     tokens.counted = counted;
     tokens.logp = values(call.logp);
     tokens.log_ratio = call.old_logp == nullptr ? zero : tokens.logp - values(call.old_logp);
