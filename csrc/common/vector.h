@@ -176,7 +176,7 @@ inline void store_some(T* to, Floats value, int count) {
 }
 
 #if defined(__AVX512F__)
-// a buffer costs a short row more than its work
+// the same without a buffer, which costs a short row more than its work
 inline __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 
 inline Floats load_some(const float* from, int count) {

@@ -28,7 +28,7 @@ Workspace parts_of(void* workspace, int64_t items) {
     return parts;
 }
 
-// Tokens that are fetched ahead of those at work: the processor itself stops at the end of a page.
+// How many tokens ahead of those at work memory is fetched: the processor itself fetches no further than a page.
 constexpr int kAhead = 256;
 
 // --- loads: `count` <= kLanes tokens from the token `first` on; Count is int, or Whole ---

@@ -321,6 +321,7 @@ R1KERNELS_TERM TokenGradient<F> add_token(const R1kernelsGrpo& call, const Seque
     const bool of_log = call.variant == R1KERNELS_GMPO;
     if (of_log || call.variant <= R1KERNELS_CISPO) {
         const F compared = of_log ? token.log_ratio : ratio;
+        // what does not count has no advantage
         const auto high = (token.advantage > zero) & (compared > same<F>(number.high));
         const auto low = (token.advantage < zero) & (compared < same<F>(number.low));
         sums.clipped_high += high ? one : zero;

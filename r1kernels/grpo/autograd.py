@@ -1,7 +1,8 @@
 """The kernel backends of grpo_loss: from checked arguments to the call of an op, and one autograd function around it.
 
 The autograd function stands outside the torch ops and is entered only where a gradient is needed. The loss is a scalar,
-so the forward op writes its gradients at once, for an upstream gradient of 1; the backward op scales them by it.
+so the forward op writes its gradients at once, for an upstream gradient of 1; the backward op scales them by it, and is
+not called where they are handed out as they are (``_are_final``).
 """
 
 from __future__ import annotations
