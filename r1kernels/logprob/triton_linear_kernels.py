@@ -105,7 +105,9 @@ def linear_kernel(
             chosen += tl.where(offset == COLUMNS // 2, c, 0.0) + tl.where(offset == COLUMNS // 4 * 3, d, 0.0)
             tl.store(logp + token, tl.sum(chosen, axis=1), mask=place >= 0)
 
-        top, sums = tile_sums(a, b, c, d, column_start, vocabulary, rate, COLUMNS // 4, ENTROPY, EXTRA)
+        top, sums = tile_sums(
+            a, b, c, d, column_start, vocabulary, rate, TOKENS, COLUMNS // 4, ENTROPY, EXTRA
+        )
         part = parts + column_block.to(tl.int64) * tokens + token
         store_part(part, field_stride, present, top, sums, ENTROPY, EXTRA)
 

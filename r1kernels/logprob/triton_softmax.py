@@ -145,7 +145,17 @@ def group_sums(
 
 @triton.jit
 def tile_sums(
-    a, b, c, d, column, size, rate, QUARTER: tl.constexpr, ENTROPY: tl.constexpr, EXTRA: tl.constexpr
+    a,
+    b,
+    c,
+    d,
+    column,
+    size,
+    rate,
+    ROWS: tl.constexpr,
+    QUARTER: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXTRA: tl.constexpr,
 ):
     """As ``group_sums`` for rows of four quarters (ROWS, QUARTER) that begin at ``column``; of ``size`` columns at most.
 
@@ -159,9 +169,13 @@ def tile_sums(
     largest = winners == top[:, None]
     weight, spread, squares = terms_below(winners, finite, rate, ENTROPY, EXTRA)
     terms = (tl.where(largest, 0.0, weight), spread, tl.where(largest, 0.0, squares))
-    terms = add(terms, terms_below(losers, finite, rate, ENTROPY, EXTRA))
-    terms = add(terms, terms_below(losers_ab, finite, rate, ENTROPY, EXTRA))
-    terms = add(terms, terms_below(losers_cd, finite, rate, ENTROPY, EXTRA))
+    terms = folded(terms, ROWS, QUARTER, ENTROPY, EXTRA)
+    below = terms_below(losers, finite, rate, ENTROPY, EXTRA)
+    terms = add(terms, folded(below, ROWS, QUARTER, ENTROPY, EXTRA))
+    below = terms_below(losers_ab, finite, rate, ENTROPY, EXTRA)
+    terms = add(terms, folded(below, ROWS, QUARTER, ENTROPY, EXTRA))
+    below = terms_below(losers_cd, finite, rate, ENTROPY, EXTRA)
+    terms = add(terms, folded(below, ROWS, QUARTER, ENTROPY, EXTRA))
     more = more_than_one(largest, top, 1)
     others = tl.sum(terms[0], axis=1) + more
     row_spread = 0.0
@@ -186,6 +200,22 @@ def tile_sums(
         last = tl.where(b == top[:, None], v + QUARTER, last)
         first = tl.min(tl.where(a == top[:, None], v, last), axis=1)
     return top, (others, row_spread, row_squares, total, first)
+
+
+@triton.jit
+def folded(terms, ROWS: tl.constexpr, QUARTER: tl.constexpr, ENTROPY: tl.constexpr, EXTRA: tl.constexpr):
+    """The terms of a quarter; of a wide one the sums of its two halves, since whole ones beside the logits would spill."""
+    weight, spread, squares = terms
+    if QUARTER > 32:
+        a, b = halves(weight, ROWS, QUARTER // 2)
+        weight = a + b
+        if ENTROPY:
+            a, b = halves(spread, ROWS, QUARTER // 2)
+            spread = a + b
+        if EXTRA:
+            a, b = halves(squares, ROWS, QUARTER // 2)
+            squares = a + b
+    return weight, spread, squares
 
 
 @triton.jit

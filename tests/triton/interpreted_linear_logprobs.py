@@ -26,6 +26,7 @@ IGNORED = -100
 DTYPES = (torch.bfloat16, torch.float16)
 POINTERS = tuning.Tile(16, 32, 16, group=2, warps=4, stages=2, descriptors=False)
 DESCRIPTORS = POINTERS._replace(descriptors=True)
+WIDE = DESCRIPTORS._replace(columns=256)
 LINEAR, LINEAR_BACKWARD = ops.namespace.linear_logprobs_triton, ops.namespace.linear_logprobs_triton_backward
 KERNEL = {"backend": "triton", "batch_invariant": True}  # never by tiles, whatever H is
 HEADS = {
@@ -37,9 +38,9 @@ HEADS = {
 }
 
 
-@pytest.fixture(params=[POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
+@pytest.fixture(params=[POINTERS, DESCRIPTORS, WIDE], ids=["pointers", "descriptors", "wide"])
 def tile(request, monkeypatch):
-    """Small tiles, so that a small call has many."""
+    """Small tiles, so that a small call has many; and one so wide that its terms are folded."""
     monkeypatch.setattr(tuning, "linear_forward", lambda device, kind, tokens: request.param)
     return request.param
 

@@ -23,7 +23,12 @@ KINDS = {
     "rich": {"entropy": True, "extra": True, "bias": True, "softcap": 30.0},
     "float32": {"entropy": True},
 }
-FEW = ((90, "plain", None), (80, "plain", None), (90, "rich", None))
+FEW = (
+    (90, "plain", None),
+    (90, "plain, one temperature a token", None),
+    (80, "plain", None),
+    (90, "rich", None),
+)
 MATRIX = [
     pytest.param(*variant, marks=[] if variant in FEW else pytest.mark.slow)
     for variant in itertools.product(CAPABILITIES, KINDS, (64, None))
@@ -64,9 +69,7 @@ def test_every_entry_fits_and_uses_the_tensor_cores(tmp_path, capability, name, 
     for kernel in compiled:
         needs = offline_triton.resources(kernel, tmp_path)
         assert needs.shared_bytes <= offline_triton.SHARED_BYTES[capability]
-        # the persistent loop keeps at most one number of a thread on the stack, which is read once a tile
-        allowed = 8 if tile.descriptors and kernel.name == "linear_kernel" else 0
-        assert needs.stack_bytes <= allowed and needs.spill_instructions <= allowed // 4, kernel.name
+        assert needs.stack_bytes == 0 and needs.spill_instructions == 0, kernel.name
     product = offline_triton.resources(compiled[0], tmp_path).instructions
     if name == "float32":
         assert "HMMA" not in product and "HGMMA" not in product, "tf32 would lose digits"
