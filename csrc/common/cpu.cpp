@@ -165,7 +165,7 @@ void multiply(const Gemm& gemm, uint32_t* packed_a, int64_t begin, int64_t end) 
     const int64_t pairs = gemm_pairs(gemm);
     for (int64_t block = begin; block < end; ++block) {
         const int64_t first_row = block * kGemmBlockRows, rows = smaller(gemm.m - first_row, kGemmBlockRows);
-        for (int64_t pair = 0; pair < pairs; pair += kGemmPairs) {
+        for (int64_t pair = 0; pair == 0 || pair < pairs; pair += kGemmPairs) {  // of no products the sum is 0
             const int64_t some = smaller(pairs - pair, kGemmPairs), last = smaller(2 * (pair + some), gemm.k);
             const auto pack = gemm.a_is_float32 ? pack_a<float> : pack_a<BFloat16>;
             pack(gemm, first_row, rows, 2 * pair, last, packed_a);

@@ -77,6 +77,14 @@ def test_float32_is_rounded_to_nearest_even():
         assert same_bits(out, values.bfloat16().float())
 
 
+def test_of_no_products_the_sum_is_0():
+    a, b, out = torch.randn(7, 0), torch.randn(0, 70).bfloat16(), torch.full((7, 70), torch.nan)
+    gemm(a, b, out, False)
+    assert (out == 0).all()
+    gemm(a, b, out.fill_(3.0), True)
+    assert (out == 3).all()
+
+
 def test_opcheck():
     arguments = (torch.randn(3, 5), torch.randn(5, 4).bfloat16(), torch.zeros(3, 4), True)
     torch.library.opcheck(gemm.default, arguments)
