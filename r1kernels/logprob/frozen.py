@@ -57,10 +57,14 @@ def _block(problem: tiles.Problem, block: slice, extra: bool, slope: Tensor) -> 
         logp, _, stats, more = parts.finish(merged, rows, entropy=False)
     slope *= (((top - stats[0]) * inverse).exp() / (1 + stats[1])).unsqueeze(1)
     at_target = -logp.expm1() * inverse * rows.logit_scale
-    if rows.softcap:
-        target_logit = stats[0] + (logp + stats[1].log1p()) / inverse
-        at_target = at_target * (1 - (target_logit / rows.softcap).square())
     place = rows.targets.clamp(0, vocabulary - 1)
-    slope.addcmul_(weight[place].float(), at_target.unsqueeze(1))
+    of_target = weight[place].float()
+    if rows.softcap:
+        raw = (problem.hidden[block].float() * of_target).sum(1)
+        raw = raw if rows.bias is None else raw + rows.bias[place]
+        # 1 - tanh^2 u = 4 e / (1 + e)^2 with e = e^-2|u|, which does not cancel where the cap is reached
+        e = (-2 * (raw * rows.logit_scale / rows.softcap).abs()).exp()
+        at_target = at_target * 4 * e / (1 + e).square()
+    slope.addcmul_(of_target, at_target.unsqueeze(1))
     slope.masked_fill_((rows.targets == rows.ignore_index).unsqueeze(1), 0.0)
     return logp, more

@@ -79,6 +79,19 @@ def test_as_exact_as_eager(place, dtype):
     assert_as_exact_as(grad.cpu(), peer.cpu(), exact(x, weight, bias, targets)[1], dtype)
 
 
+def test_a_target_at_the_cap(place):
+    """There the slope of the cap, 1 - tanh^2, is small: it keeps its digits row by row."""
+    backend, device = place
+    x, weight, bias, targets = problem(64, 16, 300, device=device)
+    x = (3 * x.detach()).requires_grad_()
+    targets[:] = (x @ weight.T + bias).argmax(-1)
+    logp = linear_logprobs(x, weight, targets, bias=bias, softcap=2.0, backend=backend)
+    (grad,) = torch.autograd.grad((logp * upstream(64, device)).sum(), x)
+    truth = exact(x, weight, bias, targets, softcap=2.0)[1]
+    error = (grad.cpu().double() - truth).norm(dim=-1) / truth.norm(dim=-1)
+    assert error.max() < 1e-5
+
+
 @pytest.mark.parametrize("lead", [10.0, 20.0, 30.0])
 @pytest.mark.parametrize("target", [3, 4000])
 def test_the_gradient_of_a_leading_target_does_not_cancel(place, lead, target):
