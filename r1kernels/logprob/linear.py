@@ -109,8 +109,8 @@ def check_linear(
 ) -> Head:
     """Check the arguments that all ops on hidden states and a head share."""
     checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
-    if hidden.ndim == 0:
-        raise ValueError("hidden: expected shape (..., H), got a scalar")
+    if hidden.ndim == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden: expected shape (..., H) with H >= 1, got {tuple(hidden.shape)}")
     checks.tensor("weight", weight, dtypes=checks.FLOATS, shape=(None, hidden.shape[-1]), like=hidden)
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected shape (V, H) with V >= 1, got {tuple(weight.shape)}")
@@ -142,6 +142,8 @@ def checked_call(
 ) -> tuple[Any, ...]:
     """The arguments of ``reference``, that of every backend, for N tokens; the options are checked here."""
     checks.boolean("return_entropy", return_entropy)
+    if not isinstance(stats, (tuple, list)):
+        raise TypeError(f"stats: expected a tuple of names, got {type(stats).__name__}")
     for name in stats:
         checks.choice("stats", name, STATS)
     checks.integer("ignore_index", ignore_index)

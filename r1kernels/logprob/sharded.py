@@ -29,6 +29,8 @@ class Shard(NamedTuple):
 
 def shard_of(weight: Tensor, group: dist.ProcessGroup) -> Shard:
     """The shard that ``weight`` (V, H) is; every rank of the group calls this at once, and waits for the others."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}")
     sizes = torch.stack(_gather(torch.tensor([weight.shape[0]], device=weight.device), group))
     *starts, vocabulary = accumulate(sizes.flatten().tolist(), initial=0)
     return Shard(group, starts[dist.get_rank(group)], tuple(starts), vocabulary)

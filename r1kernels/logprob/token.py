@@ -28,7 +28,7 @@ def token_logprobs(
         temperature: a number above 0, or a tensor of the shape of ``targets`` (one per token; it gets no gradient).
         return_entropy: also return the entropy, in nats.
         ignore_index: tokens with this target give log-prob 0, entropy 0 and a zero gradient row.
-        inplace_backward: write the gradient over the logits, which must not be a leaf, expanded or overlapping. A later
+        inplace_backward: write the gradient over the logits, which must not be a leaf or a view of one, expanded or overlapping. A later
             reader of the logits, a second backward among them, gets autograd's error.
         backend: "cuda", "triton", "cpu" or "reference": that one or an error; None chooses (see r1kernels.backends).
 
@@ -95,9 +95,10 @@ def in_rows(logits: Tensor) -> Tensor:
 
 
 def _check_overwritable(logits: Tensor) -> None:
-    if logits.requires_grad and logits.is_leaf:
+    if logits.requires_grad and (logits.is_leaf or (logits._base is not None and logits._base.is_leaf)):
+        what = "a leaf" if logits.is_leaf else "a view of one"
         raise ValueError(
-            "inplace_backward: expected logits that are not a leaf, got a leaf that requires a gradient"
+            f"inplace_backward: expected logits that are not a leaf, got {what} that requires a gradient"
         )
     extent = 1
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):

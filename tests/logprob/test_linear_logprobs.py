@@ -330,11 +330,12 @@ def test_autocast_casts_as_linear_does(place):
     assert all(grad.dtype == torch.float32 and torch.isfinite(grad).all() for grad in grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)], ids=str)
-def test_no_tokens(place, shape):
+def test_no_tokens(place, shape, dtype):
     backend, device = place
-    x = torch.zeros(*shape, 6, device=device, requires_grad=True)
-    weight = torch.randn(37, 6, device=device, requires_grad=True)
+    x = torch.zeros(*shape, 6, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(37, 6, device=device, dtype=dtype, requires_grad=True)
     targets = torch.zeros(shape, dtype=torch.int64, device=device)
     logp, entropy = linear_logprobs(x, weight, targets, return_entropy=True, backend=backend)
     (logp.sum() + entropy.sum()).backward()
@@ -371,6 +372,8 @@ def test_a_bad_target_in_a_compiled_graph_is_an_error(place):
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
+        ({"hidden": torch.zeros(2, 0)}, ValueError, r"hidden: expected shape \(\.\.\., H\) with H >= 1"),
+        ({"hidden": torch.tensor(1.0)}, ValueError, r"hidden: expected shape \(\.\.\., H\) with H >= 1"),
         ({"weight": torch.zeros(5, 4)}, ValueError, r"weight: expected shape \(any, 3\), got \(5, 4\)"),
         ({"weight": torch.zeros(5, 3).bfloat16()}, TypeError, "weight: expected the dtype of hidden"),
         ({"weight": torch.zeros(0, 3)}, ValueError, r"weight: expected shape \(V, H\) with V >= 1"),
@@ -382,6 +385,14 @@ def test_a_bad_target_in_a_compiled_graph_is_an_error(place):
         ),
         ({"softcap": -1.0}, ValueError, "softcap: expected a number above 0"),
         ({"stats": ("entropy",)}, ValueError, "stats: expected one of 'log_sum_sq_probs'"),
+        ({"stats": "is_top1"}, TypeError, "stats: expected a tuple of names, got str"),
+        ({"group": 3}, TypeError, "group: expected a torch.distributed.ProcessGroup, got int"),
+        ({"targets": torch.tensor([0, 1], dtype=torch.int32)}, TypeError, "targets: expected dtype int64"),
+        (
+            {"temperature": torch.ones(2, requires_grad=True)},
+            ValueError,
+            "temperature: expected a tensor without gradient",
+        ),
         ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1, got 0"),
         ({"save_logits": 1}, TypeError, "save_logits: expected a bool"),
     ],

@@ -272,6 +272,9 @@ def test_inplace_backward_refuses_what_it_would_destroy(place):
             inplace_backward=True,
             backend=backend,
         )
+    leaf = torch.randn(4, 6, device=device, requires_grad=True)
+    with pytest.raises(ValueError, match="expected logits that are not a leaf, got a view of one"):
+        token_logprobs(leaf[:, :5], targets, inplace_backward=True, backend=backend)
     row = torch.randn(1, 5, device=device, requires_grad=True) * 1
     with pytest.raises(ValueError, match="inplace_backward: expected logits without overlap"):
         token_logprobs(row.expand(4, 5), targets, inplace_backward=True, backend=backend)
@@ -386,6 +389,11 @@ def test_float64_gives_float64():
             lambda z, y: ((z, y), {"temperature": torch.tensor([1.0, -2.0])}),
             ValueError,
             "temperature: expected values above 0, got -2.0 at position 1",
+        ),
+        (
+            lambda z, y: ((z, y), {"temperature": torch.ones(2, requires_grad=True)}),
+            ValueError,
+            "temperature: expected a tensor without gradient, got one that requires it",
         ),
         (lambda z, y: ((z, y), {"return_entropy": 1}), TypeError, "return_entropy: expected a bool, got int"),
         (lambda z, y: ((z, y), {"ignore_index": 1.0}), TypeError, "ignore_index: expected an int, got float"),
