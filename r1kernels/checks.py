@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOAT32 = torch.finfo(torch.float32)
 _debug = False
 
 
@@ -83,9 +84,11 @@ def number(name: str, value: Any) -> float:
 
 
 def positive(name: str, value: Any) -> float:
-    """Check that ``value`` is a finite Python number above 0."""
+    """Check that ``value`` is a finite Python number above 0, also in float32."""
     if number(name, value) <= 0:
         raise ValueError(f"{name}: expected a number above 0, got {value}")
+    if not _FLOAT32.tiny <= value <= _FLOAT32.max:
+        raise ValueError(f"{name}: expected a number that float32 holds, got {value}")
     return value
 
 

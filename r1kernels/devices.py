@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import extension
 
@@ -54,6 +55,16 @@ def triton(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) ->
     return found + _common(name, tensor, dtypes, _NO_TRITON)
 
 
+def tangent(name: str, tensor: Tensor) -> list[str]:
+    """Why no kernel can take ``tensor``, the argument ``name``, under forward-mode autograd.
+
+    Without a formula for it an op drops the tangent, and the derivative would be 0 without a word.
+    """
+    if forward_ad._current_level < 0 or forward_ad.unpack_dual(tensor).tangent is None:
+        return []
+    return [f"{name}: has a forward-mode derivative, which the reference alone computes"]
+
+
 def _too_old(tensor: Tensor) -> list[str]:
     # torch.compile takes the properties, not the capability, for constants
     properties = torch.cuda.get_device_properties(tensor.device.index)
@@ -62,7 +73,7 @@ def _too_old(tensor: Tensor) -> list[str]:
 
 
 def _common(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], missing: str | None) -> list[str]:
-    found = []
+    found = tangent(name, tensor)
     if tensor.dtype not in dtypes:
         found.append(f"{name}: {str(tensor.dtype).removeprefix('torch.')} is served by the reference alone")
     if missing:

@@ -196,9 +196,10 @@ def reasons(
     of_head: Callable[..., tuple[str, ...]],
     of_loss: Callable[..., tuple[str, ...]],
     hidden: Tensor,
+    weight: Tensor,
     *unused: object,
     **unused_too: object,
 ) -> tuple[str, ...]:
     """Why this call can not be served: what the backend's linear_logprobs and grpo_loss say (arguments of ``run``)."""
-    found = (*of_head(hidden), *of_loss(hidden))
+    found = (*of_head(hidden, Head(weight, None, None, 1.0)), *of_loss(hidden))
     return tuple(dict.fromkeys(found))

@@ -28,14 +28,11 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy (both (N,); entropy is empty where not asked for), differentiable in the logits.
 
-    logits (B, T, V) of any strides, temperatures (N,) of any floating dtype or None; the rest as in ``ops.Rows``. With
+    logits (B, T, V) of any strides, temperatures (N,) in the dtype of the results or None; the rest as in ``ops.Rows``. With
     completions (kernels only) both are their sums or means, (B,), whose gradients the kernel looks up by token.
     """
-    if backend != "reference":
-        # kernels read rows of stride 1 and temperatures in float32
-        if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-            logits = logits.contiguous()
-        temperatures = None if temperatures is None else temperatures.float()
+    if backend != "reference" and logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()  # kernels read rows of stride 1
     arguments = (logits, targets, temperatures, temperature, ignore_index, entropy)
     if torch.is_grad_enabled() and logits.requires_grad:
         logp, value = TokenLogprobs.apply(

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import devices, extension
-from . import gemm, linear_ops, ops, tiles
+from . import gemm, linear, linear_ops, ops, tiles
 
 
 def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
@@ -15,9 +15,9 @@ def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
     return tuple(devices.cpu("logits", logits))
 
 
-def linear_reasons(hidden: Tensor, *unused: object) -> tuple[str, ...]:
+def linear_reasons(hidden: Tensor, head: linear.Head, *unused: object) -> tuple[str, ...]:
     """Why this call can not be served (arguments of ``linear.reference``)."""
-    return tuple(devices.cpu("hidden", hidden))
+    return (*devices.cpu("hidden", hidden), *devices.tangent("weight", head.weight))
 
 
 def _backward(logits: Tensor, *arguments: Any) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import devices
-from . import gpu, linear_ops, ops, tiles
+from . import gpu, linear, linear_ops, ops, tiles
 
 
 def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
@@ -27,9 +27,9 @@ def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
     return tuple(devices.cuda("logits", logits))
 
 
-def linear_reasons(hidden: Tensor, *unused: object) -> tuple[str, ...]:
+def linear_reasons(hidden: Tensor, head: linear.Head, *unused: object) -> tuple[str, ...]:
     """Why this call can not be served (arguments of ``linear.reference``)."""
-    return tuple(devices.cuda("hidden", hidden))
+    return (*devices.cuda("hidden", hidden), *devices.tangent("weight", head.weight))
 
 
 def _gradient(engine: tiles.Engine, tile: Tensor, rows: ops.Rows, dtype: torch.dtype, *saved: Any) -> Tensor:

@@ -65,7 +65,7 @@ def grouped_logprobs(
     checks.tensor("targets", targets, dtypes=(torch.int64,), shape=logits.shape[:-1], like=logits)
     _check_groups(targets, mask, cu_seqlens, group_size, reduce, return_entropy)
     kept, ignored = _masked_targets(targets, mask, logits.shape[-1])
-    temperatures, scalar = split_temperature(temperature, kept, ignored)
+    temperatures, scalar = split_temperature(temperature, kept, ignored, logits.dtype)
     arguments = (kept, mask, cu_seqlens, group_size, temperatures, scalar, ignored, reduce, return_entropy)
     return backends.dispatch("grouped_logprobs", backend, logits, *arguments)
 

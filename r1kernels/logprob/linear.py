@@ -152,7 +152,7 @@ def checked_call(
     if save_logits is not None:
         checks.boolean("save_logits", save_logits)
     checks.boolean("batch_invariant", batch_invariant)
-    temperatures, scalar = split_temperature(temperature, targets, ignore_index)
+    temperatures, scalar = split_temperature(temperature, targets, ignore_index, hidden.dtype)
     shard = None if group is None else sharded.shard_of(head.weight, group)
     vocabulary = head.weight.shape[0] if shard is None else shard.vocabulary
     if checks.values_visible(targets):

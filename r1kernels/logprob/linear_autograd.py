@@ -48,7 +48,7 @@ def run(
         head.logit_scale,
         head.softcap or 0.0,
         targets.contiguous(),
-        None if temperatures is None else temperatures.float(),
+        temperatures,
         temperature,
         ignore_index,
         0 if shard is None else shard.first,

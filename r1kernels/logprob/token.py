@@ -52,7 +52,7 @@ def token_logprobs(
     checks.integer("ignore_index", ignore_index)
     if checks.boolean("inplace_backward", inplace_backward):
         _check_overwritable(logits)
-    temperatures, scalar = split_temperature(temperature, targets, ignore_index)
+    temperatures, scalar = split_temperature(temperature, targets, ignore_index, logits.dtype)
     if checks.values_visible(targets):
         checks.in_range("targets", targets, 0, logits.shape[-1], allow=ignore_index)
     logp, entropy = backends.dispatch(
@@ -71,18 +71,18 @@ def token_logprobs(
 
 
 def split_temperature(
-    temperature: float | Tensor, targets: Tensor, ignore_index: int
+    temperature: float | Tensor, targets: Tensor, ignore_index: int, dtype: torch.dtype
 ) -> tuple[Tensor | None, float]:
-    """A temperature as (one per token (N,) or None, the number that holds for all), checked."""
+    """A temperature as (one per token (N,) or None, the number that holds for all), checked; dtype: that of the inputs."""
     if not isinstance(temperature, Tensor):
         return None, float(checks.positive("temperature", temperature))
     checks.tensor("temperature", temperature, dtypes=checks.FLOATS, shape=targets.shape, like=targets)
     if temperature.requires_grad:
         raise ValueError("temperature: expected a tensor without gradient, got one that requires it")
+    temperature = temperature.to(torch.float64 if dtype == torch.float64 else torch.float32)
     if checks.values_visible(temperature, targets):
         checks.all_positive("temperature", temperature.masked_fill(targets == ignore_index, 1.0))
-    dtype = torch.float64 if temperature.dtype == torch.float64 else torch.float32
-    return temperature.to(dtype).reshape(-1).contiguous(), 1.0
+    return temperature.reshape(-1).contiguous(), 1.0
 
 
 def in_rows(logits: Tensor) -> Tensor:

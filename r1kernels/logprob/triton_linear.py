@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import devices
-from . import gpu, linear_ops, ops, tiles, tuning
+from . import gpu, linear, linear_ops, ops, tiles, tuning
 from . import triton as rows_backend
 from .triton import VECTOR_BYTES
 
 
-def reasons(hidden: Tensor, *unused: object) -> tuple[str, ...]:
+def reasons(hidden: Tensor, head: linear.Head, *unused: object) -> tuple[str, ...]:
     """Why this call can not be served (arguments of ``linear.reference``)."""
-    return tuple(devices.triton("hidden", hidden))
+    return (*devices.triton("hidden", hidden), *devices.tangent("weight", head.weight))
 
 
 def forward(

@@ -1,0 +1,149 @@
+"""What the log-prob ops say to arguments they can not take: N tokens, H hidden, V vocabulary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from r1kernels import BackendError, extension, linear_logprobs, token_logprobs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (lambda z, y: ((z.tolist(), y), {}), TypeError, "logits: expected a torch.Tensor, got list"),
+        (lambda z, y: ((z.long(), y), {}), TypeError, "logits: expected dtype float32 or bfloat16"),
+        (lambda z, y: ((z[..., :0], y), {}), ValueError, r"logits: expected shape \(\.\.\., V\) with V >= 1"),
+        (lambda z, y: ((z, y.int()), {}), TypeError, "targets: expected dtype int64, got torch.int32"),
+        (lambda z, y: ((z, y[:1]), {}), ValueError, r"targets: expected shape \(2\), got \(1,\)"),
+        (
+            lambda z, y: ((z, y + 5), {}),
+            IndexError,
+            r"targets: expected values in \[0, 5\) or -100, got 5 at position 0",
+        ),
+        (lambda z, y: ((z, y - 1), {}), IndexError, r"got -1 at position 0"),
+        (
+            lambda z, y: ((z, y), {"temperature": 0.0}),
+            ValueError,
+            "temperature: expected a number above 0, got 0.0",
+        ),
+        (
+            lambda z, y: ((z, y), {"temperature": float("nan")}),
+            ValueError,
+            "temperature: expected a finite number",
+        ),
+        (lambda z, y: ((z, y), {"temperature": "1"}), TypeError, "temperature: expected a number, got str"),
+        (
+            lambda z, y: ((z, y), {"temperature": torch.ones(3)}),
+            ValueError,
+            r"temperature: expected shape \(2\)",
+        ),
+        (
+            lambda z, y: ((z, y), {"temperature": torch.tensor([1.0, -2.0])}),
+            ValueError,
+            "temperature: expected values above 0, got -2.0 at position 1",
+        ),
+        (
+            lambda z, y: ((z, y), {"temperature": torch.ones(2, requires_grad=True)}),
+            ValueError,
+            "temperature: expected a tensor without gradient, got one that requires it",
+        ),
+        (lambda z, y: ((z, y), {"return_entropy": 1}), TypeError, "return_entropy: expected a bool, got int"),
+        (lambda z, y: ((z, y), {"ignore_index": 1.0}), TypeError, "ignore_index: expected an int, got float"),
+        (lambda z, y: ((z, y), {"backend": "tpu"}), ValueError, "backend: expected one of .*, got 'tpu'"),
+        (lambda z, y: ((z, y), {"temprature": 1.0}), TypeError, "temprature"),
+    ],
+)
+def test_bad_arguments_of_token_logprobs_are_named(arguments, error, text):
+    positional, named = arguments(torch.randn(2, 5), torch.tensor([0, 1]))
+    with pytest.raises(error, match=text):
+        token_logprobs(*positional, **named)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"hidden": torch.zeros(2, 0)}, ValueError, r"hidden: expected shape \(\.\.\., H\) with H >= 1"),
+        ({"hidden": torch.tensor(1.0)}, ValueError, r"hidden: expected shape \(\.\.\., H\) with H >= 1"),
+        ({"weight": torch.zeros(5, 4)}, ValueError, r"weight: expected shape \(any, 3\), got \(5, 4\)"),
+        ({"weight": torch.zeros(5, 3).bfloat16()}, TypeError, "weight: expected the dtype of hidden"),
+        ({"weight": torch.zeros(0, 3)}, ValueError, r"weight: expected shape \(V, H\) with V >= 1"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias: expected shape \(5\), got \(4,\)"),
+        (
+            {"targets": torch.tensor([0, 5])},
+            IndexError,
+            r"targets: expected values in \[0, 5\) or -100, got 5",
+        ),
+        ({"softcap": -1.0}, ValueError, "softcap: expected a number above 0"),
+        ({"stats": ("entropy",)}, ValueError, "stats: expected one of 'log_sum_sq_probs'"),
+        ({"stats": "is_top1"}, TypeError, "stats: expected a tuple of names, got str"),
+        ({"group": 3}, TypeError, "group: expected a torch.distributed.ProcessGroup, got int"),
+        ({"targets": torch.tensor([0, 1], dtype=torch.int32)}, TypeError, "targets: expected dtype int64"),
+        (
+            {"temperature": torch.ones(2, requires_grad=True)},
+            ValueError,
+            "temperature: expected a tensor without gradient",
+        ),
+        ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1, got 0"),
+        ({"save_logits": 1}, TypeError, "save_logits: expected a bool"),
+    ],
+)
+def test_bad_arguments_of_linear_logprobs_are_named(change, error, text):
+    arguments = {
+        "hidden": torch.zeros(2, 3),
+        "weight": torch.zeros(5, 3),
+        "targets": torch.tensor([0, 1]),
+    } | change
+    with pytest.raises(error, match=text):
+        linear_logprobs(**arguments)
+
+
+@pytest.mark.parametrize("value", [1e-50, 1e50])
+def test_a_temperature_or_a_cap_that_float32_does_not_hold_is_named(value):
+    z, y = torch.randn(2, 5), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="temperature: expected a number that float32 holds"):
+        token_logprobs(z, y, temperature=value)
+    with pytest.raises(ValueError, match="temperature: expected values above 0, got .* at position 0"):
+        token_logprobs(z, y, temperature=torch.full((2,), value, dtype=torch.float64))
+    with pytest.raises(ValueError, match="softcap: expected a number that float32 holds"):
+        linear_logprobs(z, torch.randn(3, 5), y, softcap=value)
+
+
+class TestFunctorch:
+    """Forward mode is left to the reference, and reverse mode through torch.func refused, never a silent 0."""
+
+    def test_forward_mode(self):
+        z, y = torch.randn(2, 5), torch.tensor([0, 1])
+        _, tangent = torch.func.jvp(lambda z: token_logprobs(z, y), (z,), (z,))
+        _, expected = torch.func.jvp(
+            lambda z: torch.log_softmax(z, -1).gather(-1, y[:, None])[:, 0], (z,), (z,)
+        )
+        torch.testing.assert_close(tangent, expected)
+
+    def test_forward_mode_through_the_head(self):
+        x, weight, y = torch.randn(2, 5), torch.randn(7, 5), torch.tensor([0, 6])
+        for inputs in ((x, weight), (x,)):
+
+            def ours(x, w=weight):
+                return linear_logprobs(x, w, y)
+
+            def plain(x, w=weight):
+                return torch.log_softmax(x @ w.T, -1).gather(-1, y[:, None])[:, 0]
+
+            _, tangent = torch.func.jvp(ours, inputs, inputs)
+            _, expected = torch.func.jvp(plain, inputs, inputs)
+            torch.testing.assert_close(tangent, expected)
+        _, tangent = torch.func.jvp(lambda w: linear_logprobs(x, w, y), (weight,), (weight,))
+        _, expected = torch.func.jvp(lambda w: plain(x, w), (weight,), (weight,))
+        torch.testing.assert_close(tangent, expected)
+
+    @pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+    def test_a_kernel_says_why(self):
+        z, y = torch.randn(2, 5), torch.tensor([0, 1])
+        with pytest.raises(BackendError, match="logits: has a forward-mode derivative"):
+            torch.func.jvp(lambda z: token_logprobs(z, y, backend="cpu"), (z,), (z,))
+
+    def test_reverse_mode_is_refused(self):
+        z, y = torch.randn(2, 5), torch.tensor([0, 1])
+        with pytest.raises(RuntimeError, match="autograd.Function"):
+            torch.func.grad(lambda z: token_logprobs(z, y).sum())(z)
