@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..grpo import grpo_loss
 from ..logprob import linear_logprobs, token_logprobs
+from ..logprob.token import why_not_overwritable
 from .patching import Patch, Replacement, check_signature
 
 __all__ = [
@@ -81,11 +82,10 @@ def linear_cross_entropy(
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """Log-probs (...) of labels (...) under logits (..., V): ``token_logprobs``, float32.
 
-    ``inplace_backward`` writes the gradient over the logits where they can be overwritten, as verl does; a leaf or
-    overlapping memory gets a gradient of its own.
+    ``inplace_backward`` writes the gradient over the logits where they can be overwritten, as verl does; a leaf, a view of
+    one, or logits that are not contiguous get a gradient of their own.
     """
-    if inplace_backward and (logits.is_leaf or not logits.is_contiguous()):
-        inplace_backward = False
+    inplace_backward = inplace_backward and logits.is_contiguous() and not why_not_overwritable(logits)
     logp: Any = token_logprobs(logits, labels.to(torch.int64), inplace_backward=inplace_backward)
     return logp
 

@@ -51,7 +51,9 @@ def token_logprobs(
     checks.boolean("return_entropy", return_entropy)
     checks.integer("ignore_index", ignore_index)
     if checks.boolean("inplace_backward", inplace_backward):
-        _check_overwritable(logits)
+        refusal = why_not_overwritable(logits)
+        if refusal:
+            raise ValueError(f"inplace_backward: expected logits {refusal}")
     temperatures, scalar = split_temperature(temperature, targets, ignore_index, logits.dtype)
     if checks.values_visible(targets):
         checks.in_range("targets", targets, 0, logits.shape[-1], allow=ignore_index)
@@ -94,18 +96,16 @@ def in_rows(logits: Tensor) -> Tensor:
     return logits.reshape(-1, *logits.shape[-2:])
 
 
-def _check_overwritable(logits: Tensor) -> None:
-    if logits.requires_grad and (logits.is_leaf or (logits._base is not None and logits._base.is_leaf)):
-        what = "a leaf" if logits.is_leaf else "a view of one"
-        raise ValueError(
-            f"inplace_backward: expected logits that are not a leaf, got {what} that requires a gradient"
-        )
+def why_not_overwritable(logits: Tensor) -> str:
+    """Why a gradient must not be written over the logits, as the end of an error; empty if it may."""
+    if logits.requires_grad and logits.is_leaf:
+        return "that are not a leaf, got a leaf that requires a gradient"
+    if logits.requires_grad and logits._base is not None and logits._base.is_leaf:
+        return "that are not a leaf, got a view of one that requires a gradient"
     extent = 1
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
         if size > 1:
             if stride < extent:
-                raise ValueError(
-                    f"inplace_backward: expected logits without overlap, got strides {logits.stride()} "
-                    f"for shape {tuple(logits.shape)}"
-                )
+                return f"without overlap, got strides {logits.stride()} for shape {tuple(logits.shape)}"
             extent = stride * size
+    return ""

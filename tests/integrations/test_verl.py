@@ -196,8 +196,13 @@ def test_log_probs_from_logits():
     labels = torch.randint(11, (3, 5), generator=generator)
     expected = own_logprobs_from_logits(leaf.double(), labels)
     (gradient,) = torch.autograd.grad(expected.sum(), leaf)
-    # a leaf and a slice keep their logits, others are overwritten by the gradient
-    for logits, kept in ((leaf, True), ((leaf * 1)[:, :, :], False), ((leaf * 1)[:, 1:], True)):
+    # a leaf, a view of one and a slice keep their logits, others are overwritten by the gradient
+    for logits, kept in (
+        (leaf, True),
+        (leaf.view(3, 5, 11), True),
+        ((leaf * 1)[:, :, :], False),
+        ((leaf * 1)[:, 1:], True),
+    ):
         before = logits.detach().clone()
         chosen = labels if logits.shape[1] == 5 else labels[:, 1:]
         logp = r1.logprobs_from_logits(logits, chosen)
