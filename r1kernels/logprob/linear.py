@@ -66,7 +66,8 @@ def linear_logprobs(
         return_entropy: also return the entropy, in nats.
         stats: names out of "log_sum_sq_probs" (log of the sum of squared probabilities), "mean_logits" (mean over the
             vocabulary of logits / temperature) and "is_top1" (the target is the first largest); same pass, no gradient.
-        ignore_index: tokens with this target give 0 (False) everywhere and zero gradient rows.
+        ignore_index: tokens with this target give 0 (False) everywhere and take no part in any gradient, whatever their
+            hidden states hold.
         chunk_size: tokens a chunk; None chooses from V and a memory budget.
         save_logits: keep the logits for the backward (True, faster) or recompute them chunk by chunk (False, less memory);
             None chooses by a memory budget. Where hidden alone needs a gradient, and of logp alone, kernels do neither
@@ -184,6 +185,9 @@ def reference(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Plain PyTorch, chunk by chunk over the tokens; (logp (N,), entropy (N,) or empty, one (N,) a name of ``stats``)."""
     hidden, head = _in_float32(*cast_as_linear_would(hidden, head))
+    hidden = hidden.masked_fill(
+        (targets == ignore_index).unsqueeze(-1), 0.0
+    )  # 0 times NaN would reach the head
     with torch.autocast(hidden.device.type, enabled=False):
         if shard is not None:
             hidden = sharded.copy_to_group(hidden, shard)

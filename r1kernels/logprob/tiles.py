@@ -168,7 +168,8 @@ def backward(
             sequences[block] if sequences is not None else None,
         )
         grad_hidden.add(block, gradient, weight[slab], last=slab is slabs[-1])
-        grad_weight.add(slab, gradient.t(), hidden[block], last=block is blocks[-1])
+        if needs[1]:
+            grad_weight.add(slab, gradient.t(), counted(problem, block), last=block is blocks[-1])
         if needs[2]:
             grad_bias[slab] += gradient.sum(0, dtype=torch.float32)
     return grad_hidden.result, grad_weight.result, grad_bias
@@ -250,6 +251,12 @@ def rows_of(problem: Problem, block: slice, slab: slice) -> ops.Rows:
     )
 
 
+def counted(problem: Problem, block: slice) -> Tensor:
+    """The hidden states of a block, 0 where the token is ignored: its gradient is 0, but 0 times NaN is NaN."""
+    ignored = problem.rows.targets[block] == problem.rows.ignore_index
+    return problem.hidden[block].masked_fill(ignored.unsqueeze(1), 0.0)
+
+
 def raw_logits(problem: Problem, block: slice, slab: slice, tile: Tensor) -> None:
     """The raw logits of a tile."""
     engine, hidden, weight = problem.engine, problem.hidden[block], problem.weight[slab]
@@ -292,7 +299,8 @@ def one_pass(
         upstream = (*slopes(block, logp, value), None)
         gradient = engine.gradient(engine, tile, rows, hidden.dtype, logp, stats, *upstream)
         grad_hidden.add(block, gradient, weight, last=True)
-        grad_weight.add(whole, gradient.t(), hidden[block], last=block is blocks[-1])
+        if needs[1]:
+            grad_weight.add(whole, gradient.t(), counted(problem, block), last=block is blocks[-1])
         if needs[2]:
             grad_bias += gradient.sum(0, dtype=torch.float32)
         values.append((logp, value))

@@ -107,6 +107,23 @@ def test_garbage_in_masked_places_changes_nothing(place):
     assert torch.isfinite(dirty.grad).all() and (dirty.grad[~mask] == 0).all()
 
 
+def test_garbage_in_masked_hidden_states_changes_nothing(place):
+    backend, device = place
+    _, targets, mask = padded(device=device)
+    hidden, weight = torch.randn(4, 5, 6, device=device), torch.randn(9, 6, device=device)
+    wild = targets.masked_fill(~mask, 10**9)
+    found = []
+    for states, chosen in (
+        (hidden, targets),
+        (hidden.masked_fill(~mask[..., None], float("nan")), wild),
+    ):
+        leaves = [leaf.clone().requires_grad_() for leaf in (states, weight)]
+        result = linear_grouped_logprobs(*leaves, chosen, mask=mask, group_size=2, backend=backend)
+        found.append((result.logp.detach(), *torch.autograd.grad(result.logp.sum(), leaves)))
+    for clean, dirty in zip(*found, strict=True):
+        assert torch.equal(clean, dirty)
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("reduce", ["sum", "mean", "none"])
 def test_from_hidden_states_it_is_the_same(place, reduce, layout):

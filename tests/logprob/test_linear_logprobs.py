@@ -228,6 +228,22 @@ def test_ignored_tokens_and_masked_vocabulary(place):
     assert_close([logp[rows], entropy[rows]], [plain[0][rows], plain[1][rows]])
 
 
+@pytest.mark.parametrize("save_logits", [False, True])
+def test_the_hidden_states_of_ignored_tokens_may_hold_anything(place, save_logits):
+    backend, device = place
+    *leaves, targets = problem(device=device)
+    dirty = leaves[0].detach().clone()
+    dirty[1], dirty[5] = torch.nan, torch.inf
+    assert targets[1] == targets[5] == -100
+
+    def function(x, w, b):
+        how = {"save_logits": save_logits, "return_entropy": True, "backend": backend}
+        return linear_logprobs(x, w, targets, bias=b, **how)
+
+    ours = results_and_gradients(function, dirty.requires_grad_(), *leaves[1:])
+    assert_close(ours, exact(*leaves, targets, {}))
+
+
 @pytest.mark.parametrize("layout", ["expanded hidden", "sliced hidden", "turned weight", "strided targets"])
 def test_any_strides(place, layout):
     backend, device = place
