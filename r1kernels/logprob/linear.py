@@ -192,15 +192,15 @@ def reference(
         if shard is not None:
             hidden = sharded.copy_to_group(hidden, shard)
         tokens, vocabulary = hidden.shape[0], head.weight.shape[0]
-        if chunk_size is None:
-            chunk_size = (
-                tokens if torch.compiler.is_compiling() else max(_CHUNK_BYTES // (4 * vocabulary), _MIN_CHUNK)
-            )
+        if chunk_size is None and torch.compiler.is_compiling():
+            pieces = [slice(None)]  # a loop whose length is N would be compiled anew for every N
+        else:
+            step = chunk_size or max(_CHUNK_BYTES // (4 * vocabulary), _MIN_CHUNK)
+            pieces = [slice(start, start + step) for start in range(0, max(tokens, 1), step)]
         if save_logits is None:
             save_logits = torch.compiler.is_compiling() or tokens * vocabulary * 4 <= _SAVED_BYTES
         chunks = []
-        for start in range(0, max(tokens, 1), max(chunk_size, 1)):
-            rows = slice(start, start + chunk_size)
+        for rows in pieces:
             arguments = (
                 hidden[rows],
                 head,

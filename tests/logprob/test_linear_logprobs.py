@@ -356,30 +356,3 @@ def test_no_tokens(place, shape, dtype):
     logp, entropy = linear_logprobs(x, weight, targets, return_entropy=True, backend=backend)
     (logp.sum() + entropy.sum()).backward()
     assert logp.shape == shape and x.grad.shape == x.shape and (weight.grad == 0).all()
-
-
-@pytest.mark.parametrize("save_logits", [None, True])
-def test_it_compiles_in_one_graph(place, save_logits):
-    backend, device = place
-    *leaves, targets = problem(device=device)
-
-    def function(x, w, b):
-        how = {"save_logits": save_logits, "backend": backend}
-        return linear_logprobs(x, w, targets, bias=b, **OPTIONS, **how)
-
-    plain = results_and_gradients(function, *leaves)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(results_and_gradients(compiled, *leaves), plain)
-
-
-def test_a_bad_target_in_a_compiled_graph_is_an_error(place):
-    backend, device = place
-    if (backend, device) != ("cpu", "cpu"):
-        pytest.skip("the reference and GPUs give NaN there")
-    x, weight, _, targets = problem()
-    targets[4] = 37
-    compiled = torch.compile(
-        lambda x: linear_logprobs(x, weight, targets, backend=backend), fullgraph=True, backend="aot_eager"
-    )
-    with pytest.raises(RuntimeError, match=r"targets: expected values in \[0, 37\)"):
-        compiled(x)
