@@ -109,6 +109,27 @@ def test_a_temperature_or_a_cap_that_float32_does_not_hold_is_named(value):
         linear_logprobs(z, torch.randn(3, 5), y, softcap=value)
 
 
+def test_a_tensor_on_another_device_is_named():
+    z, weight, y = torch.randn(2, 5), torch.randn(3, 5), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="targets: expected a tensor on cpu, got one on meta"):
+        token_logprobs(z, y.to("meta"))
+    with pytest.raises(ValueError, match="temperature: expected a tensor on cpu, got one on meta"):
+        token_logprobs(z, y, temperature=torch.ones(2, device="meta"))
+    with pytest.raises(ValueError, match="weight: expected a tensor on cpu, got one on meta"):
+        linear_logprobs(z, weight.to("meta"), y)
+    with pytest.raises(ValueError, match="bias: expected a tensor on cpu, got one on meta"):
+        linear_logprobs(z, weight, y, bias=torch.zeros(3, device="meta"))
+
+
+@pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+def test_float64_on_a_kernel_says_why():
+    z, weight, y = torch.randn(2, 5).double(), torch.randn(3, 5).double(), torch.tensor([0, 1])
+    with pytest.raises(BackendError, match="logits: float64 is served by the reference alone"):
+        token_logprobs(z, y, backend="cpu")
+    with pytest.raises(BackendError, match="hidden: float64 is served by the reference alone"):
+        linear_logprobs(z, weight, y, backend="cpu")
+
+
 class TestFunctorch:
     """Forward mode is left to the reference, and reverse mode through torch.func refused, never a silent 0."""
 
