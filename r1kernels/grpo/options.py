@@ -73,7 +73,9 @@ TERMS = LossOptions._fields.index("kl") + 1
 def resolve(options: LossOptions) -> LossOptions:
     """The options with the variant's defaults, or a ValueError that names an argument which the variant does not use."""
     given = (*options[:TERMS], options.kl_coef, options.ref_logp is not None)
-    if not torch.compiler.is_compiling():
+    # numbers inside of pairs are no key: True there would be taken for the 1.0 of an earlier call
+    numbers_alone = options.tau is None and options.vespo is None
+    if numbers_alone and not torch.compiler.is_compiling():
         try:
             return LossOptions(*_kept_terms(*given), *options[TERMS:])
         except TypeError:  # a list is no key; an error is found again

@@ -157,6 +157,25 @@ def test_bad_boundaries(boundaries, error, text):
         grpo_loss(logp, logp, torch.zeros(sequences), torch.ones(6, dtype=torch.bool), cu_seqlens=cu_seqlens)
 
 
+@pytest.mark.parametrize(
+    ("good", "bad", "error"),
+    [
+        ({"variant": "sapo", "tau": (1.0, 1.0)}, {"tau": (1.0, True)}, TypeError),
+        ({"variant": "sapo", "tau": (1.0, 1.05)}, {"tau": (1.0, float("nan"))}, ValueError),
+        ({"variant": "vespo", "vespo": ((2.0, 1.0), (3.0, 1.0))}, {"vespo": ((2.0, True), (3.0, 1.0))}, TypeError),
+        ({"variant": "grpo", "clip_high": 1}, {"clip_high": True}, TypeError),
+        ({"variant": "grpo", "kl_coef": 0}, {"kl_coef": False}, TypeError),
+    ],
+)  # fmt: skip
+def test_a_call_that_was_good_does_not_make_an_equal_one_good(batch_of, good, bad, error):
+    """True equals 1 and hashes like it: what was found out about one call must not stand for the other."""
+    batch = batch_of()
+    arguments = (batch.logp, batch.old_logp, batch.advantages, batch.mask)
+    grpo_loss(*arguments, **good)
+    with pytest.raises(error, match=next(iter(bad))):
+        grpo_loss(*arguments, **{**good, **bad})
+
+
 def test_an_unknown_keyword_is_an_error(batch_of):
     batch = batch_of()
     with pytest.raises(TypeError, match="epsilon"):
