@@ -177,7 +177,8 @@ R1KERNELS_TERM Term<F> policy_term(const R1kernelsGrpo& call, const Sequence& se
             const F sigma = 1.0f / (1.0f + e), complement = e < same<F>(INFINITY) ? e * sigma : same<F>(1.0f);
             term.value = -A * sigma * 4.0f / tau;
             // d sigma(tau (c - 1)) / dc = tau sigma (1 - sigma)
-            term.by_ratio = -A * 4.0f * sigma * complement * ratio;
+            // (e is 0 where c is so large that sigma is 1: the product falls to 0 there, even for an infinite c)
+            term.by_ratio = e == zero ? zero : -A * 4.0f * sigma * complement * ratio;
             break;
         }
         case R1KERNELS_VESPO:

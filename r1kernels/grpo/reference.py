@@ -8,6 +8,7 @@ value nor a gradient; where a term leaves, the mask is applied again.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -86,11 +87,17 @@ def grpo_loss(
 def importance_ratio(layout: Layout, log_ratio: Tensor, level: str) -> Tensor:
     """c of every token: e^l of the token, the geometric mean over its sequence, or the ratio of the whole output."""
     if level == "token":
-        return log_ratio.exp()
+        return _exp(log_ratio)
     total = layout.total(log_ratio)
     if level == "sequence":
-        return layout.spread((total / layout.lengths(total.dtype).clamp(min=1)).exp())
+        return layout.spread(_exp(total / layout.lengths(total.dtype).clamp(min=1)))
     return layout.spread(total.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp())
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    """e^l; constant where it overflows, for a bounded term has the derivative 0 there and 0 times infinity is NaN."""
+    overflows = log_ratio > math.log(torch.finfo(log_ratio.dtype).max)
+    return torch.where(overflows, log_ratio.detach(), log_ratio).exp()
 
 
 def group_advantages(

@@ -140,7 +140,8 @@ def _lesser_branch(inputs: Inputs, options: LossOptions) -> Tensor:
         if options.delta is None
         else inputs.ratio.clamp(max=_scalar(options.delta, inputs.ratio))
     )
-    unclipped = ratio * inputs.advantages
+    # an infinite ratio without advantage is nothing, not NaN
+    unclipped = torch.where(inputs.advantages == 0, 0.0, ratio * inputs.advantages)
     low, high = _scalar(1 - options.clip_low, inputs.ratio), _scalar(1 + options.clip_high, inputs.ratio)
     clipped = inputs.ratio.clamp(low, high) * inputs.advantages
     # dx: A dc/dx where the unclipped branch is the lesser one and c <= delta, else 0

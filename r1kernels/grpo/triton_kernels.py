@@ -79,7 +79,8 @@ def store_loss(sums, given, numbers, out, total_given, length, sequences, slots,
         )
         size = tl.maximum(count, 1.0)
         present = tl.where(count > 0.0, 1.0, 0.0)
-        weight = zero + common
+        # a total of 0, which only a step without counted tokens has, makes the factor infinite
+        weight = tl.where(count > 0.0, zero + common, 0.0)
         if CALL.counted == "sequence":
             weight /= size
 
@@ -164,7 +165,8 @@ def store_loss(sums, given, numbers, out, total_given, length, sequences, slots,
     tl.store(out.metrics + 7, high_mean)
     tl.store(out.metrics + 8, low_mean + high_mean)
     tl.store(out.metrics + 9, quotient(-tl.sum(drifts, axis=0), token_sum))
-    tl.store(out.metrics + 10, quotient(ratio_sum * ratio_sum, square_sum * unit_sum))
+    share = quotient(ratio_sum * ratio_sum, square_sum * unit_sum)
+    tl.store(out.metrics + 10, tl.where(top < float("inf"), share, float("nan")))
     tl.store(out.metrics + 11, token_sum)
 
 
@@ -208,7 +210,7 @@ def store_gradients(
     common = weight_of_all(sums, numbers, total_given, given.cu_seqlens, sequences, slots, CALL)
     if CALL.counted == "sequence":
         common /= size
-    weight = one * common
+    weight = tl.where(counted, common, 0.0)
     if given.weights is not None:
         weight = load(given.weights, at, counted)
 

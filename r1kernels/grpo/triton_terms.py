@@ -40,8 +40,8 @@ def product(x, y):
 
 @triton.jit
 def quotient(x, y):
-    """x / y, 0 where y is 0."""
-    return tl.where(y == 0.0, 0.0, x / tl.where(y == 0.0, 1.0, y))
+    """x / y, where y = 0 comes with x = 0 alone: 0 / 0 is 0, and inf / inf is 1."""
+    return tl.where(x == y, tl.where(y == 0.0, 0.0, 1.0), x / y)
 
 
 @triton.jit

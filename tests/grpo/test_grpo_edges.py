@@ -9,6 +9,7 @@ import torch
 
 from r1kernels.grpo import grpo_loss, grpo_preset
 from tests.support.grpo_calls import PRESETS, loss_and_gradients, loss_of
+from tests.support.grpo_loss_kernel import BOUNDED, check_overflow
 
 GARBAGE = (float("nan"), float("inf"), float("-inf"))
 
@@ -144,6 +145,14 @@ def test_extreme_log_probs_stay_finite():
         ).loss
         assert torch.isfinite(loss), preset
         assert torch.isfinite(torch.autograd.grad(loss, logp)[0]).all(), preset
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize(("variant", "signs"), BOUNDED)
+def test_ratios_that_overflow(variant, signs, ratio):
+    check_overflow(
+        lambda *values, **options: grpo_loss(*values, **options, backend="reference"), variant, signs, ratio
+    )
 
 
 def test_the_gradient_at_the_edges_of_the_clip():

@@ -110,6 +110,31 @@ def check(backend, arguments, keywords, device="cpu"):
         assert_close(ours, expected, largest)
 
 
+BOUNDED = [("grpo", (0, 1)), ("dual_clip", (-1, 0, 1)), ("cispo", (-1, 0, 1)), ("sapo", (-1, 0, 1))]
+"""Variants with the signs of the advantage for which they bound the ratio."""
+
+
+def check_overflow(run, variant, signs, ratio, device="cpu"):
+    """Ratios beyond float32 in a bounded term: the loss and the gradient of float64, where they are finite."""
+    logp = torch.tensor([[-1.0, -2.0, -0.5]]).expand(len(signs), 3).contiguous()
+    arguments = (
+        logp,
+        logp - 100,
+        torch.tensor(signs, dtype=torch.float32),
+        torch.ones(logp.shape, dtype=torch.bool),
+    )
+    keywords = {"variant": variant, "ratio": ratio}
+    output, (grad,) = gradients(run, [value.to(device) for value in arguments], keywords)
+    exact, (exact_grad,) = gradients(
+        lambda *values, **options: grpo_loss(*values, **options, backend="reference"),
+        [converted(value, torch.float64) for value in arguments],
+        keywords,
+    )
+    assert_close(output.loss, exact.loss, 1.0)
+    assert_close(grad, exact_grad, 1.0)
+    assert output.metrics["ratio/max"] == output.metrics["ratio/mean"] == torch.inf
+
+
 class GrpoLossKernel:
     device = "cpu"
     long = 2100  # tokens of a sequence that several threads or blocks share
@@ -200,19 +225,43 @@ class GrpoLossKernel:
         self.check(backend, arguments, keywords | {"variant": variant})
         self.check(backend, arguments, keywords | {"ratio": "sequence"})
 
-    def test_no_counted_token(self, backend):
+    @pytest.mark.parametrize("total", [None, 0], ids=["no total", "total 0"])
+    def test_no_counted_token(self, backend, total):
+        """A total of 0, as a step without tokens counts it, divides nothing."""
         (logp, old, advantages, mask), _ = random_call(10)
         nothing = torch.zeros_like(mask)
-        for ratio, variant in (("token", "grpo"), ("sequence", "grpo"), ("output", "cispo")):
+        given = {} if total is None else {"reduction": "token", "num_tokens": torch.tensor(total)}
+        for ratio, variant in (("token", "grpo"), ("sequence", "grpo"), ("output", "cispo"), (None, "gmpo")):
             arguments = (torch.full_like(logp, torch.nan), old, advantages, nothing)
+            keywords = {"ref_logp": old.to(self.device), "kl_coef": 1.0, "ratio": ratio, "variant": variant}
             output, grads = gradients(
                 lambda *values, **options: on_backend(backend, *values, **options),
                 [value.to(self.device) for value in arguments],
-                {"ratio": ratio, "variant": variant, "ref_logp": old.to(self.device), "kl_coef": 1.0},
+                keywords | {"entropy": old.to(self.device), "entropy_coef": 0.1} | given,
             )
             assert output.loss.item() == 0.0
-            assert not grads[0].any()
+            assert not any(grad.any() for grad in grads)
             assert all(value == 0 for value in output.metrics.floats().values())
+
+    @pytest.mark.parametrize("ratio", ["token", "sequence"])
+    @pytest.mark.parametrize(("variant", "signs"), BOUNDED)
+    def test_ratios_that_overflow(self, backend, variant, signs, ratio):
+        check_overflow(lambda *v, **o: on_backend(backend, *v, **o), variant, signs, ratio, self.device)
+
+    def test_extreme_ratios(self, backend):
+        """exp over- and underflows as in the reference, and the effective sample size does not overflow."""
+        logp = torch.tensor([[60.0, 61.0, -90.0, 0.0]])
+        arguments = (logp, torch.zeros(1, 4), torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool))
+        ours = on_backend(backend, *(value.to(self.device) for value in arguments)).metrics.floats()
+        expected = grpo_loss(*arguments, backend="reference").metrics.floats()
+        assert ours == pytest.approx(expected, rel=1e-5)
+
+    def test_a_nan_that_counts_is_seen(self, backend):
+        (logp, old, advantages, mask), _ = random_call(14)
+        logp[tuple(mask.nonzero()[0])] = torch.nan
+        arguments = (value.to(self.device) for value in (logp, old, advantages, mask))
+        output = on_backend(backend, *arguments)
+        assert output.loss.isnan() and output.metrics["ratio/max"].isnan()
 
     def test_without_gradients_the_numbers_are_the_same(self, backend):
         arguments, keywords = random_call(11)
