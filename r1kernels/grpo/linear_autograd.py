@@ -47,6 +47,10 @@ def run(
     layout = layout_of(mask, options.cu_seqlens)
     entropy = bool(options.entropy) or options.entropy_coef != 0
     head = Head(weight, bias, softcap, logit_scale)
+    if torch.compiler.is_compiling() and not isinstance(temperature, Tensor) and temperature != 1.0:
+        # an op takes a number for a constant of the graph, which another temperature would compile anew
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        temperature = torch.ones(targets.shape, dtype=dtype, device=hidden.device) * temperature
     inputs = (hidden, weight, bias)
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     arguments = (backend, hidden, head, targets, old_logp, advantages, mask, layout)
@@ -119,8 +123,8 @@ def _one_pass(
         advantages = advantages.unsqueeze(1)
 
     def tokens(values: Any) -> Any:
-        """Float32 values of all tokens in a row, or None."""
-        return None if values is None else layout.to_tokens(values.detach()).float().reshape(-1)
+        """Float32 values of all tokens in a row, contiguous, or None."""
+        return None if values is None else layout.to_tokens(values.detach()).float().reshape(-1).contiguous()
 
     numbers, variant, _, kl = autograd.constants_of(options, 1.0)
     terms = Terms(

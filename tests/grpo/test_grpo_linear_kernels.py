@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1kernels import extension
@@ -132,13 +133,45 @@ def test_garbage_in_masked_places_changes_nothing(batch_of, garbage, preset):
     assert all(same_bits(one, other) for one, other in zip(dirty_grads, grads, strict=True))
 
 
+def test_one_sequence_and_strided_tensors(batch_of):
+    """Values that stand once a sequence, or between others, are one a token in a row for the op."""
+    batch = batch_of(seed=19, num_sequences=1, num_tokens=11)
+    for packed in (False, True):
+        leaves, targets, (old, advantages, _), keywords = call_of(batch, policy_weights=torch.tensor([[0.5]]))
+        mask = torch.ones_like(batch.mask)
+        if packed:
+            leaves[0], targets, old, mask = leaves[0][0], targets[0], old[0], mask[0]
+            keywords |= {"ref_logp": keywords["ref_logp"][0], "cu_seqlens": torch.tensor([0, 11])}
+        compare((leaves, targets, (old, advantages, mask), keywords))
+
+        def between(value):
+            return torch.stack((value, torch.full_like(value, 7)), -1).flatten(-2)[..., ::2]
+
+        keywords |= {
+            name: between(keywords["ref_logp"]) for name in ("ref_logp", "weights", "entropy_weights")
+        }
+        keywords["policy_weights"] = between(old.abs())
+        compare((leaves, between(targets), (between(old), between(old), between(mask)), keywords))
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What the extension allocates without writing to it holds NaN."""
+
+    def empty(shape, dtype):
+        return torch.full(tuple(shape), torch.nan if dtype.is_floating_point else -1, dtype=dtype)
+
+    monkeypatch.setattr(extension, "empty", empty)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("preset", ["grpo", "gspo"])
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (1, 1)])
-def test_sizes_and_batches_without_counted_tokens(batch_of, preset, shape):
+def test_sizes_and_batches_without_counted_tokens(batch_of, preset, shape, dtype, poisoned):
     batch = batch_of(seed=7, num_sequences=shape[0], num_tokens=shape[1])
     leaves, targets, tensors, keywords = call_of(batch, **grpo_preset(preset))
     for mask in (batch.mask, torch.zeros_like(batch.mask)):
-        output, grads = run("cpu", leaves, targets, (*tensors[:2], mask), keywords)
+        output, grads = run("cpu", leaves, targets, (*tensors[:2], mask), keywords, dtype=dtype)
         if not mask.any():
             assert output.loss == 0 and not any(grad.any() for grad in grads)
         assert output.loss.isfinite() and all(grad.isfinite().all() for grad in grads)
@@ -281,6 +314,30 @@ def test_a_compiled_call_has_the_same_numbers(batch_of, preset):
         results.append((metrics, *torch.autograd.grad(loss, inputs)))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_other_numbers_and_shapes_do_not_recompile(batch_of, ratio):
+    """One graph for the first call, one more for any other numbers and sizes."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(linear_grpo_loss, fullgraph=True, backend=counter)
+    for k in range(3):
+        batch = batch_of(seed=k, num_sequences=3 + k, num_tokens=7 + 2 * k, dtype=torch.float32)
+        changes = {"clip_high": 0.2 + k / 50, "kl_coef": 0.1 + k / 11, "entropy_coef": 0.1 + k / 13}
+        changes |= {"temperature": 0.8 + k / 7, "num_sequences": 5.5 + k, "ratio": ratio}
+        (hidden, weight, bias), targets, tensors, keywords = call_of(batch, seed=k, **changes)
+        hidden.requires_grad_()
+        output, expected = (
+            loss(hidden, weight, targets, *tensors, bias=bias, backend="cpu", **keywords)
+            for loss in (compiled, linear_grpo_loss)
+        )
+        torch.testing.assert_close(output.loss, expected.loss)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(loss, hidden)[0] for loss in (output.loss, expected.loss))
+        )
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
