@@ -23,6 +23,7 @@ REDUCTIONS = {
     "dr_grpo": "constant",
     "luspo": "sequence-sum",
 }
+LEAST_LAMBDA = 1e-4  # of VESPO: TRL raises a smaller one to this
 _LEVELS = ("token", "sequence")
 
 
@@ -42,8 +43,9 @@ def term_of(trainer: Any) -> dict[str, Any]:
     """The variant and its options."""
     args = trainer.args
     if trainer.loss_type == "vespo":
-        for_gain = (args.vespo_k_pos, args.vespo_lambda_pos)
-        return {"variant": "vespo", "vespo": (for_gain, (args.vespo_k_neg, args.vespo_lambda_neg))}
+        for_gain = (args.vespo_k_pos, max(args.vespo_lambda_pos, LEAST_LAMBDA))
+        for_loss = (args.vespo_k_neg, max(args.vespo_lambda_neg, LEAST_LAMBDA))
+        return {"variant": "vespo", "vespo": (for_gain, for_loss)}
     level = {"ratio": trainer.importance_sampling_level}
     if trainer.loss_type == "sapo":
         return {"variant": "sapo", "tau": (args.sapo_temperature_pos, args.sapo_temperature_neg), **level}

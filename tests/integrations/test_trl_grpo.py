@@ -183,6 +183,12 @@ def test_on_policy_with_advantages_a_token_and_without_tools(loss_type):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("lambdas", [(0.0, 2.0), (3.0, 1e-6)])
+def test_a_lambda_of_vespo_that_trl_raises(lambdas):
+    names = ("vespo_lambda_pos", "vespo_lambda_neg")
+    assert_same(completions(seed=2), loss_type="vespo", args=dict(zip(names, lambdas, strict=True)))
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_entropy_bonus_and_auxiliary_loss(loss_type, training):
