@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1kernels.grpo import (
     group_advantages,
@@ -17,6 +16,7 @@ from r1kernels.grpo import (
     reduction_weights,
     top_entropy_mask,
 )
+from tests.support.host_reads import NoHostReads
 
 VARIANTS = ("grpo", "dual_clip", "cispo", "sapo", "vespo", "gmpo", "reinforce")
 
@@ -134,21 +134,6 @@ def test_linear_grpo_loss_is_one_graph():
         torch.autograd.grad(output.loss, leaves), torch.autograd.grad(expected.loss, leaves), strict=True
     ):
         torch.testing.assert_close(one, other)
-
-
-class NoHostReads(TorchDispatchMode):
-    """Raises where a tensor's value would reach the host, or a shape would depend on it: a sync on a GPU."""
-
-    READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "repeat_interleave")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().split("::")[1].split(".")[0]
-        if name.removeprefix("_") in self.READS or name in self.READS:
-            raise AssertionError(f"{name} reads a value on the host")
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
-            raise AssertionError("an index by a mask has a shape that depends on values")
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ N tokens, H hidden, V vocabulary. The oracle is the reference in float64, itself
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,8 +15,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1kernels import extension
-from r1kernels.grpo import grpo_loss, grpo_preset, linear_grpo_loss
-from r1kernels.logprob import linear_logprobs
+from r1kernels.grpo import grpo_loss, grpo_preset, linear_autograd, linear_grpo_loss, linear_ops, ops
+from r1kernels.logprob import cpu, linear_logprobs
+from tests.support.host_reads import NoHostReads
 from tests.support.numerics import assert_as_exact_as, same_bits
 
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
@@ -275,8 +278,6 @@ def test_no_logits_of_all_tokens_stand_in_memory(batch_of):
 
 
 def test_the_op_keeps_its_schema(batch_of):
-    from r1kernels.grpo import linear_autograd, ops
-
     leaves, targets, tensors, keywords = call_of(batch_of(seed=14, num_sequences=2, num_tokens=5))
     seen = []
 
@@ -295,6 +296,36 @@ def test_the_op_keeps_its_schema(batch_of):
         "a",
         "b",
     )
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_on_a_gpu_nothing_asks_which_tokens_count(batch_of, monkeypatch, chunk_size):
+    """The implementation for GPUs on the engine of the CPU: all tokens are computed, and nothing of what is masked stays."""
+    batch = batch_of(seed=17)
+    temperature = torch.full((5, 9), 0.9)
+    call = call_of(batch, temperature=temperature, chunk_size=chunk_size)
+    leaves, targets, (old, advantages, mask), keywords = call
+    leaves[0] = torch.where(mask.unsqueeze(-1), leaves[0], torch.nan)
+    keywords |= {name: torch.where(mask, keywords[name], torch.nan) for name in ("ref_logp", "temperature")}
+    tensors, seen, run_of = (torch.where(mask, old, torch.inf), advantages, mask), [], []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is ops.namespace.linear_grpo_loss_cpu.default:
+                seen.append(args)
+            return function(*args, **(kwargs or {}))
+
+    with Recorded():
+        run("cpu", leaves, torch.where(mask, targets, -7), tensors, keywords)
+    monkeypatch.setattr(
+        ops, "library", SimpleNamespace(impl=lambda name, function, key: run_of.append(function))
+    )
+    linear_ops.implement(cpu.ENGINE, "CUDA")
+    arguments = [value.detach() if isinstance(value, torch.Tensor) else value for value in seen[0]]
+    with NoHostReads():
+        results = run_of[0](*arguments)
+    for ours, expected in zip(results, ops.namespace.linear_grpo_loss_cpu(*arguments), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("preset", ["dapo", "gspo"])

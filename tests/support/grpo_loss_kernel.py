@@ -46,6 +46,15 @@ def random_call(seed, sequences=4, tokens=37, packed=False, per_token=False, pol
     def spoil(values):
         return torch.where(mask, values, spoiled)
 
+    counts = torch.stack(
+        [part.sum() for part in (mask.split(lengths.tolist()) if packed else mask)] or [mask.sum()]
+    )
+
+    def spoil_sequences(values):
+        """Garbage where no token of a sequence counts."""
+        nothing = counts.view(-1, *[1] * (values.ndim - 1)) == 0
+        return torch.where(nothing[: len(values)], GARBAGE[seed % 3], values)
+
     old = -noise(*shape).abs() - 0.05
     keywords = {"ref_logp": spoil(old + drift * noise(*shape)), "kl_coef": 0.2}
     keywords |= {"entropy": spoil(noise(*shape).abs()), "entropy_coef": 0.1}
@@ -54,8 +63,8 @@ def random_call(seed, sequences=4, tokens=37, packed=False, per_token=False, pol
     if policy == "token":
         keywords["policy_weights"] = spoil(torch.rand(shape, generator=generator) * 2)
     elif policy == "sequence":
-        keywords["policy_weights"] = torch.rand(sequences, 1, generator=generator) * 2
-    advantages = spoil(noise(*shape)) if per_token else noise(sequences)
+        keywords["policy_weights"] = spoil_sequences(torch.rand(sequences, 1, generator=generator) * 2)
+    advantages = spoil(noise(*shape)) if per_token else spoil_sequences(noise(sequences))
     return (spoil(old + drift * noise(*shape)), spoil(old), advantages, mask), keywords
 
 
