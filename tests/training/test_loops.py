@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+import r1kernels
 from training import prompts, rewards
 from training.context import StageContext
 from training.errors import UserError
 from training.loops import grpo, next_token
+from training.loops.loss import loss_arguments
 from training.loops.next_token import Document
 from training.loops.optim import MAX_BAD_STEPS, Optimizer, learning_rate
 from training.model import build_model
@@ -319,6 +321,22 @@ def test_the_fused_loss_takes_the_same_step(tmp_path, changes, monkeypatch):
         assert fused[0][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
     for name in weights:
         torch.testing.assert_close(fused_weights[name], weights[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"variant": "cispo", "clip": 0.3}, "clip_low: not used by variant 'cispo', got 0.3"),
+        ({"variant": "reinforce", "ratio": "sequence"}, "ratio: not used by variant 'reinforce'"),
+    ],
+)
+def test_an_option_that_the_loss_does_not_use_is_refused(changes, text):
+    logp = torch.zeros(2, 3)
+    arguments = loss_arguments(
+        replace(CONFIG, kl_coef=0.0, **changes), {"num_sequences": 2, "num_tokens": 6, "max_length": 3}
+    )
+    with pytest.raises(ValueError, match=text):
+        r1kernels.grpo_loss(logp, logp, torch.ones(2), torch.ones(2, 3, dtype=torch.bool), **arguments)
 
 
 def test_routing_replay_can_be_turned_off(tmp_path):

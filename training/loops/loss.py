@@ -69,15 +69,18 @@ def policy_loss(
 
 
 def loss_arguments(config: Grpo, totals: dict[str, int]) -> dict[str, Any]:
-    """Keyword arguments of r1kernels.grpo_loss for a recipe; only those that its variant knows."""
+    """Keyword arguments of r1kernels.grpo_loss for a recipe.
+
+    A clip or ratio that the variant does not know goes there too where the recipe sets it: the op refuses it by name.
+    """
     arguments: dict[str, Any] = {
         "variant": config.variant,
         "reduction": config.reduction,
         "kl_coef": config.kl_coef,
     }
-    if config.variant in ("grpo", "dual_clip", "gmpo"):
+    if config.variant in ("grpo", "dual_clip", "gmpo") or config.clip != Grpo.clip:
         arguments |= {"clip_low": config.clip, "clip_high": config.clip}
-    if config.variant in ("grpo", "dual_clip", "cispo", "sapo"):
+    if config.variant in ("grpo", "dual_clip", "cispo", "sapo") or config.ratio != Grpo.ratio:
         arguments["ratio"] = config.ratio
     needed = {
         "sequence": ("num_sequences",),
