@@ -272,6 +272,29 @@ class GrpoLossKernel:
         output = on_backend(backend, *arguments)
         assert output.loss.isnan() and output.metrics["ratio/max"].isnan()
 
+    def test_as_many_packed_tokens_as_sequences(self, backend):
+        """Advantages (N,) with N = B are one a sequence, policy weights (N,) one a token."""
+        logp, old, advantages = torch.randn(3, 5, generator=torch.Generator().manual_seed(15))
+        cu_seqlens = torch.tensor([0, 2, 2, 4, 4, 5])
+        keywords = {"policy_weights": old.abs(), "cu_seqlens": cu_seqlens}
+        mask = torch.ones(5, dtype=torch.bool)
+        self.check(backend, (logp, old, advantages, mask), keywords)
+        of_tokens = advantages.repeat_interleave(cu_seqlens.diff())
+        padded = torch.tensor([[1, 1], [0, 0], [1, 1], [0, 0], [1, 0]], dtype=torch.bool)
+
+        def spread(values):
+            return torch.zeros(5, 2).masked_scatter(padded, values).to(self.device)
+
+        rows = on_backend(
+            backend, spread(logp), spread(old), spread(of_tokens), padded.to(self.device),
+            policy_weights=spread(old.abs()),
+        )  # fmt: skip
+        tensors = [value.to(self.device) for value in (logp, old, advantages, mask)]
+        ours = on_backend(
+            backend, *tensors, **{name: value.to(self.device) for name, value in keywords.items()}
+        )
+        torch.testing.assert_close(ours.loss, rows.loss)
+
     def test_without_gradients_the_numbers_are_the_same(self, backend):
         arguments, keywords = random_call(11)
         arguments = [value.to(self.device) for value in arguments]
