@@ -220,9 +220,10 @@ bool choose_by_logits(const MoeRouter& call, const T* row, const RouterScratch& 
     fill_up(scratch.ranked, found);
     scratch.ranked[whole_vectors(found)] = kNotEligible;
     unsigned near = 0;
-    for (int64_t k = 0; k < call.top_k && k < found; k += kLanes) {
-        const Floats apart = values_of(load_keys(scratch.ranked + k)) - values_of(load_keys(scratch.ranked + k + 1));
-        near |= bits_of((apart > 0.0f) & (apart < kApart) & (places_from(k) < static_cast<int32_t>(call.top_k)));
+    for (int64_t k = 0; k < found; k += kLanes) {  // those equal to the last one of the choice too
+        const Floats value = values_of(load_keys(scratch.ranked + k));
+        const Floats apart = value - values_of(load_keys(scratch.ranked + k + 1));
+        near |= bits_of((apart > 0.0f) & (apart < kApart) & (value >= last));
     }
     return near == 0;
 }
