@@ -21,13 +21,13 @@ struct R1kernelsMoeTile {
     int32_t expert, first, end, unused;
 };
 
-// Made on the device, from offsets that nobody has looked at: bounds lie in [0, S] and ascend whatever the offsets hold.
+// Made on the device, from offsets that nobody has looked at: bounds[e] is the largest of offsets[0 .. e], in [0, S].
 struct R1kernelsMoeSchedule {
     int64_t rows, experts;      // S, E
     int64_t tile_rows;          // 64 or 128
     int64_t tile_count;         // the most tiles that any routing needs; those in use come first
     R1kernelsMoeTile* tiles;    // (tile_count)
-    int32_t* bounds;            // (E + 2): 0, ..., then bounds[E] = the first row of nobody, then S
+    int32_t* bounds;            // (E + 2): bounds[e] = the first row of e; rows from bounds[E] on are nobody's; then S
 };
 
 // The rows and the number of tiles, from sizes alone. The caller allocates `tiles` and `bounds`.

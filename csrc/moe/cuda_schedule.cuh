@@ -31,15 +31,26 @@ __device__ inline int block_scan(int value, int* of_warp, Combine combine) {
     return value;
 }
 
+// Writes the tiles of the rows [first, end) to tiles[0, ...). The lanes of one warp.
+__device__ inline void write_tiles(R1kernelsMoeTile* tiles, int expert, int first, int end, int tile_rows) {
+    for (int64_t row = int64_t{lane_id()} * tile_rows; row < end - first; row += int64_t{kWarpSize} * tile_rows) {
+        const int begin = first + static_cast<int>(row);
+        tiles[row / tile_rows] = R1kernelsMoeTile{expert, begin, begin + min(tile_rows, end - begin), 0};
+    }
+}
+
 // One block. Experts come in strips of one a thread; then the warps write the tiles of one expert after the other.
 __global__ void schedule_kernel(R1kernelsMoeSchedule schedule, const int32_t* offsets) {
     ScheduleShared& shared = *reinterpret_cast<ScheduleShared*>(shared_memory);
     const int rows = static_cast<int>(schedule.rows), tile_rows = static_cast<int>(schedule.tile_rows);
-    const int thread = threadIdx.x;
-    int before = 0, tiles = 0;  // rows and tiles of the strips before
+    const int thread = threadIdx.x, nobody = static_cast<int>(schedule.experts);
+    // Rows and tiles before a strip: before the first one rows of nobody, where the offsets do not begin at 0.
+    int before = min(max(offsets[0], 0), rows);
+    int tiles = before / tile_rows + (before % tile_rows != 0);
+    if (thread < kWarpSize) write_tiles(schedule.tiles, nobody, 0, before, tile_rows);
     for (int64_t strip = 0; strip <= schedule.experts; strip += kScheduleThreads) {
         const int64_t expert = strip + thread;
-        // the last one, expert E, has the rows of nobody
+        // the last one, expert E, has the other rows of nobody
         int end = expert < schedule.experts ? min(max(offsets[expert + 1], before), rows) : rows;
         end = block_scan(end, shared.of_warp, [](int a, int b) { return max(a, b); });
         shared.end[thread] = end;
@@ -57,12 +68,8 @@ __global__ void schedule_kernel(R1kernelsMoeSchedule schedule, const int32_t* of
 
         const int in_strip = static_cast<int>(min(int64_t{kScheduleThreads}, schedule.experts + 1 - strip));
         for (int i = thread / kWarpSize; i < in_strip; i += kScheduleThreads / kWarpSize) {
-            const int rows_of_expert = shared.end[i] - shared.first[i];
-            for (int64_t row = int64_t{lane_id()} * tile_rows; row < rows_of_expert; row += int64_t{kWarpSize} * tile_rows) {
-                const int begin = shared.first[i] + static_cast<int>(row);
-                schedule.tiles[shared.tile[i] + row / tile_rows] = R1kernelsMoeTile{
-                    static_cast<int32_t>(strip + i), begin, begin + min(tile_rows, shared.end[i] - begin), 0};
-            }
+            write_tiles(schedule.tiles + shared.tile[i], static_cast<int>(strip) + i, shared.first[i], shared.end[i],
+                        tile_rows);
         }
         __syncthreads();
         before = shared.end[kScheduleThreads - 1];

@@ -12,8 +12,8 @@ void r1kernels_moe_plan(Element element, int64_t rows, int64_t experts, R1kernel
     schedule->rows = rows;
     schedule->experts = experts;
     schedule->tile_rows = element == Element::float32 || rows <= kManyRows * experts ? 64 : 128;
-    // each group, and the rows of nobody are one, leaves at most one tile partly empty, and an empty group has none
-    const int64_t groups = std::min(rows, experts + 1);
+    // each group, and the rows of nobody are two, leaves at most one tile partly empty, and an empty group has none
+    const int64_t groups = std::min(rows, experts + 2);
     schedule->tile_count = (rows + groups * (schedule->tile_rows - 1)) / schedule->tile_rows;
 }
 

@@ -26,12 +26,13 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, *, backend: str | N
         backend: "cuda", "triton", "cpu" or "reference": that one or an error; None chooses (see r1kernels.backends).
 
     Returns:
-        (S, M) in the dtype of ``x``; rows from offsets[E] on are 0 and pass no gradient. An expert without rows gets a
-        zero gradient.
+        (S, M) in the dtype of ``x``; rows that no expert has, those from offsets[E] on, are 0 and pass no gradient. An
+        expert without rows gets a zero gradient.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; offsets that do not ascend from 0
-            (on the CPU; on CUDA with ``debug_checks(True)``).
+            to at most S (on the CPU; on CUDA with ``debug_checks(True)``, else they are cut to [0, S], one below an
+            earlier one counts as that one, and rows before the first one are 0 as well).
 
     Precision: float32 accumulation. Under autocast both operands are cast as F.linear casts them. Deterministic on the
     CPU; traced or on CUDA the reference adds the weight gradient of an expert up with atomics, so there it is

@@ -30,7 +30,7 @@ contiguous; a gradient that is not needed has size 0 at its first dimension. <b>
 
 An index outside [0, E) (in moe_experts and sort_by_expert: [0, E]), or offsets that do not ascend from 0 to at most S: a
 RuntimeError from the cpu ops; on a GPU nothing is read or written out of bounds, such an index counts as a sentinel and
-has weight 0.
+has weight 0, and offsets of grouped_gemm count as max(offsets[: e + 1]), cut to [0, S]; rows that no expert has are 0.
 """
 
 from __future__ import annotations

@@ -215,17 +215,17 @@ def _gemm_by_tile(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     rows, experts = x.shape[0], weight.shape[0]
     height = max(1, -(-rows // experts))
     tiles = -(-rows // height) + experts
-    offsets = offsets.to(torch.int64)
+    # nobody could check them: an offset below an earlier one counts as that one
+    offsets = offsets.to(torch.int64).clamp(0, rows).cummax(0).values
 
     row = torch.arange(rows, device=x.device)
     expert = torch.searchsorted(offsets[1:], row, right=True)  # E for rows behind the last expert
+    expert = torch.where(row < offsets[0], experts, expert)
     used = (offsets[1:] - offsets[:-1] + height - 1) // height
     last_tile = used.cumsum(0)
     first_row = torch.cat(((last_tile - used) * height, row.new_full((1,), tiles * height)))
-    # rows behind the last expert all go to one extra slot, which is never read
+    # rows of no expert all go to one extra slot, which is never read
     slot = torch.where(expert < experts, first_row[expert] + row - offsets[expert], tiles * height)
-    slot = slot.clamp(0, tiles * height)  # offsets that nobody could check must not lead out of bounds
-
     spread = x.new_zeros(tiles * height + 1, x.shape[1]).index_copy(0, slot, x)[:-1]
     tile = torch.arange(tiles, device=x.device)
     owner = torch.searchsorted(last_tile, tile, right=True).clamp(max=experts - 1)

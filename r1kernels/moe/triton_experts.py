@@ -15,7 +15,8 @@ from torch import Tensor
 from . import ops, tuning
 
 VECTOR_BYTES = 16
-SCHEDULED_TILES = 32  # row tiles that a program of schedule_kernel places
+SCHEDULED_TILES = 32  # row tiles that a program of schedule_kernel places, of few experts:
+SCHEDULED_PAIRS = 32 * 128  # of a tile and an expert, which the program holds in registers
 COMBINED_COLUMNS = 1024
 SUMMED_ROWS = 256
 
@@ -113,12 +114,13 @@ def moe_experts_backward(
 class Rows:
     """The routed rows of a call: how many, where each expert's begin, and their tiles.
 
-    tail: products have a result for rows that no expert has, 0.
+    tail: products have a result for rows that no expert has, 0; offsets may hold anything.
     """
 
     def __init__(self, offsets: Tensor, count: int, dtype: torch.dtype, tail: bool = False) -> None:
-        self.offsets, self.count, self.tail = offsets, count, tail
+        self.count, self.tail = count, tail
         self.experts = offsets.shape[0] - 1
+        self.offsets = ascending(offsets, count) if tail else offsets
         self._dtype = dtype
         self._schedules: dict[int, Tensor] = {}
 
@@ -133,9 +135,13 @@ class Rows:
     def _entry(self, kernel: str, rows: int) -> tuning.Tile:
         return tuning.tile(kernel, self.offsets.device, self._dtype, rows, self.experts)
 
+    @property
+    def _groups(self) -> int:
+        return self.experts + 2 * self.tail
+
     def bound(self, tile_rows: int) -> int:
         """At most so many tiles of so many rows have a row."""
-        return min(self.count, -(-self.count // tile_rows) + self.experts + self.tail - 1)
+        return min(self.count, -(-self.count // tile_rows) + self._groups - 1)
 
     def schedule(self, tile_rows: int) -> Tensor:
         """What ``triton_tiles.schedule_kernel`` writes for tiles of so many rows."""
@@ -144,8 +150,10 @@ class Rows:
         if tile_rows not in self._schedules:
             bound = self.bound(tile_rows)
             schedule = self.offsets.new_empty(1 + 3 * bound)
+            experts = 1 << (self._groups - 1).bit_length()
+            tiles = max(min(SCHEDULED_TILES, SCHEDULED_PAIRS // experts), 1)
             with torch.cuda.device_of(schedule):
-                kernels.schedule_kernel[(-(-bound // SCHEDULED_TILES),)](
+                kernels.schedule_kernel[(-(-bound // tiles),)](
                     self.offsets,
                     schedule,
                     self.count,
@@ -153,11 +161,21 @@ class Rows:
                     bound,
                     ROWS=tile_rows,
                     TAIL=self.tail,
-                    EXPERTS=1 << (self.experts + self.tail - 1).bit_length(),
-                    TILES=SCHEDULED_TILES,
+                    EXPERTS=experts,
+                    TILES=tiles,
                 )
             self._schedules[tile_rows] = schedule
         return self._schedules[tile_rows]
+
+
+def ascending(offsets: Tensor, count: int) -> Tensor:
+    """Offsets that ascend within [0, count] whatever the given ones hold, and that are the same if they do."""
+    from . import triton_tiles as kernels
+
+    bounds, experts = torch.empty_like(offsets), offsets.shape[0] - 1
+    with torch.cuda.device_of(offsets):
+        kernels.ascend_kernel[(1,)](offsets, bounds, count, experts, EXPERTS=1 << experts.bit_length())
+    return bounds
 
 
 def multiply(kernel: str, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:

@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 
 from .triton_gating import activated, activated_with_derivative
-from .triton_tiles import expert_boundary, place, row_block, row_pointers, weight_block, weight_pointers
+from .triton_tiles import (
+    expert_start,
+    expert_stop,
+    place,
+    row_block,
+    row_pointers,
+    weight_block,
+    weight_pointers,
+)
 
 
 @triton.jit(do_not_specialize=("size", "width", "experts"))
@@ -35,7 +43,7 @@ def rows_kernel(
     UNIT: tl.constexpr,
     OUTPUTS_FIRST: tl.constexpr,
 ):
-    """out[r] = weight[expert of r] @ x[r], or x[r] @ weight[expert of r]; rows of an expert E become 0."""
+    """out[r] = weight[expert of r] @ x[r], or x[r] @ weight[expert of r]; rows of nobody become 0."""
     size *= UNIT
     width *= UNIT
     column_blocks = tl.cdiv(width, COLUMNS)
@@ -275,8 +283,8 @@ def weight_gradient_kernel(
     m = (first_block + tile % tiles_of_a_group % group) * ROWS + tl.arange(0, ROWS)
     n = tile % tiles_of_a_group // group * COLUMNS + tl.arange(0, COLUMNS)
 
-    start = expert_boundary(offsets, expert, experts, rows)
-    stop = expert_boundary(offsets, expert + 1, experts, rows)
+    start = expert_start(offsets, expert, experts, rows)
+    stop = expert_stop(offsets, expert, experts, rows)
     product = tl.zeros((ROWS, COLUMNS), tl.float32)
     row = start + tl.arange(0, DEPTH)
     a_row = gathered(left_rows, row, stop)

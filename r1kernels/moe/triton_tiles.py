@@ -7,6 +7,9 @@ that the host knows. Which expert a tile has only the device knows; ``schedule_k
     schedule[0]             the number of row tiles in use
     schedule[1 + 3 t ...]   of row tile t: its expert, its first row, and the end of the expert's rows
 
+With a tail, rows of nobody get tiles too: those behind the last expert as rows of an expert E, those before the first one as
+rows of an expert E + 1.
+
 Sizes of matrices are given in units of UNIT elements, a vector's, so that the compiler knows what they are multiples of.
 """
 
@@ -17,23 +20,43 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit(do_not_specialize=("rows", "experts"))
+def ascend_kernel(
+    offsets,  # (E + 1) int32, anything
+    bounds,  # (E + 1) int32
+    rows: tl.int32,  # S
+    experts: tl.int32,
+    EXPERTS: tl.constexpr,  # a power of two, at least E + 1
+):
+    """bounds[e] = the largest of offsets[: e + 1], in [0, S]. Grid: 1."""
+    expert = tl.arange(0, EXPERTS)
+    offset = tl.load(offsets + expert, mask=expert <= experts, other=0)
+    bound = tl.associative_scan(tl.minimum(tl.maximum(offset, 0), rows), 0, larger)
+    tl.store(bounds + expert, bound, mask=expert <= experts)
+
+
 @triton.jit(do_not_specialize=("rows", "experts", "bound"))
 def schedule_kernel(
-    offsets,  # (E + 1) int32
+    offsets,  # (E + 1) int32, ascending
     schedule,  # (1 + 3 * bound) int32
     rows: tl.int32,  # S
     experts: tl.int32,
     bound: tl.int32,  # row tiles that the schedule has room for
     ROWS: tl.constexpr,
-    TAIL: tl.constexpr,  # rows from offsets[E] on get tiles too, as rows of an expert E
-    EXPERTS: tl.constexpr,  # a power of two, at least E, with TAIL at least E + 1
+    TAIL: tl.constexpr,
+    EXPERTS: tl.constexpr,  # a power of two, at least E, with TAIL at least E + 2
     TILES: tl.constexpr,  # a program's
 ):
-    """Offsets that do not ascend from 0 to at most S (nobody could check them) lead to no row outside [0, S)."""
+    """Grid: bound / TILES."""
     expert = tl.arange(0, EXPERTS)
-    start = expert_boundary(offsets, expert, experts, rows)
-    stop = expert_boundary(offsets, expert + 1, experts, rows)
-    groups = experts + 1 if TAIL else experts
+    start = expert_start(offsets, expert, experts, rows)
+    stop = expert_stop(offsets, expert, experts, rows)
+    groups = experts + 2 if TAIL else experts
     count = tl.where(expert < groups, tl.cdiv(tl.maximum(stop - start, 0), ROWS), 0)
     end = tl.cumsum(count, axis=0)  # tiles of this expert and of those before it
     used = tl.minimum(tl.sum(count, axis=0), bound)
@@ -45,18 +68,29 @@ def schedule_kernel(
     present = tile < used
     owner = tl.where(present, owner, 0)
     at = schedule + 1 + 3 * tile
-    first = expert_boundary(offsets, owner, experts, rows) + (tile - tiles_before) * ROWS
+    first = expert_start(offsets, owner, experts, rows) + (tile - tiles_before) * ROWS
     tl.store(at, owner, mask=present)
     tl.store(at + 1, first, mask=present)
-    tl.store(at + 2, expert_boundary(offsets, owner + 1, experts, rows), mask=present)
+    tl.store(at + 2, expert_stop(offsets, owner, experts, rows), mask=present)
     if tl.program_id(0) == 0:
         tl.store(schedule, used)
 
 
 @triton.jit
-def expert_boundary(offsets, expert, experts, rows):
-    """The first row of an expert; S behind the last one."""
-    offset = tl.load(offsets + expert, mask=expert <= experts, other=rows)
+def expert_start(offsets, expert, experts, rows):
+    """The first row of an expert; of expert E + 1 row 0."""
+    return clipped(tl.load(offsets + expert, mask=expert <= experts, other=0), rows)
+
+
+@triton.jit
+def expert_stop(offsets, expert, experts, rows):
+    """The end of an expert's rows: of expert E + 1 where expert 0 begins, of expert E row S."""
+    place = tl.where(expert > experts, 0, expert + 1)
+    return clipped(tl.load(offsets + place, mask=place <= experts, other=rows), rows)
+
+
+@triton.jit
+def clipped(offset, rows):
     return tl.minimum(tl.maximum(offset, 0), rows)
 
 

@@ -15,6 +15,7 @@ from r1kernels.moe import grouped_gemm, moe_experts
 from tests.support.moe_case import NAMES, Case, in_eager
 from tests.support.moe_experts_kernel import DTYPES, SHAPES, MoeExpertsKernel
 from tests.support.numerics import assert_as_exact_as, same_bits
+from tests.support.unchecked_offsets import assert_every_row_is_written
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -63,6 +64,9 @@ class TestMoeExpertsGpu(MoeExpertsKernel):
         case.hidden, case.gate_up, case.down = map(moved, (case.hidden, case.gate_up, case.down))
         for name, ours, plain in zip(NAMES, case.run(moe_experts), expected, strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-2, atol=1e-2, msg=name)
+
+    def test_offsets_that_nobody_checked(self, backend):
+        assert_every_row_is_written(grouped_gemm)
 
     @pytest.mark.parametrize("save", ["hidden", "nothing"])
     def test_nothing_waits_for_the_gpu(self, backend, save):

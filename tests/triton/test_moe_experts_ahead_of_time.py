@@ -102,6 +102,23 @@ def test_odd_sizes_take_pointers_and_fit(tmp_path, table_of, capability, dtype):
         assert "UTMALDG" not in needs.instructions
 
 
+@pytest.mark.parametrize("experts", [64, pytest.param(512, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("capability", [80, pytest.param(90, marks=pytest.mark.slow)])
+def test_grouped_gemm_of_many_experts_fits(tmp_path, table_of, capability, experts):
+    table_of(capability)
+    x, weight = torch.empty(64, 64, dtype=torch.bfloat16), torch.empty(experts, 64, 64, dtype=torch.bfloat16)
+    offsets = torch.zeros(experts + 1, dtype=torch.int32)
+    with offline_triton.compile_only(capability) as compiled:
+        backend.grouped_gemm(x, weight, offsets)
+        backend.grouped_gemm_backward(x, x, weight, offsets, True, True)
+    names = {kernel.name for kernel in compiled}
+    assert names == {"ascend_kernel", "schedule_kernel", "rows_kernel", "weight_gradient_kernel"}
+    for kernel in compiled:
+        needs = offline_triton.resources(kernel, tmp_path)
+        assert needs.shared_bytes <= offline_triton.SHARED_BYTES[capability], kernel.name
+        assert needs.stack_bytes <= 8 and needs.spill_instructions == 0, kernel.name  # a predicate
+
+
 def test_no_number_of_tokens_compiles_a_kernel_anew(table_of):
     table_of(80)
     with offline_triton.compile_only(80) as compiled:
