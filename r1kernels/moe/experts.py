@@ -36,7 +36,8 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, *, backend: str | N
 
     Precision: float32 accumulation. Under autocast both operands are cast as F.linear casts them. Deterministic on the
     CPU; traced or on CUDA the reference adds the weight gradient of an expert up with atomics, so there it is
-    deterministic under ``torch.use_deterministic_algorithms(True)`` only.
+    deterministic under ``torch.use_deterministic_algorithms(True)`` only. The last bits of a row may depend on how many
+    rows its expert has, which chooses the kernel, except on cuda.
     """
     checks.tensor("x", x, dtypes=checks.FLOATS, ndim=2)
     checks.tensor("weight", weight, dtypes=checks.FLOATS, shape=(None, None, x.shape[1]), like=x)
@@ -89,7 +90,9 @@ def moe_experts(
     and the weighted sum are computed in float32 (float64 for float64). Under autocast hidden, gate_up and down
     are cast as F.linear casts them. An expert without tokens gets a zero gradient. Deterministic, except that the
     reference, traced or on CUDA, adds weight gradients up with atomics unless
-    ``torch.use_deterministic_algorithms(True)``.
+    ``torch.use_deterministic_algorithms(True)``. On cuda a token's result does not depend on the other tokens. Elsewhere
+    its last bits may: the kernel follows from how many rows an expert has (cpu: at most 24 or more of them; triton: from
+    the mean over the experts), and torch's matrix products, which the reference uses, from their size.
 
     Source: SwiGLU experts as in Mixtral, DeepSeek-V3, Qwen3-MoE; the layout of transformers' expert modules.
     """
