@@ -20,7 +20,7 @@ from r1kernels.integrations import transformers as integration
 from r1kernels.integrations.transformers import ExpertLoad
 from training import checkpoint, seeding
 from training.errors import UserError
-from training.placement import current_device
+from training.placement import current_device, current_experts
 from training.recipe import Model
 
 
@@ -78,10 +78,10 @@ def build_model(sizes: Model, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` on the device of the run, with its router and experts on r1kernels (a dense model has none)."""
+    """`model` on the device of the run, its router on r1kernels, its experts as the recipe says (a dense model has none)."""
     model = model.to(current_device())
     if has_routers(model):
-        integration.patch(model)
+        integration.patch(model, experts=current_experts())
     return model
 
 

@@ -1,4 +1,4 @@
-"""Where models live and in which precision they compute: what the recipe's `device` and `dtype` mean.
+"""Where models live and how they compute: what the recipe's `device`, `dtype` and `experts_implementation` mean.
 
 Parameters and optimizer state are float32 everywhere. `dtype: bfloat16` runs forward passes under autocast, as mixed
 precision does: matrix products in bfloat16, r1kernels' log-probs and losses in float32.
@@ -14,6 +14,7 @@ from training.errors import UserError
 from training.sections import Recipe
 
 _device: ContextVar[torch.device | None] = ContextVar("device", default=None)
+_experts: ContextVar[str] = ContextVar("experts", default="r1kernels")
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -30,9 +31,9 @@ def device_of(recipe: Recipe) -> torch.device:
 
 @contextmanager
 def placed(recipe: Recipe) -> Iterator[None]:
-    """Inside the block, models are put on the recipe's device and compute in its dtype."""
+    """Inside the block, models are put on the recipe's device and compute in its dtype, with its experts."""
     device = device_of(recipe)
-    token = _device.set(device)
+    device_before, experts_before = _device.set(device), _experts.set(recipe.experts_implementation)
     try:
         # without its cache: a weight's bfloat16 copy would outlive the optimizer step that changes the weight
         with torch.autocast(
@@ -40,9 +41,15 @@ def placed(recipe: Recipe) -> Iterator[None]:
         ):
             yield
     finally:
-        _device.reset(token)
+        _device.reset(device_before)
+        _experts.reset(experts_before)
 
 
 def current_device() -> torch.device:
     """Where a model belongs now; the CPU outside of a `placed` block."""
     return _device.get() or torch.device("cpu")
+
+
+def current_experts() -> str:
+    """The experts implementation of a model that is prepared now; r1kernels outside of a `placed` block."""
+    return _experts.get()

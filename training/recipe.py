@@ -65,7 +65,17 @@ __all__ = [
 
 RECIPES = Path(__file__).parent / "recipes"
 
-SHARED = ("seed", "threads", "device", "dtype", "deterministic", "task", "task_options", "model")
+SHARED = (
+    "seed",
+    "threads",
+    "device",
+    "dtype",
+    "experts_implementation",
+    "deterministic",
+    "task",
+    "task_options",
+    "model",
+)
 
 
 def stage_config(recipe: Recipe, stage: str) -> dict[str, Any]:

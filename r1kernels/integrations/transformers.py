@@ -137,7 +137,7 @@ class Patch:
         self.undo()
 
 
-def patch(model: Any) -> Patch:
+def patch(model: Any, experts: str = NAME) -> Patch:
     """Let a transformers model route with ``r1kernels.route`` and compute its experts with ``r1kernels.moe_experts``.
 
     Served routers: DeepSeek-V3, GLM-4-MoE (sigmoid with selection bias), DeepSeek-V2, Mixtral, OLMoE, Qwen2-MoE and
@@ -146,6 +146,7 @@ def patch(model: Any) -> Patch:
 
     Args:
         model: a ``PreTrainedModel``, on its device and with its weights.
+        experts: another experts implementation of transformers ("eager", "grouped_mm", ...) in the place of ours.
 
     Returns:
         Patch, with ``undo()``; also a context manager. Copies of the model (``copy.deepcopy``) are patched too, for themselves.
@@ -161,7 +162,7 @@ def patch(model: Any) -> Patch:
         check_router(router)
     register()
     previous = model.get_experts_implementation()
-    model.set_experts_implementation(NAME)
+    model.set_experts_implementation(experts)
     control = Control()
     for layer, router in enumerate(routers):
         install(router, layer, control)

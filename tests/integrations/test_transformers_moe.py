@@ -190,6 +190,20 @@ def test_router_logits_and_the_auxiliary_loss_survive():
         torch.testing.assert_close(logits, expected)
 
 
+def test_the_router_alone_with_the_experts_of_transformers():
+    model, ids = build("DeepseekV3"), tokens()
+    own = step(model, ids)
+    before = model.get_experts_implementation()
+    with r1.patch(model, experts="eager"), r1.record_routing(model) as record:
+        assert model.get_experts_implementation()[""] == "eager"
+        assert_same_step(step(model, ids), own)
+    assert record.forward().shape == (1, ids.numel(), 2)
+    assert model.get_experts_implementation() == before
+    with pytest.raises(ValueError, match="no such experts"):
+        r1.patch(model, experts="no such experts")
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_register_alone_is_enough_for_the_experts(tmp_path):
     build("Qwen3Moe").save_pretrained(tmp_path)
     r1.register()

@@ -225,8 +225,12 @@ def test_the_metrics_are_complete_and_consistent(tmp_path):
             "ratio_max",
         ),
         *("lr", "grad_norm", "expert_load", "skipped", "replay_agreement"),
+        *("replay_agreement_old", "replay_agreement_reference"),
     }
     assert named <= set(rows[0])
+    # before the first update the sampler, the old policy and the reference are one model
+    assert rows[0]["replay_agreement_old"] == rows[0]["replay_agreement_reference"] > 0.99
+    assert 0 < rows[-1]["replay_agreement_reference"] < 1
     assert {
         "rollout_seconds",
         "reward_seconds",
@@ -341,7 +345,7 @@ def test_an_option_that_the_loss_does_not_use_is_refused(changes, text):
 
 def test_routing_replay_can_be_turned_off(tmp_path):
     rows, _, _, _ = run_grpo(tmp_path / "a", replace(CONFIG, replay=False, steps=1))
-    assert "replay_agreement" not in rows[0]
+    assert not any(name.startswith("replay_agreement") for name in rows[0])
 
 
 def test_minibatches_of_uneven_micro_batches_are_one_batch(tmp_path, monkeypatch):

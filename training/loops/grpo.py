@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import r1kernels
 from training import checkpoint, rewards, seeding
 from training.context import StageContext
-from training.loops.batch import collate, logprobs, micro_batches
+from training.loops.batch import Batch, collate, logprobs, micro_batches
 from training.loops.loss import policy_loss
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.loops.sample import Completion, Prompt, sample
@@ -117,7 +117,7 @@ def _step(
     clock.mark("reward")
     pad = tokenizer.pad_token_id
     policy.eval()  # no dropout: the policy that samples and the one that learns are the same function
-    old, ref, entropy = _fixed_logprobs(policy, reference, completions, pad, config, clock)
+    old, ref, measured = _fixed_logprobs(policy, reference, completions, pad, config, clock)
     order = seeding.numpy_rng(*key, "minibatches", step).permutation(len(completions))
     parts: list[dict[str, float]] = []
     lr = learning_rate(
@@ -139,7 +139,7 @@ def _step(
         **_reward_metrics(scored, values, valid, config.group_size),
         "length": tokens / len(completions),
         "finished": fmean(c.finished for c in completions),
-        "entropy": entropy,
+        **measured,
         "lr": lr,
         **_mean(parts),
         "skipped": optimizer.skipped,
@@ -162,23 +162,34 @@ def _fixed_logprobs(
     pad: int,
     config: Grpo,
     clock: _Clock,
-) -> tuple[list[Tensor], list[Tensor] | None, float]:
-    """Log-probs of every response under the policy as it is now and under the reference; mean entropy a token."""
+) -> tuple[list[Tensor], list[Tensor] | None, dict[str, float]]:
+    """Log-probs of every response under the policy as it is now and under the reference; means over the tokens: the entropy
+    and, where the routing of the rollout is replayed, its agreement with that of either model."""
     old: dict[int, Tensor] = {}
     ref: dict[int, Tensor] = {}
-    entropy = 0.0
+    tokens = sum(len(c.token_ids) for c in completions)
+    means: dict[str, float] = {"entropy": 0.0}
     for rows in micro_batches(completions):
         batch = collate([completions[i] for i in rows], pad, policy.device, config.replay)
         found = logprobs(policy, batch, config.temperature, entropy=True)
-        entropy += float(found.entropy.sum())
+        means["entropy"] += float(found.entropy.sum()) / tokens
+        _add_agreement(means, "replay_agreement_old", batch, found.agreement, tokens)
         old.update(zip(rows, found.logp, strict=True))
         clock.mark("old_logprob")
         if config.kl_coef:
-            ref.update(zip(rows, logprobs(reference, batch, config.temperature).logp, strict=True))
+            found = logprobs(reference, batch, config.temperature)
+            _add_agreement(means, "replay_agreement_reference", batch, found.agreement, tokens)
+            ref.update(zip(rows, found.logp, strict=True))
             clock.mark("reference_logprob")
     everything = range(len(completions))
-    tokens = sum(len(c.token_ids) for c in completions)
-    return [old[i] for i in everything], [ref[i] for i in everything] if ref else None, entropy / tokens
+    return [old[i] for i in everything], [ref[i] for i in everything] if ref else None, means
+
+
+def _add_agreement(means: dict[str, float], name: str, batch: Batch, agreement: float, tokens: int) -> None:
+    """Adds the share of a replayed batch to a mean over all `tokens`."""
+    if batch.routing is not None:
+        share = int(batch.response_mask.sum()) / tokens
+        means[name] = means.get(name, 0.0) + share * agreement
 
 
 def _update(
@@ -227,8 +238,7 @@ def _update(
         for name, source in METRICS.items():
             if source in measured:
                 sums[name] = sums.get(name, 0.0) + share * measured[source]
-        if batch.routing is not None:
-            sums["replay_agreement"] = sums.get("replay_agreement", 0.0) + share * found.agreement
+        _add_agreement(sums, "replay_agreement", batch, found.agreement, totals["num_tokens"])
         maxima = max(maxima, measured.get("ratio/max", 0.0))
         clock.mark("update")
     norm, taken = optimizer.step(loss, lr)
