@@ -304,9 +304,7 @@ class Recipe:
     threads: int = at_least(1, 1)  # torch CPU threads; another number may change the last bits
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where torch sees one
     dtype: Literal["float32", "bfloat16"] = "float32"  # of forward passes (autocast); parameters are float32
-    experts_implementation: Literal["r1kernels", "grouped_mm", "eager"] = (
-        "r1kernels"  # transformers' name for it
-    )
+    experts_implementation: Literal["r1kernels", "grouped_mm", "eager"] = "r1kernels"  # or transformers' own
     deterministic: bool = False  # on CUDA: deterministic algorithms, so that a resume is exact there too
     stages: list[str] = field(default_factory=lambda: list(STAGE_NAMES))
     task: list[str] = field(default_factory=lambda: ["arithmetic", "general"])

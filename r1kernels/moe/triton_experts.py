@@ -23,7 +23,7 @@ SUMMED_ROWS = 256
 
 def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """The implementation of the op ``grouped_gemm_triton``."""
-    rows = Rows(offsets, x.shape[0], x.dtype, tail=True)
+    rows = Rows(ascending(offsets, x.shape[0]), x.shape[0], x.dtype, tail=True)
     return multiply("rows", x, weight, rows)
 
 
@@ -31,7 +31,7 @@ def grouped_gemm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """The implementation of the op ``grouped_gemm_triton_backward``."""
-    rows = Rows(offsets, x.shape[0], x.dtype, tail=True)
+    rows = Rows(ascending(offsets, x.shape[0]), x.shape[0], x.dtype, tail=True)
     return (
         multiply("rows_transposed", grad, weight, rows) if need_x else _nothing(x),
         weight_gradient(grad, None, x, None, rows) if need_weight else _nothing(weight),
@@ -51,7 +51,7 @@ def moe_experts(
     from .triton_sort import sort_rows
 
     offsets, permutation, inverse = sort_rows(indices.view(-1), down.shape[0], torch.int32)
-    rows = Rows(offsets, indices.numel(), hidden.dtype)
+    rows = Rows(offsets, indices.numel(), hidden.dtype, tail=keep)  # what is kept of sentinels is 0
     tokens = permutation // indices.shape[1]
     pre_activation = hidden.new_empty(rows.count if keep else 0, gate_up.shape[1])
     activated = hidden.new_empty(rows.count, down.shape[2])
@@ -114,13 +114,14 @@ def moe_experts_backward(
 class Rows:
     """The routed rows of a call: how many, where each expert's begin, and their tiles.
 
-    tail: products have a result for rows that no expert has, 0; offsets may hold anything.
+    offsets: (E + 1) int32, ascending.
+    tail: products have a result for rows that no expert has, 0.
     """
 
     def __init__(self, offsets: Tensor, count: int, dtype: torch.dtype, tail: bool = False) -> None:
         self.count, self.tail = count, tail
         self.experts = offsets.shape[0] - 1
-        self.offsets = ascending(offsets, count) if tail else offsets
+        self.offsets = offsets
         self._dtype = dtype
         self._schedules: dict[int, Tensor] = {}
 
@@ -234,6 +235,7 @@ def up_into(
             rows.schedule(tile.rows),
             size // unit,
             width // unit,
+            rows.experts,
             **_shape(tile, unit),
             DESCRIPTORS=tile.descriptors,
             ACTIVATION=activation,

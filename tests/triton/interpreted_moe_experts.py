@@ -200,6 +200,25 @@ def test_indices_and_offsets_that_nobody_checked(monkeypatch):
     zones.check()
 
 
+def test_what_is_saved_for_sentinels_is_written(monkeypatch):
+    case = Case(5, 16, 8, 3, 2, dtype=torch.bfloat16)
+    hidden, indices, weights, gate_up, down = (argument.detach() for argument in case.arguments())
+    indices[1:] = 3
+    zones = Redzones()
+    make = torch.Tensor.new_empty
+
+    def full_of_nan(self, *shape, **options):
+        return (
+            zones.output(*shape, dtype=self.dtype)
+            if shape[0] and not options
+            else make(self, *shape, **options)
+        )
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", full_of_nan)
+    _, kept, *_ = ops.moe_experts_triton(hidden, indices, weights.float(), gate_up, down, 0, True)
+    assert kept.shape == (10, 16) and kept[:2].isfinite().all() and (kept[2:] == 0).all()
+
+
 @pytest.mark.parametrize("keep", [True])
 def test_the_ops_keep_their_schemas(keep):
     case = Case(4, 16, 8, 3, 2, dtype=torch.float32)
