@@ -1,4 +1,4 @@
-"""The Triton kernels that bring routed rows back to their tokens: gather-and-sum, without atomics.
+"""The Triton kernels that bring routed rows back to their tokens: gather-and-sum, without atomics. And what clears sentinels.
 
 Imports Triton: import this module only where a kernel is launched. T tokens, H hidden size, E experts, K experts per token,
 S = T * K routed rows. Row inverse[s] belongs to the flattened index s; rows from offsets[E] on are sentinels and are never read.
@@ -40,6 +40,26 @@ def combine_kernel(
             value = tl.where(present, value * tl.load(weights + index), 0.0)
         total += value
     tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=("count", "width", "experts"))
+def clear_rest_kernel(
+    matrix,  # (S, N)
+    offsets,  # (E + 1) int32
+    count: tl.int32,  # S
+    width: tl.int32,  # N
+    experts: tl.int32,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Rows from offsets[E] on become 0. Grid: S / ROWS."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    nobodys = (row < count) & (row >= tl.load(offsets + experts))
+    zeros = tl.zeros((ROWS, COLUMNS), matrix.dtype.element_ty)
+    for start in range(0, tl.where(tl.max(nobodys.to(tl.int32), axis=0) > 0, width, 0), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        at = matrix + row[:, None] * width + column[None, :]
+        tl.store(at, zeros, mask=nobodys[:, None] & (column < width)[None, :])
 
 
 @triton.jit(do_not_specialize=("count", "blocks", "experts"))

@@ -19,6 +19,7 @@ SCHEDULED_TILES = 32  # row tiles that a program of schedule_kernel places, of f
 SCHEDULED_PAIRS = 32 * 128  # of a tile and an expert, which the program holds in registers
 COMBINED_COLUMNS = 1024
 SUMMED_ROWS = 256
+CLEARED = (16, 512)  # rows and columns of a block
 
 
 def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -51,11 +52,13 @@ def moe_experts(
     from .triton_sort import sort_rows
 
     offsets, permutation, inverse = sort_rows(indices.view(-1), down.shape[0], torch.int32)
-    rows = Rows(offsets, indices.numel(), hidden.dtype, tail=keep)  # what is kept of sentinels is 0
+    rows = Rows(offsets, indices.numel(), hidden.dtype)
     tokens = permutation // indices.shape[1]
     pre_activation = hidden.new_empty(rows.count if keep else 0, gate_up.shape[1])
     activated = hidden.new_empty(rows.count, down.shape[2])
     up_into(pre_activation if keep else None, activated, hidden, tokens, gate_up, activation, rows)
+    if keep:
+        clear_rest(pre_activation, rows)
     out = combine(multiply("rows", activated, down, rows), inverse, weights, rows, hidden.shape[0])
     return out, pre_activation, offsets, permutation, inverse
 
@@ -235,10 +238,21 @@ def up_into(
             rows.schedule(tile.rows),
             size // unit,
             width // unit,
-            rows.experts,
             **_shape(tile, unit),
             DESCRIPTORS=tile.descriptors,
             ACTIVATION=activation,
+        )
+
+
+def clear_rest(matrix: Tensor, rows: Rows) -> None:
+    """Rows of sentinels, which nobody computes, become 0: they are saved too."""
+    from . import triton_combine as kernels
+
+    if rows.count == 0:
+        return
+    with torch.cuda.device_of(matrix):
+        kernels.clear_rest_kernel[(-(-rows.count // CLEARED[0]),)](
+            matrix, rows.offsets, rows.count, matrix.shape[1], rows.experts, *CLEARED
         )
 
 

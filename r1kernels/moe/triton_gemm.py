@@ -74,7 +74,7 @@ def rows_kernel(
         tl.store(at, product.to(out.dtype.element_ty), mask=(row < stop)[:, None] & (column < width)[None, :])
 
 
-@triton.jit(do_not_specialize=("size", "width", "experts"))
+@triton.jit(do_not_specialize=("size", "width"))
 def up_kernel(
     hidden,  # (T, H)
     tokens,  # (S) int32: the token of a row
@@ -84,7 +84,6 @@ def up_kernel(
     schedule,
     size: tl.int32,  # H
     width: tl.int32,  # I
-    experts: tl.int32,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -93,10 +92,7 @@ def up_kernel(
     UNIT: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """(gate, up) = gate_up[expert of r] @ hidden[token of r], rounded; activation = act(gate) * up from the rounded values.
-
-    Rows of nobody become 0.
-    """
+    """(gate, up) = gate_up[expert of r] @ hidden[token of r], rounded; activation = act(gate) * up from the rounded values."""
     dtype = hidden.dtype.element_ty
     size *= UNIT
     width *= UNIT
@@ -105,7 +101,6 @@ def up_kernel(
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=DESCRIPTORS):
         expert, start, stop, column_block = place(tile, schedule, column_blocks, GROUP)
         column_start = column_block * COLUMNS
-        depth = tl.where(expert < experts, size, 0)
         x_at = row_pointers(hidden, tokens, start, stop, size, ROWS, DEPTH)
         g_at, u_at = None, None
         if not DESCRIPTORS:
@@ -115,7 +110,7 @@ def up_kernel(
             u_at = weight_pointers(matrix, column_start, size, width, DEPTH, COLUMNS, True)
         gate = tl.zeros((ROWS, COLUMNS), tl.float32)
         up = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for k in range(0, depth, DEPTH):
+        for k in range(0, size, DEPTH):
             x = row_block(hidden, x_at, start, k, size, DEPTH, False)
             g = weight_block(
                 gate_up, g_at, expert, column_start, k, size, width, DEPTH, COLUMNS, True, DESCRIPTORS

@@ -42,6 +42,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tuning, "tile", tile)
     monkeypatch.setattr(backend_module, "COMBINED_COLUMNS", 32)
     monkeypatch.setattr(backend_module, "SUMMED_ROWS", 8)
+    monkeypatch.setattr(backend_module, "CLEARED", (4, 16))
     monkeypatch.setattr(backend_module, "SCHEDULED_TILES", 4)
 
 
