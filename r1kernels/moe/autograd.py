@@ -1,7 +1,8 @@
 """One autograd function an op around the kernel backends of the MoE family (the reference is differentiated by autograd).
 
 They stand outside the torch ops of ``ops.py`` and are entered only where a gradient is needed. Arguments are those of the
-public functions, checked; what the ops want contiguous, or in float32, is made so here.
+public functions, checked; what the ops want contiguous, or in float32, is made so here. Hidden states and weight matrices are
+saved as they are, so that a contiguous copy does not live until the backward.
 
 T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows.
 """
@@ -66,10 +67,10 @@ class Route(torch.autograd.Function):
 
 
 def grouped_gemm(backend: str, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    x, weight, offsets = x.contiguous(), weight.contiguous(), offsets.to(torch.int32).contiguous()
+    offsets = offsets.to(torch.int32).contiguous()
     if _needs_gradient(x, weight):
         return GroupedGemm.apply(backend, x, weight, offsets)
-    return _op("grouped_gemm", backend)(x, weight, offsets)
+    return _op("grouped_gemm", backend)(x.contiguous(), weight.contiguous(), offsets)
 
 
 class GroupedGemm(torch.autograd.Function):
@@ -79,7 +80,7 @@ class GroupedGemm(torch.autograd.Function):
     def forward(ctx: Any, backend: str, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, offsets)
         ctx.backend = backend
-        return _op("grouped_gemm", backend)(x, weight, offsets)
+        return _op("grouped_gemm", backend)(x.contiguous(), weight.contiguous(), offsets)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -87,7 +88,7 @@ class GroupedGemm(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:3]
         with torch.no_grad():
             results = _backward_op("grouped_gemm", ctx.backend)(
-                grads[0].contiguous(), x, weight, offsets, *needed
+                grads[0].contiguous(), x.contiguous(), weight.contiguous(), offsets, *needed
             )
         return None, *_first_only("grouped_gemm", results, needed, (x, weight)), None
 
@@ -102,17 +103,10 @@ def moe_experts(
     activation: str,
     save: str,
 ) -> Tensor:
-    arguments = (
-        hidden.contiguous(),
-        indices.contiguous(),
-        weights.float().contiguous(),
-        gate_up.contiguous(),
-        down.contiguous(),
-        ACTIVATIONS.index(activation),
-    )
+    arguments = hidden, indices, weights.float(), gate_up, down
     if _needs_gradient(hidden, weights, gate_up, down):
-        return MoeExperts.apply(backend, *arguments, save == "hidden")
-    return _op("moe_experts", backend)(*arguments, False)[0]
+        return MoeExperts.apply(backend, *arguments, ACTIVATIONS.index(activation), save == "hidden")
+    return _op("moe_experts", backend)(*_contiguous(*arguments), ACTIVATIONS.index(activation), False)[0]
 
 
 class MoeExperts(torch.autograd.Function):
@@ -133,7 +127,8 @@ class MoeExperts(torch.autograd.Function):
         activation: int,
         keep: bool,
     ) -> Tensor:
-        out, *saved = _op("moe_experts", backend)(hidden, indices, weights, gate_up, down, activation, keep)
+        arguments = _contiguous(hidden, indices, weights, gate_up, down)
+        out, *saved = _op("moe_experts", backend)(*arguments, activation, keep)
         ctx.save_for_backward(hidden, weights, gate_up, down, *saved)
         ctx.backend, ctx.activation = backend, activation
         return out
@@ -145,10 +140,14 @@ class MoeExperts(torch.autograd.Function):
         needed = (need_hidden, *need_others)
         with torch.no_grad():
             results = _backward_op("moe_experts", ctx.backend)(
-                grads[0].contiguous(), *saved, ctx.activation, *needed
+                *_contiguous(*grads, *saved), ctx.activation, *needed
             )
         d_hidden, *others = _first_only("moe_experts", results, needed, saved[:4])
         return None, d_hidden, None, *others, None, None
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
 
 
 def _op(op: str, backend: str) -> Any:

@@ -146,7 +146,7 @@ def _moe_experts(
     # addition into rows that several experts share.
     rows = hidden.unsqueeze(1).expand(tokens, top_k, size).reshape(tokens * top_k, size)
     pre_activation = grouped_gemm(rows.index_select(0, permutation), gate_up, offsets)
-    gate, up = pre_activation.to(_accumulator(hidden)).split(intermediate, dim=-1)
+    gate, up = pre_activation.to(_accumulator(hidden)).unflatten(-1, (2, intermediate)).unbind(-2)
     activated = _activate(gate, activation) * up
     out = grouped_gemm(activated.to(hidden.dtype), down, offsets)
     out = out.index_select(0, inverse).view(tokens, top_k, size).to(_accumulator(hidden))

@@ -82,6 +82,8 @@ def route(
     """
     checks.tensor("logits", logits, dtypes=checks.FLOATS, ndim=2)
     tokens, experts = logits.shape
+    if experts == 0:
+        raise ValueError(f"logits: expected at least one expert, got shape {tuple(logits.shape)}")
     checks.integer("top_k", top_k, minimum=1)
     checks.choice("score", score, SCORES)
     if bias is not None:

@@ -129,6 +129,17 @@ def test_no_tokens(form):
     assert all((grad == 0).all() for grad in grads)
 
 
+@pytest.mark.parametrize(("hidden", "intermediate"), [(0, 3), (5, 0)])
+def test_matrices_without_elements(form, hidden, intermediate):
+    case = Case(6, max(hidden, 1), max(intermediate, 1), 4, 2)
+    x, indices, weights, gate_up, down = case.arguments()
+    leaves = x[:, :hidden], weights, gate_up[:, : 2 * intermediate, :hidden], down[:, :hidden, :intermediate]
+    out = moe_experts(leaves[0], indices, *leaves[1:])
+    assert out.shape == (6, hidden) and (out == 0).all()
+    grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert all((grad == 0).all() for grad in grads)
+
+
 @pytest.mark.parametrize("all_rows", [False, True])
 def test_sentinels_of_expert_parallelism(form, all_rows):
     case = Case(6, 5, 3, 4, 2)

@@ -188,6 +188,19 @@ class MoeExpertsKernel:
         # X, the order, the weights
         assert nothing <= 1.1 * tokens * hidden * dtype.itemsize + tokens * top_k * 12
 
+    def test_no_copy_of_the_weights_is_saved(self, backend):
+        if backend == "reference":
+            pytest.skip("the reference keeps what autograd keeps")
+        case = Case(self.tokens, 24, 16, 3, 2, dtype=torch.float32)
+        gate_up, down = (
+            weight.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+            for weight in (case.gate_up, case.down)
+        )
+        hidden, indices, weights, *_ = case.arguments()
+        kept = self.saved_bytes(lambda: moe_experts(hidden, indices, weights, gate_up, down), (gate_up, down))
+        plain = self.saved_bytes(lambda: moe_experts(*case.arguments()), (case.gate_up, case.down))
+        assert kept == plain
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_saving_nothing_and_checkpoints_give_the_same_bits(self, backend, dtype):
         case = Case(self.tokens, 40, 36, 4, 2, dtype=dtype)
