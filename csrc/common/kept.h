@@ -30,7 +30,7 @@ inline Tensor kept_on(const Tensor& like, Shape shape, ScalarType dtype) {
     if (bytes < kLargeBytes || !from_blob()) return empty_on(like, shape, dtype);
     auto pages = std::make_unique<Pages>(bytes);
     AtenTensorHandle result = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(from_blob()(
+    TORCH_ERROR_CODE_CHECK(from_blob()(
         pages->data(), static_cast<int64_t>(shape.size()), shape.data(), Strides(shape).values, 0, number_of(dtype),
         aoti_torch_device_type_cpu(), like.get_device_index(), &result, aoti_torch_layout_strided(), nullptr, 0,
         [](void*, void* context) { delete static_cast<Pages*>(context); }, pages.get()));

@@ -22,7 +22,7 @@ constexpr int64_t kGrain = 65536;  // elements; less work than this is not worth
 inline void* current_stream(int32_t device) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     return stream;
 }
 
@@ -49,11 +49,11 @@ inline int32_t number_of(ScalarType dtype) { return torch::stable::detail::to<in
 // An uninitialised contiguous tensor on the device of `like`. A small batch feels the half microsecond more of new_empty.
 inline Tensor empty_on(const Tensor& like, Shape shape, ScalarType dtype) {
     int32_t device = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
     AtenTensorHandle result = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                           Strides(shape).values, number_of(dtype), device,
-                                                           like.get_device_index(), &result));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                    Strides(shape).values, number_of(dtype), device,
+                                                    like.get_device_index(), &result));
     return Tensor(result);
 }
 

@@ -14,11 +14,12 @@ struct Device {
     int processors = 0;
 };
 
-// The current device; a failed question counts as a device that is no Hopper.
+// The current device, whose context is this thread's from here on: a thread of autograd may begin without one, and
+// encode_tiled() is the driver's. A failed question counts as a device that is no Hopper.
 inline Device current_device() {
     Device found;
     int device = 0, major = 0, minor = 0, shared = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return found;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return found;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
