@@ -65,13 +65,14 @@ def merged(largest, ratios, squares, other_largest, other_ratios, other_squares)
 def store_loss(sums, given, numbers, out, total_given, length, sequences, slots, CALL: tl.constexpr):
     """The loss, the metrics and grad_of_ratio from the sums of all slots."""
     common = weight_of_all(sums, numbers, total_given, given.cu_seqlens, sequences, slots, CALL)
-    zero = tl.zeros((CALL.sequences,), tl.float32)
+    SEQUENCES: tl.constexpr = CALL.sequences
+    zero = tl.zeros((SEQUENCES,), tl.float32)
     policy_loss, kl_loss, bonus = zero, zero, zero
     tokens, units, kl_units = zero, zero, zero
     drifts, kls, entropies, lows, highs = zero, zero, zero, zero, zero
     largest, ratios, squares = zero, zero, zero
-    for start in range(0, sequences, CALL.sequences):
-        sequence = start + tl.arange(0, CALL.sequences)
+    for start in range(0, sequences, SEQUENCES):
+        sequence = start + tl.arange(0, SEQUENCES)
         first = first_slot_of(tl.minimum(sequence, sequences), given.cu_seqlens, length, CALL)
         end = first_slot_of(tl.minimum(sequence + 1, sequences), given.cu_seqlens, length, CALL)
         count, drift, gain, loss, kl_value, kl, bonus_value, entropy, low, high, inner = sums_of(
@@ -130,8 +131,8 @@ def store_loss(sums, given, numbers, out, total_given, length, sequences, slots,
             tl.store(out.grad_of_ratio + sequence, weight * share, mask=sequence < sequences)
 
     if CALL.ratio == "token":
-        many = tl.zeros((CALL.many,), tl.float32)
-        top, ratio_sum, square_sum = of_token_ratios(sums, slots, many)
+        MANY: tl.constexpr = CALL.many
+        top, ratio_sum, square_sum = of_token_ratios(sums, slots, tl.zeros((MANY,), tl.float32))
     else:
         top, ratio_sum, square_sum = collected(largest, ratios, squares)
 

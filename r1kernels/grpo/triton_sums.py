@@ -219,19 +219,20 @@ def total(sums, slots, PLACE: tl.constexpr, at, real):
 @triton.jit
 def weight_of_all(sums, numbers, total_given, cu_seqlens, sequences, slots, CALL: tl.constexpr):
     """The factor of w that all tokens of the call have in common."""
+    MANY: tl.constexpr = CALL.many
     divisor = numbers.divisor
     if total_given is not None:
         divisor *= tl.load(total_given)
     if CALL.counted == "batch":
-        count = tl.zeros((CALL.many,), tl.float32)
-        for start in range(0, slots, CALL.many):
-            at = start + tl.arange(0, CALL.many)
+        count = tl.zeros((MANY,), tl.float32)
+        for start in range(0, slots, MANY):
+            at = start + tl.arange(0, MANY)
             count += tl.load(sums + COUNT * slots + at, mask=at < slots, other=0.0)
         divisor *= tl.maximum(tl.sum(count, axis=0), 1.0)
     elif CALL.counted == "longest":
-        longest = tl.full((CALL.many,), 1, tl.int64)
-        for start in range(0, sequences, CALL.many):
-            at = start + tl.arange(0, CALL.many)
+        longest = tl.full((MANY,), 1, tl.int64)
+        for start in range(0, sequences, MANY):
+            at = start + tl.arange(0, MANY)
             begin = tl.load(cu_seqlens + at, mask=at < sequences, other=0).to(tl.int64)
             end = tl.load(cu_seqlens + at + 1, mask=at < sequences, other=0).to(tl.int64)
             longest = tl.maximum(longest, end - begin)
