@@ -3,6 +3,7 @@
 What it takes from the environment:
     R1KERNELS_NO_EXTENSION=1    install the Python part alone (every op then runs on its reference or on Triton)
     R1KERNELS_CUDA=AUTO|ON|OFF  CUDA kernels: if an nvcc is found (default), or fail without one, or never
+    R1KERNELS_CUDA_ARCHITECTURES="90 100"  for these alone; default: all from sm_80 on that nvcc knows. 90 means 90a too
     R1KERNELS_TORCH_DIR         the folder of the torch package, if it is not where Python's packages lie
     R1KERNELS_CUTLASS_DIR       the include folder of CUTLASS; an installed nvidia-cutlass is found without it
     CXX, CUDACXX, CUDA_HOME     compilers, as everywhere
@@ -83,6 +84,15 @@ def cuda() -> str:
     return given.upper()
 
 
+def cuda_architectures() -> str:
+    given = os.environ.get("R1KERNELS_CUDA_ARCHITECTURES", "").split()
+    if any(not name.isdigit() or int(name) < 80 for name in given):
+        raise SystemExit(
+            f"R1KERNELS_CUDA_ARCHITECTURES: expected numbers from 80 on, such as '90', got {' '.join(given)!r}"
+        )
+    return ";".join(sorted(given, key=int))
+
+
 def jobs() -> int:
     given = os.environ.get("MAX_JOBS", "")
     if given:
@@ -126,6 +136,7 @@ class CMakeBuild(build_ext):
             "R1KERNELS_TORCH_DIR": torch,
             "R1KERNELS_TORCH_VERSION": torch_version(torch),
             "R1KERNELS_CUDA": cuda(),
+            "R1KERNELS_CUDA_ONLY": cuda_architectures(),
             "R1KERNELS_CUTLASS_DIR": cutlass_dir(),
             "R1KERNELS_OUTPUT_DIR": target.parent,
             "R1KERNELS_OUTPUT_NAME": target.name,

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Everything a machine with a GPU and no network is asked for, in one call: build, tests, benchmarks, report.
+# Everything a machine with a GPU and no network is asked for, in one call: build, tests, benchmarks, sanitizers, report.
 #
-#   bench/gpu.sh [--quick] [--dry-run] [--parts build,test,sanitize,bench] [--families logprob,grpo,moe,step]
+#   bench/gpu.sh [--quick] [--dry-run] [--parts build,smoke,test,bench,sanitize] [--families logprob,grpo,moe,step]
 #                [--minutes M] [--out DIR] [--python PYTHON]
 #
-# Under ten minutes, with --quick under four, or under M: each step gets what is left of that. A step that fails or runs
-# out of time does not stop the others, and each family has its own processes, so that a kernel that breaks the device
-# takes no other family with it. DIR (default gpu-results) gets one log a step, cuda.json, cuda.html and cuda.md, which
-# hold every case that was finished; the same call with more minutes and --parts bench goes on where it stopped.
-# --dry-run goes through all of it on the CPU at tiny shapes.
+# Under ten minutes, with --quick under four, or under M: what takes long gets its share of the time that is left. A step
+# that fails or runs out of time does not stop the others, and each family has its own processes, so that a kernel that
+# breaks the device takes no other family with it. The steps stand in the order of what they are worth where the time is
+# cut: does it build, does every kernel run at all, do the tests pass, how fast is it, do the sanitizers find anything.
+# DIR (default gpu-results) gets one log a step as it goes, steps.txt, and cuda.json, cuda.html and cuda.md, which hold
+# every case that was finished; the same call with more minutes and --parts bench goes on where it stopped. Exit 1 if a
+# step failed. --dry-run goes through all of it on the CPU at tiny shapes. docs/gpu.md says what to run first, and why.
 set -u
 cd "$(dirname "$0")/.."
 
-quick=; dry=; out=gpu-results; parts=build,test,sanitize,bench; families=logprob,grpo,moe,step
+quick=; dry=; out=gpu-results; parts=build,smoke,test,bench,sanitize; families=logprob,grpo,moe,step
 python=python3; minutes=; device=cuda
 while [ $# -gt 0 ]; do
     case $1 in
@@ -37,13 +39,13 @@ known() {
         esac
     done
 }
-known --parts "$parts" build,test,sanitize,bench
+known --parts "$parts" build,smoke,test,bench,sanitize
 known --families "$families" logprob,grpo,moe,step
 [ -n "$minutes" ] || minutes=$([ -n "$quick" ] && echo 3.7 || echo 9.5)
 
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 deadline=$(awk "BEGIN { print int($SECONDS + 60 * $minutes) }")
 : >"$out/steps.txt"
 
@@ -71,9 +73,6 @@ step() {
 
 wants() { case ",$parts," in *",$1,"*) true ;; *) false ;; esac; }
 
-# percent P: that much of the time that is left, in seconds
-percent() { echo $(((deadline - SECONDS) * $1 / 100)); }
-
 # tests_of FAMILY: the files under tests/gpu that belong to it; with "step" go those that belong to no other
 tests_of() {
     case $1 in
@@ -83,60 +82,79 @@ tests_of() {
     esac 2>/dev/null
 }
 
+# What shares the time: a test or benchmark of a family counts 2, a sanitizer 1.
+units=0
+for family in ${families//,/ }; do
+    wants test && [ -n "$(tests_of "$family")" ] && units=$((units + 2))
+    wants bench && units=$((units + 2))
+done
+sanitizers=
+if wants sanitize && command -v compute-sanitizer >/dev/null; then
+    sanitizers="memcheck racecheck synccheck"
+    units=$((units + 3))
+fi
+# share UNITS: sets `limit` to that part of the time that is left, in seconds, and takes the units away
+share() {
+    limit=$(((deadline - SECONDS - 5) * $1 / units))
+    [ "$limit" -ge 0 ] || limit=0
+    units=$((units - $1))
+}
+
 step machine 60 "$python" -m r1kernels
-command -v nvidia-smi >/dev/null && nvidia-smi >>"$out/machine.log" 2>&1
+{ nvidia-smi; nvcc --version; nproc; free -g; } >>"$out/machine.log" 2>&1
 
 if wants build; then
     cuda=ON
     [ -n "$dry" ] && cuda=OFF
-    step build 240 env R1KERNELS_CUDA=$cuda "$python" setup.py build_ext --inplace
+    # the architecture of this machine alone: the others cost minutes
+    architecture=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2>/dev/null)
+    step build 300 env R1KERNELS_CUDA=$cuda R1KERNELS_CUDA_ARCHITECTURES="$architecture" \
+        "$python" setup.py build_ext --inplace
     step built 60 "$python" -m r1kernels
 fi
 
-# tests and sanitizers leave the larger part to the benchmarks, where those are wanted
-wants bench && share=18 || share=45
+wants smoke && step smoke 150 "$python" -m bench.sanitize --device "$device"
+
 if wants test; then
+    # Triton compiles most of the time: several processes, the tests of large tensors in one of them
+    parallel=
+    "$python" -c 'import xdist' 2>/dev/null && parallel="-n 6 --dist loadgroup"
     for family in ${families//,/ }; do
         files=$(tests_of "$family")
         [ -n "$files" ] || continue
+        share 2
         # without a GPU every one of these tests skips itself, and pytest then finds none to run (5)
         # shellcheck disable=SC2086
-        step "test-$family" "$(percent $share)" sh -c '
+        step "test-$family" "$limit" sh -c '
             python=$1 dry=$2; shift 2
-            "$python" -m pytest -m gpu -q --maxfail=5 --durations=5 -p no:cacheprovider "$@"; status=$?
-            [ $status = 5 ] && [ -n "$dry" ] || exit $status' test "$python" "$dry" $files
+            "$python" -m pytest -m "gpu and not slow" -q --maxfail=20 --durations=10 -p no:cacheprovider "$@"; status=$?
+            [ $status = 5 ] && [ -n "$dry" ] || exit $status' test "$python" "$dry" $parallel $files
     done
-fi
-
-if wants sanitize; then
-    if command -v compute-sanitizer >/dev/null; then
-        for tool in memcheck racecheck synccheck; do
-            step "sanitize-$tool" "$(percent 10)" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-                --error-exitcode 9 "$python" -m bench.sanitize --device "$device"
-        done
-    else
-        step sanitize 60 "$python" -m bench.sanitize --device "$device"
-        echo "sanitize: no compute-sanitizer here: the calls ran without it" | tee -a "$out/steps.txt"
-    fi
 fi
 
 if wants bench; then
     size=$quick
     [ -n "$dry" ] && size=--tiny
-    count=$(echo "$families" | tr , '\n' | wc -l)
     for family in ${families//,/ }; do
-        # an equal part of what is left, of which the last case to begin has half a minute
-        limit=$(((deadline - SECONDS - 10) / count))
-        count=$((count - 1))
-        step "bench-$family" $((limit > 0 ? limit : 0)) "$python" -m bench run --device "$device" $size --only "$family" \
+        # the last case to begin has half a minute of it
+        share 2
+        step "bench-$family" "$limit" "$python" -m bench run --device "$device" $size --only "$family" \
             --resume --out "$out/$device.json" --limit $((limit > 40 ? limit - 30 : limit / 2))
     done
-    if [ -f "$out/$device.json" ]; then
-        deadline=$((deadline + 30))
-        step report 30 "$python" -m bench report "$out/$device.json"
-        echo
-        cat "$out/report.log"
-    fi
+fi
+
+for tool in $sanitizers; do
+    share 1
+    step "sanitize-$tool" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+        --error-exitcode 9 "$python" -m bench.sanitize --device "$device"
+done
+wants sanitize && [ -z "$sanitizers" ] && echo "sanitize: no compute-sanitizer here" | tee -a "$out/steps.txt"
+
+if wants bench && [ -f "$out/$device.json" ]; then
+    deadline=$((deadline + 30))
+    step report 30 "$python" -m bench report "$out/$device.json"
+    echo
+    cat "$out/report.log"
 fi
 
 echo

@@ -119,6 +119,10 @@ def test_a_python_only_install(environment, source, tmp_path, why):
         ({"R1KERNELS_CUTLASS_DIR": "/no/such"}, "R1KERNELS_CUTLASS_DIR: expected CUTLASS's include folder"),
         ({"MAX_JOBS": "many"}, "MAX_JOBS: expected a whole number above 0, got 'many'"),
         ({"R1KERNELS_CUDA": "perhaps"}, "R1KERNELS_CUDA: expected AUTO, ON or OFF, got 'perhaps'"),
+        (
+            {"R1KERNELS_CUDA_ARCHITECTURES": "90 hopper"},
+            "R1KERNELS_CUDA_ARCHITECTURES: expected numbers from 80 on, such as '90', got '90 hopper'",
+        ),
     ],
 )
 def test_bad_settings_of_a_build_are_one_clear_line(source, variables, text):
