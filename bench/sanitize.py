@@ -1,16 +1,23 @@
-"""Every op once, forward and backward, at a small shape: what compute-sanitizer watches.
+"""Every op on every backend that serves the device, forward and backward, at small shapes: what compute-sanitizer watches.
 
+python -m bench.sanitize
 compute-sanitizer --tool memcheck python -m bench.sanitize
+
+Besides the smallest call of every op there are calls that are cut into several tiles, pieces or launches, at sizes that
+kernels for one architecture take too. A backend that refuses a call ends the program with its reason.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 import torch
 
 import r1kernels
-from r1kernels import backends, examples
+from r1kernels import backends, devices, examples
+
+_NO_GRADIENT = ("update_router_bias", "sort_by_expert")
 
 
 def main() -> None:
@@ -19,21 +26,56 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     device = parser.parse_args().device
+    backends.set_strict(True)
     for dtype in (torch.float32, torch.bfloat16):
-        for op, (args, kwargs) in examples.calls(device, dtype).items():
-            for backend in backends.registered(op):
+        small = ((op, *call) for op, call in examples.calls(device, dtype).items())
+        for op, args, kwargs in (*small, *_larger(device, dtype)):
+            names = [
+                name for name in backends.registered(op) if device in devices.SERVED.get(name, (device,))
+            ]
+            for backend in names:
                 with r1kernels.use_backend(backend, op):
                     _both_ways(op, args, kwargs)
-            print(f"{op} {dtype}: {', '.join(backends.registered(op))}", flush=True)
-    if device == "cuda":
-        torch.cuda.synchronize()
+                if device == "cuda":
+                    torch.cuda.synchronize()  # a fault is that of this call
+            print(f"{op} {dtype}: {', '.join(names)}", flush=True)
+
+
+def _larger(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[object, ...], dict[str, object]]]:
+    """(op, args, kwargs): rows in pieces, vocabularies in slabs, sequences in blocks, experts in tiles."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    def below(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, generator=generator).to(device)
+
+    bounds = torch.tensor([0, 4, 6], device=device)
+    logp = -torch.rand(2, 2100, generator=generator).to(device)
+    mask = torch.ones(2, 2100, dtype=torch.bool, device=device)
+    grpo = {"ratio": "sequence", "ref_logp": logp - 0.1, "kl_coef": 0.1}
+    yield "token_logprobs", (normal(1, 3, 40_009), below(40_009, 1, 3)), {"return_entropy": True}
+    yield "linear_logprobs", (normal(300, 64), normal(5000, 64), below(5000, 300)), {"save_logits": False}
+    yield "linear_logprobs", (normal(70, 64), normal(1000, 64), below(1000, 70)), {"softcap": 5.0}
+    yield "grouped_logprobs", (normal(6, 3001), below(3001, 6)), {"cu_seqlens": bounds, "group_size": 2}
+    yield "grpo_loss", (logp, logp + 0.1, torch.tensor([1.0, -1.0], device=device), mask), grpo
+    yield "route", (normal(70, 256), 8), {"n_group": 8, "topk_group": 4}
+    yield "sort_by_expert", (below(17, 9000), 16), {}
+    yield (
+        "grouped_gemm",
+        (normal(300, 64), normal(3, 128, 64), torch.tensor([0, 9, 9, 290], device=device)),
+        {},
+    )
+    experts = (normal(400, 128), below(5, 400, 2), torch.rand(400, 2, generator=generator).to(device))
+    yield "moe_experts", (*experts, normal(4, 128, 128), normal(4, 128, 64)), {}
 
 
 def _both_ways(op: str, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     """One call, and its backward from the sum of every result that has one."""
     leaves = [
         value.detach().clone().requires_grad_()
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and op != "update_router_bias"
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and op not in _NO_GRADIENT
         else value
         for value in args
     ]
