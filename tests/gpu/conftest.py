@@ -1,10 +1,13 @@
-"""The kernel backends that a GPU can have, for every test that takes ``backend``."""
+"""The kernel backends that a GPU can have, for every test that takes ``backend``, and room for the large tests."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from r1kernels import extension
+
+LARGE_BYTES = 48 << 30  # that a test marked "large" may need
 
 
 @pytest.fixture(params=["cuda", "triton"])
@@ -14,3 +17,24 @@ def backend(request):
     if request.param == "triton":
         pytest.importorskip("triton", reason="Triton is not installed")
     return request.param
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.get_closest_marker("large"):
+                item.add_marker(pytest.mark.xdist_group("large"))
+
+
+@pytest.fixture(autouse=True)
+def room_on_the_gpu(request):
+    """What a large test allocated goes back to the device, which other processes share."""
+    if not request.node.get_closest_marker("large"):
+        yield
+        return
+    free = torch.cuda.mem_get_info()[0]
+    if free < LARGE_BYTES:
+        pytest.skip(f"needs {LARGE_BYTES >> 30} GiB of free GPU memory, {free >> 30} GiB are free")
+    yield
+    torch.cuda.empty_cache()

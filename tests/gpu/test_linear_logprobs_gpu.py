@@ -75,6 +75,27 @@ def test_as_exact_as_eager(backend, shape, head, dtype, save_logits):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_frozen_head_is_as_exact_as_eager(backend, dtype):
+    """The log-prob alone, and hidden states alone have a gradient: its slope is worked out in the forward."""
+    hidden, weight, targets = random_case(65, 1003, 72, dtype)
+
+    def run(hidden, weight, function):
+        hidden = hidden.detach().clone().requires_grad_()
+        logp = function(hidden, weight)
+        return logp.detach(), *torch.autograd.grad(logp.square().sum(), hidden)
+
+    def eager(hidden, weight):
+        logits = torch.nn.functional.linear(hidden, weight)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return torch.log_softmax(wide, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+    ours = run(hidden, weight, lambda x, w: linear_logprobs(x, w, targets, backend=backend))
+    truth = run(hidden.double(), weight.double(), eager)
+    for one, other, exact in zip(ours, run(hidden, weight, eager), truth, strict=True):
+        assert_as_exact_as(one.cpu(), other.cpu(), exact.cpu(), one.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_batch_invariance_by_bytes(backend, dtype):
     """The same bits for any N, order, chunk size and layout, with and without a gradient, twice."""
     hidden, weight, targets = random_case(1000, 3000, 512, dtype)
@@ -170,6 +191,7 @@ def test_a_graph_captures_and_replays(backend, save_logits):
             torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.large
 def test_more_than_2_to_the_31_logits(backend):
     """N V passes 2^31; no tile of all of them exists. The last tokens have the bits that they have in fewer."""
     tokens, vocabulary = 20_000, 120_000

@@ -84,7 +84,7 @@ def test_a_kernel_serves_gpu_tensors_without_being_asked():
     logp = token_logprobs(logits, targets)
     with r1kernels.use_backend("reference"):
         torch.testing.assert_close(logp, token_logprobs(logits, targets), rtol=1e-5, atol=1e-5)
-    with pytest.raises(r1kernels.BackendError, match="the logits are on cuda"):
+    with pytest.raises(r1kernels.BackendError, match="logits: on cuda"):
         token_logprobs(logits, targets, backend="cpu")
 
 
@@ -155,11 +155,10 @@ def test_more_rows_than_the_second_dimension_of_a_grid_has(backend):
     )
 
 
+@pytest.mark.large
 def test_more_than_2_to_the_31_elements(backend):
     """The last rows, whose offsets pass 2^31, have the bits that they have alone, and so has their gradient."""
     vocabulary, rows = 2**17 + 8, 2**14 + 3
-    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
-        pytest.skip("needs 12 GiB of free GPU memory")
     last, targets = gpu_case(3, vocabulary)
     logits = torch.zeros(rows, vocabulary, dtype=torch.bfloat16, device="cuda")
     logits[-3:] = last

@@ -123,6 +123,7 @@ class TestMoeExpertsGpu(MoeExpertsKernel):
         for ours, eager in zip(case.run(compiled), case.run(moe_experts), strict=True):
             torch.testing.assert_close(ours, eager)
 
+    @pytest.mark.large
     @pytest.mark.parametrize("shape", [(8192, 2048, 768, 128, 8), (16384, 2048, 1024, 64, 8)], ids=str)
     def test_shapes_of_models(self, backend, shape):
         """Against eager in bfloat16 and float32 as the exact one; twice the same bits."""
@@ -136,15 +137,16 @@ class TestMoeExpertsGpu(MoeExpertsKernel):
             assert same_bits(ours, second)
             assert_as_exact_as(ours, theirs, wide, torch.bfloat16)
 
+    @pytest.mark.large
     def test_rows_past_2_to_the_31_elements(self, backend):
         """S H and S 2 I pass 2^31; the last tokens have the values that they have alone."""
-        tokens, width = 330_000, 2048
+        tokens, width, inner = 330_000, 2048, 1024
         hidden = torch.empty(tokens, width, dtype=torch.bfloat16).normal_(0, 0.1).requires_grad_()
-        gate_up = torch.empty(4, 2 * 512, width, dtype=torch.bfloat16).normal_(0, width**-0.5)
-        down = torch.empty(4, width, 512, dtype=torch.bfloat16).normal_(0, 512**-0.5)
+        gate_up = torch.empty(4, 2 * inner, width, dtype=torch.bfloat16).normal_(0, width**-0.5)
+        down = torch.empty(4, width, inner, dtype=torch.bfloat16).normal_(0, inner**-0.5)
         indices = torch.arange(4 * tokens).view(tokens, 4) % 4
         weights = torch.full((tokens, 4), 0.25)
-        assert indices.numel() * width > 2**31
+        assert indices.numel() * width > 2**31 and indices.numel() * 2 * inner > 2**31
         out = moe_experts(hidden, indices, weights, gate_up, down)
         (grad,) = torch.autograd.grad(out, hidden, torch.ones_like(out))
         last = hidden.detach()[-64:].float().requires_grad_()
