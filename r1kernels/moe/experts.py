@@ -124,7 +124,8 @@ def moe_experts(
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the autocast dtype if autocast is on for their device, as F.linear has it: float64 stays."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # the meta device knows no autocast; torch.amp.is_autocast_available would say so, but Dynamo before 2.12 can not trace it
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
