@@ -116,9 +116,9 @@ fi
 wants smoke && step smoke 150 "$python" -m bench.sanitize --device "$device"
 
 if wants test; then
-    # Triton compiles most of the time: several processes, the tests of large tensors in one of them
+    # Triton compiles most of the time: several processes; large tests wait for each other
     parallel=
-    "$python" -c 'import xdist' 2>/dev/null && parallel="-n 6 --dist loadgroup"
+    "$python" -c 'import xdist' 2>/dev/null && parallel="-n 6"
     for family in ${families//,/ }; do
         files=$(tests_of "$family")
         [ -n "$files" ] || continue

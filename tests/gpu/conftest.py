@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,22 +23,16 @@ def backend(request):
     return request.param
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if item.get_closest_marker("large"):
-                item.add_marker(pytest.mark.xdist_group("large"))
-
-
 @pytest.fixture(autouse=True)
 def room_on_the_gpu(request):
-    """What a large test allocated goes back to the device, which other processes share."""
+    """One large test at a time, whatever processes share the device; what it allocated goes back."""
     if not request.node.get_closest_marker("large"):
         yield
         return
-    free = torch.cuda.mem_get_info()[0]
-    if free < LARGE_BYTES:
-        pytest.skip(f"needs {LARGE_BYTES >> 30} GiB of free GPU memory, {free >> 30} GiB are free")
-    yield
-    torch.cuda.empty_cache()
+    with Path(tempfile.gettempdir(), "r1kernels-large-test.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        free = torch.cuda.mem_get_info()[0]
+        if free < LARGE_BYTES:
+            pytest.skip(f"needs {LARGE_BYTES >> 30} GiB of free GPU memory, {free >> 30} GiB are free")
+        yield
+        torch.cuda.empty_cache()
