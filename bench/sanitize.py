@@ -4,12 +4,14 @@ python -m bench.sanitize
 compute-sanitizer --tool memcheck python -m bench.sanitize
 
 Besides the smallest call of every op there are calls that are cut into several tiles, pieces or launches, at sizes that
-kernels for one architecture take too. A backend that refuses a call ends the program with its reason.
+kernels for one architecture take too. A call that fails, or that a backend refuses, is named, and the next one follows; after
+a fault on the device every later call fails: the first one named is the one to look at.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -20,13 +22,14 @@ from r1kernels import backends, devices, examples
 _NO_GRADIENT = ("update_router_bias", "sort_by_expert")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     device = parser.parse_args().device
     backends.set_strict(True)
+    failed = 0
     for dtype in (torch.float32, torch.bfloat16):
         small = ((op, *call) for op, call in examples.calls(device, dtype).items())
         for op, args, kwargs in (*small, *_larger(device, dtype)):
@@ -34,11 +37,16 @@ def main() -> None:
                 name for name in backends.registered(op) if device in devices.SERVED.get(name, (device,))
             ]
             for backend in names:
-                with r1kernels.use_backend(backend, op):
-                    _both_ways(op, args, kwargs)
-                if device == "cuda":
-                    torch.cuda.synchronize()  # a fault is that of this call
+                try:
+                    with r1kernels.use_backend(backend, op):
+                        _both_ways(op, args, kwargs)
+                    if device == "cuda":
+                        torch.cuda.synchronize()  # a fault is that of this call
+                except Exception as problem:
+                    failed += 1
+                    print(f"FAILED {op} {dtype} {backend}: {type(problem).__name__}: {problem}", flush=True)
             print(f"{op} {dtype}: {', '.join(names)}", flush=True)
+    return 1 if failed else 0
 
 
 def _larger(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[object, ...], dict[str, object]]]:
@@ -87,4 +95,4 @@ def _both_ways(op: str, args: tuple[object, ...], kwargs: dict[str, object]) -> 
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
