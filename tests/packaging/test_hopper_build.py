@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 # element types times: the up projection, the backward of the gate, plain products of both layouts of the weight
 ROW_KERNELS = 2 * 4
@@ -22,16 +24,15 @@ def compile_for_hopper(tmp_path_factory):
     """compile_for_hopper(source, name, option, ...): the file that nvcc made, and what it said."""
     toolkits = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     places = [str(Path(toolkit, "bin")) for toolkit in toolkits if toolkit]
-    nvcc = os.environ.get("CUDACXX") or shutil.which(
-        "nvcc", path=os.pathsep.join([*places, os.environ["PATH"]])
-    )
+    name = os.environ.get("CUDACXX") or "nvcc"
+    nvcc = shutil.which(name, path=os.pathsep.join([*places, os.environ["PATH"]]))
     if not nvcc:
         pytest.skip("no nvcc was found")
     cutlass = os.environ.get("R1KERNELS_CUTLASS_DIR")
     if not cutlass:
         spec = importlib.util.find_spec("cutlass_library")
         if spec is None or not spec.submodule_search_locations:
-            pytest.skip("the headers of CUTLASS are missing: pip install --no-deps nvidia-cutlass")
+            pytest.skip("the headers of CUTLASS are missing: make cutlass installs them")
         cutlass = str(Path(spec.submodule_search_locations[0], "source", "include"))
     folder = tmp_path_factory.mktemp("hopper")
 
@@ -51,7 +52,6 @@ def test_operands_lie_in_shared_memory_where_wgmma_looks_for_them(compile_for_ho
     assert counts.split() == ["0"] * 8
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "count"), [("rows", ROW_KERNELS), ("weights", WEIGHT_KERNELS)])
 def test_kernels_multiply_by_wgmma_and_keep_everything_in_registers(compile_for_hopper, family, count):
     triton = pytest.importorskip("triton", reason="triton, which brings cuobjdump, is not installed")
