@@ -13,6 +13,7 @@ from typing import Any
 from training.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
 
 
 @contextlib.contextmanager
@@ -31,7 +32,7 @@ def disk_faults(path: Path) -> Iterator[None]:
                 f"{path}: no room to write ({_free(path)} free on that disk); what was there before is untouched: "
                 "make room and run the same command again"
             ) from error
-        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if number in REFUSED:
             raise UserError(f"{path}: may not be written ({os.strerror(number)})") from error
         raise
 
@@ -57,7 +58,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; when the block ends well it is fsynced and takes the place of `path`.
 
     The block writes a file or makes a folder at the temporary path. After an error, or a kill at any moment, `path`
-    is what it was before.
+    is what it was before. A file never takes the place of a folder.
     """
     temporary = path.with_name(f".{path.name}.partial")
     with disk_faults(path):
@@ -66,6 +67,8 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             sync(temporary)
+            if path.is_dir() and not temporary.is_dir():
+                raise UserError(f"{path}: expected a file, it is a folder")
             if path.is_dir():
                 # A folder cannot be renamed over a full one: the old one steps aside for one moment.
                 aside = path.with_name(f".{path.name}.old")

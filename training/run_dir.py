@@ -349,7 +349,15 @@ class RunDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the run for this process; a second process gets one clear line."""
+        """Holds the run for this process; a second process, or a folder of something else, gets one clear line."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: expected a folder, it is a file")
+        # a stage clears its own folder before it writes: what is not of a run must never be taken for one
+        holds = self.path.is_dir() and any(not each.name.startswith(".") for each in self.path.iterdir())
+        if holds and not (self.path / "recipe.yaml").is_file():
+            raise UserError(
+                f"{self.path} holds files and is not the folder of a run (it has no recipe.yaml): name another folder"
+            )
         with files.disk_faults(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("a+")

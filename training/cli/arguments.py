@@ -1,18 +1,53 @@
 """Arguments that several commands share."""
 
 import argparse
+import math
+from collections.abc import Callable
 from pathlib import Path
 
-from training.config import unknown
 from training.errors import UserError
 from training.run_dir import RunDir
+
+CRITICS = ("judge", "reward_models")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """--run DIR, the folder of a run that exists."""
     parser.add_argument(
-        "--run", type=Path, default=Path("runs/tiny"), help="folder of the run (default: runs/tiny)"
+        "--run",
+        type=Path,
+        default=Path("runs/tiny"),
+        metavar="DIR",
+        help="folder of the run (default: runs/tiny)",
     )
+
+
+def add_out(parser: argparse.ArgumentParser, text: str) -> None:
+    """--out FILE, which may exist; a folder is refused."""
+    parser.add_argument("--out", type=_file, metavar="FILE", help=text)
+
+
+def _file(word: str) -> Path:
+    if Path(word).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, {word} is a folder")
+    return Path(word)
+
+
+def between(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
+    """The `type` of an option: an int or float from `least` to `most`."""
+    wanted = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+
+    def read(word: str) -> float:
+        try:
+            value: float = kind(word)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {noun}, {wanted}, got {word!r}")
+        return value
+
+    return read
 
 
 def existing_run(path: Path) -> RunDir:
@@ -31,13 +66,20 @@ def checkpoints(run_dir: RunDir) -> dict[str, Path]:
 
 
 def checkpoint(run_dir: RunDir, name: str | None) -> tuple[str, Path]:
-    """Name and folder of a checkpoint of the run; without a name the policy that was trained last."""
+    """Name and folder of a checkpoint that answers questions; without a name the policy that was trained last.
+
+    Raises:
+        UserError: there is none of that name, or it judges responses and gives none.
+    """
     found = checkpoints(run_dir)
     if name is None:
-        policies = [each for each in found if each.split("-")[0] not in ("judge", "reward_models", "distill")]
+        policies = [each for each in found if each.split("-")[0] not in (*CRITICS, "distill")]
         if not policies:
             raise UserError(f"{run_dir.path} has no checkpoint yet")
         name = policies[-1]
     if name not in found:
-        raise unknown("checkpoint", name, found)
+        has = ", ".join(found) or "none yet"
+        raise UserError(f"unknown checkpoint {name!r}: {run_dir.path} has {has}")
+    if name.split("-")[0] in CRITICS:
+        raise UserError(f"{name} judges responses and gives none: choose another checkpoint")
     return name, found[name]

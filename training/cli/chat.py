@@ -4,9 +4,8 @@ import argparse
 import sys
 from typing import Any
 
-from training.cli.arguments import add_run, checkpoint, existing_run
+from training.cli.arguments import add_run, between, checkpoint, existing_run
 from training.config import nearest
-from training.errors import UserError
 from training.placement import placed
 from training.response import parse
 from training.tasks.problem import Problem, problem_id
@@ -19,10 +18,22 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "checkpoint", nargs="?", help="such as zero or distill-llama (default: the last policy)"
     )
     add_run(parser)
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--language", default="en", help="language of the questions (default: en)")
-    parser.add_argument("--max-new-tokens", type=int, help="longest response (default: that of evaluate)")
+    parser.add_argument(
+        "--temperature", type=between(float, 0), default=0.6, metavar="T", help="0 is greedy (default: 0.6)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=between(float, 0, 1),
+        default=0.95,
+        metavar="P",
+        help="sample from the likeliest tokens that reach this probability together (default: 0.95)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=between(int, 1),
+        metavar="N",
+        help="longest response (default: that of evaluate)",
+    )
     parser.set_defaults(run_command=run_command)
 
 
@@ -33,8 +44,6 @@ def run_command(arguments: argparse.Namespace) -> None:
     run_dir = existing_run(arguments.run)
     recipe = run_dir.read_recipe()
     name, path = checkpoint(run_dir, arguments.checkpoint)
-    if name.split("-")[0] in ("judge", "reward_models"):
-        raise UserError(f"{name} judges responses and gives none: choose another checkpoint")
     with placed(recipe):
         _talk(responses.load_source(name.split("-")[0], path, recipe), recipe, arguments)
 
@@ -59,14 +68,7 @@ def _talk(source: Any, recipe: Any, arguments: argparse.Namespace) -> None:
         strange = _unknown_words(source.tokenizer, question)
         if strange:
             print(f"(it has never seen: {', '.join(strange)})")
-        problem = Problem(
-            problem_id("chat", "", question, arguments.language),
-            "chat",
-            "helpful",
-            arguments.language,
-            question,
-            "",
-        )
+        problem = Problem(problem_id("chat", "", question, "en"), "chat", "helpful", "en", question, "")
         (completion,) = responses.draw(
             source,
             [problem],

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from training import files
-from training.cli.arguments import add_run, checkpoint, existing_run
+from training.cli.arguments import add_out, add_run, checkpoint, existing_run
 from training.errors import UserError
 from training.format import align, percent
 from training.placement import placed
@@ -20,7 +20,7 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         help="such as zero, or a folder (default: the last policy), then settings such as evaluate.k=8",
     )
     add_run(parser)
-    parser.add_argument("--out", type=Path, help="also write the rows to this JSONL file")
+    add_out(parser, "also write the rows to this JSONL file")
     parser.set_defaults(run_command=run_command)
 
 

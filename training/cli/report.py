@@ -1,9 +1,8 @@
 """`report`: the one page about a run."""
 
 import argparse
-from pathlib import Path
 
-from training.cli.arguments import add_run, existing_run
+from training.cli.arguments import add_out, add_run, existing_run
 from training.report import write_report
 
 
@@ -11,7 +10,7 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     """The command `report`."""
     parser = subparsers.add_parser("report", help="write the report of a run, which may still be under way")
     add_run(parser)
-    parser.add_argument("--out", type=Path, help="where to write it (default: report.html in the run folder)")
+    add_out(parser, "where to write it (default: report.html in the run folder)")
     parser.set_defaults(run_command=run_command)
 
 

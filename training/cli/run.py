@@ -9,7 +9,7 @@ from training.cli import plan, table
 from training.errors import UserError
 from training.format import duration
 from training.progress import Progress
-from training.recipe import Recipe, load, names
+from training.recipe import STAGE_NAMES, Recipe, load, names
 from training.report import write_report
 from training.run_dir import RunDir
 
@@ -26,14 +26,14 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         help=f"one of {', '.join(names())} or a YAML file (default: that of the run folder, else {DEFAULT}), "
         "then settings such as zero.steps=10",
     )
-    run.add_argument("--run", type=Path, help="folder of the run (default: runs/RECIPE)")
+    run.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/RECIPE)")
     run.add_argument("--dry-run", action="store_true", help="print plan, memory and cost, and run nothing")
     _add_common(run)
     run.set_defaults(run_command=run_all)
     stage = subparsers.add_parser("stage", help="run one stage of a run")
-    stage.add_argument("name", help="name of the stage")
+    stage.add_argument("name", metavar="STAGE", help=f"one of {', '.join(STAGE_NAMES)}")
     stage.add_argument("words", nargs="*", metavar="key=value", help="settings such as zero.steps=10")
-    stage.add_argument("--run", type=Path, required=True, help="folder of the run")
+    stage.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
     _add_common(stage)
     stage.set_defaults(run_command=run_one)
 
@@ -44,7 +44,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="STAGE",
-        help="throw the work of this stage away and do it again",
+        help="throw the work of this stage away and do it again; may be given several times",
     )
 
 

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from training.cli.arguments import add_run, existing_run
+from training.cli.arguments import add_run, between, existing_run
 from training.config import unknown
 from training.errors import UserError
 from training.recipe import STAGE_NAMES
@@ -14,10 +14,16 @@ from training.recipe import STAGE_NAMES
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The command `samples`."""
     parser = subparsers.add_parser("samples", help="show sampled responses with their rewards")
-    parser.add_argument("stage", nargs="?", help="only this stage (default: the last that has samples)")
+    parser.add_argument(
+        "stage",
+        nargs="?",
+        help=f"one of {', '.join(STAGE_NAMES)} (default: the last that has samples)",
+    )
     add_run(parser)
-    parser.add_argument("--count", type=int, default=6, help="how many (default: 6)")
-    parser.add_argument("--step", type=int, help="only those of this step (default: the latest ones)")
+    parser.add_argument("--count", type=between(int, 1), default=6, metavar="N", help="how many (default: 6)")
+    parser.add_argument(
+        "--step", type=between(int, 0), metavar="N", help="only those of this step (default: the latest ones)"
+    )
     parser.add_argument("--sort", choices=("time", "best", "worst"), default="time", help="which come first")
     parser.set_defaults(run_command=run_command)
 
@@ -70,4 +76,5 @@ def text(stage: str, row: Mapping[str, Any]) -> str:
         textwrap.fill(str(row.get(name, "")), 100, initial_indent="  ", subsequent_indent="  ")
         for name in ("question", "text")
     ]
-    return "\n".join([" | ".join(head), body[0], "  ->", body[1], "  = " + ", ".join(facts)])
+    end = [f"  = {', '.join(facts)}"] if facts else []
+    return "\n".join([" | ".join(head), body[0], "  ->", body[1], *end])
