@@ -10,7 +10,8 @@ import torch
 from r1kernels.moe import reference
 from tests.support.emulated_routing import EmulatedRouting
 from tests.support.numerics import same_bits
-from tests.support.routing_kernel import FAMILIES, RoutingKernel, families, integers, normal
+from tests.support.routing_cases import FAMILIES, families, normal
+from tests.support.routing_kernel import RoutingKernel, integers
 
 
 @pytest.fixture(scope="module")

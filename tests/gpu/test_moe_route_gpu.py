@@ -10,7 +10,8 @@ import torch
 
 from r1kernels.moe import route, sort_by_expert
 from tests.support.numerics import same_bits
-from tests.support.routing_kernel import FAMILIES, RoutingKernel, families, integers, normal
+from tests.support.routing_cases import FAMILIES, families, normal
+from tests.support.routing_kernel import RoutingKernel, integers
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():

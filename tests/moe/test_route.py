@@ -1,4 +1,4 @@
-"""route on every backend: choice, weights, gradients, replay. T tokens, E experts, K experts per token."""
+"""route on every backend: weights, gradients, replay, arguments; test_route_choice.py has the choice."""
 
 from __future__ import annotations
 
@@ -12,89 +12,9 @@ from hypothesis import strategies as st
 import r1kernels
 from r1kernels.moe import route
 from tests.support.numerics import assert_as_exact_as, same_bits
+from tests.support.routing_cases import FAMILIES, families, normal
 
 pytestmark = pytest.mark.usefixtures("backend")
-
-FAMILIES = {
-    "deepseek-v3": {"top_k": 3, "score": "sigmoid", "n_group": 4, "topk_group": 2, "scale": 2.5},
-    "sigmoid": {"top_k": 2, "score": "sigmoid", "normalize": False},
-    "deepseek-v2": {
-        "top_k": 3,
-        "score": "softmax",
-        "n_group": 4,
-        "topk_group": 2,
-        "normalize": False,
-        "scale": 1.5,
-    },
-    "qwen3": {"top_k": 4, "score": "softmax"},
-    "olmoe": {"top_k": 4, "score": "softmax", "normalize": False},
-}
-families = pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def chosen_by_hand(selection, top_k, score, n_group=1, topk_group=1):
-    """The experts of one token in plain Python: best first, the lowest index among equals."""
-    size = len(selection) // n_group
-    groups = [selection[start : start + size] for start in range(0, len(selection), size)]
-    best = [sum(sorted(group, reverse=True)[:2]) if score == "sigmoid" else max(group) for group in groups]
-    kept = sorted(range(n_group), key=lambda group: (-best[group], group))[:topk_group]
-    eligible = [expert for expert in range(len(selection)) if expert // size in kept]
-    return sorted(eligible, key=lambda expert: (-selection[expert], expert))[:top_k]
-
-
-def check_choice(logits, bias, options):
-    routing = route(logits, bias=bias, **options)
-    # rounded once: see test_equal_logits_tie_wherever_they_stand
-    wide = logits.double()
-    scores = (wide.sigmoid() if options["score"] == "sigmoid" else wide.softmax(-1)).float()
-    selection = (scores if bias is None else scores + bias).double().tolist()
-    groups = {name: options[name] for name in ("n_group", "topk_group") if name in options}
-    expected = [chosen_by_hand(row, options["top_k"], options["score"], **groups) for row in selection]
-    assert routing.indices.tolist() == expected
-    assert routing.indices.dtype == torch.int64
-    counts = [sum(row.count(expert) for row in expected) for expert in range(logits.shape[1])]
-    assert routing.tokens_per_expert.tolist() == counts
-    assert routing.tokens_per_expert.dtype == torch.int32
-
-
-@families
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_choice(options, with_bias):
-    bias = normal(8, seed=1) - 2 if with_bias else None  # negative: a dropped group must not win with 0
-    check_choice(normal(50, 8), bias, options)
-
-
-@families
-def test_ties_go_to_the_lowest_index(options):
-    # two score levels in every row: ties inside groups, between groups and at the edge of the choice
-    check_choice((normal(50, 8) > 0).float(), None, options)
-    check_choice(torch.zeros(3, 8), None, options)
-    check_choice(torch.full((3, 8), 50.0), None, options)  # saturated: sigmoid is 1 in float32
-    check_choice((normal(50, 8) > 0).float(), torch.tensor([0.0, 0.25] * 4), options)
-
-
-def test_ties_at_many_experts():
-    # beyond 16 experts, torch's unstable sorts leave the order of equals open
-    check_choice((normal(20, 96) > 0.5).float(), None, {"top_k": 20, "score": "sigmoid"})
-    check_choice(torch.zeros(5, 256), None, {"top_k": 8, "score": "sigmoid", "n_group": 8, "topk_group": 4})
-
-
-@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
-def test_a_near_logit_behind_equal_ones_at_the_edge_of_the_choice(score):
-    # all scores are equal in float32, so expert 1 comes before the experts 2, 3 and 4 of a larger logit
-    logits = torch.tensor([[0.0, -1e-10, 0.0, 0.0, 0.0], [0.0, -1e-10, 0.0, 1e-10, 0.0]])
-    check_choice(logits, None, {"top_k": 2, "score": score})
-    assert route(logits, 2, score=score).indices.tolist() == [[0, 1], [0, 1]]
-
-
-def test_equal_logits_tie_wherever_they_stand():
-    # torch's float32 sigmoid gives some values another last bit at the end of a tensor than in its middle
-    for value in normal(100).tolist():
-        check_choice(torch.full((13, 3), value), None, {"top_k": 3, "score": "sigmoid"})
 
 
 def test_worked_example():
@@ -221,10 +141,6 @@ def test_all_one_and_no_token(score):
     assert logits.grad.shape == (0, 6)
 
 
-def test_groups_of_one_expert():
-    check_choice(normal(20, 8), None, {"top_k": 2, "score": "sigmoid", "n_group": 8, "topk_group": 3})
-
-
 def test_a_nan_row_stays_alone():
     logits = normal(4, 8)
     clean = route(logits, 2)
@@ -295,10 +211,6 @@ def test_invariants(data):
 LOGITS = torch.zeros(3, 8)
 BAD = {
     "logits: expected 2 dimensions": (ValueError, {"logits": torch.zeros(8)}),
-    "logits: expected at least one expert": (
-        ValueError,
-        {"logits": torch.zeros(0, 0), "indices": torch.zeros(0, 2, dtype=torch.int64)},
-    ),
     "logits: expected dtype": (TypeError, {"logits": torch.zeros(3, 8, dtype=torch.int64)}),
     "logits: expected a torch.Tensor": (TypeError, {"logits": [[0.0]]}),
     "top_k: expected at least 1": (ValueError, {"top_k": 0}),
@@ -346,42 +258,6 @@ def test_as_exact_as_eager(options, dtype):
     plain, exact = run(logits.detach(), grad), run(logits.detach().double(), grad.double())
     assert_as_exact_as(ours.weights, plain[0], exact[0], torch.float32)
     assert_as_exact_as(d_logits, plain[1], exact[1], dtype)
-
-
-@pytest.mark.parametrize("experts", [1, 7, 16, 17, 48, 100, 256, 1000])
-@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("top_k", [1, 3, 16, 40])
-def test_choice_among_many(experts, score, top_k):
-    options = {"top_k": min(top_k, experts), "score": score}
-    check_choice(normal(12, experts, seed=experts), None, options)
-    check_choice((2 * normal(12, experts)).round(), normal(experts, seed=1).round() / 4, options)  # many ties
-    for groups in (2, 4):
-        if experts % groups == 0:
-            grouped = {**options, "n_group": groups, "topk_group": groups // 2}
-            grouped["top_k"] = min(top_k, experts // 2)
-            check_choice((2 * normal(12, experts)).round(), None, grouped)
-
-
-@families
-@pytest.mark.parametrize("start", [0.0, 1.0, -3.0, 12.0, 20.0, -90.0])
-@pytest.mark.parametrize("lift", [None, 0.0, 15.0, 1e4], ids=str)
-def test_scores_that_nearly_tie(options, start, lift):
-    # logits a few bits apart: some have the same score in float32, some do not; so do sums of two scores
-    logits = normal(60, 64, seed=1).sign() * 2.0**-22 * normal(60, 64).mul(3).round() + start
-    logits[::2] += 4 * normal(30, 64, seed=2)[:, :1] * (normal(30, 64, seed=3) > 1.5)
-    bias = None if lift is None else lift + (normal(64, seed=4) / 100).round(decimals=2)
-    expected = route(logits, bias=bias, **options, backend="reference")
-    assert torch.equal(route(logits, bias=bias, **options).indices, expected.indices)
-    if "n_group" not in options and lift is None:
-        check_choice(logits, None, options)
-
-
-def test_extreme_selection_scores():
-    bias = torch.tensor([0.0, -torch.inf, torch.inf, 1e30, -1e30, -0.0, 2.0, -2.0])
-    check_choice(normal(20, 8), bias, {"top_k": 8, "score": "sigmoid"})
-    check_choice(
-        torch.tensor([[0.0, -torch.inf, 90.0, -200.0, 3e38]]), None, {"top_k": 5, "score": "softmax"}
-    )
 
 
 @families

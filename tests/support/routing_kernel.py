@@ -12,16 +12,9 @@ import torch
 from r1kernels import extension
 from r1kernels.moe import autograd, reference
 from tests.support.numerics import assert_as_exact_as, same_bits
+from tests.support.routing_cases import families, normal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FAMILIES = {
-    "deepseek-v3": {"top_k": 3, "score": "sigmoid", "n_group": 4, "topk_group": 2, "scale": 2.827},
-    "sigmoid": {"top_k": 2, "score": "sigmoid", "normalize": False},
-    "deepseek-v2": {"top_k": 3, "score": "softmax", "n_group": 4, "topk_group": 2, "normalize": False},
-    "qwen3": {"top_k": 4, "score": "softmax"},
-    "olmoe": {"top_k": 4, "score": "softmax", "normalize": False},
-}
-families = pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
 DEFAULTS = {
     "score": "sigmoid",
     "bias": None,
@@ -31,10 +24,6 @@ DEFAULTS = {
     "scale": 1.0,
     "indices": None,
 }
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def integers(low, high, *shape, seed=0):

@@ -11,7 +11,8 @@ from r1kernels.moe import route as public_route
 from r1kernels.moe import sort_by_expert as public_sort
 from tests.support import interpreter_bfloat16
 from tests.support.redzones import Redzones
-from tests.support.routing_kernel import FAMILIES, RoutingKernel, families, integers, normal
+from tests.support.routing_cases import FAMILIES, families, normal
+from tests.support.routing_kernel import RoutingKernel, integers
 
 interpreter_bfloat16.repair()
 ops = torch.ops.r1kernels
