@@ -165,5 +165,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = written.pop("extends", None)
     written.setdefault("name", path.stem)
     below = to_dict(Recipe()) if parent is None else _read(_find(str(parent)), (*seen, path))
-    build(Recipe, written)  # unknown keys are reported before they are merged
+    try:
+        build(Recipe, written)  # unknown keys are reported before they are merged
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return merge(Recipe, below, written)

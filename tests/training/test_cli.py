@@ -56,7 +56,7 @@ def lines(capsys):
         (["samples", "--run", "RUN"], "has no samples of any stage"),
         (["samples", "zerro", "--run", "RUN"], "unknown stage 'zerro': did you mean 'zero'?"),
         (["chat", "--run", "RUN"], "has no checkpoint yet"),
-        (["evaluate", "zero", "--run", "RUN"], "unknown checkpoint 'zero'"),
+        (["evaluate", "zero", "--run", "RUN"], "unknown checkpoint 'zero': RUN has none yet"),
         (["review", "--run", "RUN"], "stage cold_start of RUN is not done: run it first"),
         (["run", "tiny", "--run", "RUN", "--redo", "zerro"], "unknown stage 'zerro': did you mean 'zero'?"),
     ],
@@ -83,6 +83,50 @@ def test_an_unknown_option_is_refused(capsys):
         main(["run", "tiny", "--dry", "--nonsense"])
     assert caught.value.code == 2
     assert "--nonsense" in lines(capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["report", "--out", "."], "--out: expected a file, . is a folder"),
+        (["evaluate", "--out", "."], "--out: expected a file, . is a folder"),
+        (["samples", "--count", "0"], "--count: expected a whole number, at least 1, got '0'"),
+        (["chat", "--max-new-tokens", "1.5"], "--max-new-tokens: expected a whole number, at least 1"),
+        (["chat", "--temperature", "-1"], "--temperature: expected a number, at least 0, got '-1'"),
+        (["chat", "--top-p", "1.1"], "--top-p: expected a number, between 0 and 1, got '1.1'"),
+        (["chat", "--top-p", "nan"], "--top-p: expected a number, between 0 and 1, got 'nan'"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(command, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 2
+    assert message in lines(capsys)[1]
+
+
+def test_a_folder_of_something_else_is_no_run(tmp_path, capsys):
+    mine = tmp_path / "base" / "precious"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert main(["run", "smoke", "--run", str(tmp_path)]) == 2
+    assert "holds files and is not the folder of a run" in lines(capsys)[1]
+    assert main(["run", "smoke", "--run", str(mine)]) == 2
+    assert "expected a folder, it is a file" in lines(capsys)[1]
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+        "base",
+        "base/precious",
+    ]
+
+
+@pytest.mark.parametrize("name", ["judge", "reward_models-safety"])
+@pytest.mark.parametrize("command", ["chat", "evaluate"])
+def test_a_critic_answers_no_question(name, command, run_dir, capsys):
+    stage, _, suffix = name.partition("-")
+    folder = run_dir.path / stage / f"checkpoint{'-' if suffix else ''}{suffix}"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert main([command, name, "--run", str(run_dir.path)]) == 2
+    assert f"{name} judges responses and gives none" in lines(capsys)[1]
 
 
 def test_the_backend_of_every_op_is_shown():

@@ -276,3 +276,10 @@ def test_a_real_refused_write_leaves_the_old_files(stage, small_files):
     assert stage.load_state().step == 1
     assert stage.metrics() == []
     assert not [path for path in stage.path.iterdir() if "partial" in path.name]
+
+
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
+    (tmp_path / "runs" / "zero").mkdir(parents=True)
+    with pytest.raises(UserError, match="expected a file, it is a folder"):
+        files.write_text(tmp_path / "runs", "text")
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs", "zero"]
