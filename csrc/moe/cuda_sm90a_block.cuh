@@ -41,6 +41,20 @@ struct Stages {
     }
 };
 
+// A whole kernel: the first warps copy operands into the stages, the others multiply what lies there.
+template <class Kernel, class Call>
+__device__ inline void run_roles(const Call& call, bool lanes_copy) {
+    const Stages stages;
+    stages.begin(lanes_copy);
+    if (threadIdx.x < 32 * kProducerWarps) {
+        registers_give<kProducerRegisters>();
+        Kernel::produce(call, stages, threadIdx.x / 32);
+    } else {
+        registers_take<kConsumerRegisters>();
+        Kernel::multiply(call, stages, threadIdx.x - 32 * kProducerWarps);
+    }
+}
+
 // A producer warp waits until its stage is free for the step. Its lanes go on together: one left behind could miss a phase
 // that the others have seen, and wait for ever.
 __device__ inline void wait_until_free(const Stages& stages, int warp, Step step) {

@@ -116,15 +116,7 @@ struct RowKernel {
 template <class Scalar, R1kernelsMoeEpilogue kEpilogue, bool kMnMajorB>
 __global__ void __launch_bounds__(kThreads, 1) hopper_rows_kernel(const __grid_constant__ RowCall call) {
     using Kernel = RowKernel<Scalar, kEpilogue, kMnMajorB>;
-    const Stages stages;
-    stages.begin(Kernel::kGathered);
-    if (threadIdx.x < 32 * kProducerWarps) {
-        registers_give<kProducerRegisters>();
-        Kernel::produce(call, stages, threadIdx.x / 32);
-    } else {
-        registers_take<kConsumerRegisters>();
-        Kernel::multiply(call, stages, threadIdx.x - 32 * kProducerWarps);
-    }
+    run_roles<Kernel>(call, Kernel::kGathered);
 }
 
 }  // namespace r1kernels::moe::hopper

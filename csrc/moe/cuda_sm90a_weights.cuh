@@ -97,16 +97,7 @@ struct WeightKernel {
 
 template <class Scalar, bool kGatheredLeft, bool kGatheredRight>
 __global__ void __launch_bounds__(kThreads, 1) hopper_weights_kernel(const __grid_constant__ WeightCall call) {
-    using Kernel = WeightKernel<Scalar, kGatheredLeft, kGatheredRight>;
-    const Stages stages;
-    stages.begin(true);
-    if (threadIdx.x < 32 * kProducerWarps) {
-        registers_give<kProducerRegisters>();
-        Kernel::produce(call, stages, threadIdx.x / 32);
-    } else {
-        registers_take<kConsumerRegisters>();
-        Kernel::multiply(call, stages, threadIdx.x - 32 * kProducerWarps);
-    }
+    run_roles<WeightKernel<Scalar, kGatheredLeft, kGatheredRight>>(call, true);
 }
 
 }  // namespace r1kernels::moe::hopper
