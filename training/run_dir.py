@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from training import files, lineage
 from training.errors import UserError
-from training.recipe import Recipe, load, to_dict
+from training.recipe import STAGE_NAMES, Recipe, load, to_dict
 
 APPEND_ONLY = ("metrics.jsonl", "samples.jsonl")
 _TENSOR_FILES = ("state-0.safetensors", "state-1.safetensors")  # taken in turn, so that one is always whole
@@ -353,10 +353,10 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: expected a folder, it is a file")
         # a stage clears its own folder before it writes: what is not of a run must never be taken for one
-        holds = self.path.is_dir() and any(not each.name.startswith(".") for each in self.path.iterdir())
-        if holds and not (self.path / "recipe.yaml").is_file():
+        taken = next((name for name in STAGE_NAMES if (self.path / name).exists()), None)
+        if taken and not (self.path / "recipe.yaml").is_file():
             raise UserError(
-                f"{self.path} holds files and is not the folder of a run (it has no recipe.yaml): name another folder"
+                f"{self.path} holds {taken!r} and is not the folder of a run (it has no recipe.yaml): name another folder"
             )
         with files.disk_faults(self.path):
             self.path.mkdir(parents=True, exist_ok=True)

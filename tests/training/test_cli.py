@@ -109,7 +109,7 @@ def test_a_folder_of_something_else_is_no_run(tmp_path, capsys):
     mine.parent.mkdir()
     mine.write_text("mine")
     assert main(["run", "smoke", "--run", str(tmp_path)]) == 2
-    assert "holds files and is not the folder of a run" in lines(capsys)[1]
+    assert "holds 'base' and is not the folder of a run" in lines(capsys)[1]
     assert main(["run", "smoke", "--run", str(mine)]) == 2
     assert "expected a folder, it is a file" in lines(capsys)[1]
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
