@@ -92,9 +92,14 @@ struct MoeKernels {
                            void* scratch, int64_t begin, int64_t end);
 };
 
+// Tokens that the router works on together: each takes a step before the next step begins, which gives the processor work
+// while a chain of dependent instructions is waited for.
+constexpr int64_t kRouterTokens = 4;
+constexpr int64_t kRouterBytes = 48;  // of scratch for an expert
+
 // Bytes of scratch that `route` and `route_backward` need.
 inline int64_t router_scratch(int64_t experts, int64_t top_k) {
-    return 32 * ((experts > top_k ? experts : top_k) + 32) + 64;
+    return kRouterTokens * kRouterBytes * ((experts > top_k ? experts : top_k) + 64);
 }
 
 R1KERNELS_DECLARE_TABLES(MoeKernels, moe_kernels)

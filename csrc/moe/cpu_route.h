@@ -7,48 +7,52 @@ namespace r1kernels::R1KERNELS_ISA {
 
 namespace {
 
-// c v_k / n: v the scores, or e^l, of the chosen, n what they are divided by.
+// c v_k / n: v the scores, or e^l, of the chosen, n what they are divided by; of `count` tokens.
 template <typename T>
-void weigh(const MoeRouter& call, const T* row, const RouterScratch& scratch, const int64_t* indices, float* weights) {
+void weigh(const MoeRouter& call, const T* rows, int64_t count, const RouterScratch* scratch, const int64_t* indices,
+           float* weights) {
     const int64_t top_k = call.top_k;
-    double* values = scratch.wide;
-    double total = 1;
-    if (call.softmax && call.normalize) {
-        total = chosen_exponentials(row, indices, top_k, values);
-    } else if (call.softmax) {
-        const float largest = largest_logit(row, call.experts);
-        total = exponentials(row, call.experts, largest, scratch.scores);
-        chosen_logits(row, indices, top_k, values);
-        exponentials(values, top_k, largest);
-    } else {
-        chosen_logits(row, indices, top_k, values);
-        for (int64_t k = 0; k < top_k; k += kDoubles) {
-            Doubles value;
-            memcpy(&value, values + k, sizeof value);
-            value = sigmoid(value);
-            memcpy(values + k, &value, sizeof value);
-        }
-        if (call.normalize) {
-            total = 1e-20;
-            for (int64_t k = 0; k < top_k; ++k) total += values[k];
+    double largest[kRouterTokens], total[kRouterTokens];
+    for (int64_t token = 0; token < count; ++token) {
+        const T* row = rows + token * call.experts;
+        largest[token] = chosen_logits(row, indices + token * top_k, top_k, scratch[token].wide);
+        total[token] = 1;
+        if (call.softmax && !call.normalize) {
+            const float most = largest_logit(row, call.experts);
+            largest[token] = most;
+            total[token] = exponentials(row, call.experts, most, nullptr);
         }
     }
-    const double factor = call.scale / total;
-    for (int64_t k = 0; k < top_k; ++k) weights[k] = static_cast<float>(factor * values[k]);
+    for (int64_t token = 0; token < count; ++token) {
+        double* values = scratch[token].wide;
+        for (int64_t k = 0; k < top_k; k += kDoubles) {
+            const Doubles logits = load_doubles(values + k);
+            store_doubles(values + k, call.softmax ? exp_negative(logits - largest[token]) : sigmoid(logits));
+        }
+    }
+    for (int64_t token = 0; token < count; ++token) {
+        const double* values = scratch[token].wide;
+        if (call.normalize) {
+            total[token] = call.softmax ? 0 : 1e-20;
+            for (int64_t k = 0; k < top_k; ++k) total[token] += values[k];
+        }
+        const double factor = call.scale / total[token];
+        for (int64_t k = 0; k < top_k; ++k) weights[token * top_k + k] = static_cast<float>(factor * values[k]);
+    }
 }
 
 template <typename T>
 void route_of(const MoeRouter& call, bool replayed, int64_t* indices, float* weights, void* memory, int64_t begin,
               int64_t end) {
-    const RouterScratch scratch(memory, call);
-    const float error = selection_error(call);
-    const T* rows = static_cast<const T*>(call.logits);
-    for (int64_t token = begin; token < end; ++token) {
-        const T* row = rows + token * call.experts;
-        prefetch<false>(call, rows, token + 1, end);
+    RouterScratch scratch[kRouterTokens];
+    for (int64_t token = 0; token < kRouterTokens; ++token) scratch[token] = RouterScratch(call, memory, token);
+    const float apart = needed_apart(call);
+    for (int64_t token = begin; token < end; token += kRouterTokens) {
+        const int64_t count = end - token < kRouterTokens ? end - token : kRouterTokens;
+        const T* rows = static_cast<const T*>(call.logits) + token * call.experts;
         int64_t* chosen = indices + token * call.top_k;
-        if (!replayed) choose(call, row, scratch, error, chosen);
-        weigh(call, row, scratch, chosen, weights + token * call.top_k);
+        if (!replayed) choose(call, rows, count, scratch, apart, chosen);
+        weigh(call, rows, count, scratch, chosen, weights + token * call.top_k);
     }
 }
 

@@ -9,111 +9,121 @@ namespace r1kernels::R1KERNELS_ISA {
 
 namespace {
 
-constexpr int64_t kRowsAhead = 4;  // that are asked for before they are written
-
+// Writes zeros, and at the chosen experts the sums of `values`, in whole vectors, over the places that chose them.
 template <typename T>
-void store_one(T* to, double value) { store_some(to, all(static_cast<float>(value)), 1); }
-
-// Writes zeros, and at the chosen experts the sums of `values` over the places that chose them.
-template <typename T>
-void scatter(const MoeRouter& call, const int64_t* indices, double* values, int32_t* last, T* to) {
-    memset(to, 0, call.experts * sizeof(T));
-    for (int64_t k = 0; k < call.top_k; ++k) last[indices[k]] = static_cast<int32_t>(k);  // the place that sums up
-    for (int64_t k = 0; k < call.top_k; ++k) {
-        const int32_t at = last[indices[k]];
+void scatter(const MoeRouter& call, const int64_t* indices, const RouterScratch& scratch, double* values, T* to) {
+    int32_t* last = scratch.places;
+    for (int64_t k = 0; k < call.top_k; ++k) last[indices[k]] = static_cast<int32_t>(k);
+    bool twice = false;
+    for (int64_t k = 0; k < call.top_k; ++k) twice |= last[indices[k]] != k;
+    for (int64_t k = 0; twice && k < call.top_k; ++k) {
+        const int32_t at = last[indices[k]];  // is written last
         if (at != k) values[at] += values[k];
     }
-    for (int64_t k = 0; k < call.top_k; ++k) store_one(to + indices[k], values[last[indices[k]]]);
+    T* rounded = reinterpret_cast<T*>(scratch.scores);
+    for (int64_t k = 0; k < call.top_k; k += kLanes) {
+        store(rounded + k, narrow({load_doubles(values + k), load_doubles(values + k + kDoubles)}));
+    }
+    memset(to, 0, call.experts * sizeof(T));
+    for (int64_t k = 0; k < call.top_k; ++k) to[indices[k]] = rounded[k];
 }
 
 // Sigmoid: dl_j = c p_j (1 - p_j) g_j, or with n = sum p + 1e-20: c / n (g_j - sum_i g_i p_i / n) p_j (1 - p_j).
+// Softmax over the chosen: dl_j = c w_j (g_j - sum_i g_i w_i), w = e^l / n with n = sum e^l.
 template <typename T>
-void sigmoid_backward(const MoeRouter& call, const T* row, const int64_t* indices, const float* g,
-                      const RouterScratch& scratch, T* to) {
-    double* wide = scratch.wide;
-    chosen_logits(row, indices, call.top_k, wide);
-    double total = call.normalize ? 1e-20 : 1, mean = 0;
-    if (call.normalize) {
-        for (int64_t first = 0; first < call.top_k; first += kDoubles) {
-            Doubles p;
-            memcpy(&p, wide + first, sizeof p);
-            p = sigmoid(p);
-            for (int64_t k = first; k < first + kDoubles && k < call.top_k; ++k) {
-                total += p[k - first];
-                mean += g[k] * p[k - first];
+void chosen_backward(const MoeRouter& call, const T* rows, int64_t count, const RouterScratch* scratch,
+                     const int64_t* indices, const float* grads, T* to) {
+    const int64_t top_k = call.top_k;
+    double largest[kRouterTokens];
+    for (int64_t token = 0; token < count; ++token) {
+        const int64_t* chosen = indices + token * top_k;
+        largest[token] = chosen_logits(rows + token * call.experts, chosen, top_k, scratch[token].wide);
+    }
+    for (int64_t token = 0; token < count; ++token) {
+        double *values = scratch[token].wide, *slopes = scratch[token].slopes;
+        for (int64_t k = 0; k < top_k; k += kDoubles) {
+            const Doubles logits = load_doubles(values + k);
+            if (call.softmax) {
+                const Doubles e = exp_negative(logits - largest[token]);
+                store_doubles(values + k, e);
+                store_doubles(slopes + k, e);
+            } else {
+                const Doubles e = exp_negative(logits < 0 ? logits : -logits), inverse = 1.0 / (1.0 + e);
+                store_doubles(values + k, logits < 0 ? e * inverse : inverse);
+                store_doubles(slopes + k, e * inverse * inverse);  // p (1 - p)
             }
         }
-        mean /= total;
     }
-    const double factor = call.scale / total;
-    for (int64_t first = 0; first < call.top_k; first += kDoubles) {
-        Doubles logits;
-        memcpy(&logits, wide + first, sizeof logits);
-        const Doubles slope = factor * sigmoid(logits) * sigmoid(-logits);
-        for (int64_t k = first; k < first + kDoubles && k < call.top_k; ++k) {
-            wide[k] = slope[k - first] * (g[k] - mean);
+    for (int64_t token = 0; token < count; ++token) {
+        double *values = scratch[token].wide, *slopes = scratch[token].slopes;
+        const float* g = grads + token * top_k;
+        double total = call.softmax ? 0 : 1e-20, mean = 0;
+        for (int64_t k = 0; k < top_k; ++k) {
+            total += values[k];
+            mean += g[k] * values[k];
         }
+        const double inverse = call.normalize ? 1 / total : 1;
+        mean = call.normalize ? mean * inverse : 0;
+        for (int64_t k = 0; k < top_k; ++k) values[k] = call.scale * inverse * slopes[k] * (g[k] - mean);
     }
-    scatter(call, indices, wide, scratch.places, to);
-}
-
-// Softmax over the chosen: dl_j = c w_j (g_j - sum_i g_i w_i).
-template <typename T>
-void chosen_softmax_backward(const MoeRouter& call, const T* row, const int64_t* indices, const float* g,
-                             const RouterScratch& scratch, T* to) {
-    double* wide = scratch.wide;
-    const double inverse = 1 / chosen_exponentials(row, indices, call.top_k, wide);
-    double mean = 0;
-    for (int64_t k = 0; k < call.top_k; ++k) mean += g[k] * wide[k];
-    mean *= inverse;
-    for (int64_t k = 0; k < call.top_k; ++k) wide[k] *= call.scale * inverse * (g[k] - mean);
-    scatter(call, indices, wide, scratch.places, to);
+    for (int64_t token = 0; token < count; ++token) {
+        scatter(call, indices + token * top_k, scratch[token], scratch[token].wide, to + token * call.experts);
+    }
 }
 
 // Softmax over all experts: dl_e = c p_e (sum_{k chose e} g_k - sum_k g_k p_k).
 template <typename T>
-void softmax_backward(const MoeRouter& call, const T* row, const int64_t* indices, const float* g,
-                      const RouterScratch& scratch, T* to) {
-    float* values = scratch.scores;
-    double* chose = scratch.wide;
-    const double inverse = 1 / exponentials(row, call.experts, largest_logit(row, call.experts), values);
-    double mean = 0;
-    for (int64_t k = 0; k < call.top_k; ++k) mean += g[k] * inverse * values[indices[k]];
-    const double factor = call.scale * inverse;
-    const float others = static_cast<float>(-factor * mean);
-    for (int64_t i = 0; i < call.experts; i += kLanes) {
-        const Floats grad = others * load(values + i);
-        if (i + kLanes <= call.experts) {
-            store(to + i, grad);
-        } else {
-            store_some(to + i, grad, static_cast<int>(call.experts - i));
+void softmax_backward(const MoeRouter& call, const T* rows, int64_t count, const RouterScratch* scratch,
+                      const int64_t* indices, const float* grads, T* to) {
+    const int64_t top_k = call.top_k, experts = call.experts;
+    float largest[kRouterTokens];
+    double factor[kRouterTokens], mean[kRouterTokens];
+    for (int64_t token = 0; token < count; ++token) largest[token] = largest_logit(rows + token * experts, experts);
+    for (int64_t token = 0; token < count; ++token) {
+        const float* values = scratch[token].scores;
+        const double inverse = 1.0 / exponentials(rows + token * experts, experts, largest[token], scratch[token].scores);
+        factor[token] = call.scale * inverse;
+        mean[token] = 0;
+        for (int64_t k = token * top_k; k < (token + 1) * top_k; ++k) {
+            mean[token] += grads[k] * inverse * values[indices[k]];
         }
     }
-    for (int64_t k = 0; k < call.top_k; ++k) chose[indices[k]] = 0;
-    for (int64_t k = 0; k < call.top_k; ++k) chose[indices[k]] += g[k];
-    for (int64_t k = 0; k < call.top_k; ++k) {
-        store_one(to + indices[k], factor * (chose[indices[k]] - mean) * values[indices[k]]);
+    for (int64_t token = 0; token < count; ++token) {
+        const float* values = scratch[token].scores;
+        T* row = to + token * experts;
+        const float others = static_cast<float>(-factor[token] * mean[token]);
+        for (int64_t i = 0; i + kLanes <= experts; i += kLanes) store(row + i, others * load(values + i));
+        const int64_t rest = experts % kLanes;
+        if (rest) store_some(row + experts - rest, others * load(values + experts - rest), static_cast<int>(rest));
+    }
+    for (int64_t token = 0; token < count; ++token) {
+        const int64_t* chosen = indices + token * top_k;
+        const float *values = scratch[token].scores, *g = grads + token * top_k;
+        double* chose = scratch[token].wide;
+        for (int64_t k = 0; k < top_k; ++k) chose[chosen[k]] = 0;
+        for (int64_t k = 0; k < top_k; ++k) chose[chosen[k]] += g[k];
+        for (int64_t k = 0; k < top_k; ++k) {
+            const double grad = factor[token] * (chose[chosen[k]] - mean[token]) * values[chosen[k]];
+            store_some(to + token * experts + chosen[k], all(static_cast<float>(grad)), 1);
+        }
     }
 }
 
 template <typename T>
 void route_backward_of(const MoeRouter& call, const int64_t* indices, const float* grad_weights, void* grad_logits,
                        void* memory, int64_t begin, int64_t end) {
-    const RouterScratch scratch(memory, call);
-    const T* rows = static_cast<const T*>(call.logits);
-    T* grad_rows = static_cast<T*>(grad_logits);
-    for (int64_t token = begin; token < end; ++token) {
-        const T* row = rows + token * call.experts;
-        T* to = grad_rows + token * call.experts;
-        prefetch<true>(call, grad_rows, token + kRowsAhead, end);
+    RouterScratch scratch[kRouterTokens];
+    for (int64_t token = 0; token < kRouterTokens; ++token) scratch[token] = RouterScratch(call, memory, token);
+    for (int64_t token = begin; token < end; token += kRouterTokens) {
+        const int64_t count = end - token < kRouterTokens ? end - token : kRouterTokens;
+        const T* rows = static_cast<const T*>(call.logits) + token * call.experts;
+        T* to = static_cast<T*>(grad_logits) + token * call.experts;
         const int64_t* chosen = indices + token * call.top_k;
-        const float* g = grad_weights + token * call.top_k;
-        if (!call.softmax) {
-            sigmoid_backward(call, row, chosen, g, scratch, to);
-        } else if (call.normalize) {
-            chosen_softmax_backward(call, row, chosen, g, scratch, to);
+        const float* grads = grad_weights + token * call.top_k;
+        if (call.softmax && !call.normalize) {
+            softmax_backward(call, rows, count, scratch, chosen, grads, to);
         } else {
-            softmax_backward(call, row, chosen, g, scratch, to);
+            chosen_backward(call, rows, count, scratch, chosen, grads, to);
         }
     }
 }

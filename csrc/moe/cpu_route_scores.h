@@ -3,8 +3,8 @@
 // Scores are computed in float64 and rounded once to float32, so that equal logits have equal scores wherever they stand.
 #pragma once
 
-#include "moe/cells.h"
 #include "moe/cpu.h"
+#include "moe/cpu_route_lanes.h"
 
 namespace r1kernels::R1KERNELS_ISA {
 
@@ -76,59 +76,64 @@ Floats logits_at(const T* row, int64_t at, int64_t experts) {  // -inf behind th
 
 int64_t whole_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// Buffers of one token, in whole vectors.
+// Buffers of one token, in whole vectors, each with room for the vector behind it.
 struct RouterScratch {
     double* wide;      // of all experts, or of the chosen ones
-    float* scores;     // of all experts
-    int32_t* keys;     // of the selection scores
-    int32_t* largest;  // the largest keys of sets of keys
+    double* slopes;    // of the chosen ones
+    float* scores;     // of all experts; then of the candidates
+    int32_t* keys;     // of all experts; then of the candidates
+    int32_t* largest;  // the largest values of sets of them
     int32_t* groups;   // the key of each group
     int32_t* places;   // of the candidates
-    int32_t* ranked;   // the keys of the candidates in descending order, then the places
+    int32_t* ranks;    // of the candidates
+    int32_t* ordered;  // the places of the candidates, by their ranks
 
-    RouterScratch(void* base, const MoeRouter& call) {
-        const int64_t experts = whole_vectors(call.experts > call.top_k ? call.experts : call.top_k);
-        wide = static_cast<double*>(base);
-        scores = reinterpret_cast<float*>(wide + experts);
-        keys = reinterpret_cast<int32_t*>(scores + experts);
-        largest = keys + experts + kLanes;  // a vector may be read from any key on
-        groups = largest + experts;
-        places = groups + experts;
-        ranked = places + experts;  // a vector may be read from the second key on
+    RouterScratch() = default;
+    RouterScratch(const MoeRouter& call, void* base, int64_t token) {
+        const int64_t size = whole_vectors(call.experts > call.top_k ? call.experts : call.top_k) + kLanes;
+        wide = static_cast<double*>(base) + token * size * (kRouterBytes / 8);
+        slopes = wide + size;
+        scores = reinterpret_cast<float*>(slopes + size);
+        keys = reinterpret_cast<int32_t*>(scores + size);
+        largest = keys + size;
+        groups = largest + size;
+        places = groups + size;
+        ranks = places + size;
+        ordered = ranks + size;
     }
 };
-
-// Asks for the row of a token that comes soon, if it is one of the tokens up to `end`: it is on its way while others are
-// worked on.
-template <bool kToWrite, typename T>
-void prefetch(const MoeRouter& call, const T* rows, int64_t token, int64_t end) {
-    const char* row = reinterpret_cast<const char*>(rows + token * call.experts);
-    const int64_t bytes = token < end ? call.experts * static_cast<int64_t>(sizeof(T)) : 0;
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, kToWrite);
-}
 
 // --- all experts ---
 
 template <typename T>
 float largest_logit(const T* row, int64_t experts) {
     Floats most = all(-kInfinity);
-    for (int64_t i = 0; i < experts; i += kLanes) most = greater(logits_at(row, i, experts), most);  // NaN never wins
-    return largest(most);
+    for (int64_t i = 0; i < experts; i += kLanes) most = larger(logits_at(row, i, experts), most);  // NaN never wins
+    return largest_lane(most);
 }
 
-// e^(l - largest) of all experts in float32; returns their sum, in float64.
+double sum_of_lanes(Doubles value) {
+    double sum = 0;
+    for (int lane = 0; lane < kDoubles; ++lane) sum += value[lane];
+    return sum;
+}
+
+// e^(l - largest) of all experts; returns their sum, and keeps them in `to` unless it is null.
 template <typename T>
 double exponentials(const T* row, int64_t experts, float largest, float* to) {
+    constexpr int64_t kTerms = 4 * kLanes;  // are added up in float32, which loses little of so few
     Doubles total = {};
-    for (int64_t i = 0; i < experts; i += kLanes) {
-        const Floats value = exp_negative(logits_at(row, i, experts) - largest);
-        store(to + i, value);
-        const Wide wide = widen(value);
+    for (int64_t first = 0; first < experts; first += kTerms) {
+        Floats some = {};
+        for (int64_t i = first; i < first + kTerms && i < experts; i += kLanes) {
+            const Floats value = exp_negative(logits_at(row, i, experts) - largest);
+            if (to) store(to + i, value);
+            some += value;
+        }
+        const Wide wide = widen(some);
         total += wide.low + wide.high;
     }
-    double sum = 0;
-    for (int lane = 0; lane < kDoubles; ++lane) sum += total[lane];
-    return sum;
+    return sum_of_lanes(total);
 }
 
 // p of all experts, rounded once.
@@ -144,9 +149,7 @@ void scores_of(const MoeRouter& call, const T* row, const RouterScratch& scratch
             total += value.low + value.high;
             memcpy(scratch.wide + i, &value, sizeof value);
         }
-        double sum = 0;
-        for (int lane = 0; lane < kDoubles; ++lane) sum += total[lane];
-        inverse = 1.0 / sum;
+        inverse = 1.0 / sum_of_lanes(total);
     }
     for (int64_t i = 0; i < call.experts; i += kLanes) {
         Wide value;
@@ -163,35 +166,25 @@ void scores_of(const MoeRouter& call, const T* row, const RouterScratch& scratch
 
 // --- the chosen experts ---
 
-// Their logits, in whole vectors; -inf behind the last.
+// Their logits, in whole vectors, -inf behind the last; returns the largest.
 template <typename T>
-void chosen_logits(const T* row, const int64_t* indices, int64_t top_k, double* to) {
-    for (int64_t k = 0; k < top_k; ++k) to[k] = to_float(row + indices[k]);
-    for (int64_t k = top_k; k < whole_vectors(top_k); ++k) to[k] = -kInfinity;
-}
-
-// e^(l - largest) in the place of the logits l.
-void exponentials(double* logits, int64_t top_k, double largest) {
-    for (int64_t k = 0; k < top_k; k += kDoubles) {
-        Doubles value;
-        memcpy(&value, logits + k, sizeof value);
-        value = exp_negative(value - largest);
-        memcpy(logits + k, &value, sizeof value);
-    }
-}
-
-// e^(l - the largest of them); returns their sum.
-template <typename T>
-double chosen_exponentials(const T* row, const int64_t* indices, int64_t top_k, double* wide) {
-    chosen_logits(row, indices, top_k, wide);
-    double largest = -kInfinity, sum = 0;
+double chosen_logits(const T* row, const int64_t* indices, int64_t top_k, double* to) {
+    double largest = -kInfinity;
     for (int64_t k = 0; k < top_k; ++k) {
-        if (!(wide[k] <= largest)) largest = wide[k];  // NaN stays
+        const double logit = to_float(row + indices[k]);
+        largest = logit > largest ? logit : largest;  // NaN is passed over: whatever it is taken from is NaN all the same
+        to[k] = logit;
     }
-    exponentials(wide, top_k, largest);
-    for (int64_t k = 0; k < top_k; ++k) sum += wide[k];
-    return sum;
+    for (int64_t k = top_k; k < whole_vectors(top_k); ++k) to[k] = -kInfinity;
+    return largest;
 }
+
+Doubles load_doubles(const double* from) {
+    Doubles value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+void store_doubles(double* to, Doubles value) { memcpy(to, &value, sizeof value); }
 
 }  // namespace
 
