@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor> grouped_gemm_backward_cpu(const Tensor& grad, const T
 // --- route ---
 
 // Tokens are shared out in items: of at least as many tokens, and at most as many of them.
-constexpr int64_t kRouteTokens = 32, kRouteItems = 256;
+constexpr int64_t kRouteTokens = 64, kRouteItems = 256;
 
 MoeRouter router_of(const Tensor& logits, int64_t top_k, bool softmax, bool normalize, double scale) {
     MoeRouter call = {};
@@ -86,14 +86,16 @@ MoeRouter router_of(const Tensor& logits, int64_t top_k, bool softmax, bool norm
 }
 
 void check_choice(const MoeRouter& call, const int64_t* indices, int64_t tokens) {
-    const auto outside = [&](int64_t i) {
-        return static_cast<uint64_t>(indices[i]) >= static_cast<uint64_t>(call.experts);
-    };
-    bool any = false;  // found without a branch first
-    for (int64_t i = 0; i < tokens * call.top_k; ++i) any |= outside(i);
-    for (int64_t i = 0; any && i < tokens * call.top_k; ++i) {
-        STD_TORCH_CHECK(!outside(i), "indices: expected values in [0, ", call.experts, "), got ", indices[i],
-                        " at position ", i);
+    // found without a branch, in vectors, first: i or E - 1 - i has its highest bit set
+    const uint64_t last = static_cast<uint64_t>(call.experts - 1);
+    uint64_t bits = 0;
+    for (int64_t i = 0; i < tokens * call.top_k; ++i) {
+        const uint64_t index = static_cast<uint64_t>(indices[i]);
+        bits |= index | (last - index);
+    }
+    for (int64_t i = 0; bits >> 63 && i < tokens * call.top_k; ++i) {
+        STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < call.experts, "indices: expected values in [0, ", call.experts,
+                        "), got ", indices[i], " at position ", i);
     }
 }
 
