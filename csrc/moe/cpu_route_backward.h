@@ -80,8 +80,8 @@ void softmax_backward(const MoeRouter& call, const T* rows, int64_t count, const
     double factor[kRouterTokens], mean[kRouterTokens];
     for (int64_t token = 0; token < count; ++token) largest[token] = largest_logit(rows + token * experts, experts);
     for (int64_t token = 0; token < count; ++token) {
-        const float* values = scratch[token].scores;
-        const double inverse = 1.0 / exponentials(rows + token * experts, experts, largest[token], scratch[token].scores);
+        float* values = scratch[token].scores;
+        const double inverse = 1.0 / exponentials(rows + token * experts, experts, largest[token], values);
         factor[token] = call.scale * inverse;
         mean[token] = 0;
         for (int64_t k = token * top_k; k < (token + 1) * top_k; ++k) {

@@ -172,7 +172,7 @@ double chosen_logits(const T* row, const int64_t* indices, int64_t top_k, double
     double largest = -kInfinity;
     for (int64_t k = 0; k < top_k; ++k) {
         const double logit = to_float(row + indices[k]);
-        largest = logit > largest ? logit : largest;  // NaN is passed over: whatever it is taken from is NaN all the same
+        largest = logit > largest ? logit : largest;  // NaN is passed over: the sum that it is part of is NaN anyway
         to[k] = logit;
     }
     for (int64_t k = top_k; k < whole_vectors(top_k); ++k) to[k] = -kInfinity;
