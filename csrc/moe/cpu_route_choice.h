@@ -105,7 +105,7 @@ void choose(const MoeRouter& call, const T* rows, int64_t count, const RouterScr
         rank_candidates(at.keys, found[token], at.ranks);
     }
     for (int64_t token = 0; token < count; ++token) {
-        if (!known[token] || stand_apart(scratch[token], found[token], call.top_k, apart, call.softmax)) continue;
+        if (!known[token] || stand_apart(scratch[token], found[token], apart, call.softmax)) continue;
         known[token] = !call.softmax;
         if (!known[token]) continue;
         const RouterScratch& at = scratch[token];

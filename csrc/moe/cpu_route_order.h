@@ -128,11 +128,10 @@ void rank_candidates(const int32_t* keys, int64_t found, int32_t* ranks) {
     for (int64_t i = 0; i < count; i += kLanes) store_as(ranks + i, ranks_of(keys, count, i));
 }
 
-// Whether ranked candidates that follow each other among the first K + 1 are at least `apart` apart; where `ties` is 1,
-// or equal.
-bool stand_apart(const RouterScratch& scratch, int64_t found, int64_t top_k, float apart, uint32_t ties) {
+// Whether candidates that follow each other are at least `apart` apart; where `ties` is 1, or equal. Those behind the
+// K-th count too: one that is near it could have an equal score and a lower place.
+bool stand_apart(const RouterScratch& scratch, int64_t found, float apart, uint32_t ties) {
     const int64_t count = whole_vectors(found);
-    const int32_t among = static_cast<int32_t>(found > top_k ? top_k + 1 : found);
     Ints near = {};
     for (int64_t i = 0; i < count; i += kLanes) {
         const Ints keys = load_as<Ints>(scratch.keys + i);
@@ -141,7 +140,7 @@ bool stand_apart(const RouterScratch& scratch, int64_t found, int64_t top_k, flo
             if (j != i) gap = gap_above<0>(gap, (Words)keys, load_as<Ints>(scratch.keys + j), ties);
         }
         const Words needed = larger((Words)keys_of(values_of(keys) + apart) - (Words)keys, Words{} + 1) - ties;
-        near |= (gap < needed) & (load_as<Ints>(scratch.ranks + i) < among);
+        near |= (gap < needed) & (places_from(i) < static_cast<int32_t>(found));
     }
     return bits_of(near) == 0;
 }

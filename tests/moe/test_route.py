@@ -211,6 +211,10 @@ def test_invariants(data):
 LOGITS = torch.zeros(3, 8)
 BAD = {
     "logits: expected 2 dimensions": (ValueError, {"logits": torch.zeros(8)}),
+    "logits: expected at least one expert": (
+        ValueError,
+        {"logits": torch.zeros(0, 0), "indices": torch.zeros(0, 2, dtype=torch.int64)},
+    ),
     "logits: expected dtype": (TypeError, {"logits": torch.zeros(3, 8, dtype=torch.int64)}),
     "logits: expected a torch.Tensor": (TypeError, {"logits": [[0.0]]}),
     "top_k: expected at least 1": (ValueError, {"top_k": 0}),

@@ -58,6 +58,14 @@ def test_ties_at_many_experts():
     check_choice(torch.zeros(5, 256), None, {"top_k": 8, "score": "sigmoid", "n_group": 8, "topk_group": 4})
 
 
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_a_near_logit_behind_equal_ones_at_the_edge_of_the_choice(score):
+    # all scores are equal in float32, so expert 1 comes before the experts 2, 3 and 4 of a larger logit
+    logits = torch.tensor([[0.0, -1e-10, 0.0, 0.0, 0.0], [0.0, -1e-10, 0.0, 1e-10, 0.0]])
+    check_choice(logits, None, {"top_k": 2, "score": score})
+    assert route(logits, 2, score=score).indices.tolist() == [[0, 1], [0, 1]]
+
+
 def test_equal_logits_tie_wherever_they_stand():
     # torch's float32 sigmoid gives some values another last bit at the end of a tensor than in its middle
     for value in normal(100).tolist():
