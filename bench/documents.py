@@ -59,9 +59,10 @@ def inference() -> str:
     return f"{table.note}\n\n{markdown.rows(table)}"
 
 
-def cases() -> str:
-    """Every implementation of every case."""
-    return "\n\n".join(markdown.section(tables.case_table(case), level=3) for case in _ops()["cases"])
+def floors() -> str:
+    """Our phases against what binds them."""
+    table = tables.floors(_ops())
+    return f"{table.note}\n\n{markdown.rows(table)}"
 
 
 def exactness() -> str:
@@ -80,7 +81,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "headline": headline,
     "every case": every_case,
     "inference": inference,
-    "cases": cases,
+    "floors": floors,
     "precision": exactness,
     "saved": saved_bytes,
 }

@@ -263,9 +263,9 @@ OURS_GROUPED = Ours("grouped_logprobs", _grouped_arguments, lambda found: {"logp
 
 
 def _overwritable(inputs: Inputs) -> Inputs:
-    """A copy of the logits for a backward that overwrites them; a view is no leaf, as the logits of a model are none."""
-    logits = inputs["logits"].detach().clone().requires_grad_()
-    return replace(inputs, tensors={**inputs.tensors, "logits": logits.view_as(logits)})
+    """A copy of the logits for a backward that overwrites them; as the result of an op it is no leaf, as those of a model."""
+    logits = inputs["logits"].detach().requires_grad_().clone()
+    return replace(inputs, tensors={**inputs.tensors, "logits": logits})
 
 
 # --- others ---

@@ -142,8 +142,7 @@ def _explained(table: Table) -> Table:
 
 
 def _headline_row(case: Case, own: Mapping[str, Any], phase: str) -> list[Cell]:
-    shape = ", ".join(f"{name} {count}" for name, count in case["sizes"].items())
-    start = [Cell(case["op"]), Cell(", ".join(filter(None, (shape, case["layout"])))), Cell(case["dtype"])]
+    start = _case_cells(case)
     if own["status"] != "ok":
         return [*start, Cell(state(own), "failed"), *[MISSING] * (len(HEADLINE) - 4)]
     peer, eager = results.best_peer(case, phase), results.eager(case)
@@ -171,6 +170,56 @@ def _headline_row(case: Case, own: Mapping[str, Any], phase: str) -> list[Cell]:
         error,
         Cell(small(theirs)),
     ]
+
+
+def floors(record: Mapping[str, Any]) -> Table:
+    """How near our implementations come to what binds each phase, and what bare GEMMs take beside them."""
+    head = ("op", "shape", "dtype", "ours", *PHASES, "/ bare GEMMs", "peak memory")
+    note = (
+        "Floor / median time, and which floor binds; in brackets, where that is not the bandwidth, the same against the "
+        "floor of the bytes alone. Above 100 %: our products are faster than torch's, with which the ceiling is measured. "
+        "/ bare GEMMs: our forward and backward over the products alone. Peak memory includes results and gradients. "
+        "linear_grpo_loss makes its gradients in the forward."
+    )
+    table = Table("Floors", head, note=note)
+    bandwidth = record["ceilings"]["bytes_per_second"]
+    for case in record["cases"]:
+        if case["op"] == "grpo_step":
+            continue
+        for row in results.ours(case):
+            table.rows.append(
+                [
+                    *_case_cells(case),
+                    Cell(row["peer"], "ours"),
+                    *(_fraction_cell(case, row, phase, bandwidth) for phase in PHASES),
+                    Cell(_over_bare(case, row)),
+                    Cell(size(row["peak_bytes"])),
+                ]
+            )
+    return table
+
+
+def _case_cells(case: Case) -> list[Cell]:
+    shape = ", ".join(f"{name} {count}" for name, count in case["sizes"].items())
+    return [Cell(case["op"]), Cell(", ".join(filter(None, (shape, case["layout"])))), Cell(case["dtype"])]
+
+
+def _fraction_cell(case: Case, row: Mapping[str, Any], phase: str, bandwidth: float) -> Cell:
+    seconds, work = results.median(row, phase), case["phases"].get(phase)
+    if seconds is None or not work:
+        return MISSING
+    text = f"{100 * work['floor_seconds'] / seconds:.0f} % {work['bound']}"
+    if work["bound"] == "exp":
+        text += f" ({100 * work['bytes'] / bandwidth / seconds:.0f} %)"
+    return Cell(text)
+
+
+def _over_bare(case: Case, row: Mapping[str, Any]) -> str:
+    """ "1.05x three, 0.79x four" """
+    phase = results.main_phase(case)
+    bare = [other for other in case["rows"] if other["kind"] == "floor"]
+    ratios = [(results.ratio(row, other, phase), other["peer"].split()[0]) for other in bare]
+    return ", ".join(f"{times(ratio)} {name}" for ratio, name in ratios if ratio) or "-"
 
 
 def best_ratio(case: Case) -> float | None:
