@@ -44,6 +44,7 @@ PYBIND11_MODULE(_C, module) {
     py::class_<r1kernels::Pages>(module, "Pages", py::buffer_protocol(),
                                  "A large buffer of bytes, not initialised, that is given again to the next caller.")
         .def(py::init<size_t>())
+        .def_static("release", &r1kernels::Pages::release, "Gives what is kept back to the system.")
         .def_buffer([](const r1kernels::Pages& pages) {
             return py::buffer_info(static_cast<unsigned char*>(pages.data()), static_cast<py::ssize_t>(pages.size()));
         });

@@ -18,7 +18,6 @@ import torch
 
 _NAME = "r1kernels._C"
 _LARGE_BYTES = 1 << 20
-_KEPT_BYTES = 512 << 20
 _RECORD = re.compile(rb"r1kernels-build\{torch=([^,}]*),python=([^,}]*)\}")
 
 
@@ -104,7 +103,8 @@ def chosen_isa() -> str:
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A tensor on the CPU, not initialised. The memory of a large one is kept for the next one once it is free.
 
-    At most 512 MiB are kept (csrc/common/pages.h): a fresh buffer is paid in page faults.
+    At most a sixteenth of the machine's memory is kept, or 512 MiB (csrc/common/pages.h): a fresh buffer is paid in page
+    faults.
     """
     size = torch.Size(shape).numel()
     if _module is None or size * dtype.itemsize < _LARGE_BYTES:
@@ -115,8 +115,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 def release() -> None:
     """Give what ``empty`` keeps back to the system."""
     if _module is not None:
-        # a free buffer larger than all that may be kept pushes the others out, and itself
-        _module.Pages(_KEPT_BYTES + 1)
+        _module.Pages.release()
 
 
 def cpu_features() -> tuple[str, ...]:

@@ -1,7 +1,9 @@
 #include "common/pages.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -23,6 +25,13 @@ size_t kept_bytes = 0;
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
+// Of free buffers, in all: logits of a large vocabulary that are saved for the backward fit where memory is not short.
+size_t most_kept_bytes() {
+    static const size_t most = std::max(size_t{512} << 20, static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) *
+                                                               static_cast<size_t>(sysconf(_SC_PAGESIZE)) / 16);
+    return most;
+}
+
 // The smallest kept block of at least `bytes` that is not more than twice as large, or none.
 Block take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -38,15 +47,20 @@ Block take(size_t bytes) {
     return found;
 }
 
-void give_back(Block block) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    kept.push_back(block);
-    kept_bytes += block.bytes;
-    while (kept_bytes > Pages::kKeptBytes) {
+// The oldest go until at most so many bytes are kept.
+void shrink_to(size_t most) {
+    while (kept_bytes > most) {
         munmap(kept.front().data, kept.front().bytes);
         kept_bytes -= kept.front().bytes;
         kept.erase(kept.begin());
     }
+}
+
+void give_back(Block block) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    kept.push_back(block);
+    kept_bytes += block.bytes;
+    shrink_to(most_kept_bytes());
 }
 
 }  // namespace
@@ -64,5 +78,10 @@ Pages::Pages(size_t bytes) : size_(bytes) {
 }
 
 Pages::~Pages() { give_back({data_, capacity_}); }
+
+void Pages::release() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    shrink_to(0);
+}
 
 }  // namespace r1kernels

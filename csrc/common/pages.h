@@ -1,7 +1,7 @@
 // Large buffers on the CPU that are given again to the next caller once they are free.
 //
 // A fresh buffer is paid in page faults, several times the price of a kernel that fills it; torch's own allocator gives
-// large buffers back to the operating system at once.
+// large buffers back to the operating system at once. Kept are at most a sixteenth of the machine's memory, or 512 MiB.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,8 @@ namespace r1kernels {
 
 class Pages {
 public:
-    static constexpr size_t kKeptBytes = size_t{512} << 20;  // of free buffers, in all
+    // Gives what is kept back to the system.
+    static void release();
 
     explicit Pages(size_t bytes);  // throws std::bad_alloc
     ~Pages();
