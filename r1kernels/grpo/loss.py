@@ -105,8 +105,8 @@ def grpo_loss(
         ValueError: an unknown name, an argument that the variant or reduction does not use, a wrong shape or value.
         TypeError: a wrong type or dtype.
 
-    Precision: float32 throughout, float64 for float64 log-probs (by the reference alone). A sequence or batch without a counted token gives loss
-    0 and gradient 0. Nothing is read on the host. Deterministic; the reference on CUDA sums packed sequences by
+    Precision: float32 throughout, float64 for float64 log-probs (by the reference alone). A sequence or batch without a
+    counted token gives loss 0 and gradient 0. Nothing is read on the host. Deterministic; the reference on CUDA sums packed sequences by
     atomics, so there only under ``torch.use_deterministic_algorithms(True)``.
 
     Sources: DeepSeekMath (2402.03300), DeepSeek-R1 (2501.12948), DAPO (2503.14476), Dr. GRPO (2503.20783), GSPO

@@ -95,7 +95,8 @@ def linear_grouped_logprobs(
     """``grouped_logprobs`` from hidden states (B, T, H) or (N, H) and the head, without all logits at once.
 
     The options are those of ``linear_logprobs`` and ``grouped_logprobs``. A token whose target is ``ignore_index`` does not
-    count; where the mask is 0 targets and hidden states may hold anything. With ``stats`` the result is (GroupedLogprobs, {name: token values}).
+    count; where the mask is 0 targets and hidden states may hold anything. With ``stats`` the result is
+    (GroupedLogprobs, {name: token values}).
     """
     head = linear.check_linear(hidden, weight, targets, bias, softcap, logit_scale)
     checks.integer("ignore_index", ignore_index)

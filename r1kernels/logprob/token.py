@@ -28,8 +28,8 @@ def token_logprobs(
         temperature: a number above 0, or a tensor of the shape of ``targets`` (one per token; it gets no gradient).
         return_entropy: also return the entropy, in nats.
         ignore_index: tokens with this target give log-prob 0, entropy 0 and a zero gradient row.
-        inplace_backward: write the gradient over the logits, which must not be a leaf or a view of one, expanded or overlapping. A later
-            reader of the logits, a second backward among them, gets autograd's error.
+        inplace_backward: write the gradient over the logits, which must not be a leaf or a view of one, expanded or
+            overlapping. A later reader of the logits, a second backward among them, gets autograd's error.
         backend: "cuda", "triton", "cpu" or "reference": that one or an error; None chooses (see r1kernels.backends).
 
     Returns:
