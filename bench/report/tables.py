@@ -176,10 +176,12 @@ def floors(record: Mapping[str, Any]) -> Table:
     """How near our implementations come to what binds each phase, and what bare GEMMs take beside them."""
     head = ("op", "shape", "dtype", "ours", *PHASES, "/ bare GEMMs", "peak memory")
     note = (
-        "Floor / median time, and which floor binds; in brackets, where that is not the bandwidth, the same against the "
-        "floor of the bytes alone. Above 100 %: our products are faster than torch's, with which the ceiling is measured. "
-        "/ bare GEMMs: our forward and backward over the products alone. Peak memory includes results and gradients. "
-        "linear_grpo_loss makes its gradients in the forward."
+        "Floor / median time, and which floor binds; in brackets, where exponentials do, the same against the floor of the "
+        "bytes alone. A phase passes 100 % where a product of ours is faster than torch's, with which the ceiling is "
+        "measured, where what it reads is in the caches still, or where an earlier phase has done its work: the GRPO losses "
+        "make their gradients in the forward. / bare GEMMs: our forward and backward over the products alone, of the head "
+        "three or, with logits recomputed, four; dense: without experts, of the same FLOPs. Peak memory includes results and "
+        "gradients."
     )
     table = Table("Floors", head, note=note)
     bandwidth = record["ceilings"]["bytes_per_second"]

@@ -277,8 +277,8 @@ def test_no_logits_of_all_tokens_stand_in_memory(batch_of):
     assert sum(kept) <= 2 * sum(leaf.numel() for leaf in leaves) + 10
 
 
-def test_the_op_keeps_its_schema(batch_of):
-    leaves, targets, tensors, keywords = call_of(batch_of(seed=14, num_sequences=2, num_tokens=5))
+def arguments_of_the_op(leaves, targets, tensors, keywords):
+    """What the one call of the CPU op gets that a call of linear_grpo_loss makes."""
     seen = []
 
     class Recorded(TorchDispatchMode):
@@ -290,8 +290,13 @@ def test_the_op_keeps_its_schema(batch_of):
     with Recorded():
         run("cpu", leaves, targets, tensors, keywords)
     (arguments,) = seen
-    detached = tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in arguments)
-    torch.library.opcheck(ops.namespace.linear_grpo_loss_cpu.default, detached)
+    return tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in arguments)
+
+
+def test_the_op_keeps_its_schema(batch_of):
+    leaves, targets, tensors, keywords = call_of(batch_of(seed=14, num_sequences=2, num_tokens=5))
+    arguments = arguments_of_the_op(leaves, targets, tensors, keywords)
+    torch.library.opcheck(ops.namespace.linear_grpo_loss_cpu.default, arguments)
     assert linear_autograd.reasons(lambda *_: ("a",), lambda *_: ("a", "b"), *leaves[:2]) == (
         "a",
         "b",
@@ -307,21 +312,12 @@ def test_on_a_gpu_nothing_asks_which_tokens_count(batch_of, monkeypatch, chunk_s
     leaves, targets, (old, advantages, mask), keywords = call
     leaves[0] = torch.where(mask.unsqueeze(-1), leaves[0], torch.nan)
     keywords |= {name: torch.where(mask, keywords[name], torch.nan) for name in ("ref_logp", "temperature")}
-    tensors, seen, run_of = (torch.where(mask, old, torch.inf), advantages, mask), [], []
-
-    class Recorded(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is ops.namespace.linear_grpo_loss_cpu.default:
-                seen.append(args)
-            return function(*args, **(kwargs or {}))
-
-    with Recorded():
-        run("cpu", leaves, torch.where(mask, targets, -7), tensors, keywords)
+    tensors, run_of = (torch.where(mask, old, torch.inf), advantages, mask), []
+    arguments = arguments_of_the_op(leaves, torch.where(mask, targets, -7), tensors, keywords)
     monkeypatch.setattr(
         ops, "library", SimpleNamespace(impl=lambda name, function, key: run_of.append(function))
     )
     linear_ops.implement(cpu.ENGINE, "CUDA")
-    arguments = [value.detach() if isinstance(value, torch.Tensor) else value for value in seen[0]]
     with NoHostReads():
         results = run_of[0](*arguments)
     for ours, expected in zip(results, ops.namespace.linear_grpo_loss_cpu(*arguments), strict=True):
