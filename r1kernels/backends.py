@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from . import devices
+from . import devices, transforms
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 AUTO = "auto"
@@ -53,7 +53,9 @@ class Backend:
     reasons: Callable[..., tuple[str, ...]] | None = None
 
     def refuses(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
-        return () if self.reasons is None else self.reasons(*args, **kwargs)
+        if self.reasons is None:
+            return ()
+        return (*transforms.reasons(args, kwargs), *self.reasons(*args, **kwargs))
 
 
 class BackendError(RuntimeError):

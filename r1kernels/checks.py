@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -66,26 +67,31 @@ def choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
 
 
 def integer(name: str, value: Any, minimum: int | None = None) -> int:
-    """Check that ``value`` is an int (a bool is not) and at least ``minimum``."""
+    """Check that ``value`` is an int (a bool is not), of Python or NumPy, and at least ``minimum``; the result is one of Python."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        value = int(value)
     if minimum is not None and value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
-    return value  # type: ignore[return-value]
+    return value
 
 
 def number(name: str, value: Any) -> float:
-    """Check that ``value`` is a finite Python number."""
+    """Check that ``value`` is a finite number, of Python or NumPy; the result is one of Python."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's numbers are
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        value = float(value)
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return value
 
 
 def positive(name: str, value: Any) -> float:
-    """Check that ``value`` is a finite Python number above 0, also in float32."""
-    if number(name, value) <= 0:
+    """Check that ``value`` is a finite number above 0, also in float32."""
+    value = number(name, value)
+    if value <= 0:
         raise ValueError(f"{name}: expected a number above 0, got {value}")
     if not _FLOAT32.tiny <= value <= _FLOAT32.max:
         raise ValueError(f"{name}: expected a number that float32 holds, got {value}")
@@ -116,13 +122,16 @@ def in_range(name: str, value: Tensor, low: int, high: int, *, allow: int | None
 
 
 def all_positive(name: str, value: Tensor) -> None:
-    """Raise ValueError at the first entry that is not a finite number above 0. Call only where ``values_visible(value)``."""
-    bad = ~((value > 0) & torch.isfinite(value))
+    """Raise ValueError at the first entry that is not a finite number above 0, also in float32.
+
+    Call it only where ``values_visible(value)``.
+    """
+    bad = ~((value >= _FLOAT32.tiny) & (value <= _FLOAT32.max))
     if bool(bad.any()):
         position = first_bad(bad)
-        raise ValueError(
-            f"{name}: expected values above 0, got {float(value[position])} at {_show(position)}"
-        )
+        found = float(value[position])
+        wanted = "that float32 holds" if found > 0 else "above 0"
+        raise ValueError(f"{name}: expected values {wanted}, got {found} at {_show(position)}")
 
 
 def first_bad(bad: Tensor) -> tuple[int, ...]:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import extension
 
@@ -51,18 +50,23 @@ def triton(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) ->
     if tensor.is_cuda:
         found = _too_old(tensor)
     else:
-        found = [] if _INTERPRETED else [f"{name}: on {tensor.device}, Triton needs a GPU"]
+        found = (
+            _not_interpreted(name, tensor)
+            if _INTERPRETED
+            else [f"{name}: on {tensor.device}, Triton needs a GPU"]
+        )
     return found + _common(name, tensor, dtypes, _NO_TRITON)
 
 
-def tangent(name: str, tensor: Tensor) -> list[str]:
-    """Why no kernel can take ``tensor``, the argument ``name``, under forward-mode autograd.
-
-    Without a formula for it an op drops the tangent, and the derivative would be 0 without a word.
-    """
-    if forward_ad._current_level < 0 or forward_ad.unpack_dual(tensor).tangent is None:
+def _not_interpreted(name: str, tensor: Tensor) -> list[str]:
+    """Why Triton's interpreter can not take ``tensor``."""
+    if _NO_TRITON or tensor.dtype != torch.bfloat16:
         return []
-    return [f"{name}: has a forward-mode derivative, which the reference alone computes"]
+    from . import triton_interpreter
+
+    if triton_interpreter.multiplies_bfloat16():
+        return []
+    return [f"{name}: bfloat16, whose raw bits Triton's interpreter multiplies"]
 
 
 def _too_old(tensor: Tensor) -> list[str]:
@@ -73,7 +77,7 @@ def _too_old(tensor: Tensor) -> list[str]:
 
 
 def _common(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], missing: str | None) -> list[str]:
-    found = tangent(name, tensor)
+    found = []
     if tensor.dtype not in dtypes:
         found.append(f"{name}: {str(tensor.dtype).removeprefix('torch.')} is served by the reference alone")
     if missing:

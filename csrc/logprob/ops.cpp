@@ -1,5 +1,6 @@
 // The torch ops of token_logprobs: they check what the kernels trust, allocate, and share the rows out.
 // Schemas and fakes stand in r1kernels/logprob/ops.py; B, T, V, and rows = B * T are explained there.
+#include <cfloat>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -72,14 +73,14 @@ R1kernelsTokenLogprobs call_of(const Tensor& logits, const std::optional<Tensor>
 
 // Values inside tensors: Python checks them in eager mode with better errors, a compiled graph comes here unchecked.
 void check_values(const R1kernelsTokenLogprobs& call) {
-    STD_TORCH_CHECK(call.temperatures || call.temperature > 0, "temperature: expected a number above 0, got ",
+    STD_TORCH_CHECK(call.temperatures || call.temperature >= FLT_MIN, "temperature: expected a number above 0, got ",
                     call.temperature);
     for (int64_t row = 0; row < call.batch * call.tokens; ++row) {
         const int64_t target = call.targets[row];
         if (target == call.ignore_index) continue;
         STD_TORCH_CHECK(target >= 0 && target < call.whole, "targets: expected values in [0, ", call.whole,
                         ") or ", call.ignore_index, ", got ", target, " at position ", row);
-        STD_TORCH_CHECK(!call.temperatures || call.temperatures[row] > 0, "temperature: expected values above 0, got ",
+        STD_TORCH_CHECK(!call.temperatures || call.temperatures[row] >= FLT_MIN, "temperature: expected values above 0, got ",
                         call.temperatures[row], " at position ", row);
     }
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..logprob.linear import check_linear
 from ..logprob.sharded import shard_of
+from ..logprob.token import check_temperature
 from .layout import layout_of
 from .metrics import GRPOOutput
 from .options import LossOptions, check_tensors, resolve
@@ -63,7 +64,7 @@ def linear_grpo_loss(
         targets: int64 (B, T) or (N,), the sampled tokens; only those that count must lie in [0, V).
         old_logp, advantages, mask: as in ``grpo_loss``.
         bias: (V,).
-        temperature: a number above 0, or one a token.
+        temperature: a number above 0, or a tensor, () or one per token.
         softcap, logit_scale, group: as in ``linear_logprobs``.
         chunk_size: tokens whose logits stand in memory together; None chooses.
         entropy: measure the entropy of every token (a bool here: the op computes it); a bonus does so in any case.
@@ -116,18 +117,11 @@ def linear_grpo_loss(
     checks.tensor("mask", mask, shape=tuple(targets.shape), like=targets)
     layout = layout_of(mask, cu_seqlens)
     checks.tensor("hidden", hidden, shape=(*targets.shape, None), like=targets)
-    check_linear(hidden, weight, targets, bias, softcap, logit_scale)
+    head = check_linear(hidden, weight, targets, bias, softcap, logit_scale)
     check_tensors(options, layout.num_sequences, old_logp, advantages, targets)
-    if isinstance(temperature, Tensor):
-        checks.tensor(
-            "temperature", temperature, dtypes=checks.FLOATS, shape=tuple(targets.shape), like=targets
-        )
-        if checks.values_visible(temperature):
-            checks.all_positive("temperature", layout.keep(temperature, 1.0))
-    else:
-        checks.positive("temperature", temperature)
+    temperature = check_temperature(temperature, targets, layout.mask, hidden.dtype)
     if chunk_size is not None:
-        checks.integer("chunk_size", chunk_size, minimum=1)
+        chunk_size = checks.integer("chunk_size", chunk_size, minimum=1)
     if checks.values_visible(targets):
         vocabulary = weight.shape[0] if group is None else shard_of(weight, group).vocabulary
         checks.in_range("targets", layout.keep(targets, 0), 0, vocabulary)
@@ -143,8 +137,8 @@ def linear_grpo_loss(
         options._replace(entropy=entropy),
         bias=bias,
         temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
         chunk_size=chunk_size,
         group=group,
     )

@@ -47,10 +47,6 @@ def run(
     layout = layout_of(mask, options.cu_seqlens)
     entropy = bool(options.entropy) or options.entropy_coef != 0
     head = Head(weight, bias, softcap, logit_scale)
-    if torch.compiler.is_compiling() and not isinstance(temperature, Tensor) and temperature != 1.0:
-        # an op takes a number for a constant of the graph, which another temperature would compile anew
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        temperature = torch.ones(targets.shape, dtype=dtype, device=hidden.device) * temperature
     inputs = (hidden, weight, bias)
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     arguments = (backend, hidden, head, targets, old_logp, advantages, mask, layout)
@@ -170,8 +166,8 @@ class LinearGRPOLoss(torch.autograd.Function):
         ctx: Any, backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
     ) -> tuple[Tensor, Tensor]:
         op = getattr(ops.namespace, f"linear_grpo_loss_{backend}")
-        loss, metrics, *grads = op(hidden, weight, bias, *arguments)
-        ctx.save_for_backward(hidden, weight, bias, *grads)
+        loss, metrics, *grads, unit = op(hidden, weight, bias, *arguments)
+        ctx.save_for_backward(hidden, weight, bias, unit, *grads)
         ctx.unused = len(arguments)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -183,17 +179,16 @@ class LinearGRPOLoss(torch.autograd.Function):
         upstream = grads[0]
         if upstream is None:
             return None, None, None, None, *unused
-        inputs, held = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        with torch.no_grad():
-            scaled = [grad * upstream for grad in held]
-        return (
-            None,
-            *(
-                checks.first_derivative_only("linear_grpo_loss", grad, tensor) if needed else None
-                for grad, tensor, needed in zip(scaled, inputs, ctx.needs_input_grad[1:4], strict=True)
-            ),
-            *unused,
-        )
+        hidden, weight, bias, unit, *held = ctx.saved_tensors
+        given: list[Tensor | None] = []
+        for grad, tensor, needed in zip(held, (hidden, weight, bias), ctx.needs_input_grad[1:4], strict=True):
+            if not needed:
+                given.append(None)
+                continue
+            with torch.no_grad():
+                scaled = (grad * (upstream / unit)).to(tensor.dtype)
+            given.append(checks.first_derivative_only("linear_grpo_loss", scaled, tensor))
+        return None, *given, *unused
 
 
 def reasons(

@@ -4,15 +4,17 @@ N tokens, H hidden, V vocabulary. The tile loop is the one thing of another fami
 
     linear_grpo_loss_<backend>(hidden, weight, *rows, chunk_size, entropy, old_logp, advantages, mask, ref_logp,
             policy_weights, entropy_weights, weights, numbers, variant, kl, bonus, needs_hidden, needs_weight, needs_bias)
-            -> (loss, metrics, grad_hidden, grad_weight, grad_bias)
+            -> (loss, metrics, grad_hidden, grad_weight, grad_bias, unit)
         hidden        (N, H), weight (V, H), of one dtype: float32, bfloat16 or float16
         rows          as in logprob/ops.py, for N tokens and V columns
         chunk_size    tokens whose logits are computed at a time; 0: chosen
         entropy       whether to compute it; bonus: whether it is part of the loss
         old_logp, ..., weights  float32 (N,), or None where that may be; mask bool (N,); only tokens that count are read
         numbers, variant, kl    as in ops.py, with ratio "token" and a term that depends on its token alone
-        loss, metrics as in ops.py; the gradients are those for an upstream gradient of 1, in the dtype of the inputs, that
-                      of the bias in float32; (0,) where not needed
+        loss, metrics as in ops.py
+        grad_...      float32, (0,) where not needed: the gradients for an upstream gradient of ``unit``. Whoever knows the real
+                      one multiplies and rounds once: a small weight (one token of many) is below what 16 bits hold
+        unit          float32 (), a power of two
 """
 
 from __future__ import annotations
@@ -83,6 +85,26 @@ class Terms(NamedTuple):
             gradients and self.bonus,
         )
 
+    def largest_slope(self) -> Tensor:
+        """An upper bound of |dL/dlogp| and |dL/dentropy| of any token, for ratios near 1."""
+        kl_coef, entropy_coef = (
+            self.numbers[ops.NUMBERS.index(name)].abs() for name in ("kl_coef", "entropy_coef")
+        )
+        policy = self.advantages if self.policy_weights is None else self.advantages * self.policy_weights
+        slopes = self.weights.abs() * policy.abs().maximum(kl_coef)
+        if self.bonus:
+            of_entropy = self.weights if self.entropy_weights is None else self.entropy_weights
+            slopes = slopes.maximum(entropy_coef * of_entropy.abs())
+        kept = torch.where(self.mask & slopes.isfinite(), slopes, 0.0)
+        return torch.cat((kept, kept.new_zeros(1))).amax()
+
+    def times(self, factor: Tensor) -> Terms:
+        """Those whose gradients are ``factor`` times as large."""
+        of_entropy = self.entropy_weights
+        return self._replace(
+            weights=self.weights * factor, entropy_weights=None if of_entropy is None else of_entropy * factor
+        )
+
 
 _PER_TOKEN = (
     "old_logp",
@@ -98,7 +120,7 @@ _SCHEMA = (
     f"(Tensor hidden, Tensor weight, {logprob_ops.ROWS}, SymInt chunk_size, bool entropy, Tensor? old_logp, "
     "Tensor advantages, Tensor mask, Tensor? ref_logp, Tensor? policy_weights, Tensor? entropy_weights, Tensor weights, "
     "Tensor numbers, int variant, int kl, bool bonus, bool needs_hidden, bool needs_weight, bool needs_bias) "
-    "-> (Tensor loss, Tensor metrics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    "-> (Tensor loss, Tensor metrics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor unit)"
 )
 
 
@@ -130,7 +152,7 @@ def implement(engine: tiles.Engine, key: str) -> None:
             hidden[counted], weight, rows, chunk_size, entropy, terms.of_tokens(counted), needs
         )
         if needs[0]:
-            grad_hidden = torch.zeros_like(hidden).index_copy(0, counted, grad_hidden)
+            grad_hidden = grad_hidden.new_zeros(hidden.shape).index_copy_(0, counted, grad_hidden)
         return loss, metrics, grad_hidden, *grads
 
     def of_all_tokens(
@@ -142,8 +164,13 @@ def implement(engine: tiles.Engine, key: str) -> None:
         terms: Terms,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, ...]:
+        unit = terms.weights.new_ones(())
+        if hidden.dtype == torch.float16:
+            unit = tiles.unit_of(terms.largest_slope())
+        scaled = terms.times(unit)
+
         def slopes(block: slice, logp: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
-            of_block = terms.of_tokens(block)
+            of_block = scaled.of_tokens(block)
             _, _, grad_logp, _, grad_entropy = of_block.loss(
                 engine.backend, logp, value if entropy else None, True
             )
@@ -155,7 +182,7 @@ def implement(engine: tiles.Engine, key: str) -> None:
         )
         logp, value, *grads = tiles.one_pass(problem, entropy, slopes, needs)
         loss, metrics, *_ = terms.loss(engine.backend, logp, value if entropy else None, False)
-        return loss, metrics, *grads
+        return loss, metrics, *grads, unit
 
     ops.library.impl(f"linear_grpo_loss_{engine.backend}", run, key)
 
@@ -172,9 +199,10 @@ def _fake(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]
     return (
         hidden.new_empty((), dtype=torch.float32),
         hidden.new_empty(len(NAMES), dtype=torch.float32),
-        hidden.new_empty(hidden.shape if for_hidden else 0),
-        weight.new_empty(weight.shape if for_weight else 0),
+        hidden.new_empty(hidden.shape if for_hidden else 0, dtype=torch.float32),
+        weight.new_empty(weight.shape if for_weight else 0, dtype=torch.float32),
         weight.new_empty(weight.shape[0] if for_bias else 0, dtype=torch.float32),
+        hidden.new_empty((), dtype=torch.float32),
     )
 
 

@@ -79,7 +79,8 @@ def grpo_loss(
         kl_coef: the weight of the KL term.
         kl: the estimator. "k1": x - r. "abs". "k2": (x - r)^2 / 2. "k3" (default): e^(r - x) - (r - x) - 1, gradient
             1 - e^(r - x). "k3_plus": the value of k3, the gradient of k2. "unbiased" (DeepSeek-V3.2): c k3, gradient
-            c (x - r) for token ratios. With ratio="output" k3 of the summed log-probs and no other; it is not bounded.
+            c (x - r) for token ratios. With ratio="output" k3 of the summed log-probs and no other. k3 is not bounded: from
+            r - x = 89 nats on float32 holds neither it nor its gradient (the gradients of k3_plus and "unbiased" stay finite).
         policy_weights: one a token, or (B, 1), or bool: multiplies the policy term, never the KL; in vespo it enters w
             alone. See ``importance_weights``, ``off_policy_mask``, ``top_entropy_mask``.
         entropy: H, shaped like ``logp``; measured, and subtracted from the loss where ``entropy_coef`` is not 0.
@@ -104,6 +105,9 @@ def grpo_loss(
     Raises:
         ValueError: an unknown name, an argument that the variant or reduction does not use, a wrong shape or value.
         TypeError: a wrong type or dtype.
+
+    A ratio beyond float32 (x - o above 88 nats) makes loss and gradient infinite where nothing bounds the term ("grpo" with A < 0
+    and no delta), and changes nothing where a clip does.
 
     Precision: float32 throughout, float64 for float64 log-probs (by the reference alone). A sequence or batch without a
     counted token gives loss 0 and gradient 0. Nothing is read on the host. Deterministic; the reference on CUDA sums packed sequences by

@@ -57,7 +57,7 @@ def grpo_loss(
     loss = policy_loss
     kl = None
     if ref is not None:
-        kl = kl_estimate(options.kl, x, ref, ratio)
+        kl = kl_estimate(options.kl, x, ref, ratio, of_token=options.ratio == "token")
         if options.kl_coef != 0:
             loss = loss + options.kl_coef * layout.keep(weights * kl).sum()
     if entropy is not None and options.entropy_coef != 0:
@@ -95,9 +95,13 @@ def importance_ratio(layout: Layout, log_ratio: Tensor, level: str) -> Tensor:
 
 
 def _exp(log_ratio: Tensor) -> Tensor:
-    """e^l; constant where it overflows, for a bounded term has the derivative 0 there and 0 times infinity is NaN."""
-    overflows = log_ratio > math.log(torch.finfo(log_ratio.dtype).max)
-    return torch.where(overflows, log_ratio.detach(), log_ratio).exp()
+    """e^l. Where it overflows, its derivative is infinite too, but 0 where the term bounds it (0 times infinity is NaN)."""
+    largest = math.log(torch.finfo(log_ratio.dtype).max)
+    overflows = log_ratio > largest
+    # the square of a finite number: an upstream gradient of 0 meets no infinity on its way
+    half = torch.where(overflows, log_ratio, 0.0) / 2
+    root = (half - (half - half.clamp(max=largest)).detach()).exp()
+    return torch.where(overflows, root * root, torch.where(overflows, 0.0, log_ratio).exp())
 
 
 def group_advantages(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, transforms
 from . import ops, reference
 from .completions import Completions
 
@@ -32,9 +32,10 @@ def run(
     completions (kernels only) both are their sums or means, (B,), whose gradients the kernel looks up by token.
     """
     if backend != "reference" and logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        logits = logits.contiguous()  # kernels read rows of stride 1
+        # kernels read rows of stride 1, of an empty tensor too, which contiguous() gives back as it is
+        logits = logits.clone(memory_format=torch.contiguous_format)
     arguments = (logits, targets, temperatures, temperature, ignore_index, entropy)
-    if torch.is_grad_enabled() and logits.requires_grad:
+    if torch.is_grad_enabled() and logits.requires_grad and not transforms.active():
         logp, value = TokenLogprobs.apply(
             *arguments, inplace_backward, backend, *(completions or (None,) * 3)
         )

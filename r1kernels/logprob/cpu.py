@@ -17,7 +17,7 @@ def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
 
 def linear_reasons(hidden: Tensor, head: linear.Head, *unused: object) -> tuple[str, ...]:
     """Why this call can not be served (arguments of ``linear.reference``)."""
-    return (*devices.cpu("hidden", hidden), *devices.tangent("weight", head.weight))
+    return tuple(devices.cpu("hidden", hidden))
 
 
 def _backward(logits: Tensor, *arguments: Any) -> Tensor:

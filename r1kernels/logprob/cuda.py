@@ -29,7 +29,7 @@ def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
 
 def linear_reasons(hidden: Tensor, head: linear.Head, *unused: object) -> tuple[str, ...]:
     """Why this call can not be served (arguments of ``linear.reference``)."""
-    return (*devices.cuda("hidden", hidden), *devices.tangent("weight", head.weight))
+    return tuple(devices.cuda("hidden", hidden))
 
 
 def _gradient(engine: tiles.Engine, tile: Tensor, rows: ops.Rows, dtype: torch.dtype, *saved: Any) -> Tensor:

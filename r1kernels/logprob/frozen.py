@@ -36,6 +36,9 @@ def _block(problem: tiles.Problem, block: slice, extra: bool, slope: Tensor) -> 
     rows = tiles.rows_of(problem, block, slice(0, vocabulary))
     inverse = 1.0 / (rows.temperature if rows.temperatures is None else rows.temperatures)
     zeros = slope.new_zeros(slope.shape[0])
+    unit = torch.ones_like(zeros)
+    if weight.dtype == torch.float16:
+        unit = tiles.unit_of(zeros + abs(inverse * rows.logit_scale))
     found, top = [], zeros
     for slab in slabs:
         tile, of_slab = tiles.tile_of(problem, block, slab, None), tiles.rows_of(problem, block, slab)
@@ -48,14 +51,14 @@ def _block(problem: tiles.Problem, block: slice, extra: bool, slope: Tensor) -> 
             largest = torch.maximum(top, largest)
             slope *= ((top - largest) * inverse).exp().unsqueeze(1)
         relative_to = torch.stack((largest, zeros, zeros))
-        upstream = (torch.ones_like(zeros), None, None)
+        upstream = (unit, None, None)
         terms = engine.gradient(engine, tile, of_slab, weight.dtype, zeros, relative_to, *upstream)
         engine.add_product(terms, weight[slab], slope, slab is not slabs[0])
         top = largest
     if len(slabs) > 1:
         merged = parts.merge(found, [slab.start for slab in slabs], vocabulary, rows)
         logp, _, stats, more = parts.finish(merged, rows, entropy=False)
-    slope *= (((top - stats[0]) * inverse).exp() / (1 + stats[1])).unsqueeze(1)
+    slope *= (((top - stats[0]) * inverse).exp() / (1 + stats[1]) / unit).unsqueeze(1)
     at_target = -logp.expm1() * inverse * rows.logit_scale
     place = rows.targets.clamp(0, vocabulary - 1)
     of_target = weight[place].float()

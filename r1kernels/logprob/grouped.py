@@ -46,7 +46,7 @@ def grouped_logprobs(
         mask: (B, T), bool or 0 / 1; padded layout; None: every token counts.
         cu_seqlens: (B + 1,), int32 or int64, 0 first, N last: completion i is the tokens [cu_seqlens[i], cu_seqlens[i + 1]).
         group_size: G, completions a prompt; they stand next to each other and G divides B.
-        temperature: a number above 0 or one per token; no gradient.
+        temperature: a number above 0 or a tensor, () or one per token; no gradient.
         reduce: "sum", "mean" (0 for an empty completion) or "none" (token values, 0 where masked).
         return_entropy: also give the entropy, reduced like logp.
         backend: forces one (see r1kernels.backends); None chooses.
@@ -63,6 +63,7 @@ def grouped_logprobs(
     if logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     checks.tensor("targets", targets, dtypes=(torch.int64,), shape=logits.shape[:-1], like=logits)
+    group_size = checks.integer("group_size", group_size, minimum=1)
     _check_groups(targets, mask, cu_seqlens, group_size, reduce, return_entropy)
     kept, ignored = _masked_targets(targets, mask, logits.shape[-1])
     temperatures, scalar = split_temperature(temperature, kept, ignored, logits.dtype)
@@ -99,10 +100,11 @@ def linear_grouped_logprobs(
     (GroupedLogprobs, {name: token values}).
     """
     head = linear.check_linear(hidden, weight, targets, bias, softcap, logit_scale)
-    checks.integer("ignore_index", ignore_index)
+    ignore_index = checks.integer("ignore_index", ignore_index)
     dimensions = 2 if cu_seqlens is not None else 3
     if hidden.ndim != dimensions:
         raise ValueError(f"hidden: expected {dimensions} dimensions, got shape {tuple(hidden.shape)}")
+    group_size = checks.integer("group_size", group_size, minimum=1)
     _check_groups(targets, mask, cu_seqlens, group_size, reduce, return_entropy)
     kept = targets if mask is None else torch.where(mask != 0, targets, ignore_index)
     options = (return_entropy, stats, chunk_size, save_logits, batch_invariant, group)
@@ -173,7 +175,6 @@ def _check_groups(
 ) -> None:
     checks.choice("reduce", reduce, REDUCTIONS)
     checks.boolean("return_entropy", return_entropy)
-    checks.integer("group_size", group_size, minimum=1)
     if mask is not None:
         if cu_seqlens is not None:
             raise ValueError(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import backends, checks
+from .. import backends, checks, transforms
 from . import autograd, sharded
 from .token import split_temperature
 
@@ -62,7 +62,7 @@ def linear_logprobs(
         hidden: (..., H), float32, bfloat16, float16 or float64; under autocast cast as ``F.linear`` would.
         weight: (V, H), of the same dtype. bias: (V,) or None.
         targets: (...), int64, in [0, V) or ``ignore_index``.
-        temperature: a number above 0 or one per token (...); no gradient.
+        temperature: a number above 0 or a tensor, () or one per token (...); no gradient.
         return_entropy: also return the entropy, in nats.
         stats: names out of "log_sum_sq_probs" (log of the sum of squared probabilities), "mean_logits" (mean over the
             vocabulary of logits / temperature) and "is_top1" (the target is the first largest); same pass, no gradient.
@@ -123,8 +123,8 @@ def check_linear(
             if value is not None and value.dtype != hidden.dtype:
                 raise TypeError(f"{name}: expected the dtype of hidden, {hidden.dtype}, got {value.dtype}")
     if softcap is not None:
-        checks.positive("softcap", softcap)
-    checks.number("logit_scale", logit_scale)
+        softcap = checks.positive("softcap", softcap)
+    logit_scale = checks.number("logit_scale", logit_scale)
     return Head(weight, bias, softcap, logit_scale)
 
 
@@ -147,9 +147,9 @@ def checked_call(
         raise TypeError(f"stats: expected a tuple of names, got {type(stats).__name__}")
     for name in stats:
         checks.choice("stats", name, STATS)
-    checks.integer("ignore_index", ignore_index)
+    ignore_index = checks.integer("ignore_index", ignore_index)
     if chunk_size is not None:
-        checks.integer("chunk_size", chunk_size, minimum=1)
+        chunk_size = checks.integer("chunk_size", chunk_size, minimum=1)
     if save_logits is not None:
         checks.boolean("save_logits", save_logits)
     checks.boolean("batch_invariant", batch_invariant)
@@ -199,6 +199,7 @@ def reference(
             pieces = [slice(start, start + step) for start in range(0, max(tokens, 1), step)]
         if save_logits is None:
             save_logits = torch.compiler.is_compiling() or tokens * vocabulary * 4 <= _SAVED_BYTES
+        keep = save_logits or not torch.is_grad_enabled() or transforms.active()
         chunks = []
         for rows in pieces:
             arguments = (
@@ -213,7 +214,7 @@ def reference(
                 batch_invariant,
                 shard,
             )
-            if save_logits or not torch.is_grad_enabled():
+            if keep:
                 chunks.append(_chunk(*arguments))
             else:
                 chunks.append(checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))

@@ -114,9 +114,19 @@ class LinearLogprobs(torch.autograd.Function):
         options = (entropy, extra, chunk_size, save_logits, batch_invariant)
         logp, value, stats, extra, logits = _forward(backend, hidden, weight, ops.Rows(*rows), options, shard)
         bias, ctx.logit_scale, ctx.softcap, targets, temperatures, *ctx.numbers = rows
-        ctx.save_for_backward(hidden, weight, bias, targets, temperatures, logp, stats, cu_seqlens, divisor)
-        # the backward overwrites them: not a saved tensor, whose every later use would be an error
-        ctx.logits = logits if save_logits else None
+        ctx.save_for_backward(
+            hidden,
+            weight,
+            bias,
+            targets,
+            temperatures,
+            logp,
+            stats,
+            cu_seqlens,
+            divisor,
+            logits if save_logits else None,
+        )
+        ctx.logits_used = False
         ctx.backend, ctx.entropy, ctx.chunk_size, ctx.count = backend, entropy, chunk_size, count
         ctx.unused, ctx.shard = len(arguments), shard
         ctx.set_materialize_grads(False)
@@ -134,18 +144,21 @@ class LinearLogprobs(torch.autograd.Function):
         unused = (None,) * (ctx.unused - 1)
         if grad_logp is None and grad_entropy is None:
             return None, None, None, None, *unused
-        hidden, weight, bias, targets, temperatures, logp, stats, cu_seqlens, divisor = ctx.saved_tensors
+        hidden, weight, bias, targets, temperatures, logp, stats, cu_seqlens, divisor, logits = (
+            ctx.saved_tensors
+        )
         rows = (bias, ctx.logit_scale, ctx.softcap, targets, temperatures, *ctx.numbers)
         upstream = by_token_or_completion(grad_logp, grad_entropy, logp, ctx.count, cu_seqlens, divisor)
         arguments = (hidden, weight, *rows, ctx.chunk_size, logp, stats, *upstream)
         needs = (for_hidden, for_weight, for_bias)
         op = f"linear_logprobs_{ctx.backend}_backward"
         with torch.no_grad():
-            if ctx.logits is None:  # not kept, or a second backward through the same graph
+            if logits is None or ctx.logits_used:  # not kept, or a second backward through the same graph
                 results = getattr(ops.namespace, op)(*arguments, *needs)
             else:
-                logits, ctx.logits = ctx.logits, None
-                results = getattr(ops.namespace, op + "_")(logits, *arguments, *needs)
+                ctx.logits_used = True
+                # the backward overwrites them: an alias, whose changes autograd does not take for a fault of the caller
+                results = getattr(ops.namespace, op + "_")(logits.data, *arguments, *needs)
             if ctx.shard is not None and for_hidden:
                 results = (sharded.sum_over_ranks_(results[0], ctx.shard).to(hidden.dtype), *results[1:])
         inputs = (hidden, weight, bias)

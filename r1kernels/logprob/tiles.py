@@ -59,6 +59,15 @@ def scratch(
     return engine.empty(like, (tokens, -(-columns // 64) * 64), dtype)[:, :columns]
 
 
+def unit_of(largest: Tensor) -> Tensor:
+    """The power of two to take for the upstream gradient in place of 1, where the ``largest`` gradient of a logit is known.
+
+    For float16, to which engines may round the gradient of a tile, and which holds nothing below 6e-8: the largest one is then
+    near 2^6, far from either end.
+    """
+    return torch.ldexp(torch.ones_like(largest), 6 - largest.frexp().exponent)
+
+
 class Tiling(NamedTuple):
     """The extent of a tile."""
 
@@ -279,7 +288,7 @@ def one_pass(
     slopes: Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor | None]],
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp, entropy) and gradients as ``backward`` gives them, of a loss whose slopes a token are known from the token.
+    """(logp, entropy) and the gradients of hidden, weight and bias, all float32 or (0,), of a loss whose slope is known per token.
 
     slopes(block, logp, entropy) -> (dL/dlogp, dL/dentropy or None) of a block of tokens, called in turn. The logits of a
     block, all columns at once, are computed once and overwritten by their gradient. Tiles are blocks: the columns of the
@@ -287,8 +296,8 @@ def one_pass(
     """
     engine, hidden, weight = problem.engine, problem.hidden, problem.weight
     blocks, whole = problem.tiling.blocks(hidden.shape[0]), slice(0, weight.shape[0])
-    grad_hidden = _Sum(problem, hidden, needs[0], blocks, complete=True, dtype=hidden.dtype)
-    grad_weight = _Sum(problem, weight, needs[1], [whole], complete=False, dtype=weight.dtype)
+    grad_hidden = _Sum(problem, hidden, needs[0], blocks, complete=True, dtype=torch.float32)
+    grad_weight = _Sum(problem, weight, needs[1], [whole], complete=False, dtype=torch.float32)
     grad_bias = hidden.new_zeros(whole.stop if needs[2] else 0, dtype=torch.float32)
     tiles = scratch(engine, hidden, min(problem.tiling.tokens, hidden.shape[0]), whole.stop)
     values = []

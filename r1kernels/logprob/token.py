@@ -25,7 +25,7 @@ def token_logprobs(
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64, any strides.
         targets: (...), int64, in [0, V) or ``ignore_index``.
-        temperature: a number above 0, or a tensor of the shape of ``targets`` (one per token; it gets no gradient).
+        temperature: a number above 0, or a tensor: () or the shape of ``targets`` (one per token); it gets no gradient.
         return_entropy: also return the entropy, in nats.
         ignore_index: tokens with this target give log-prob 0, entropy 0 and a zero gradient row.
         inplace_backward: write the gradient over the logits, which must not be a leaf or a view of one, expanded or
@@ -49,7 +49,7 @@ def token_logprobs(
         raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     checks.tensor("targets", targets, dtypes=(torch.int64,), shape=logits.shape[:-1], like=logits)
     checks.boolean("return_entropy", return_entropy)
-    checks.integer("ignore_index", ignore_index)
+    ignore_index = checks.integer("ignore_index", ignore_index)
     if checks.boolean("inplace_backward", inplace_backward):
         refusal = why_not_overwritable(logits)
         if refusal:
@@ -76,15 +76,33 @@ def split_temperature(
     temperature: float | Tensor, targets: Tensor, ignore_index: int, dtype: torch.dtype
 ) -> tuple[Tensor | None, float]:
     """A temperature as (one per token (N,) or None, the number that holds for all), checked; dtype: that of the inputs."""
+    checked = check_temperature(temperature, targets, targets != ignore_index, dtype)
+    return (checked.reshape(-1).contiguous(), 1.0) if isinstance(checked, Tensor) else (None, checked)
+
+
+def check_temperature(
+    temperature: float | Tensor, targets: Tensor, counted: Tensor, dtype: torch.dtype
+) -> float | Tensor:
+    """A number that holds for all tokens, or one per token in the shape of ``targets``, in float32 (float64 for that dtype).
+
+    What stands where ``counted`` (...) is False is not looked at.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     if not isinstance(temperature, Tensor):
-        return None, float(checks.positive("temperature", temperature))
+        number = float(checks.positive("temperature", temperature))
+        if not torch.compiler.is_compiling() or number == 1.0:
+            return number
+        # an op takes a number for a constant of the graph, which another temperature would compile once more
+        return torch.ones(targets.shape, dtype=wide, device=targets.device) * number
+    if temperature.ndim == 0:
+        checks.tensor("temperature", temperature, dtypes=checks.FLOATS)
+        temperature = temperature.to(targets.device).expand(targets.shape)
     checks.tensor("temperature", temperature, dtypes=checks.FLOATS, shape=targets.shape, like=targets)
     if temperature.requires_grad:
         raise ValueError("temperature: expected a tensor without gradient, got one that requires it")
-    temperature = temperature.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    if checks.values_visible(temperature, targets):
-        checks.all_positive("temperature", temperature.masked_fill(targets == ignore_index, 1.0))
-    return temperature.reshape(-1).contiguous(), 1.0
+    if checks.values_visible(temperature, counted):
+        checks.all_positive("temperature", torch.where(counted, temperature, 1.0))
+    return temperature.to(wide)
 
 
 def in_rows(logits: Tensor) -> Tensor:
@@ -93,7 +111,7 @@ def in_rows(logits: Tensor) -> Tensor:
         return logits
     if logits.ndim < 3:
         return logits[(None,) * (3 - logits.ndim)]
-    return logits.reshape(-1, *logits.shape[-2:])
+    return logits.flatten(0, -3)
 
 
 def why_not_overwritable(logits: Tensor) -> str:

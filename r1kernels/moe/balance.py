@@ -71,7 +71,7 @@ def sequence_balance_loss(scores: Tensor, indices: Tensor, cu_seqlens: Tensor, a
     checks.tensor("scores", scores, dtypes=checks.FLOATS, ndim=2)
     checks.tensor("indices", indices, dtypes=(torch.int64,), shape=(scores.shape[0], None), like=scores)
     checks.tensor("cu_seqlens", cu_seqlens, dtypes=_INTEGERS, ndim=1, like=scores)
-    checks.number("alpha", alpha)
+    alpha = checks.number("alpha", alpha)
     if indices.shape[1] == 0:
         raise ValueError("indices: expected shape (T, K) with K >= 1, got K = 0")
     if cu_seqlens.shape[0] == 0:
@@ -106,7 +106,7 @@ def load_balancing_loss(logits: Tensor, top_k: int, mask: Tensor | None = None) 
     Source: Switch Transformer (arXiv 2101.03961), equations 4 to 6.
     """
     checks.tensor("logits", logits, dtypes=checks.FLOATS, ndim=2)
-    checks.integer("top_k", top_k, minimum=1)
+    top_k = checks.integer("top_k", top_k, minimum=1)
     if top_k > logits.shape[1]:
         raise ValueError(f"top_k: expected at most the {logits.shape[1]} experts, got {top_k}")
     if mask is not None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import checks
+from .. import checks, transforms
 from .routing import Routing
 from .sort import ExpertOrder
 
@@ -74,6 +74,8 @@ def sequence_balance_loss(scores: Tensor, indices: Tensor, cu_seqlens: Tensor, a
     position = torch.arange(tokens, device=scores.device)
     # the number of boundaries at or before a token: 0 before the first sequence, B + 1 after the last
     owner = torch.searchsorted(cu_seqlens.to(torch.int64), position, right=True)
+    # 0 times NaN is NaN, in the gradient too: what no sequence holds is replaced before it enters
+    scores = torch.where(((owner > 0) & (owner <= sequences)).unsqueeze(1), scores, 0.0)
 
     inside = (indices >= 0) & (indices < experts)
     slot = owner.unsqueeze(1) * experts + indices.clamp(0, experts - 1)
@@ -93,8 +95,13 @@ def sequence_balance_loss(scores: Tensor, indices: Tensor, cu_seqlens: Tensor, a
 
 def load_balancing_loss(logits: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
     experts = logits.shape[1]
-    probs = logits.to(_accumulator(logits)).softmax(dim=-1)
-    keep = torch.ones_like(probs[:, 0]) if mask is None else (mask != 0).to(probs.dtype)
+    logits = logits.to(_accumulator(logits))
+    keep = torch.ones_like(logits[:, 0])
+    if mask is not None:
+        keep = (mask != 0).to(logits.dtype)
+        # 0 times NaN is NaN, in the gradient too: what is left out is replaced before it enters
+        logits = torch.where((mask != 0).unsqueeze(1), logits, 0.0)
+    probs = logits.softmax(dim=-1)
     rows = keep.sum().clamp(min=1)
     with torch.no_grad():
         indices = _descending(probs)[:, :top_k]
@@ -132,7 +139,7 @@ def moe_experts(
     save: str,
 ) -> Tensor:
     arguments = (hidden, indices, weights, gate_up, down, activation)
-    if save == "nothing" and torch.is_grad_enabled():
+    if save == "nothing" and torch.is_grad_enabled() and not transforms.active():
         return checkpoint(_moe_experts, *arguments, use_reentrant=False, preserve_rng_state=False)
     return _moe_experts(*arguments)
 

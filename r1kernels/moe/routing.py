@@ -84,18 +84,18 @@ def route(
     tokens, experts = logits.shape
     if experts == 0:
         raise ValueError(f"logits: expected at least one expert, got shape {tuple(logits.shape)}")
-    checks.integer("top_k", top_k, minimum=1)
+    top_k = checks.integer("top_k", top_k, minimum=1)
     checks.choice("score", score, SCORES)
     if bias is not None:
         checks.tensor("bias", bias, dtypes=checks.FLOATS, shape=(experts,), like=logits)
-    checks.integer("n_group", n_group, minimum=1)
-    checks.integer("topk_group", topk_group, minimum=1)
+    n_group = checks.integer("n_group", n_group, minimum=1)
+    topk_group = checks.integer("topk_group", topk_group, minimum=1)
     if experts % n_group:
         raise ValueError(f"n_group: expected a divisor of the number of experts {experts}, got {n_group}")
     if topk_group > n_group:
         raise ValueError(f"topk_group: expected at most n_group = {n_group}, got {topk_group}")
     checks.boolean("normalize", normalize)
-    checks.number("scale", scale)
+    scale = checks.number("scale", scale)
     if indices is None:
         eligible = topk_group * (experts // n_group)
         if top_k > eligible:

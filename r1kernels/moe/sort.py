@@ -48,7 +48,7 @@ def sort_by_expert(indices: Tensor, num_experts: int) -> ExpertOrder:
     Deterministic; rows of one expert keep their order.
     """
     checks.tensor("indices", indices, dtypes=(torch.int64,))
-    checks.integer("num_experts", num_experts, minimum=1)
+    num_experts = checks.integer("num_experts", num_experts, minimum=1)
     if checks.values_visible(indices):
         checks.in_range("indices", indices, 0, num_experts, allow=num_experts)
     return backends.dispatch("sort_by_expert", None, indices, num_experts)

@@ -9,7 +9,12 @@ import torch
 
 from r1kernels.grpo import grpo_loss, grpo_preset
 from tests.support.grpo_calls import PRESETS, loss_and_gradients, loss_of
-from tests.support.grpo_loss_kernel import BOUNDED, check_overflow
+from tests.support.grpo_loss_kernel import (
+    BOUNDED,
+    check_far_reference,
+    check_overflow,
+    check_unbounded_overflow,
+)
 
 GARBAGE = (float("nan"), float("inf"), float("-inf"))
 
@@ -150,9 +155,20 @@ def test_extreme_log_probs_stay_finite():
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize(("variant", "signs"), BOUNDED)
 def test_ratios_that_overflow(variant, signs, ratio):
-    check_overflow(
-        lambda *values, **options: grpo_loss(*values, **options, backend="reference"), variant, signs, ratio
-    )
+    check_overflow(of_reference, variant, signs, ratio)
+
+
+def of_reference(*values, **options):
+    return grpo_loss(*values, **options, backend="reference")
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_an_overflow_that_nothing_bounds_is_infinite(ratio):
+    check_unbounded_overflow(of_reference, ratio)
+
+
+def test_the_unbiased_kl_far_from_the_reference():
+    check_far_reference(of_reference)
 
 
 def test_the_gradient_at_the_edges_of_the_clip():

@@ -416,3 +416,28 @@ def _on_rank(rank, folder):
         torch.save(averaged, f"{folder}/grads.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1e3, 1e6, 1e9])
+def test_a_small_weight_of_a_token_costs_no_digits_of_16_bit_gradients(dtype, tokens, entropy_coef):
+    """A loss over many tokens of which this call has few, scaled up again, as gradient scaling does."""
+    generator = torch.Generator().manual_seed(7)
+    hidden, weight = (torch.randn(size, generator=generator).to(dtype) for size in ((4, 64, 32), (1000, 32)))
+    targets = torch.randint(0, 1000, (4, 64), generator=generator)
+    old = -7 + 0.3 * torch.randn(4, 64, generator=generator)
+    advantages, mask = torch.tensor([0.01, -0.02, 0.03, -0.01]), torch.ones(4, 64, dtype=torch.bool)
+    keywords = {"reduction": "token", "num_tokens": tokens, "entropy_coef": entropy_coef}
+
+    def gradients(leaves, old, advantages, **how):
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        output = linear_grpo_loss(*leaves, targets, old, advantages, mask, **keywords, **how)
+        return torch.autograd.grad(output.loss * tokens, leaves)
+
+    ours = gradients((hidden, weight), old, advantages, backend="cpu")
+    exact = gradients((hidden.double(), weight.double()), old.double(), advantages.double())
+    for grad, expected in zip(ours, exact, strict=True):
+        assert grad.dtype == dtype
+        error = (grad.double() - expected).norm() / expected.norm()
+        assert error < {torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]

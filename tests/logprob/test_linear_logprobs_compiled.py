@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import r1kernels
 from r1kernels import linear_logprobs
 
 OP = "linear_logprobs"
@@ -70,3 +72,27 @@ def test_a_bad_target_in_a_compiled_graph_is_an_error(place):
     )
     with pytest.raises(RuntimeError, match=r"targets: expected values in \[0, 37\)"):
         compiled(x)
+
+
+@pytest.mark.parametrize("op", ["token_logprobs", "linear_logprobs", "linear_grpo_loss"])
+def test_another_temperature_does_not_compile_again(op):
+    x, weight, _, targets = problem()
+
+    def function(temperature):
+        if op == "token_logprobs":
+            return r1kernels.token_logprobs(x @ weight.T, targets, temperature=temperature)
+        if op == "linear_logprobs":
+            return linear_logprobs(x, weight, targets, temperature=temperature)
+        mask = (targets != -100)[None]
+        return r1kernels.linear_grpo_loss(
+            x[None], weight, targets[None], None, torch.ones(1), mask, temperature=temperature, entropy=True
+        ).metrics["entropy"]
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for temperature in (0.7, 0.8):  # the first is taken for a constant
+        compiled(temperature)
+    graphs = counter.frame_count
+    for temperature in (0.5, 0.9, 1.1, 1.7):
+        torch.testing.assert_close(compiled(temperature), function(temperature), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == graphs

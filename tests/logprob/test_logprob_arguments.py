@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from r1kernels import BackendError, extension, linear_logprobs, token_logprobs
+from r1kernels import (
+    BackendError,
+    extension,
+    grouped_logprobs,
+    linear_grouped_logprobs,
+    linear_grpo_loss,
+    linear_logprobs,
+    route,
+    token_logprobs,
+)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +113,9 @@ def test_a_temperature_or_a_cap_that_float32_does_not_hold_is_named(value):
     z, y = torch.randn(2, 5), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="temperature: expected a number that float32 holds"):
         token_logprobs(z, y, temperature=value)
-    with pytest.raises(ValueError, match="temperature: expected values above 0, got .* at position 0"):
+    with pytest.raises(
+        ValueError, match="temperature: expected values that float32 holds, got 1e.50 at position 0"
+    ):
         token_logprobs(z, y, temperature=torch.full((2,), value, dtype=torch.float64))
     with pytest.raises(ValueError, match="softcap: expected a number that float32 holds"):
         linear_logprobs(z, torch.randn(3, 5), y, softcap=value)
@@ -130,41 +142,48 @@ def test_float64_on_a_kernel_says_why():
         linear_logprobs(z, weight, y, backend="cpu")
 
 
-class TestFunctorch:
-    """Forward mode is left to the reference, and reverse mode through torch.func refused, never a silent 0."""
+def test_a_temperature_may_be_a_number_of_numpy_or_a_tensor_without_dimensions():
+    z, weight, y = torch.randn(2, 5), torch.randn(7, 5), torch.tensor([0, 1])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    calls = (
+        lambda t: token_logprobs(z, y, temperature=t),
+        lambda t: linear_logprobs(z, weight, y, temperature=t),
+        lambda t: grouped_logprobs(z[None], y[None], group_size=1, temperature=t).logp,
+        lambda t: (
+            linear_grpo_loss(
+                z[None],
+                weight,
+                y[None],
+                None,
+                torch.ones(1),
+                mask,
+                temperature=t,
+                kl_coef=1.0,
+                ref_logp=-mask.float(),
+            ).loss
+        ),
+    )
+    for call in calls:
+        expected = call(0.5)
+        for same in (
+            np.float32(0.5),
+            np.float64(0.5),
+            torch.tensor(0.5),
+            torch.tensor(0.5, dtype=torch.float64),
+        ):
+            torch.testing.assert_close(call(same), expected)
+        for below in (np.float32(-0.5), torch.tensor(-0.5), torch.tensor(1e-40)):
+            with pytest.raises(ValueError, match="temperature: expected"):
+                call(below)
 
-    def test_forward_mode(self):
-        z, y = torch.randn(2, 5), torch.tensor([0, 1])
-        _, tangent = torch.func.jvp(lambda z: token_logprobs(z, y), (z,), (z,))
-        _, expected = torch.func.jvp(
-            lambda z: torch.log_softmax(z, -1).gather(-1, y[:, None])[:, 0], (z,), (z,)
-        )
-        torch.testing.assert_close(tangent, expected)
 
-    def test_forward_mode_through_the_head(self):
-        x, weight, y = torch.randn(2, 5), torch.randn(7, 5), torch.tensor([0, 6])
-        for inputs in ((x, weight), (x,)):
-
-            def ours(x, w=weight):
-                return linear_logprobs(x, w, y)
-
-            def plain(x, w=weight):
-                return torch.log_softmax(x @ w.T, -1).gather(-1, y[:, None])[:, 0]
-
-            _, tangent = torch.func.jvp(ours, inputs, inputs)
-            _, expected = torch.func.jvp(plain, inputs, inputs)
-            torch.testing.assert_close(tangent, expected)
-        _, tangent = torch.func.jvp(lambda w: linear_logprobs(x, w, y), (weight,), (weight,))
-        _, expected = torch.func.jvp(lambda w: plain(x, w), (weight,), (weight,))
-        torch.testing.assert_close(tangent, expected)
-
-    @pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
-    def test_a_kernel_says_why(self):
-        z, y = torch.randn(2, 5), torch.tensor([0, 1])
-        with pytest.raises(BackendError, match="logits: has a forward-mode derivative"):
-            torch.func.jvp(lambda z: token_logprobs(z, y, backend="cpu"), (z,), (z,))
-
-    def test_reverse_mode_is_refused(self):
-        z, y = torch.randn(2, 5), torch.tensor([0, 1])
-        with pytest.raises(RuntimeError, match="autograd.Function"):
-            torch.func.grad(lambda z: token_logprobs(z, y).sum())(z)
+def test_numbers_of_numpy_are_numbers():
+    x, weight, y = torch.randn(1, 4, 5), torch.randn(7, 5), torch.tensor([[0, 1, 6, 2]])
+    plain = linear_grouped_logprobs(x, weight, y, group_size=1, softcap=2.0, logit_scale=0.5, chunk_size=2)
+    ours = linear_grouped_logprobs(
+        x, weight, y, group_size=np.int64(1), softcap=np.float32(2.0), logit_scale=np.float32(0.5),
+        chunk_size=np.int32(2),
+    )  # fmt: skip
+    torch.testing.assert_close(ours.logp, plain.logp)
+    routing = route(x[0], np.int64(2), n_group=np.int32(1), scale=np.float32(1.5))
+    torch.testing.assert_close(routing.weights, route(x[0], 2, scale=1.5).weights)

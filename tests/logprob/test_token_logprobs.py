@@ -364,3 +364,17 @@ def test_the_dtype_of_the_temperature_is_not_that_of_the_results(place, dtype):
 def test_float64_gives_float64():
     logp, entropy = token_logprobs(torch.randn(2, 3).double(), torch.tensor([0, 1]), return_entropy=True)
     assert logp.dtype == entropy.dtype == torch.float64
+
+
+@pytest.mark.parametrize("return_entropy", [False, True])
+@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (2, 0, 5), (2, 3, 0, 5), (0, 0, 4, 5)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_no_tokens_in_any_shape_and_stride(place, shape, stride, return_entropy):
+    backend, device = place
+    z = torch.randn(*shape[:-1], stride * shape[-1], device=device).requires_grad_()
+    targets = torch.zeros(shape[:-1], dtype=torch.int64, device=device)
+    result = token_logprobs(z[..., ::stride], targets, return_entropy=return_entropy, backend=backend)
+    values = result if return_entropy else (result,)
+    assert all(value.shape == shape[:-1] and value.dtype == torch.float32 for value in values)
+    (grad,) = torch.autograd.grad(sum(value.sum() for value in values), z)
+    assert grad.shape == z.shape

@@ -202,3 +202,25 @@ BAD = [
 def test_bad_input(message, error, call):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_left_out_of_a_balance_loss_may_hold_anything(garbage):
+    logits, indices = normal(6, 4), torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0], [0, 1], [1, 2]])
+    dirty = logits.clone()
+    dirty[4:] = garbage
+    mask = torch.tensor([1, 1, 1, 1, 0, 0])
+    bounds = torch.tensor([0, 3, 4])
+    losses = {
+        "load": (lambda z, m: load_balancing_loss(z, 2, m), mask),
+        "sequences": (lambda z, m: sequence_balance_loss(z, indices[: len(z)], bounds, 0.1).sum(), None),
+    }
+    for name, (loss, of_all) in losses.items():
+        plain = logits[:4].sigmoid() if name == "sequences" else logits[:4]
+        given = torch.cat((plain, dirty[4:])).requires_grad_()
+        plain = plain.clone().requires_grad_()
+        expected, ours = loss(plain, None), loss(given, of_all)
+        torch.testing.assert_close(ours, expected)
+        (grad,), (exact,) = torch.autograd.grad(ours, given), torch.autograd.grad(expected, plain)
+        torch.testing.assert_close(grad[:4], exact)
+        assert (grad[4:] == 0).all()

@@ -144,6 +144,39 @@ def check_overflow(run, variant, signs, ratio, device="cpu"):
     assert output.metrics["ratio/max"] == output.metrics["ratio/mean"] == torch.inf
 
 
+def check_unbounded_overflow(run, ratio, device="cpu"):
+    """A punished token whose ratio is beyond float32: loss and gradient are infinite, as -c A is; the others are as before."""
+    logp = torch.tensor([[-1.0, -2.0], [-1.0, -2.0]])
+    arguments = (
+        logp,
+        torch.tensor([[-101.0, -102.0], [-1.5, -2.5]]),
+        torch.tensor([-1.0, -1.0]),
+        torch.ones(2, 2, dtype=torch.bool),
+    )
+    leaf, *others = (value.to(device) for value in arguments)
+    loss = run(leaf.requires_grad_(), *others, ratio=ratio).loss
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert loss == torch.inf
+    assert (grad[0] == torch.inf).all()
+    # e^0.5 / 4 for each of two tokens of one of two sequences
+    torch.testing.assert_close(grad[1].cpu(), torch.full((2,), 0.41218), rtol=1e-4, atol=0)
+
+
+def check_far_reference(run, device="cpu"):
+    """The unbiased KL of a token whose k3 is beyond float32 has the gradient c (x - r) all the same."""
+    logp = torch.tensor([[-100.0, -40.0, -3.0, -1.0]])
+    ref = torch.tensor([[-1.0, -1.0, -1.0, -9.0]])
+    old = logp - torch.tensor([[0.0, 0.5, -0.5, 1.0]])
+    arguments = (logp, old, torch.zeros(1), torch.ones(1, 4, dtype=torch.bool))
+    keywords = {"ref_logp": ref.to(device), "kl": "unbiased", "kl_coef": 1.0, "reduction": "sequence-sum"}
+    leaf, *others = (value.to(device) for value in arguments)
+    loss = run(leaf.requires_grad_(), *others, **keywords).loss
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert loss == torch.inf
+    expected = ((logp - old).double().exp() * (logp - ref)).detach()
+    torch.testing.assert_close(grad.double().cpu(), expected, rtol=1e-5, atol=0)
+
+
 class GrpoLossKernel:
     device = "cpu"
     long = 2100  # tokens of a sequence that several threads or blocks share
@@ -256,6 +289,13 @@ class GrpoLossKernel:
     @pytest.mark.parametrize(("variant", "signs"), BOUNDED)
     def test_ratios_that_overflow(self, backend, variant, signs, ratio):
         check_overflow(lambda *v, **o: on_backend(backend, *v, **o), variant, signs, ratio, self.device)
+
+    @pytest.mark.parametrize("ratio", ["token", "sequence"])
+    def test_an_overflow_that_nothing_bounds_is_infinite(self, backend, ratio):
+        check_unbounded_overflow(lambda *v, **o: on_backend(backend, *v, **o), ratio, self.device)
+
+    def test_the_unbiased_kl_far_from_the_reference(self, backend):
+        check_far_reference(lambda *v, **o: on_backend(backend, *v, **o), self.device)
 
     def test_extreme_ratios(self, backend):
         """exp over- and underflows as in the reference, and the effective sample size does not overflow."""

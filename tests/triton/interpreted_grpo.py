@@ -180,6 +180,26 @@ def test_linear_grpo_loss(preset):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.05])
+def test_a_small_weight_of_a_token_costs_no_digits_of_float16_gradients(entropy_coef):
+    """The gradient of a tile of logits is rounded to float16 for the products with it."""
+    generator = torch.Generator().manual_seed(7)
+    hidden, weight = torch.randn(2, 8, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    targets = torch.randint(0, 50, (2, 8), generator=generator)
+    advantages, mask = torch.tensor([0.01, -0.02]), torch.ones(2, 8, dtype=torch.bool)
+    grads = []
+    for name, dtype in (("triton", torch.float16), ("reference", torch.float64)):
+        leaves = [leaf.half().to(dtype).requires_grad_() for leaf in (hidden, weight)]
+        loss = linear_grpo_loss(
+            *leaves, targets, None, advantages.to(dtype), mask, reduction="token", num_tokens=1e9,
+            entropy_coef=entropy_coef, backend=name,
+        ).loss  # fmt: skip
+        grads.append(torch.autograd.grad(loss * 1e9, leaves))
+    for ours, exact in zip(*grads, strict=True):
+        assert ours.dtype == torch.float16
+        assert (ours.double() - exact).norm() / exact.norm() < 2e-3
+
+
 def test_a_compiled_call_holds_the_op():
     arguments, keywords = random_call(5)
     compiled = torch.compile(on_backend, fullgraph=True, backend="aot_eager")

@@ -1,0 +1,49 @@
+"""Triton's interpreter as it is, without the repair of bfloat16 that other tests make: what users of TRITON_INTERPRET=1 get.
+
+Run by test_interpreter.py in a process of its own.
+"""
+
+import pytest
+import torch
+
+import r1kernels
+from r1kernels import examples
+
+REFUSED = "bfloat16, whose raw bits Triton's interpreter multiplies"
+OPS = (
+    "token_logprobs",
+    "linear_logprobs",
+    "grouped_logprobs",
+    "linear_grpo_loss",
+    "moe_experts",
+    "grouped_gemm",
+    "route",
+)
+
+
+def first(result):
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bfloat16_is_served_by_another_backend(op):
+    args, kwargs = examples.calls("cpu", torch.bfloat16)[op]
+    function = getattr(r1kernels, op)
+    assert (
+        "triton     can not run: " in (text := r1kernels.explain(function, *args, **kwargs))
+        and REFUSED in text
+    )
+    exact = first(function(*args, **kwargs, backend="reference"))
+    torch.testing.assert_close(first(function(*args, **kwargs)), exact, rtol=2e-2, atol=2e-2)
+    with pytest.raises(r1kernels.BackendError, match="raw bits"):
+        function(*args, **kwargs, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_other_dtypes_are_served_by_the_interpreter(op, dtype):
+    args, kwargs = examples.calls("cpu", dtype)[op]
+    function = getattr(r1kernels, op)
+    assert "triton     runs" in r1kernels.explain(function, *args, **kwargs)
+    exact = first(function(*args, **kwargs, backend="reference"))
+    torch.testing.assert_close(first(function(*args, **kwargs)), exact, rtol=2e-3, atol=2e-3)
