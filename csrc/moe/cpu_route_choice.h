@@ -59,9 +59,11 @@ void exact_scores(const MoeRouter& call, const T* row, const RouterScratch& scra
     for (int64_t i = 0; call.bias && i < found; ++i) scratch.scores[i] += call.bias[scratch.places[i]];
 }
 
+// Returns whether there are no scores: those of a softmax are NaN if a logit is NaN or +inf.
 template <typename T>
-void choose_by_scores(const MoeRouter& call, const T* row, const RouterScratch& scratch, int64_t* indices) {
+bool choose_by_scores(const MoeRouter& call, const T* row, const RouterScratch& scratch, int64_t* indices) {
     scores_of(call, row, scratch);
+    const bool undefined = call.softmax && scratch.scores[0] != scratch.scores[0];
     for (int64_t i = 0; i < call.experts; i += kLanes) {
         Floats selection = load(scratch.scores + i);
         if (call.bias) selection += logits_at(call.bias, i, call.experts);
@@ -74,12 +76,13 @@ void choose_by_scores(const MoeRouter& call, const T* row, const RouterScratch& 
     make_keys<Ints>(scratch.keys, found, scratch.keys);
     rank_candidates(scratch.keys, found, scratch.ranks);
     take_first(scratch, found, call.top_k, indices);
+    return undefined;
 }
 
-// Of `count` tokens. `apart`: needed_apart(call).
+// Of `count` tokens; `undefined` becomes true where there are no scores. `apart`: needed_apart(call).
 template <typename T>
 void choose(const MoeRouter& call, const T* rows, int64_t count, const RouterScratch* scratch, float apart,
-            int64_t* indices) {
+            int64_t* indices, bool* undefined) {
     const bool by_values = !call.softmax || (!call.bias && call.n_group == 1);
     bool known[kRouterTokens];
     float least[kRouterTokens];
@@ -118,7 +121,7 @@ void choose(const MoeRouter& call, const T* rows, int64_t count, const RouterScr
         if (known[token]) {
             take_first(scratch[token], found[token], call.top_k, chosen);
         } else {
-            choose_by_scores(call, rows + token * call.experts, scratch[token], chosen);
+            undefined[token] = choose_by_scores(call, rows + token * call.experts, scratch[token], chosen);
         }
     }
 }

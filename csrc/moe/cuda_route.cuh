@@ -186,7 +186,7 @@ __device__ inline void weigh(const R1kernelsRoute& call, const Row<Scalar>& row,
         const SoftmaxSums sums =
             softmax_sums(call.top_k, [&](int64_t k) { return is_expert(k) ? row.logit(chosen[k]) : -INFINITY; });
         largest = sums.largest;
-        factor *= sums.inverse;
+        factor *= row.sums.inverse == row.sums.inverse ? sums.inverse : row.sums.inverse;  // NaN, of all logits
     } else if (call.normalize) {
         double sum = 0;
         for (int64_t k = lane_id(); k < call.top_k; k += kWarpSize) {
@@ -231,9 +231,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks(1))
     replay_kernel(R1kernelsRoute call, float* weights, int64_t* indices, int32_t* counts) {
     for (int64_t token = first_token(); token < call.tokens; token += all_warps_of_grid()) {
         Row<Scalar> row = {static_cast<const Scalar*>(call.logits) + token * call.experts, call.softmax != 0, {}};
-        if (call.softmax && !call.normalize) {
-            row.sums = softmax_sums(call.experts, [&](int64_t expert) { return row.logit(expert); });
-        }
+        if (call.softmax) row.sums = softmax_sums(call.experts, [&](int64_t expert) { return row.logit(expert); });
         int64_t* chosen = indices + token * call.top_k;
         for (int64_t k = lane_id(); k < call.top_k; k += kWarpSize) chosen[k] = call.replayed[token * call.top_k + k];
         weigh(call, row, chosen, weights + token * call.top_k, counts);

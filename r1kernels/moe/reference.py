@@ -48,6 +48,7 @@ def route(
     chosen = indices.clamp(0, experts - 1)
     if score == "softmax" and normalize:
         weights = torch.where(inside, logits.gather(1, chosen), -torch.inf).softmax(dim=-1)
+        weights = weights + 0.0 * scores[:, :1].detach()  # NaN if the logit of any expert is NaN or +inf
         weights = torch.where(inside, weights, 0.0)
     else:
         weights = torch.where(inside, scores.gather(1, chosen), 0.0)

@@ -54,6 +54,11 @@ def route(
 
     Among equal selection scores, and equal group scores, the lowest index wins.
 
+    NaN and infinite logits give what these formulas give, live and in replay. A softmax has no scores if any logit of the
+    token is NaN or +inf, or all are -inf: all its weights are NaN, with ``normalize`` too, whichever experts are chosen. A
+    sigmoid is NaN for a NaN logit alone: that expert is chosen first, and with ``normalize`` all weights of a token that
+    chose it are NaN. A logit of -inf has the score 0. Such a token changes no other.
+
     Args:
         logits: (T, E), float32, bfloat16, float16 or float64, any strides.
         top_k: K, at least 1 and at most the number of eligible experts, ``topk_group * E / n_group``.
@@ -76,7 +81,8 @@ def route(
             ``debug_checks(True)``).
 
     Precision: float32 throughout, whatever the dtype of the logits and under autocast too. Gradients come in the dtype
-    of the logits. Deterministic, and independent of the other rows.
+    of the logits; that of a token with NaN weights is NaN at its chosen experts once the gradient of the weights is.
+    Deterministic, and independent of the other rows.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), DeepSeek-V2 (2405.04434), Mixtral, Qwen3-MoE, OLMoE.
     """

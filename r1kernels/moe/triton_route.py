@@ -40,7 +40,7 @@ def route_kernel(
     used = slot < top_k
     row = logits + token * experts
     largest, inverse = 0.0, 0.0
-    if replayed is None or (SOFTMAX and not NORMALIZE):
+    if replayed is None or SOFTMAX:
         size = experts // n_group
         group, member = tl.arange(0, GROUPS)[:, None], tl.arange(0, MEMBERS)[None, :]
         real = (group < n_group) & (member < size)
@@ -63,8 +63,9 @@ def route_kernel(
     inside = used & (chosen >= 0) & (chosen < experts)
     logit = tl.load(row + chosen, mask=inside, other=float("-inf")).to(tl.float64)
     if SOFTMAX and NORMALIZE:
+        of_all = inverse  # NaN if any logit is NaN or +inf
         largest, inverse = softmax_sums(logit)
-        weight = tl.exp(logit - largest) * inverse
+        weight = tl.exp(logit - largest) * tl.where(of_all == of_all, inverse, of_all)
     else:
         weight = tl.where(inside, score_of(logit, largest, inverse, SOFTMAX).to(tl.float64), 0.0)
         if NORMALIZE:

@@ -190,6 +190,20 @@ def test_router_logits_and_the_auxiliary_loss_survive():
         torch.testing.assert_close(logits, expected)
 
 
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "Olmoe", "DeepseekV3"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_router_with_nan_or_infinite_weights_is_as_undefined_as_in_the_model(name, value):
+    model, ids = build(name), tokens()
+    gate = model.model.layers[-1].mlp.gate
+    with torch.no_grad():
+        gate.weight[6] = value  # its logit is +inf or -inf, by token
+    own = model(input_ids=ids).logits
+    with r1.patch(model):
+        ours = model(input_ids=ids).logits
+    assert own.isnan().any()
+    torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def test_the_router_alone_with_the_experts_of_transformers():
     model, ids = build("DeepseekV3"), tokens()
     own = step(model, ids)

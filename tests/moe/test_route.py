@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import r1kernels
 from r1kernels.moe import route
 from tests.support.numerics import assert_as_exact_as, same_bits
-from tests.support.routing_cases import FAMILIES, families, normal
+from tests.support.routing_cases import FAMILIES, check_special_logits, families, normal
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -141,15 +141,26 @@ def test_all_one_and_no_token(score):
     assert logits.grad.shape == (0, 6)
 
 
-def test_a_nan_row_stays_alone():
-    logits = normal(4, 8)
-    clean = route(logits, 2)
-    logits[1, 3] = torch.nan
-    routing = route(logits, 2)
-    assert routing.weights[1].isnan().all()
-    rows = [0, 2, 3]
-    assert same_bits(routing.weights[rows], clean.weights[rows])
-    assert torch.equal(routing.indices[rows], clean.indices[rows])
+@families
+def test_nan_and_infinite_logits(options):
+    def run(logits, **options):
+        leaf = logits.clone().requires_grad_()
+        weights, indices, _ = route(leaf, **options)
+        (grad,) = torch.autograd.grad(weights, leaf, normal(*weights.shape, seed=2))
+        return weights.detach(), indices, grad
+
+    check_special_logits(run, options)
+
+
+@families
+def test_the_gradient_of_nan_weights_is_nan(options):
+    logits = normal(3, 8)
+    logits[1, 5] = torch.nan
+    leaf = logits.clone().requires_grad_()
+    weights, indices, _ = route(leaf, **options)
+    (grad,) = torch.autograd.grad(weights.square().sum(), leaf)
+    assert torch.equal(grad[1].isnan()[indices[1]], weights[1].isnan())
+    assert grad[[0, 2]].isfinite().all()
 
 
 def test_the_bias_gets_no_gradient():
