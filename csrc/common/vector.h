@@ -229,7 +229,8 @@ inline Floats exp_negative(Floats x) {
 #else
     // 2^n alone may be subnormal, 2^(n + 64) is not: the last product rounds once, or is exactly 0
     const Floats scaled = (Floats)((Ints)p + ((Ints)shifted << 23));
-    return scaled * (x < kSmallestExponent ? Floats{} : all(0x1p-64f));
+    // 0 below the smallest exponent; NaN as it came, for the integers above may have made a number of it
+    return x >= kSmallestExponent ? scaled * 0x1p-64f : clamped - kSmallestExponent;
 #endif
 }
 

@@ -174,6 +174,17 @@ def test_whole_blocks_of_masked_vocabulary():
     assert grad[3:].isnan().all()
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001], ids=hex)
+def test_a_nan_of_any_bits_makes_its_row_nan(bits):
+    logits = torch.randn(2, 40)
+    logits.view(torch.int32)[1, 5] = bits
+    logits.requires_grad_()
+    logp, entropy = token_logprobs(logits, torch.tensor([3, 4]), return_entropy=True, backend="cpu")
+    (logp + entropy).sum().backward()
+    for result in (logp, entropy, logits.grad):
+        assert result[0].isfinite().all() and result[1].isnan().all()
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 0.6, 1.0, 1e3])
 def test_temperatures(temperature):
     generator = torch.Generator().manual_seed(2)

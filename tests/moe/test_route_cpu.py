@@ -53,6 +53,21 @@ def test_choice_in_groups(layout, score, kind, biased):
     assert torch.equal(ours.indices, route(logits, top_k, backend="reference", **options).indices)
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001], ids=hex)
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_nan_of_any_bits_makes_weights_and_gradient_nan(score, normalize, bits):
+    logits = logits_of("plain", 5, 40)
+    logits.view(torch.int32)[1, 5] = bits
+    options = {"score": score, "normalize": normalize, "indices": torch.tensor([[5, 7]] * 5)}
+    leaf = logits.requires_grad_()
+    weights = route(leaf, 2, backend="cpu", **options).weights
+    (grad,) = torch.autograd.grad(weights[:, 0].sum(), leaf)
+    assert weights[1, 0].isnan() and grad[1, 5].isnan()
+    assert weights[1, 1].isnan() == (normalize or score == "softmax")
+    assert weights[[0, 2, 3, 4]].isfinite().all() and grad[[0, 2, 3, 4]].isfinite().all()
+
+
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 5, 2), (6, 16, 3), (7, 40, 17)])
