@@ -199,7 +199,13 @@ def test_it_is_chosen_on_the_cpu_and_says_what_it_leaves_to_the_reference():
 def test_every_instruction_set(isa):
     """The tests of all backends once more, where R1KERNELS_CPU_ISA names a weaker instruction set than this machine's."""
     here = Path(__file__)
-    names = (here.name, "test_experts_backends.py", "test_route.py", "test_route_choice.py", "test_route_cpu.py")
+    names = (
+        here.name,
+        "test_experts_backends.py",
+        "test_route.py",
+        "test_route_choice.py",
+        "test_route_cpu.py",
+    )
     files = [str(here.with_name(name)) for name in names]
     chosen = (
         "cpu and (as_exact_as_eager or gates or long_sums or choice_among_many or hopeless or infinite) "
