@@ -3,7 +3,6 @@
 
 #include "moe/cpu_experts.h"
 #include "moe/cpu_route.h"
-#include "moe/cpu_route_backward.h"
 
 namespace r1kernels::R1KERNELS_ISA {
 
