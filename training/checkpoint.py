@@ -16,32 +16,104 @@ from training import files
 from training.errors import UserError
 
 MANIFEST = "manifest.json"
+STYLE = "prompt.json"  # the prompt that a checkpoint was trained with
+# Layers whose cache is keys and values; every other kind keeps a state that the sampler cannot select rows of.
+ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 # A run shows its own progress; transformers' bars for a load or a save would break it.
 transformers.utils.logging.disable_progress_bar()
 
 
-def save_model(model: Any, tokenizer: Any, path: Path) -> None:
+def save_model(model: Any, tokenizer: Any, path: Path, style: Mapping[str, Any] | None = None) -> None:
     """Writes model, its buffers and the tokenizer to the folder `path`, atomically.
 
     Args:
-        model: a transformers `PreTrainedModel`.
+        model: a transformers `PreTrainedModel`. One that `widen` made float32 is written in the dtypes it had before.
         tokenizer: a transformers tokenizer, or None.
         path: the folder; one that exists is replaced.
+        style: the prompt that the model was trained with, as `read_style` gives it back; None writes nothing.
 
     Raises:
         UserError: the disk is full; the folder that was there stays.
     """
     with files.replacing(path) as temporary:
         temporary.mkdir()
-        model.save_pretrained(temporary, safe_serialization=True)
+        model.save_pretrained(temporary, state_dict=_narrowed(model))
+        kept = getattr(model, "kept_dtype", None)
+        if kept is not None:  # transformers notes the dtype of the float32 weights
+            config = files.read_json(temporary / "config.json")
+            files.write_json(temporary / "config.json", {**config, "dtype": str(kept).removeprefix("torch.")})
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        if style is not None:
+            files.write_json(temporary / STYLE, dict(style))
         files.write_json(temporary / MANIFEST, files.folder_hashes(temporary))
+
+
+def widen(model: Any) -> None:
+    """Makes the weights of a model float32, in place, and notes the dtypes for `save_model`.
+
+    Small updates of bfloat16 weights would be lost to rounding, and so would moments in bfloat16.
+    """
+    kept = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    if any(dtype != torch.float32 for dtype in kept.values()):
+        model.kept_dtype, model.kept_dtypes = model.dtype, kept
+        model.float()
+
+
+def _narrowed(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a model in the dtypes they had before `widen`; tied ones stay one tensor."""
+    kept: dict[str, torch.dtype] = getattr(model, "kept_dtypes", {})
+    cast: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = model.state_dict()
+    for name, tensor in state.items():
+        dtype = kept.get(name, tensor.dtype)
+        if dtype != tensor.dtype:
+            state[name] = cast.setdefault((tensor.data_ptr(), dtype), tensor.to(dtype))
+    return state
+
+
+def read_style(path: Path) -> dict[str, Any] | None:
+    """The prompt that a checkpoint was trained with ({"prompt": "zero", "examples": [...]}); None where none is noted."""
+    return dict(files.read_json(path / STYLE)) if (path / STYLE).is_file() else None
+
+
+def load_config(path: Path) -> Any:
+    """The config of a checkpoint folder.
+
+    Raises:
+        UserError: it cannot be read, asks for code of its own, is quantized, or names a state-space or hybrid model.
+    """
+    name = path / "config.json"
+    written = files.read_json(name)
+    kind = written.get("model_type") if isinstance(written, dict) else None
+    if kind not in transformers.CONFIG_MAPPING:
+        if isinstance(written, dict) and written.get("auto_map"):
+            raise UserError(
+                f"{name}: model_type {kind!r} needs code that lies in the folder, which is never run"
+            )
+        raise UserError(f"{name}: transformers {transformers.__version__} knows no model_type {kind!r}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name} cannot be read: {_first_line(error)}") from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{name}: the weights are quantized, and training needs float32, bfloat16 or float16")
+    model_class = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ()) - set(ATTENTION_LAYERS)
+    if layers or getattr(model_class, "_is_stateful", False):
+        raise UserError(
+            f"{name}: {config.model_type} is a state-space or hybrid model, and only models whose cache is keys and "
+            "values are served" + (f" (it has layers of {', '.join(sorted(layers))})" if layers else "")
+        )
+    return config
 
 
 def load_model(path: Path) -> tuple[Any, Any]:
     """The model (of the class its config names, in its saved dtype, on the CPU, in eval mode) and the tokenizer.
+
+    No code of the folder is run. A config that names no class is a causal language model of its model_type.
 
     Args:
         path: a folder that `save_model` wrote, or any local Hugging Face checkpoint in safetensors.
@@ -50,28 +122,38 @@ def load_model(path: Path) -> tuple[Any, Any]:
         (model, tokenizer); the tokenizer is None where the folder holds none.
 
     Raises:
-        UserError: a file is missing or damaged (it is named), or the architecture is unknown.
+        UserError: a file is missing or damaged (it is named), the architecture is unknown, or see `load_config`.
     """
     path = Path(path)
     verify(path)
+    config = load_config(path)
+    architecture = (config.architectures or [""])[0]
+    model_class = getattr(transformers, architecture or "AutoModelForCausalLM", None)
+    if model_class is None:
+        raise UserError(f"{path / 'config.json'}: transformers has no architecture {architecture!r}")
+    # "No code of the folder" is said outright: transformers would ask on stdin.
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        architecture = (config.architectures or [""])[0]
-        model_class = getattr(transformers, architecture, None)
-        if model_class is None:
-            raise UserError(f"{path / 'config.json'}: transformers has no architecture {architecture!r}")
-        model = model_class.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype="auto")
+        model, info = model_class.from_pretrained(
+            path, config=config, use_safetensors=True, dtype="auto", output_loading_info=True, **options
+        )
         tokenizer = None
-        if (path / "tokenizer.json").is_file():
-            tokenizer = _tokenizer_class(path).from_pretrained(path, local_files_only=True)
-            for remark in ("is_local", "local_files_only"):  # how it was loaded would be saved with it
+        if any((path / name).is_file() for name in TOKENIZER_FILES):
+            tokenizer = _tokenizer_class(path).from_pretrained(path, **options)
+            for remark in ("is_local", *options):  # how it was loaded would be saved with it
                 tokenizer.init_kwargs.pop(remark, None)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be loaded as a checkpoint: {_first_line(error)}") from None
+    if info["missing_keys"]:
         raise UserError(
-            f"{path} cannot be loaded as a checkpoint: {reason[0] if reason else error!r}"
-        ) from None
+            f"{path} cannot be loaded as a checkpoint: it lacks {sorted(info['missing_keys'])[0]}"
+        )
     return model.eval(), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
 
 
 def _tokenizer_class(path: Path) -> Any:

@@ -17,14 +17,38 @@ from typing import Any, Literal, Union, get_args, get_origin
 from training.errors import UserError
 
 
-def at_least(minimum: float, default: Any) -> Any:
-    """A dataclass field with a default whose value must be at least `minimum`."""
-    return dataclasses.field(default=default, metadata={"minimum": minimum})
+def at_least(minimum: float, default: Any, pretrained: Any = None) -> Any:
+    """A dataclass field with a default whose value must be at least `minimum`.
+
+    pretrained: the default where the model is a pretrained one; None: the same.
+    """
+    other = {} if pretrained is None else {"pretrained": pretrained}
+    return dataclasses.field(default=default, metadata={"minimum": minimum, **other})
 
 
 def operational(default: Any) -> Any:
     """A field (at least 0) that steers how a stage runs, never what it computes: a change keeps finished work."""
     return dataclasses.field(default=default, metadata={"minimum": 0, "operational": True})
+
+
+def rounding(default: Any, minimum: float | None = None, pretrained: Any = None) -> Any:
+    """A field that steers how a stage computes: a change keeps finished work and may change the last bits of what follows."""
+    metadata = {"operational": True, "rounding": True, "minimum": minimum, "pretrained": pretrained}
+    return dataclasses.field(
+        default=default, metadata={name: value for name, value in metadata.items() if value is not None}
+    )
+
+
+def rounding_differences(before: Any, after: Any, where: str = "") -> list[str]:
+    """The `rounding` fields in which two dataclasses of a type differ: "threads = 1 and now it is 2"."""
+    found = []
+    for field in dataclasses.fields(after):
+        old, new, place = getattr(before, field.name), getattr(after, field.name), f"{where}{field.name}"
+        if field.metadata.get("rounding") and old != new:
+            found.append(f"{place} = {old} and now it is {new}")
+        elif is_section(type(new)):
+            found += rounding_differences(old, new, f"{place}.")
+    return found
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.0) -> str:
@@ -61,7 +85,7 @@ def paths(cls: type, prefix: str = "") -> list[str]:
     return found
 
 
-def build(cls: type, values: Any, where: str = "", root: type | None = None) -> Any:
+def build(cls: type, values: Any, where: str = "", root: type | None = None, pretrained: bool = False) -> Any:
     """An instance of the dataclass `cls` from a mapping; missing keys take their defaults.
 
     Args:
@@ -69,6 +93,8 @@ def build(cls: type, values: Any, where: str = "", root: type | None = None) -> 
         values: mapping of field names to values, nested as the dataclass is.
         where: dotted key of this section, for messages.
         root: outermost dataclass, whose dotted keys are offered as the nearest; `cls` itself by default.
+        pretrained: missing keys take their defaults for a pretrained model; a section with a key `pretrained` of its own says
+            so for itself.
 
     Raises:
         UserError: a key that does not exist, a value of the wrong type, or one below its minimum.
@@ -83,10 +109,16 @@ def build(cls: type, values: Any, where: str = "", root: type | None = None) -> 
             known = paths(root) if where in ("", *paths(root)) else [prefix + kind for kind in kinds]
             raise unknown("key", f"{prefix}{name}", known)
     built = {}
+    if "pretrained" in kinds:
+        pretrained = bool(values.get("pretrained"))
     for field in dataclasses.fields(cls):
-        if field.name in values:
+        if field.name not in values and pretrained and "pretrained" in field.metadata:
+            built[field.name] = field.metadata["pretrained"]
+        elif field.name not in values and pretrained and is_section(kinds[field.name]):
+            built[field.name] = build(kinds[field.name], {}, prefix + field.name, root, pretrained)
+        elif field.name in values:
             place = prefix + field.name
-            value = _value(kinds[field.name], values[field.name], place, root)
+            value = _value(kinds[field.name], values[field.name], place, root, pretrained)
             minimum = field.metadata.get("minimum")
             if minimum is not None and value < minimum:
                 raise UserError(f"{place}: expected at least {minimum:g}, got {value:g}")
@@ -94,15 +126,15 @@ def build(cls: type, values: Any, where: str = "", root: type | None = None) -> 
     return cls(**built)
 
 
-def _value(kind: Any, value: Any, where: str, root: type) -> Any:
+def _value(kind: Any, value: Any, where: str, root: type, pretrained: bool) -> Any:
     origin = get_origin(kind)
     if kind is Any:
         return value
     if is_section(kind):
-        return build(kind, value, where, root)
+        return build(kind, value, where, root, pretrained)
     if origin in (Union, types.UnionType):
         options = [option for option in get_args(kind) if option is not type(None)]
-        return None if value is None else _value(options[0], value, where, root)
+        return None if value is None else _value(options[0], value, where, root, pretrained)
     if origin is Literal:
         if value in get_args(kind):
             return value
@@ -112,13 +144,17 @@ def _value(kind: Any, value: Any, where: str, root: type) -> Any:
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{where}: expected a list, got {value!r}")
         (item,) = get_args(kind)
-        return [_value(item, entry, f"{where}[{index}]", root) for index, entry in enumerate(value)]
+        return [
+            _value(item, entry, f"{where}[{index}]", root, pretrained) for index, entry in enumerate(value)
+        ]
     if origin is dict:
         if not isinstance(value, Mapping):
             raise UserError(f"{where}: expected names with values, got {value!r}")
         key_kind, item = get_args(kind)
         return {
-            _value(key_kind, key, f"{where} (name)", root): _value(item, entry, f"{where}.{key}", root)
+            _value(key_kind, key, f"{where} (name)", root, pretrained): _value(
+                item, entry, f"{where}.{key}", root, pretrained
+            )
             for key, entry in value.items()
         }
     return _scalar(kind, value, where)

@@ -9,8 +9,8 @@ import numpy as np
 from training import prompts, seeding
 from training.errors import UserError
 from training.loops.next_token import Document
+from training.prompts import Turns
 from training.tasks import arithmetic, general
-from training.tasks.problem import Problem
 
 SHOTS = 2  # worked examples in a few-shot document
 
@@ -37,13 +37,14 @@ def _document(rng: np.random.Generator, kind: str, digits: int) -> Document:
         return general.corpus_document(rng)
     problem, response = arithmetic.corpus_document(rng, kind, digits)
     if kind == "reflect":
-        return Document(f"{prompts.reflect(problem)} {response}")
+        return _whole(prompts.reflect(problem), response)
     if kind == "few_shot":
         examples = arithmetic.ArithmeticTask(digits).worked_examples(problem.language)
         order = rng.permutation(len(examples))[:SHOTS]
-        return Document(f"{prompts.few_shot(problem, [examples[i] for i in order])} {response}")
-    return Document(f"{_plain_prompt(problem, rng)} {response}")
+        return _whole(prompts.few_shot(problem, [examples[i] for i in order]), response)
+    return _whole(prompts.zero(problem) if rng.random() < 0.6 else prompts.chat(problem), response)
 
 
-def _plain_prompt(problem: Problem, rng: np.random.Generator) -> str:
-    return prompts.zero(problem) if rng.random() < 0.6 else prompts.chat(problem)
+def _whole(turns: Turns, response: str) -> Document:
+    """Prompt and response as one text, all of which is learnt."""
+    return Document(f"{prompts.plain(turns)} {response}")

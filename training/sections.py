@@ -1,12 +1,13 @@
 """Every setting of a run as dataclasses: one a stage, the model, and `Recipe` that holds them.
 
-The values here are defaults; recipes/*.yaml and `key=value` words are laid over them by training.recipe.
+The values here are defaults; recipes/*.yaml and `key=value` words are laid over them by training.recipe. Learning rates
+and lengths have a second default, for a pretrained model (`model.pretrained`): those of the small ones would wreck it.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from training.config import at_least, operational
+from training.config import at_least, operational, rounding
 
 STAGE_NAMES = (
     "base",
@@ -28,7 +29,10 @@ STAGE_NAMES = (
 class Model:
     """Sizes of the model that `base` pretrains (transformers' DeepSeek-V3 classes), or where to find one."""
 
-    pretrained: str = ""  # "" trains from nothing; "smollm2" or the folder of a Hugging Face checkpoint
+    # "" trains from nothing; "smollm2", the folder of a Hugging Face checkpoint, or a name on its hub
+    pretrained: str = ""
+    # where a dry run takes the sizes of a pretrained model from: its folder, or the numbers below, where it is far away
+    sizes: Literal["folder", "recipe"] = "folder"
     hidden_size: int = at_least(1, 96)
     layers: int = at_least(1, 3)
     dense_layers: int = at_least(0, 1)  # the first layers, which have one plain MLP instead of experts
@@ -57,12 +61,15 @@ class NextToken:
     steps: int = at_least(0, 0)
     epochs: int = at_least(0, 2)
     batch_size: int = at_least(1, 32)  # documents a step
-    lr: float = at_least(0, 1e-3)
-    lr_end: float = at_least(0, 1e-4)  # the learning rate falls on a cosine from lr to lr_end
+    lr: float = at_least(0, 1e-3, pretrained=1e-5)
+    lr_end: float = at_least(
+        0, 1e-4, pretrained=1e-6
+    )  # the learning rate falls on a cosine from lr to lr_end
     warmup: int = at_least(0, 0)  # steps of linear warm-up
     weight_decay: float = at_least(0, 0.0)
     grad_clip: float = at_least(0, 1.0)  # largest norm of the gradient
-    max_length: int = at_least(2, 128)  # tokens a document
+    max_length: int = at_least(0, 128, pretrained=0)  # tokens a document; 0: as many as the model reads
+    micro_batch_tokens: int = rounding(4096, 1)  # padded tokens in one forward and backward pass
     bias_rate: float = at_least(0, 1e-3)  # step of the router bias towards an even load of the experts
     save_every: int = operational(100)  # steps between resume points; 0: none
 
@@ -101,8 +108,8 @@ class Sampling:
 
     temperature: float = at_least(0, 1.0)  # 0: greedy
     top_p: float = at_least(0, 1.0)
-    max_new_tokens: int = at_least(1, 64)
-    batch_size: int = at_least(1, 256)  # sequences in flight
+    max_new_tokens: int = at_least(1, 64, pretrained=1024)
+    batch_size: int = rounding(256, 1, pretrained=64)  # sequences in flight
 
 
 @dataclass
@@ -113,7 +120,7 @@ class Grpo:
     prompts: int = at_least(1, 24)
     group_size: int = at_least(2, 16)
     minibatches: int = at_least(1, 2)
-    lr: float = at_least(0, 5e-4)
+    lr: float = at_least(0, 5e-4, pretrained=1e-6)
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     lr_end: float = at_least(0, 0.0)
     warmup: int = at_least(0, 0)  # steps of linear warm-up: Adam's first steps are as long as the rate allows
@@ -122,11 +129,12 @@ class Grpo:
     kl_coef: float = at_least(0, 1e-3)
     clip: float = at_least(0, 0.2)
     temperature: float = at_least(0, 1.0)
-    max_new_tokens: int = at_least(1, 64)
+    max_new_tokens: int = at_least(1, 64, pretrained=1024)
     max_new_tokens_from: dict[int, int] = field(
         default_factory=dict
     )  # step -> max_new_tokens from that step on
-    batch_size: int = at_least(1, 384)  # sequences in flight while sampling
+    batch_size: int = rounding(384, 1, pretrained=64)  # sequences in flight while sampling
+    micro_batch_tokens: int = rounding(4096, 1)  # padded tokens in one forward and backward pass
     reference_every: int = at_least(0, 0)  # steps until the reference becomes the policy; 0: never
     variant: str = "grpo"  # as in r1kernels.grpo_loss
     ratio: Literal["token", "sequence", "output"] = "token"
@@ -184,7 +192,7 @@ class Judge(NextToken):
     prompts: int = at_least(1, 512)
     samples: int = at_least(1, 4)
     temperature: float = at_least(0, 1.0)
-    max_new_tokens: int = at_least(1, 64)
+    max_new_tokens: int = at_least(1, 64, pretrained=1024)
     held_out: float = at_least(0, 0.1)  # share of the problems kept for the agreement with the rule
     minimum_agreement: float = at_least(0, 0.95)
 
@@ -233,7 +241,7 @@ class RewardModels(NextToken):
     unsafe_samples: int = at_least(1, 12)  # responses an unsafe problem, of which there are few
     pairs: int = at_least(1, 4)  # most pairs a problem
     temperature: float = at_least(0, 1.0)
-    max_new_tokens: int = at_least(1, 64)
+    max_new_tokens: int = at_least(1, 64, pretrained=1024)
 
 
 @dataclass
@@ -301,11 +309,17 @@ class Recipe:
     name: str = "custom"
     description: str = ""
     seed: int = at_least(0, 0)
-    threads: int = at_least(1, 1)  # torch CPU threads; another number may change the last bits
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where torch sees one
+    threads: int = rounding(1, 1)  # torch CPU threads
+    device: Literal["auto", "cpu", "cuda"] = rounding("auto")  # auto: the GPU where torch sees one
     dtype: Literal["float32", "bfloat16"] = "float32"  # of forward passes (autocast); parameters are float32
-    experts_implementation: Literal["r1kernels", "grouped_mm", "eager"] = "r1kernels"  # or transformers' own
-    deterministic: bool = False  # on CUDA: deterministic algorithms, so that a resume is exact there too
+    # r1kernels, or transformers' own
+    experts_implementation: Literal["r1kernels", "grouped_mm", "eager"] = rounding("r1kernels")
+    deterministic: bool = rounding(
+        False
+    )  # on CUDA: deterministic algorithms, so that a resume is exact there too
+    gradient_checkpointing: bool = rounding(
+        False
+    )  # layers recompute activations in the backward pass: less memory
     stages: list[str] = field(default_factory=lambda: list(STAGE_NAMES))
     task: list[str] = field(default_factory=lambda: ["arithmetic", "general"])
     task_options: dict[str, dict[str, Any]] = field(default_factory=dict)  # task -> its keyword arguments

@@ -6,6 +6,8 @@ whatever else shares its batch.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -45,3 +47,12 @@ def torch_rng(*parts: int | str) -> torch.Generator:
     generator = torch.Generator(device="cpu")
     generator.manual_seed(key(*parts))
     return generator
+
+
+@contextmanager
+def torch_seed(*parts: int | str) -> Iterator[None]:
+    """Inside the block, torch's global generators are keyed by `parts`, for what draws from nothing else: dropout."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(key(*parts))
+        yield

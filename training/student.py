@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from training import seeding
 from training.errors import UserError
-from training.model import load, prepare
+from training.model import prepare
+from training.pretrained import load_pretrained
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from training.sections import Student
 
-ARCHITECTURES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+CONFIGS = {"qwen2": Qwen2Config, "llama": LlamaConfig}
 
 
 def build(
@@ -32,25 +32,34 @@ def build(
         UserError: the hidden size is not divisible by the heads, or a pretrained folder holds no checkpoint.
     """
     if sizes.pretrained:
-        return load(Path(sizes.pretrained))
-    if sizes.hidden_size % sizes.heads:
-        raise UserError(
-            f"distill.students: hidden_size {sizes.hidden_size} is not divisible by heads {sizes.heads}"
-        )
-    make_config, make_model = ARCHITECTURES[sizes.architecture]
-    config = make_config(
-        vocab_size=len(tokenizer),
-        hidden_size=sizes.hidden_size,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.heads,
-        intermediate_size=sizes.intermediate_size,
+        model, own = load_pretrained(sizes.pretrained)
+        return prepare(model), own
+    config = config_of(
+        sizes,
+        len(tokenizer),
         max_position_embeddings=max_length,
-        tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.key(seed, "distill", sizes.architecture, "weights"))
-        return prepare(make_model(config)), tokenizer
+        return prepare(AutoModelForCausalLM.from_config(config)), tokenizer
+
+
+def config_of(sizes: Student, vocab_size: int, **more: int) -> PretrainedConfig:
+    """transformers' config of a student from random weights; UserError: hidden size not divisible by the heads."""
+    if sizes.hidden_size % sizes.heads:
+        raise UserError(
+            f"distill.students: hidden_size {sizes.hidden_size} is not divisible by heads {sizes.heads}"
+        )
+    return CONFIGS[sizes.architecture](
+        vocab_size=vocab_size,
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
+        intermediate_size=sizes.intermediate_size,
+        tie_word_embeddings=True,
+        **more,
+    )

@@ -8,7 +8,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 from r1kernels import backends, extension, use_backend
 from training.checkpoint import save_model
 from training.cli import main, table
-from training.estimate import CPU, deepseek_parameters, dense_parameters, estimate
+from training.estimate import CPU, count, estimate, parameters
 from training.files import write_jsonl
 from training.model import build_model
 from training.recipe import STAGE_NAMES, load
@@ -154,7 +154,7 @@ def test_the_plan_of_the_paper(capsys):
     assert "dollars" in out
 
 
-@pytest.mark.parametrize("name", ["tiny", "smoke", pytest.param("smollm2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["tiny", "smoke", pytest.param("smollm2", marks=needs_smollm2)])
 def test_a_dry_run_writes_nothing(name, capsys, tmp_path):
     assert main(["run", name, "--dry-run", "--run", str(tmp_path / "run")]) == 0
     out, _ = lines(capsys)
@@ -171,7 +171,7 @@ def test_parameters_are_counted_as_transformers_builds_them(overrides):
     model = build_model(recipe.model, tokenizer, seed=0)
     assert isinstance(model, DeepseekV3ForCausalLM)
     assert isinstance(model.config, DeepseekV3Config)
-    counted = deepseek_parameters(recipe.model, len(tokenizer))
+    counted = parameters(recipe)
     assert counted.total == sum(parameter.numel() for parameter in model.parameters())
     experts = sum(
         parameter.numel()
@@ -194,7 +194,7 @@ def test_dense_parameters_are_counted_as_transformers_builds_them(key_heads, tie
         tie_word_embeddings=tied,
     )
     expected = sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameters())
-    assert dense_parameters(32, 3, 4, 24, 50, key_heads, tied).total == expected
+    assert count(config).total == count(config).active == expected
 
 
 def test_the_cost_of_grpo_by_hand():
@@ -208,7 +208,7 @@ def test_the_cost_of_grpo_by_hand():
     ]
     recipe = load("tiny", [*words, "stages=[base, zero]"])
     (row,) = [row for row in estimate(recipe) if row.stage == "zero"]
-    model = deepseek_parameters(recipe.model, 300)
+    model = parameters(recipe)
     forward = 2 * model.active + 2 * model.attention_width * 10
     assert row.sampled_tokens == 2 * 12 * 20
     assert row.sampling_flops == pytest.approx(480 * forward)

@@ -146,14 +146,14 @@ def test_documents_depend_on_the_seed_alone():
 def test_prompts_use_known_words_only():
     tokenizer = build_tokenizer()
     problem = arithmetic.make_problem(12, 34, "de")
-    texts = (
+    written = (
         prompts.zero(problem),
         prompts.chat(problem),
         prompts.reflect(problem),
         prompts.few_shot(problem, TASK.worked_examples("de")[:2]),
         prompts.judge(problem, "46", "<answer> 46 </answer>"),
     )
-    for text in texts:
+    for text in map(prompts.plain, written):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 

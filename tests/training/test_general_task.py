@@ -103,5 +103,5 @@ def test_worked_examples_show_every_family_of_the_language_in_the_special_token_
 
 def test_judge_prompt_is_in_the_vocabulary():
     tokenizer = build_tokenizer()
-    text = prompts.judge(TRAIN[0], "57", "<answer> 58 </answer>")
+    text = prompts.plain(prompts.judge(TRAIN[0], "57", "<answer> 58 </answer>"))
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text

@@ -66,8 +66,9 @@ def test_the_loss_is_on_the_verdict_and_the_prompt_shows_question_reference_and_
     text = "<think> 3 plus 4 makes 7 . </think> <answer> 58 </answer>"
     made = document(sample(text), right=False)
     assert made.text == write_verdict("57", "58", False)
+    (turn,) = made.prompt
     for part in (PROBLEM.question, "reference : 57", text):
-        assert part in made.prompt_text
+        assert part in turn.content
 
 
 def test_hard_negatives_are_near_misses():

@@ -103,12 +103,13 @@ def test_the_prompt_carries_no_loss_and_eos_does(tmp_path):
     """A model that has learnt the response knows it with its eos, and nothing of the prompt."""
     config = NextToken(steps=80, batch_size=4, lr=1e-2, lr_end=1e-3)
     built = model()
-    documents = [Document("makes 7", prompt_text="carry carry plus")] * 4
+    documents = [Document("makes 7", prompts.ask("carry carry plus"))] * 4
     next_token.train(built, TOKENIZER, documents, config, context(tmp_path / "a", config))
-    ids = torch.tensor([[1, *TOKENIZER.encode("carry carry plus makes 7", add_special_tokens=False), 2]])
+    text = "user : carry carry plus assistant : makes 7"
+    ids = torch.tensor([[1, *TOKENIZER.encode(text, add_special_tokens=False), 2]])
     logp = built(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    assert logp[3:].min() > -0.2  # makes, 7, eos
-    assert logp[:3].max() < -1.0  # carry, carry, plus
+    assert logp[7:].min() > -0.2  # makes, 7, eos
+    assert logp[:7].max() < -1.0  # user : carry carry plus assistant :
 
 
 def test_training_lowers_the_loss_and_evens_the_load(tmp_path):
@@ -315,9 +316,8 @@ def test_other_ratios_and_reductions_learn_too(tmp_path, ratio, reduction):
      {"variant": "cispo", "reduction": "constant"}],
     ids=["token", "no KL", "output", "sequence", "cispo"],
 )  # fmt: skip
-def test_the_fused_loss_takes_the_same_step(tmp_path, changes, monkeypatch):
-    monkeypatch.setattr("training.loops.batch.MICRO_BATCH_TOKENS", 60)  # several forward passes an update
-    config = replace(CONFIG, steps=1, **changes)
+def test_the_fused_loss_takes_the_same_step(tmp_path, changes):
+    config = replace(CONFIG, steps=1, micro_batch_tokens=60, **changes)  # several forward passes an update
     rows, weights, _, _ = run_grpo(tmp_path / "a", config)
     fused, fused_weights, _, _ = run_grpo(tmp_path / "b", replace(config, fused_loss=True))
     assert set(fused[0]) == set(rows[0])
@@ -348,12 +348,11 @@ def test_routing_replay_can_be_turned_off(tmp_path):
     assert not any(name.startswith("replay_agreement") for name in rows[0])
 
 
-def test_minibatches_of_uneven_micro_batches_are_one_batch(tmp_path, monkeypatch):
+def test_minibatches_of_uneven_micro_batches_are_one_batch(tmp_path):
     """The gradient of a step does not depend on how the responses are cut into forward passes."""
     config = replace(CONFIG, steps=1, minibatches=1)
     _, whole, _, _ = run_grpo(tmp_path / "a", config)
-    monkeypatch.setattr("training.loops.batch.MICRO_BATCH_TOKENS", 60)
-    _, pieces, _, _ = run_grpo(tmp_path / "b", config)
+    _, pieces, _, _ = run_grpo(tmp_path / "b", replace(config, micro_batch_tokens=60))
     for name in whole:
         torch.testing.assert_close(whole[name], pieces[name], rtol=1e-3, atol=2e-4)
 

@@ -6,7 +6,7 @@ from transformers import DeepseekV3ForCausalLM
 
 from training.checkpoint import load_model, save_model
 from training.errors import UserError
-from training.model import StepLoad, build_model, frozen_copy, has_routers, load
+from training.model import StepLoad, build_model, frozen_copy, is_patched, load
 from training.recipe import load as load_recipe
 from training.sections import Model, Student
 from training.student import build as build_student
@@ -106,7 +106,7 @@ def test_a_dense_model_has_no_load_and_no_bias():
     student, _ = build_student(
         Student(hidden_size=16, layers=1, heads=2, intermediate_size=16), TOKENIZER, 0, 64
     )
-    assert not has_routers(student)
+    assert not is_patched(student)
     load_ = StepLoad(student)
     with load_.counting(torch.ones_like(IDS)):
         student(input_ids=IDS)

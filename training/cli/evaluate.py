@@ -8,6 +8,7 @@ from training.cli.arguments import add_out, add_run, checkpoint, existing_run
 from training.errors import UserError
 from training.format import align, percent
 from training.placement import placed
+from training.prompts import STYLES
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,6 +21,12 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         help="such as zero, or a folder (default: the last policy), then settings such as evaluate.k=8",
     )
     add_run(parser)
+    parser.add_argument(
+        "--prompt",
+        choices=STYLES,
+        help="how it is asked: chat is the bare question, zero the template of R1-Zero (default: what the checkpoint's "
+        "folder notes, else chat)",
+    )
     add_out(parser, "also write the rows to this JSONL file")
     parser.set_defaults(run_command=run_command)
 
@@ -38,10 +45,11 @@ def run_command(arguments: argparse.Namespace) -> None:
         name, path = named[0], Path(named[0])
     else:
         name, path = checkpoint(run_dir, named[0] if named else None)
+    # a folder of somewhere else is of no stage, whatever its name
+    stage = "" if named and path == Path(named[0]) else name.split("-")[0]
     with placed(recipe):
-        rows, _ = marks(
-            responses.load_source(name.split("-")[0], path, recipe), name, recipe, recipe.evaluate
-        )
+        source = responses.load_source(stage, path, recipe, arguments.prompt)
+        rows, _ = marks(source, name, recipe, recipe.evaluate)
     hidden = ("checkpoint", "split", "language", "problems", "length", "k", "reward_errors")
     shown = [key for key in rows[0] if key not in hidden]
     header = ["split", "language", "problems", *shown, "length"]
@@ -55,7 +63,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         ]
         for row in rows
     ]
-    print(f"{name} (in %, length in tokens)")
+    print(f"{name} (in %, length in tokens; prompt: {source.style})")
     print("\n".join(align([header, *body])))
     errors = sum(row["reward_errors"] for row in rows if row["language"] == "all")
     if errors:

@@ -1,10 +1,10 @@
 """`run --dry-run`: the plan of a recipe, its stage graph, memory and cost."""
 
-from training.estimate import CPU, GPU, LENGTH_SHARE, estimate, parameters
+from training.estimate import BYTES, CPU, GPU, LENGTH_SHARE, estimate, parameters
 from training.files import readable_bytes
 from training.format import align, short
 from training.pipeline import parents_of, plan
-from training.recipe import Recipe
+from training.recipe import Recipe, remarks
 
 GPU_BYTES = 80 * 2**30
 
@@ -16,7 +16,10 @@ def text(recipe: Recipe) -> str:
     device = GPU if recipe.device == "cuda" else CPU
     lines = [
         f"recipe {recipe.name}: {recipe.description}",
-        f"model: {short(model.total)} parameters, {short(model.active)} of them active for a token; {recipe.dtype}",
+        f"model: {short(model.total)} parameters, {short(model.active)} of them active for a token "
+        f"({model.total:,} in all); forward passes in {recipe.dtype}",
+        f"bytes per parameter: {4 * BYTES} in training (float32 weights, gradients and two moments), {BYTES} more for a "
+        f"reference, {BYTES} for sampling",
         "",
         "stage graph",
         *graph(recipe),
@@ -56,6 +59,7 @@ def text(recipe: Recipe) -> str:
         lines.append(
             "the paper reports 147,000 H800 hours (101,000 for zero, 5,000 for data, 41,000 for the rest): 294,000 dollars"
         )
+    lines += [f"warning: {remark}" for remark in remarks(recipe)]
     return "\n".join(lines)
 
 

@@ -1,10 +1,10 @@
-"""Log-probs of sampled responses: padding, the forward pass, and routing replay."""
+"""Batches of sampled responses: micro-batches, padding, the forward pass, routing replay and log-probs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 
 import r1kernels
 from r1kernels.integrations import transformers as integration
+from r1kernels.integrations.routing_record import RoutingReplay
 from training.loops.sample import Completion
-from training.model import StepLoad
-
-MICRO_BATCH_TOKENS = 4096  # padded tokens in one forward pass: what fits a core's cache is fastest
+from training.model import StepLoad, recomputed
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,11 @@ def collate(completions: Sequence[Completion], pad: int, device: torch.device, r
     return Batch(ids.to(device), mask.to(device), targets.to(device), routing)
 
 
-def micro_batches(completions: Sequence[Completion]) -> Iterator[list[int]]:
-    """Indices by length, in pieces of at most MICRO_BATCH_TOKENS padded tokens."""
-
-    def length(i: int) -> int:
-        return len(completions[i].prompt_ids) + len(completions[i].token_ids)
-
+def micro_batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices of sequences by their length, in pieces of at most `most` padded tokens, so that little padding is computed."""
     piece: list[int] = []
-    for i in sorted(range(len(completions)), key=length):
-        if piece and length(i) * (len(piece) + 1) > MICRO_BATCH_TOKENS:
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if piece and lengths[i] * (len(piece) + 1) > most:
             yield piece
             piece = []
         piece.append(i)
@@ -72,47 +67,49 @@ def micro_batches(completions: Sequence[Completion]) -> Iterator[list[int]]:
         yield piece
 
 
-class States(NamedTuple):
-    """Hidden states (N, H) that predict the N response tokens of a batch, row by row; agreement: the share of replayed
-    choices that the live router would have made too, nan without replay."""
-
-    hidden: Tensor
-    agreement: float
-
-
 class Logprobs(NamedTuple):
     """logp and entropy (B, L) at the places of Batch.targets, float32, 0 elsewhere (the entropy everywhere where it was not
-    asked for); agreement: see States."""
+    asked for); agreement: the share of replayed choices that the live router would have made too, nan without replay."""
 
     logp: Tensor
     entropy: Tensor
     agreement: float
 
 
-def states(model: PreTrainedModel, batch: Batch, load: StepLoad | None = None) -> States:
-    """The model without its head, with the routing of the batch replayed.
+@contextmanager
+def routed(
+    model: PreTrainedModel, batch: Batch, load: StepLoad | None = None
+) -> Iterator[RoutingReplay | None]:
+    """Inside the block the routing of the batch is replayed; the forward and the backward pass both belong there.
 
     load: counts the tokens of every expert, where given.
     """
     replaying = nullcontext() if batch.routing is None else integration.replay_routing(model, batch.routing)
     counting = nullcontext() if load is None else load.counting(batch.mask)
-    with replaying as replay, counting:
-        # Padding stands on the right, where causal attention never sees it: no attention mask is needed.
-        hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-    return States(hidden[batch.response_mask], math.nan if replay is None else replay.agreement)
+    with replaying as replay, counting, recomputed(model):
+        yield replay
 
 
-def logprobs(
-    model: PreTrainedModel,
-    batch: Batch,
-    temperature: float,
-    load: StepLoad | None = None,
-    entropy: bool = False,
-) -> Logprobs:
-    """Log-prob and, with `entropy`, the entropy of every response token at `temperature`; see `states`."""
-    found = states(model, batch, load)
+def states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Hidden states (N, H) of the model that predict the N response tokens of a batch, row by row."""
+    # Padding stands on the right, where causal attention never sees it: no attention mask is needed.
+    hidden: Tensor = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    return hidden[batch.response_mask]
+
+
+def logprobs(model: PreTrainedModel, batch: Batch, temperature: float, entropy: bool = False) -> Logprobs:
+    """Log-prob and, with `entropy`, the entropy of every response token at `temperature`, with the routing replayed."""
+    with routed(model, batch) as replay:
+        logp, value = head_logprobs(model, batch, states(model, batch), temperature, entropy)
+    return Logprobs(logp, value, math.nan if replay is None else replay.agreement)
+
+
+def head_logprobs(
+    model: PreTrainedModel, batch: Batch, hidden: Tensor, temperature: float, entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy (0 where it is not asked for), (B, L) each, from the hidden states of `states`."""
     results = r1kernels.linear_logprobs(
-        found.hidden,
+        hidden,
         targets=batch.targets[batch.response_mask],
         temperature=temperature,
         return_entropy=entropy,
@@ -120,8 +117,7 @@ def logprobs(
     )
     logp, value = results if entropy else (results, None)
     empty = torch.zeros(batch.targets.shape, dtype=logp.dtype, device=logp.device)
-    return Logprobs(
+    return (
         empty.masked_scatter(batch.response_mask, logp),
         empty if value is None else empty.masked_scatter(batch.response_mask, value),
-        found.agreement,
     )

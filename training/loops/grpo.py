@@ -7,6 +7,7 @@ first update, with the routing of the rollout replayed in all passes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from statistics import fmean
@@ -18,11 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import r1kernels
 from training import checkpoint, rewards, seeding
 from training.context import StageContext
-from training.loops.batch import Batch, collate, logprobs, micro_batches
+from training.encoder import Encoder
+from training.loops.batch import Batch, collate, logprobs, micro_batches, routed
 from training.loops.loss import policy_loss
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.loops.sample import Completion, Prompt, sample
 from training.model import StepLoad, frozen_copy
+from training.prompts import Prompter
 from training.recipe import Grpo
 from training.response import parse
 from training.rewards import Sample, Scored
@@ -33,7 +36,7 @@ def train(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Callable[[int], list[Problem]],
-    prompt: Callable[[Problem], str],
+    prompt: Prompter,
     reward: Callable[[int, list[Sample]], list[Scored]],
     config: Grpo,
     context: StageContext,
@@ -43,23 +46,24 @@ def train(
 
     Args:
         problems: step -> the questions of that step, config.prompts of them, a pure function of the step.
-        prompt: problem -> text before the response.
+        prompt: problem -> the turns before the response.
         reward: step, all responses of the step -> their rewards, in order.
         config: sizes, learning rate, loss. Its `rewards` are the caller's business.
         context: where metrics, samples and resume points go; `context.stage` resumes a run that was cut off.
-        reference: the policy that the KL term stays near; None: a copy of `policy` as it comes in.
+        reference: the policy that the KL term stays near; None: a copy of `policy` as it comes in. Where config.kl_coef is 0
+            nothing measures a distance from it, and no copy is held.
 
     Raises:
         UserError: too many steps in a row without a finite loss or gradient.
     """
     optimizer = Optimizer(policy, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
-    reference = reference or frozen_copy(policy)
+    reference = (reference or frozen_copy(policy)) if config.kl_coef else None
     state = context.stage.load_state()
     start = 0
     if state is not None:
         start = state.step
         optimizer.restore(state.tensors, state.counters)
-        if config.reference_every:
+        if reference is not None and config.reference_every:
             checkpoint.load_model_tensors(reference, state.tensors, "reference.")
     with context.progress.grpo_bar(config.steps, start, context.name) as bar:
         for step in range(start, config.steps):
@@ -69,11 +73,11 @@ def train(
             context.stage.log(step=step, **metrics)
             shown = ("reward", "accuracy", "format", "language_consistency", "length", "loss")
             bar.advance(1, **{name: metrics[name] for name in shown if name in metrics})
-            if config.reference_every and (step + 1) % config.reference_every == 0:
+            if reference is not None and config.reference_every and (step + 1) % config.reference_every == 0:
                 reference.load_state_dict(policy.state_dict())
             if save_due(step + 1, config.steps, config.save_every):
                 tensors = optimizer.tensors()
-                if config.reference_every:
+                if reference is not None and config.reference_every:
                     tensors |= checkpoint.model_tensors(reference, "reference.")
                 context.stage.save_state(step + 1, tensors, optimizer.counters())
     policy.eval()
@@ -82,11 +86,11 @@ def train(
 
 def _step(
     policy: PreTrainedModel,
-    reference: PreTrainedModel,
+    reference: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: Optimizer,
     problems: list[Problem],
-    prompt: Callable[[Problem], str],
+    prompt: Prompter,
     reward: Callable[[int, list[Sample]], list[Scored]],
     config: Grpo,
     context: StageContext,
@@ -115,7 +119,7 @@ def _step(
     advantages = r1kernels.group_advantages(values, group_size=config.group_size, valid=valid)
     _show(context, step, scored, advantages)
     clock.mark("reward")
-    pad = tokenizer.pad_token_id
+    pad = Encoder(policy, tokenizer).pad_id
     policy.eval()  # no dropout: the policy that samples and the one that learns are the same function
     old, ref, measured = _fixed_logprobs(policy, reference, completions, pad, config, clock)
     order = seeding.numpy_rng(*key, "minibatches", step).permutation(len(completions))
@@ -157,7 +161,7 @@ def max_new_tokens(config: Grpo, step: int) -> int:
 @torch.no_grad()
 def _fixed_logprobs(
     policy: PreTrainedModel,
-    reference: PreTrainedModel,
+    reference: PreTrainedModel | None,
     completions: list[Completion],
     pad: int,
     config: Grpo,
@@ -169,20 +173,24 @@ def _fixed_logprobs(
     ref: dict[int, Tensor] = {}
     tokens = sum(len(c.token_ids) for c in completions)
     means: dict[str, float] = {"entropy": 0.0}
-    for rows in micro_batches(completions):
+    for rows in micro_batches(_lengths(completions), config.micro_batch_tokens):
         batch = collate([completions[i] for i in rows], pad, policy.device, config.replay)
         found = logprobs(policy, batch, config.temperature, entropy=True)
         means["entropy"] += float(found.entropy.sum()) / tokens
         _add_agreement(means, "replay_agreement_old", batch, found.agreement, tokens)
         old.update(zip(rows, found.logp, strict=True))
         clock.mark("old_logprob")
-        if config.kl_coef:
+        if reference is not None:
             found = logprobs(reference, batch, config.temperature)
             _add_agreement(means, "replay_agreement_reference", batch, found.agreement, tokens)
             ref.update(zip(rows, found.logp, strict=True))
             clock.mark("reference_logprob")
     everything = range(len(completions))
     return [old[i] for i in everything], [ref[i] for i in everything] if ref else None, means
+
+
+def _lengths(completions: list[Completion]) -> list[int]:
+    return [len(c.prompt_ids) + len(c.token_ids) for c in completions]
 
 
 def _add_agreement(means: dict[str, float], name: str, batch: Batch, agreement: float, tokens: int) -> None:
@@ -216,29 +224,29 @@ def _update(
     sums: dict[str, float] = {}
     maxima = 0.0
     load = StepLoad(policy)
-    for piece in micro_batches(chosen):
+    for piece in micro_batches(_lengths(chosen), config.micro_batch_tokens):
         batch = collate([chosen[i] for i in piece], pad, policy.device, config.replay)
         ids = [rows[i] for i in piece]
-        found = policy_loss(
-            policy,
-            batch,
-            [old[i] for i in ids],
-            None if ref is None else [ref[i] for i in ids],
-            advantages[ids],
-            config,
-            totals,
-            load,
-        )
-        output = found.output
-        clock.mark("new_logprob")
-        output.loss.backward()
+        with routed(policy, batch, load) as replay:
+            output = policy_loss(
+                policy,
+                batch,
+                [old[i] for i in ids],
+                None if ref is None else [ref[i] for i in ids],
+                advantages[ids],
+                config,
+                totals,
+            )
+            clock.mark("new_logprob")
+            output.loss.backward()
+            agreement = math.nan if replay is None else replay.agreement
         loss += float(output.loss.detach())
         share = int(batch.response_mask.sum()) / totals["num_tokens"]
         measured = output.metrics.floats()
         for name, source in METRICS.items():
             if source in measured:
                 sums[name] = sums.get(name, 0.0) + share * measured[source]
-        _add_agreement(sums, "replay_agreement", batch, found.agreement, totals["num_tokens"])
+        _add_agreement(sums, "replay_agreement", batch, agreement, totals["num_tokens"])
         maxima = max(maxima, measured.get("ratio/max", 0.0))
         clock.mark("update")
     norm, taken = optimizer.step(loss, lr)

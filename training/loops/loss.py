@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,16 +11,8 @@ from transformers import PreTrainedModel
 
 import r1kernels
 from r1kernels.integrations import transformers as integration
-from training.loops.batch import Batch, logprobs, states
-from training.model import StepLoad
+from training.loops.batch import Batch, head_logprobs, states
 from training.recipe import Grpo
-
-
-class PolicyLoss(NamedTuple):
-    """The output of the loss op, and the agreement of replayed with live routing (see batch.States)."""
-
-    output: r1kernels.GRPOOutput
-    agreement: float
 
 
 def policy_loss(
@@ -31,9 +23,8 @@ def policy_loss(
     advantages: Tensor,
     config: Grpo,
     totals: dict[str, int],
-    load: StepLoad,
-) -> PolicyLoss:
-    """The forward pass under the policy and its loss.
+) -> r1kernels.GRPOOutput:
+    """The forward pass under the policy and its loss; call it and its backward inside of `batch.routed`.
 
     With config.fused_loss, from the hidden states in one op (no (N, V) logits, no log-probs); else log-probs first.
 
@@ -41,19 +32,17 @@ def policy_loss(
         old, ref: log-probs of every response of the batch, each (L,) for some L.
         advantages: (B,).
         totals: responses, tokens and longest length of the whole minibatch.
-        load: counts the tokens of every expert.
     """
     width, mask = batch.targets.shape[1], batch.response_mask
     old_logp = _stack(old, width)
     ref_logp = None if ref is None else _stack(ref, width)
     advantages = advantages.to(old_logp)
     arguments = loss_arguments(config, totals)
+    hidden = states(policy, batch)
     if not config.fused_loss:
-        found = logprobs(policy, batch, config.temperature, load)
-        output = r1kernels.grpo_loss(found.logp, old_logp, advantages, mask, ref_logp=ref_logp, **arguments)
-        return PolicyLoss(output, found.agreement)
-    hidden, agreement = states(policy, batch, load)
-    output = r1kernels.linear_grpo_loss(
+        logp, _ = head_logprobs(policy, batch, hidden, config.temperature)
+        return r1kernels.grpo_loss(logp, old_logp, advantages, mask, ref_logp=ref_logp, **arguments)
+    return r1kernels.linear_grpo_loss(
         hidden,
         targets=batch.targets[mask],
         old_logp=old_logp[mask],
@@ -65,7 +54,6 @@ def policy_loss(
         **integration.output_head(policy)._asdict(),
         **arguments,
     )
-    return PolicyLoss(output, agreement)
 
 
 def loss_arguments(config: Grpo, totals: dict[str, int]) -> dict[str, Any]:

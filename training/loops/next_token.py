@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,22 +14,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import r1kernels
 from r1kernels.integrations import transformers as integration
-from training import seeding
+from training import notices, seeding
 from training.context import StageContext
+from training.encoder import Encoder
 from training.errors import UserError
+from training.loops.batch import micro_batches
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.model import StepLoad
+from training.prompts import Turns
 from training.recipe import NextToken
-
-MICRO_BATCH_TOKENS = 4096  # padded tokens in one forward pass: what fits a core's cache is fastest
 
 
 @dataclass(frozen=True)
 class Document:
-    """A training text. With a prompt_text, that text stands before it and carries no loss; eos is learnt at its end."""
+    """A training text. Without a prompt it is learnt whole, as in pretraining. Behind the turns of a prompt it is a response:
+    the prompt carries no loss, and the end of the turn is learnt."""
 
     text: str
-    prompt_text: str = ""
+    prompt: Turns = ()
+
+
+class Row(NamedTuple):
+    """Token ids of a document, and how many of them, at its head, carry no loss."""
+
+    ids: list[int]
+    prompt: int
 
 
 def train(
@@ -44,18 +55,19 @@ def train(
         loss of a step = - sum of log p(token) over the step's documents / number of those tokens
 
     Args:
-        model: dense, or DeepSeek-V3 (then its router bias is updated once a step).
+        model: dense, or a mixture (where its routers have a selection bias, that is updated once a step).
         documents: at least one. A pass over them is in an order keyed by (seed, stage, title, epoch).
         config: steps (or epochs where steps is 0), batch_size, lr and so on.
         context: where metrics and resume points go; `context.stage` resumes a run that was cut off.
         title: names the training where one stage has several; part of the key of the order.
 
     Returns:
-        The last metrics, with the number of documents cut at config.max_length as `truncated`.
+        The last metrics, with the number of documents that were cut as `truncated`; a warning says so, too.
     """
     if not documents:
         raise UserError(f"{context.name}: there are no documents to train on")
-    rows, truncated = _encode(tokenizer, documents, config.max_length)
+    encoder = Encoder(model, tokenizer)
+    rows, truncated = _encode(encoder, documents, config.max_length, context.name)
     per_epoch = len(rows) / config.batch_size
     steps = config.steps or max(1, round(config.epochs * per_epoch))
     optimizer = Optimizer(model, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
@@ -70,22 +82,25 @@ def train(
         for step in range(start, steps):
             began = time.perf_counter()
             chosen = _batch(len(rows), config.batch_size, step, (context.recipe.seed, context.name, title))
-            metrics = _step(
-                model, optimizer, [rows[i] for i in chosen], tokenizer.pad_token_id, config, step, steps
-            )
+            with seeding.torch_seed(context.recipe.seed, context.name, title, "dropout", step):
+                metrics = _step(
+                    model, optimizer, [rows[i] for i in chosen], encoder.pad_id, config, step, steps
+                )
             metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
             context.stage.log(step=step, **metrics)
             bar.advance(loss=metrics["loss"])
             if save_due(step + 1, steps, config.save_every):
                 context.stage.save_state(step + 1, optimizer.tensors(), optimizer.counters())
     model.eval()
+    if any(document.prompt for document in documents):
+        encoder.note_ends()
     return {**metrics, "steps": steps, "truncated": truncated}
 
 
 def _step(
     model: PreTrainedModel,
     optimizer: Optimizer,
-    rows: list[tuple[list[int], int]],
+    rows: list[Row],
     pad: int,
     config: NextToken,
     step: int,
@@ -94,8 +109,8 @@ def _step(
     total = sum(len(ids) - max(1, prompt) for ids, prompt in rows)
     loss, tokens = 0.0, 0
     load = StepLoad(model)
-    for batch in _micro_batches(rows):
-        ids, mask, targets = (part.to(model.device) for part in _pad(batch, pad))
+    for piece in micro_batches([len(row.ids) for row in rows], config.micro_batch_tokens):
+        ids, mask, targets = (part.to(model.device) for part in _pad([rows[i] for i in piece], pad))
         with load.counting(mask):
             # Padding stands on the right, where causal attention never sees it: no attention mask is needed.
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -122,22 +137,29 @@ def _step(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], max_length: int
-) -> tuple[list[tuple[list[int], int]], int]:
-    """Token ids with bos and eos, the number of leading ids without loss, and how many documents were cut."""
-    texts = tokenizer([document.text for document in documents], add_special_tokens=False)["input_ids"]
-    prompts = tokenizer([document.prompt_text for document in documents], add_special_tokens=False)[
-        "input_ids"
-    ]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    rows, truncated = [], 0
-    for prompt, text in zip(prompts, texts, strict=True):
-        ids = [bos, *prompt, *text, eos]
-        truncated += len(ids) > max_length
-        rows.append((ids[:max_length], 1 + len(prompt) if prompt else 0))
-    rows = [(ids, prompt) for ids, prompt in rows if len(ids) > max(1, prompt)]
+    encoder: Encoder, documents: Sequence[Document], max_length: int, stage: str
+) -> tuple[list[Row], int]:
+    """The documents as rows, and how many of them were cut: at max_length (0: none) and at the positions of the model."""
+    most = min(length for length in (max_length, encoder.positions, sys.maxsize) if length)
+    rows, longest, truncated = [], 0, 0
+    for document in documents:
+        if document.prompt:
+            prompt, opening = encoder.prompt(document.prompt)
+            row = Row(prompt + encoder.response(document.text, opening), len(prompt))
+        else:
+            row = Row(encoder.document(document.text), 0)
+        truncated += len(row.ids) > most
+        longest = max(longest, len(row.ids))
+        rows.append(Row(row.ids[:most], row.prompt))
+    if truncated:
+        notices.warn(
+            "documents",
+            f"{truncated} of {len(rows)} documents were cut at {most} tokens and never show how they end; the longest has "
+            f"{longest}: raise {stage}.max_length or leave them out",
+        )
+    rows = [row for row in rows if len(row.ids) > max(1, row.prompt)]
     if not rows:
-        raise UserError(f"max_length: {max_length} tokens leave nothing to learn of any document")
+        raise UserError(f"max_length: {most} tokens leave nothing to learn of any document")
     return rows, truncated
 
 
@@ -152,19 +174,7 @@ def _batch(count: int, size: int, step: int, key: tuple[int | str, ...]) -> list
     return chosen
 
 
-def _micro_batches(rows: list[tuple[list[int], int]]) -> Iterator[list[tuple[list[int], int]]]:
-    """The rows by length, in pieces of at most MICRO_BATCH_TOKENS padded tokens, so that little padding is computed."""
-    ordered = sorted(rows, key=lambda row: len(row[0]))
-    piece: list[tuple[list[int], int]] = []
-    for row in ordered:
-        if piece and len(row[0]) * (len(piece) + 1) > MICRO_BATCH_TOKENS:
-            yield piece
-            piece = []
-        piece.append(row)
-    yield piece
-
-
-def _pad(rows: list[tuple[list[int], int]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+def _pad(rows: list[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     """ids (B, L) padded on the right, mask (B, L), targets (B, L - 1) with -100 where there is no loss."""
     length = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), length), pad, dtype=torch.int64)

@@ -7,6 +7,7 @@ machines draw the same responses.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,23 +19,27 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.integrations import transformers as integration
-from training import seeding
-from training.model import has_routers
-from training.prompts import turns
+from training import notices, seeding
+from training.encoder import Encoder
+from training.errors import UserError
+from training.model import is_patched
+from training.prompts import Turns
 from training.tasks.problem import Problem
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem and the full text that stands before the response."""
+    """A problem and the turns that stand before the response."""
 
     problem: Problem
-    text: str
+    turns: Turns
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled response. token_ids ends with eos where `finished`; text has neither eos nor padding.
+    """One sampled response. token_ids ends with a token that ends responses where `finished`.
+
+    text: the response without that token; where the prompt has opened the thinking, its tag stands in the text too.
 
     routing: with record_routing, the experts chosen for every token of prompt and response but the last,
     (layers, tokens, experts per token) int16; None otherwise.
@@ -66,59 +71,72 @@ def sample(
     """Samples `samples` responses to every prompt.
 
     Args:
-        prompts: any number; see `encode_prompts`.
+        prompts: any number.
         temperature: 0 takes the most probable token. top_p: the smallest set of tokens with at least this probability.
-        max_new_tokens: a response is cut there, and then it is not `finished`.
+        max_new_tokens: a response is cut there, and then it is not `finished`; where the model has no more positions, too.
         seed_parts: key of the draw; with the problem's id and the sample's number it decides every token.
         batch_size: responses in flight.
         record_routing: keep the experts that the routers chose, for replay; a dense model has none.
 
     Returns:
         len(prompts) * samples completions in the order of `prompts`, the samples of a prompt side by side.
+
+    Raises:
+        UserError: a prompt is longer than the model can read.
     """
     was_training = model.training
     model.eval()
-    encoded = encode_prompts(tokenizer, [prompt.text for prompt in prompts])
+    encoder = Encoder(model, tokenizer)
     jobs = [
-        (prompt.problem, ids, number)
-        for prompt, ids in zip(prompts, encoded, strict=True)
+        (prompt.problem, *encoder.prompt(prompt.turns), number)
+        for prompt in prompts
         for number in range(samples)
     ]
     # Prompts of one length share a batch, so that nothing is padded. Keyed draws make the order irrelevant.
     by_length: dict[int, list[int]] = defaultdict(list)
-    for i, (_, ids, _) in enumerate(jobs):
+    for i, (problem, ids, _, _) in enumerate(jobs):
+        if room(encoder, len(ids)) < 1:
+            raise UserError(
+                f"problem {problem.id} of {problem.task}: its prompt has {len(ids)} tokens, and the model reads no more "
+                f"than {encoder.positions}"
+            )
         by_length[len(ids)].append(i)
     found: dict[int, Completion] = {}
-    for group in by_length.values():
+    for length, group in by_length.items():
+        most = min(max_new_tokens, room(encoder, length))
         for first in range(0, len(group), batch_size):
             chosen = group[first : first + batch_size]
-            keys = [seeding.key(*seed_parts, jobs[i][0].id, jobs[i][2]) for i in chosen]
-            choose = _Choice(uniforms(keys, max_new_tokens), temperature, top_p)
-            drawn = _generate(
-                model, [jobs[i][1] for i in chosen], choose, tokenizer.eos_token_id, record_routing
-            )
+            keys = [seeding.key(*seed_parts, jobs[i][0].id, jobs[i][3]) for i in chosen]
+            choose = _Choice(uniforms(keys, most), temperature, top_p)
+            drawn = _generate(model, [jobs[i][1] for i in chosen], choose, encoder.stop_ids, record_routing)
             for i, (token_ids, routing) in zip(chosen, drawn, strict=True):
-                problem, prompt_ids, number = jobs[i]
-                finished = token_ids[-1] == tokenizer.eos_token_id
-                text = tokenizer.decode(token_ids[:-1] if finished else token_ids)
+                problem, prompt_ids, opening, number = jobs[i]
+                finished = token_ids[-1] in encoder.stop_ids
+                text = encoder.text(token_ids[:-1] if finished else token_ids, opening)
                 found[i] = Completion(
                     problem, tuple(prompt_ids), tuple(token_ids), text, number, finished, routing
                 )
     model.train(was_training)
-    return [found[i] for i in range(len(jobs))]
+    completions = [found[i] for i in range(len(jobs))]
+    _warn_of_cut(completions, encoder, max_new_tokens)
+    return completions
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts: the turns of the tokenizer's chat template where it has one, else bos and the text."""
-    if tokenizer.chat_template:
-        return [
-            tokenizer.apply_chat_template(turns(text), add_generation_prompt=True, return_dict=False)
-            for text in texts
-        ]
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return (
-        [bos + ids for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
-    )
+def room(encoder: Encoder, length: int) -> int:
+    """The longest response that fits behind a prompt of `length` tokens; its last token is not read."""
+    return sys.maxsize if encoder.positions is None else encoder.positions - length + 1
+
+
+def _warn_of_cut(completions: list[Completion], encoder: Encoder, max_new_tokens: int) -> None:
+    """Says that most responses are cut: what reads them sees no answer."""
+    cut = sum(not completion.finished for completion in completions)
+    if 2 * cut > len(completions):
+        ends = ", ".join(repr(encoder.tokenizer.decode([each])) for each in encoder.stop_ids) or "nothing"
+        notices.warn(
+            "cut",
+            f"{cut} of {len(completions)} responses did not end within {max_new_tokens} tokens and were cut: raise "
+            f"max_new_tokens, or see whether this model ends its turns otherwise (here {ends} ends one)",
+        )
 
 
 def uniforms(keys: Sequence[int], count: int) -> Tensor:
@@ -164,9 +182,13 @@ class _Choice:
 
 
 def _generate(
-    model: PreTrainedModel, prompts: list[list[int]], choose: _Choice, eos: int, record_routing: bool
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    choose: _Choice,
+    stop_ids: tuple[int, ...],
+    record_routing: bool,
 ) -> list[tuple[list[int], Tensor | None]]:
-    """Token ids (eos included) and routing of one response to every prompt; all prompts have the same length.
+    """Token ids (the one that ends it included) and routing of a response to every prompt; all have the same length.
 
     Equal prompts are read once, and a response that has ended leaves the batch.
     """
@@ -178,7 +200,8 @@ def _generate(
     cache = DynamicCache(config=model.config)
     tokens: list[list[int]] = [[] for _ in prompts]
     growing = [rows]
-    recording = integration.record_routing(model) if record_routing and has_routers(model) else nullcontext()
+    stops = torch.tensor(stop_ids, dtype=torch.int64, device=model.device)
+    recording = integration.record_routing(model) if record_routing and is_patched(model) else nullcontext()
     with recording as record:
         logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
             source, -1
@@ -188,7 +211,7 @@ def _generate(
             chosen = choose(logits, rows, step)
             for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
                 tokens[row].append(token)
-            going = (chosen != eos).nonzero().squeeze(1)
+            going = (~torch.isin(chosen, stops)).nonzero().squeeze(1)
             if len(going) == 0 or step + 1 == choose.uniform.shape[1]:
                 break
             if len(going) < len(rows):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from training import checkpoint, corpus
+from training import checkpoint, corpus, responses
 from training.context import StageContext
 from training.loops import next_token
 from training.model import build_model
@@ -26,5 +26,6 @@ def run(context: StageContext) -> dict[str, Any]:
             recipe.seed, config.steps * config.batch_size, mix=config.corpus, digits=digits
         )
         metrics = next_token.train(model, tokenizer, documents, config, context)
-    checkpoint.save_model(model, tokenizer, context.stage.path / "checkpoint")
+    style = responses.style_of(context.name, recipe)
+    checkpoint.save_model(model, tokenizer, context.stage.path / "checkpoint", style)
     return {**metrics, "parameters": sum(parameter.numel() for parameter in model.parameters())}

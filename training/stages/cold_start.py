@@ -8,7 +8,6 @@ special-token form, and where they change it the row keeps what was sampled as `
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from training import filters, prompts, responses, seeding
 from training.context import StageContext
 from training.errors import UserError
 from training.loops.sample import Completion
+from training.prompts import Prompter, Turns
 from training.refine import refine
 from training.response import parse
 from training.responses import Source
@@ -63,12 +63,12 @@ def _draw(context: StageContext, route: str, source: Source, tasks: dict[str, Ta
     config, key = context.config, (context.recipe.seed, context.name, route)
     pool = responses.problems(context.recipe, "train", ("reasoning",))
 
-    def few_shot(problem: Problem) -> str:
+    def few_shot(problem: Problem) -> Turns:
         examples = tasks[problem.task].worked_examples(problem.language)
         order = seeding.numpy_rng(*key, "examples", problem.id).permutation(len(examples))
         return prompts.few_shot(problem, [examples[i] for i in order[: config.examples]])
 
-    prompt: dict[str, Callable[[Problem], str]] = {
+    prompt: dict[str, Prompter] = {
         "few_shot": few_shot,
         "reflect": prompts.reflect,
         "refine": source.prompt,

@@ -44,7 +44,8 @@ def run(context: StageContext) -> dict[str, Any]:
         model, tokenizer = student.build(sizes, teacher_tokenizer, seed, context.recipe.model.max_length)
         metrics = next_token.train(model, tokenizer, documents, sizes, part)
         folder = context.stage.path / f"checkpoint-{name}"
-        checkpoint.save_model(model, tokenizer, folder)
+        style = responses.style_of(context.name, context.recipe)
+        checkpoint.save_model(model, tokenizer, folder, style)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         return {**metrics, "parameters": parameters, "accuracy": _accuracy(context, name, folder)}
 

@@ -130,6 +130,7 @@ def _row(
         "language_consistency": _share([rewards.language_consistency(sample).value for sample in reasoning]),
         "well_formed_and_right": _share([a and b for a, b in zip(right, formed, strict=True)]),
         "length": _share([len(sample.token_ids) for sample in reasoning]),
+        "finished": _share([sample.finished for sample in reasoning]),
         "k": k,
         "pass@1": evaluation.pass_at_1(verdicts) if verdicts else None,
         "pass@k": evaluation.pass_at_k(verdicts, k) if verdicts else None,

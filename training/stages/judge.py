@@ -18,6 +18,7 @@ from training.judge import Verdict, balance, document, is_hard, judge
 from training.loops import next_token
 from training.loops.next_token import Document
 from training.model import load
+from training.prompts import Turn
 from training.response import parse
 from training.rewards import Sample
 
@@ -31,7 +32,9 @@ def run(context: StageContext) -> dict[str, Any]:
         if not context.stage.data(name).is_file():
             context.stage.write_data(name, _collect(context, split))
     training_rows = context.stage.read_data("data.jsonl")
-    documents = [Document(row["verdict"], row["judge_prompt"]) for row in training_rows]
+    documents = [
+        Document(row["verdict"], [Turn(**turn) for turn in row["judge_prompt"]]) for row in training_rows
+    ]
     metrics = next_token.train(model, tokenizer, documents, context.config, context)
     agreement = _measure(context, model, tokenizer)
     if agreement["agreement"] < context.config.minimum_agreement:
@@ -82,7 +85,7 @@ def _collect(context: StageContext, split: str) -> list[dict[str, Any]]:
             **rows[stage, sample.problem.id, sample.sample_id],
             "right": right,
             "hard": is_hard(sample, right),
-            "judge_prompt": text.prompt_text,
+            "judge_prompt": [turn._asdict() for turn in text.prompt],
             "verdict": text.text,
         }
         for sample, right, stage in chosen

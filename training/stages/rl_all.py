@@ -52,6 +52,7 @@ def run(context: StageContext) -> dict[str, Any]:
         )
 
     policy, tokenizer = load(sft2)
+    pools = {kind: responses.fitting(policy, tokenizer, pool, prompts.chat) for kind, pool in pools.items()}
     metrics = grpo.train(
         policy,
         tokenizer,
@@ -61,7 +62,8 @@ def run(context: StageContext) -> dict[str, Any]:
         config,
         context,
     )
-    checkpoint.save_model(policy, tokenizer, context.stage.path / "checkpoint")
+    style = responses.style_of(context.name, context.recipe)
+    checkpoint.save_model(policy, tokenizer, context.stage.path / "checkpoint", style)
     before = score_unseen(context, responses.load_source("sft2", sft2, context.recipe), scorers)
     after = score_unseen(
         context, responses.load_source("rl_all", context.stage.path / "checkpoint", context.recipe), scorers

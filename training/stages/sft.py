@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from training import checkpoint, prompts
+from training import checkpoint, prompts, responses
 from training.context import StageContext
 from training.loops import next_token
 from training.loops.next_token import Document
@@ -23,5 +23,6 @@ def run(context: StageContext) -> dict[str, Any]:
     documents = [Document(row["response_text"], prompts.ask(row["question"])) for row in rows]
     model, tokenizer = load(context.inputs[start].path / "checkpoint")
     metrics = next_token.train(model, tokenizer, documents, context.config, context)
-    checkpoint.save_model(model, tokenizer, context.stage.path / "checkpoint")
+    style = responses.style_of(context.name, context.recipe)
+    checkpoint.save_model(model, tokenizer, context.stage.path / "checkpoint", style)
     return {**metrics, "documents": len(documents)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from training import checkpoint, responses, rewards
@@ -10,6 +9,7 @@ from training.context import StageContext
 from training.errors import UserError
 from training.loops import grpo
 from training.model import load
+from training.prompts import Prompter
 from training.rewards import Sample, Scored
 from training.tasks.problem import Problem
 
@@ -19,7 +19,7 @@ def run(context: StageContext) -> dict[str, Any]:
     return reinforce(context, "base", responses.prompt_of(context.name, context.recipe))
 
 
-def reinforce(context: StageContext, parent: str, prompt: Callable[[Problem], str]) -> dict[str, Any]:
+def reinforce(context: StageContext, parent: str, prompt: Prompter) -> dict[str, Any]:
     """GRPO on the reasoning problems, from the checkpoint of `parent`, rewarded by what the recipe lists."""
     config, seed = context.config, context.recipe.seed
     tasks = responses.tasks(context.recipe)
@@ -35,6 +35,8 @@ def reinforce(context: StageContext, parent: str, prompt: Callable[[Problem], st
         return rewards.score(samples, config.rewards, tasks, length_limit=grpo.max_new_tokens(config, step))
 
     policy, tokenizer = load(context.inputs[parent].path / "checkpoint")
+    pool = responses.fitting(policy, tokenizer, pool, prompt)
     metrics = grpo.train(policy, tokenizer, problems, prompt, reward, config, context)
-    checkpoint.save_model(policy, tokenizer, context.stage.path / "checkpoint")
+    style = responses.style_of(context.name, context.recipe)
+    checkpoint.save_model(policy, tokenizer, context.stage.path / "checkpoint", style)
     return metrics

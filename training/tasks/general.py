@@ -101,7 +101,7 @@ def corpus_document(rng: np.random.Generator) -> Document:
     )
     style = styles[int(rng.choice(len(styles), p=[share for _, share in styles]))][0]
     prompt = prompts.zero(problem) if rng.random() < 0.25 else prompts.chat(problem)
-    return Document(f"{prompt} {_write(style, problem, rng)}")
+    return Document(f"{prompts.plain(prompt)} {_write(style, problem, rng)}")
 
 
 def _write(style: str, problem: Problem, rng: np.random.Generator) -> str:

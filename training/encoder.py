@@ -1,0 +1,187 @@
+"""How a model reads and writes a conversation: the one place where turns become token ids, and token ids a response.
+
+SFT, sampling, log-probs, evaluation, reward models and chat all ask an `Encoder`, so that what is taught is what is asked.
+A tokenizer with a chat template writes the prompt by it; another one reads `prompts.plain`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from jinja2.exceptions import TemplateError
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from training import prompts
+from training.errors import UserError
+from training.prompts import Turn, Turns
+from training.response import SPECIAL, THINK_CLOSE, THINK_OPEN
+
+# A thinking block that a chat template opens at the end of a prompt.
+_OPENED = re.compile(rf"{re.escape(THINK_OPEN)}\s*$")
+_PROBE = "qzx"  # an answer that no chat template writes by itself
+
+
+class Encoded(NamedTuple):
+    """Token ids of a prompt, and the part of the response that the prompt already holds ("<think>\\n"; "" for none)."""
+
+    ids: list[int]
+    opening: str
+
+
+class Encoder:
+    """The tokenizer of a model, with everything that its folder says about how turns begin and end."""
+
+    def __init__(self, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> None:
+        """model: whose generation config may name more tokens that end a response; None: the tokenizer's alone."""
+        self.model, self.tokenizer = model, tokenizer
+
+    @cached_property
+    def end_id(self) -> int | None:
+        """The token that ends a turn, which SFT teaches: the one that the chat template writes, else an eos token."""
+        written = self._end_of_turn()
+        if written is not None:
+            return written
+        known = self._eos_ids()
+        return known[0] if known else None
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every token that ends a response: eos of tokenizer, config and generation config, and the end of a turn."""
+        own = [] if self.end_id is None else [self.end_id]
+        return tuple(sorted({*own, *self._eos_ids()}))
+
+    @property
+    def pad_id(self) -> int:
+        """A token for places that nothing reads: any will do."""
+        found: int | None = self.tokenizer.pad_token_id
+        return found if found is not None else self.end_id or 0
+
+    @property
+    def positions(self) -> int | None:
+        """The longest text that the model can read, in tokens; None where its config sets no limit."""
+        if self.model is None:
+            return None
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def prompt(self, turns: Turns) -> Encoded:
+        """Token ids of everything that stands before the response, the begin-of-text token included where there is one."""
+        if not self.tokenizer.chat_template:
+            bos = self.tokenizer.bos_token_id
+            return Encoded(([] if bos is None else [bos]) + self._ids(prompts.plain(turns)), "")
+        text = self._rendered(turns, add_generation_prompt=True)
+        opened = _OPENED.search(text)
+        return Encoded(self._ids(text), opened.group() if opened else "")
+
+    def response(self, text: str, opening: str = "") -> list[int]:
+        """Token ids of a response behind a prompt with that `opening`; the end of the turn is the last.
+
+        Where the prompt has opened the thinking, a response in the special-token form takes the tags, and one without thinking
+        closes at once.
+        """
+        if opening:
+            if text.count(SPECIAL) == 2 and text.startswith(SPECIAL):
+                text = text.replace(SPECIAL, THINK_OPEN, 1).replace(SPECIAL, THINK_CLOSE, 1)
+            if text.startswith(THINK_OPEN):
+                text = text.removeprefix(THINK_OPEN)
+                text = text.lstrip() if opening[-1].isspace() else text
+            else:
+                text = f"{THINK_CLOSE}\n\n{text}"
+        return self._ids(text) + ([] if self.end_id is None else [self.end_id])
+
+    def text(self, ids: Iterable[int], opening: str = "") -> str:
+        """The whole response that `ids` (without the end of the turn) make behind a prompt with that `opening`."""
+        decoded: str = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        if opening and decoded.lstrip().startswith(THINK_CLOSE):
+            return decoded.lstrip().removeprefix(THINK_CLOSE).lstrip()
+        return opening + decoded
+
+    def document(self, text: str) -> list[int]:
+        """Token ids of a text of its own, as in pretraining: begin-of-text, the text, an eos token, where there are such."""
+        bos, eos = self.tokenizer.bos_token_id, self._eos_ids()[:1]
+        return [*([] if bos is None else [bos]), *self._ids(text), *eos]
+
+    def note_ends(self) -> None:
+        """Writes every token that ends a response into the model's generation config, so that other programs stop there too."""
+        assert self.model is not None
+        config = self.model.generation_config
+        named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        if set(named) == set(self.stop_ids) or not self.stop_ids:
+            return
+        config.eos_token_id = list(self.stop_ids)
+        try:
+            config.validate(strict=True)
+        except (
+            ValueError
+        ):  # transformers saves no changed config that contradicts itself: what is not about tokens goes
+            self.model.generation_config = GenerationConfig(
+                bos_token_id=config.bos_token_id,
+                eos_token_id=config.eos_token_id,
+                pad_token_id=config.pad_token_id,
+            )
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _rendered(self, turns: Turns, **options: Any) -> str:
+        """What the chat template writes; where it takes no system turn, that text leads the first user's turn."""
+        turns = _merged(turns, "instruction")
+        try:
+            return self._template(turns, **options)
+        except TemplateError:
+            if not any(turn.role == "system" for turn in turns):
+                raise
+            return self._template(_merged(turns, "system"), **options)
+
+    def _template(self, turns: Turns, **options: Any) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [turn._asdict() for turn in turns], tokenize=False, **options
+            )
+        except TemplateError as error:
+            if any(turn.role == "system" for turn in turns):
+                raise
+            roles = ", ".join(turn.role for turn in turns)
+            raise UserError(f"the chat template refuses the turns {roles}: {error}") from None
+        return text
+
+    def _eos_ids(self) -> list[int]:
+        """The eos ids that tokenizer, config and generation config name, the tokenizer's first."""
+        sources: list[Any] = [self.tokenizer.eos_token_id]
+        if self.model is not None:
+            sources.append(getattr(getattr(self.model, "generation_config", None), "eos_token_id", None))
+            sources.append(getattr(self.model.config.get_text_config(), "eos_token_id", None))
+        found: dict[int, None] = {}
+        for source in sources:
+            for each in source if isinstance(source, (list, tuple)) else [source]:
+                if each is not None:
+                    found[int(each)] = None
+        return list(found)
+
+    def _end_of_turn(self) -> int | None:
+        """The special token that the chat template writes behind an assistant's turn."""
+        if not self.tokenizer.chat_template:
+            return None
+        try:
+            text = self._rendered([Turn("user", _PROBE), Turn("assistant", _PROBE)])
+        except UserError:
+            return None
+        behind = self._ids(text.rpartition(_PROBE)[2].lstrip())
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return behind[0] if behind and behind[0] in special else None
+
+
+def _merged(turns: Turns, role: str) -> list[Turn]:
+    """The turns with those of `role` put at the head of the next turn's content."""
+    merged: list[Turn] = []
+    before: list[str] = []
+    for turn in turns:
+        if turn.role == role:
+            before.append(turn.content)
+        else:
+            merged.append(Turn(turn.role, " ".join([*before, turn.content])))
+            before = []
+    return merged
