@@ -21,14 +21,14 @@ def warn(kind: str, text: str) -> None:
 
 
 @contextmanager
-def listening(hear: Callable[[str], None]) -> Iterator[None]:
-    """Inside the block, `hear` gets the first warning of each kind."""
+def listening(hear: Callable[[str, str], None]) -> Iterator[None]:
+    """Inside the block, `hear` gets kind and text of the first warning of each kind."""
     seen: set[str] = set()
 
     def first(kind: str, text: str) -> None:
         if kind not in seen:
             seen.add(kind)
-            hear(text)
+            hear(kind, text)
 
     before = _listener.set(first)
     try:

@@ -248,11 +248,11 @@ def _run_stage(
         name, recipe, getattr(recipe, name), stage, {p: run_dir.stage(p) for p in parents}, progress
     )
 
-    def hear(text: str) -> None:
-        progress.say(f"warning: {name}: {text}")
-        stage.warn(text)
+    def hear(kind: str, text: str) -> None:
+        if stage.add_warning(kind, text):
+            progress.say(f"warning: {name}: {text}")
 
-    with notices.listening(hear), placed(recipe):
+    with placed(recipe), notices.listening(hear):
         metrics = stages[name].run(context)
     stage.finish(metrics)
     return True

@@ -4,7 +4,7 @@
     <run>/<stage>/started.json   settings and inputs of the work under way
                   metrics.jsonl  one line a step             (append-only)
                   samples.jsonl  decoded samples             (append-only)
-                  warnings.jsonl what a person should know of it
+                  warnings.jsonl what a person should know   (where there is something)
                   state.json, state-<0 or 1>.safetensors     the resume point, while the stage runs
                   checkpoint*/, *.jsonl ...                  what the stage makes: its outputs
                   lineage.json   parents, hashes, settings, versions
@@ -35,6 +35,7 @@ from training.errors import UserError
 from training.recipe import STAGE_NAMES, Recipe, load, to_dict
 
 APPEND_ONLY = ("metrics.jsonl", "samples.jsonl")
+_WARNINGS = "warnings.jsonl"
 _TENSOR_FILES = ("state-0.safetensors", "state-1.safetensors")  # taken in turn, so that one is always whole
 REVIEW_FILES = (
     "unreviewed.jsonl",
@@ -44,11 +45,11 @@ _BOOKKEEPING = (
     *APPEND_ONLY,
     *_TENSOR_FILES,
     *REVIEW_FILES,
+    _WARNINGS,
     "started.json",
     "state.json",
     "lineage.json",
     "done.json",
-    "warnings.jsonl",
 )
 
 
@@ -80,20 +81,19 @@ class StageDir:
         """Appends rows to samples.jsonl."""
         self._append("samples.jsonl", rows)
 
+    def add_warning(self, kind: str, text: str) -> bool:
+        """Keeps a warning in warnings.jsonl, once for its kind; False where it was there, from before a kill too."""
+        rows = self.warnings()
+        if any(row["kind"] == kind for row in rows):
+            return False
+        files.write_jsonl(self.path / _WARNINGS, [*rows, {"kind": kind, "text": text}])
+        return True
+
     def _append(self, name: str, rows: Iterable[Any]) -> None:
         path = self.path / name
         lines = "".join(files.json_line(row) for row in rows)
         with files.disk_faults(path), path.open("a", encoding="utf-8") as file:
             file.write(lines)
-
-    def warn(self, text: str) -> None:
-        """Keeps a warning in warnings.jsonl; one that stands there already is not repeated."""
-        if text not in self.warnings():
-            self._append("warnings.jsonl", [{"warning": text}])
-
-    def warnings(self) -> list[str]:
-        """The warnings of this stage."""
-        return [row["warning"] for row in self._rows("warnings.jsonl")]
 
     def data(self, name: str) -> Path:
         """The path of a data file of this stage."""
@@ -113,6 +113,10 @@ class StageDir:
     def samples(self) -> list[dict[str, Any]]:
         """The rows of samples.jsonl; empty where there is none."""
         return self._rows("samples.jsonl")
+
+    def warnings(self) -> list[dict[str, str]]:
+        """Kind and text of every warning, oldest first."""
+        return self._rows(_WARNINGS)
 
     def read_data(self, name: str) -> list[dict[str, Any]]:
         """The rows of a data file.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
 from .. import checks
 from ..logprob import linear_logprobs
@@ -125,7 +125,8 @@ def _try(model: Any, head: Head) -> None:
     base = model.base_model
     ids = torch.zeros(1, 2, dtype=torch.int64, device=weight.device)
     own_forward = vars(base).get("forward")
-    base.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=hidden)
+    # the output with the most fields: a model hands on those that its own kind has
+    base.forward = lambda *args, **kwargs: MoEModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
     try:
         with torch.autocast(weight.device.type, enabled=False):
             logits = model(input_ids=ids).logits.float()

