@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING
 
 from training import prompts, seeding
 from training.loops.next_token import Document
-from training.loops.sample import Prompt, sample
+from training.loops.sample import Prompt
+from training.pieces import sample_in_pieces
 from training.rewards import Sample
+from training.run_dir import StageDir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 RIGHT, WRONG = "right", "wrong"
 MISSING = "-"
 MAX_PIECES = 6
-MAX_VERDICT_TOKENS = 24 + 4 * MAX_PIECES
+BATCH_SIZE = 256  # verdicts in flight
 _PIECE = re.compile(r"\d|[^\W\d]+|\S")
 
 
@@ -109,19 +111,44 @@ def balance(
 
 
 def judge(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, candidates: Sequence[Sample]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    candidates: Sequence[Sample],
+    stage: StageDir | None = None,
 ) -> list[Verdict]:
-    """The judge's verdict on each response, read greedily; one a candidate, in order."""
+    """The judge's verdict on each response, read greedily; one a candidate, in order.
+
+    stage: the folder of the stage that asks, which keeps the verdicts until it is done.
+    """
     asked = [
         Prompt(each.problem, prompts.judge(each.problem, each.problem.reference, each.text))
         for each in candidates
     ]
-    written = sample(
+    written = sample_in_pieces(
+        stage,
+        [each.text for each in candidates],
         model,
         tokenizer,
         asked,
         temperature=0.0,
-        max_new_tokens=MAX_VERDICT_TOKENS,
+        max_new_tokens=longest_verdict(tokenizer, candidates),
         seed_parts=("judge",),
+        batch_size=BATCH_SIZE,
     )
     return [parse_verdict(completion.text) for completion in written]
+
+
+def longest_verdict(tokenizer: PreTrainedTokenizerFast, candidates: Sequence[Sample]) -> int:
+    """Tokens of the longest verdict that the judge is taught to write about any of the candidates, eos included.
+
+    It depends on the tokenizer: a limit of one tokenizer would cut the verdicts of another, which then parse as none.
+    """
+    verdicts = [
+        write_verdict(each.problem.reference, each.response.answer, right)
+        for each in candidates
+        for right in (True, False)
+    ]
+    lengths = (
+        [len(ids) for ids in tokenizer(verdicts, add_special_tokens=False)["input_ids"]] if verdicts else []
+    )
+    return max(lengths, default=0) + 1

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from training import checkpoint, notices, prompts, seeding
 from training.encoder import Encoder
 from training.errors import UserError
-from training.loops.sample import Completion, Prompt, room, sample
+from training.loops.sample import Completion, Prompt, room
 from training.model import load
+from training.pieces import sample_in_pieces
 from training.prompts import Prompter
 from training.recipe import Recipe
 from training.response import parse
 from training.rewards import Sample
+from training.run_dir import StageDir
 from training.tasks import get_task
 from training.tasks.problem import Problem, Task
 
@@ -108,6 +110,7 @@ def draw(
     source: Source,
     asked: Sequence[Problem],
     *,
+    stage: StageDir | None = None,
     samples: int,
     temperature: float,
     top_p: float = 1.0,
@@ -116,11 +119,16 @@ def draw(
     batch_size: int = BATCH_SIZE,
     prompt: Prompter | None = None,
 ) -> list[Completion]:
-    """Sample `samples` responses to every problem that fits, with the prompt of the source unless one is given."""
+    """Sample `samples` responses to every problem that fits, with the prompt of the source unless one is given.
+
+    stage: the folder of the stage that asks, which keeps what is drawn until it is done; None keeps nothing.
+    """
     if not asked:
         raise UserError(f"no problems to ask the checkpoint of {source.stage}")
     write = prompt or source.prompt
-    return sample(
+    return sample_in_pieces(
+        stage,
+        source.hash,
         source.model,
         source.tokenizer,
         [Prompt(each, write(each)) for each in fitting(source.model, source.tokenizer, asked, write)],

@@ -6,6 +6,7 @@
                   samples.jsonl  decoded samples             (append-only)
                   warnings.jsonl what a person should know   (where there is something)
                   state.json, state-<0 or 1>.safetensors     the resume point, while the stage runs
+                  pieces/        responses drawn so far      (training.pieces), while the stage runs
                   checkpoint*/, *.jsonl ...                  what the stage makes: its outputs
                   lineage.json   parents, hashes, settings, versions
                   done.json      written last: hashes of the outputs, final metrics
@@ -37,6 +38,7 @@ from training.recipe import STAGE_NAMES, Recipe, load, to_dict
 APPEND_ONLY = ("metrics.jsonl", "samples.jsonl")
 _WARNINGS = "warnings.jsonl"
 _TENSOR_FILES = ("state-0.safetensors", "state-1.safetensors")  # taken in turn, so that one is always whole
+_PIECES = "pieces"
 REVIEW_FILES = (
     "unreviewed.jsonl",
     "review.jsonl",
@@ -46,6 +48,7 @@ _BOOKKEEPING = (
     *_TENSOR_FILES,
     *REVIEW_FILES,
     _WARNINGS,
+    _PIECES,
     "started.json",
     "state.json",
     "lineage.json",
@@ -98,6 +101,10 @@ class StageDir:
     def data(self, name: str) -> Path:
         """The path of a data file of this stage."""
         return self.path / name
+
+    def piece(self, name: str) -> Path:
+        """The path of a file that is kept until the stage is done, for a run that goes on."""
+        return self.path / _PIECES / name
 
     def write_data(self, name: str, rows: Iterable[Any]) -> Path:
         """Writes a JSONL data file atomically and returns its path."""
@@ -223,17 +230,25 @@ class StageDir:
     # Beginning and end
 
     def begin(self, config: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-        """Prepares the folder for work: without a resume point all leftovers of a killed attempt go."""
+        """Prepares the folder for work: of a killed attempt stays what a run can go on from, and all else goes."""
         self._began, self._seconds_before = time.monotonic(), 0.0
-        if not (self.path / "state.json").is_file():
+        if not self._goes_on:
             files.remove(self.path)
+        elif not (self.path / "state.json").is_file():
+            self._truncate({})
         with files.disk_faults(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         files.write_json(self.path / "started.json", {"config": config, "inputs": inputs})
 
+    @property
+    def _goes_on(self) -> bool:
+        """Whether there is a resume point or a piece."""
+        pieces = self.path / _PIECES
+        return (self.path / "state.json").is_file() or (pieces.is_dir() and any(pieces.iterdir()))
+
     def started(self) -> dict[str, Any] | None:
-        """Settings and input hashes of work that has a resume point and is not done; None otherwise."""
-        if self.record() is not None or not (self.path / "state.json").is_file():
+        """Settings and input hashes of work that can go on and is not done; None otherwise."""
+        if self.record() is not None or not self._goes_on:
             return None
         path = self.path / "started.json"
         if not path.is_file():
@@ -269,7 +284,7 @@ class StageDir:
             "peak_memory_bytes": peak,
         }
         files.write_json(self.path / "done.json", record)
-        for name in ("state.json", *_TENSOR_FILES):
+        for name in ("state.json", *_TENSOR_FILES, _PIECES):
             files.remove(self.path / name)
 
     def seal(self) -> None:

@@ -8,7 +8,7 @@ people check a part. All of them pass the readability filters.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,6 +90,15 @@ def select(
     found.rejections.update(rejections)
     found.kept = [rows[sample.problem.id, sample.sample_id] for sample in kept]
     return found
+
+
+def nothing_kept(stage: str, asked: int, rejections: Mapping[str, int]) -> str:
+    """What to say where no response passed: which filters refused them, the strictest first."""
+    refused = ", ".join(f"{name} {count}" for name, count in Counter(rejections).most_common(3) if count)
+    return (
+        f"{stage}: none of {asked} responses passed the filters (refused by {refused or 'none'}): raise {stage}.prompts or "
+        f"{stage}.samples, shorten {stage}.filters, or train longer before"
+    )
 
 
 def in_share(problem_id: str, share: float, *key: int | str) -> bool:

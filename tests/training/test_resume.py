@@ -1,16 +1,18 @@
 """kill -9 at any moment, the same command again: every number but times is that of a run that was never stopped.
 
-The fast test kills real processes that run small stages of the same shape as the real ones; the slow one kills the
-whole recipe `smoke` in every stage.
+The fast tests kill real processes: small stages of the same shape as the real ones, and then every real stage that
+samples or trains something small. The slow one kills the whole recipe `smoke` in every stage.
 """
 
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,9 @@ from training.recipe import STAGE_NAMES
 ROOT = Path(__file__).parents[2]
 DEADLINE = 1800  # seconds until a subprocess is given up
 
-# For every line on its input it forks a process that runs two stages in the folder of that name, and prints the id of
-# that process and later its exit code: torch is imported once, and kill -9 still hits a process of its own.
-PROGRAM = """
+# A program forks a process for every line on its input, which does what the line says, and prints the id of that process
+# and later its exit code: torch is imported once, and kill -9 still hits a process of its own.
+SMALL = """
 import os, sys, time, traceback, types
 import torch
 from training import pipeline, seeding
@@ -65,11 +67,49 @@ table = {
     "zero": Stage("second", lambda recipe: ("base",), "work_zero"),
 }
 recipe = load("tiny", ["stages=[base, zero]"])
+
+def do(folder):
+    pipeline.run(recipe, RunDir(folder), stages=table, progress=Progress(quiet=True))
+"""
+
+# The real stages: a line is a folder and the stage to run there. `calls` in the folder gets a line for every piece that is
+# sampled. An eighth of the general questions is enough.
+REAL = """
+from training import pieces, pipeline
+from training.progress import Progress
+from training.recipe import load
+from training.run_dir import RunDir
+from training.tasks.general import GeneralTask
+
+general = GeneralTask.problems
+GeneralTask.problems = lambda task, split: general(task, split)[::8]
+recipe = load("smoke", [
+    "base.steps=100", "zero.steps=2", "cold_start.prompts=48", "cold_start.batch_size=8", "rl_reasoning.steps=2",
+    "judge.prompts=24", "rejection.prompts=48", "rejection.batch_size=16", "rejection.filters=[unfinished]",
+    "reward_models.prompts=24",
+    "reward_models.unsafe_samples=2", "rl_all.steps=2", "distill.batch_size=8", "distill.filters=[unfinished]", "evaluate.problems=8",
+    "evaluate.k_problems=4", "evaluate.batch_size=32", "evaluate.splits=[test]",
+])
+
+def do(line):
+    folder, _, stage = line.partition(" ")
+    sample = pieces.sample
+    def counted(*arguments, **settings):
+        with open(folder + "/calls", "a") as file:
+            file.write("a piece\\n")
+        return sample(*arguments, **settings)
+    pieces.sample = counted
+    pipeline.run(recipe, RunDir(folder), stage, progress=Progress(quiet=True))
+"""
+
+SERVE = """
+import os, sys, traceback
+
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
         try:
-            pipeline.run(recipe, RunDir(line.strip()), stages=table, progress=Progress(quiet=True))
+            do(line.strip())
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -155,23 +195,23 @@ def assert_same(found, expected):
         assert found[name] == value, f"{name} differs"
 
 
-@pytest.fixture
-def small_run(tmp_path):
-    """small_run(folder, due=None): runs the small stages there, to the end or until `due()`, and returns the exit code."""
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+@contextmanager
+def serving(text, folder):
+    """do(line, due=None): lets the program work on the line to the end or until `due()`, and returns the exit code."""
+    program = folder / "program.py"
+    program.write_text(text + SERVE)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, str(program)],
-        cwd=tmp_path,
+        cwd=folder,
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     ) as server:
 
-        def small_run(folder, due=None):
-            server.stdin.write(f"{folder}\n")
+        def do(line, due=None):
+            server.stdin.write(f"{line}\n")
             server.stdin.flush()
             child = int(server.stdout.readline())
             if due is not None:
@@ -179,8 +219,29 @@ def small_run(tmp_path):
                 os.kill(child, signal.SIGKILL)
             return int(server.stdout.readline())
 
-        yield small_run
+        yield do
         server.stdin.close()
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    with serving(SMALL, tmp_path) as do:
+        yield do
+
+
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory):
+    """The server of real stages, a run of all of them that was never stopped, and the pieces that every stage sampled."""
+    folder = tmp_path_factory.mktemp("real")
+    whole = folder / "whole"
+    whole.mkdir()
+    pieces = {}
+    with serving(REAL, folder) as do:
+        for stage in STAGE_NAMES:
+            before = lines(whole / "calls")
+            assert do(f"{whole} {stage}") == 0
+            pieces[stage] = lines(whole / "calls") - before
+        yield do, whole, pieces
 
 
 def test_small_stages_killed_again_and_again_give_the_same_numbers(tmp_path, small_run):
@@ -195,6 +256,26 @@ def test_small_stages_killed_again_and_again_give_the_same_numbers(tmp_path, sma
     assert_same(numbers(run), numbers(whole))
     assert lines(run / "zero" / "metrics.jsonl") == 40
     assert not list(run.rglob("state*"))
+
+
+@pytest.mark.parametrize(
+    "stage", ["cold_start", "judge", "rejection", "reward_models", "distill", "evaluate"]
+)
+def test_a_stage_killed_while_it_samples_goes_on_with_the_next_piece(tmp_path, real_run, stage):
+    """Killed three times: every piece is sampled once, but for the one that was under way at each kill."""
+    do, whole, sampled = real_run
+    pieces, run = sampled[stage], tmp_path / "killed"
+    for name in STAGE_NAMES[: STAGE_NAMES.index(stage)]:
+        shutil.copytree(whole / name, run / name)
+    shutil.copy(whole / "recipe.yaml", run / "recipe.yaml")
+    assert pieces >= 4
+    for killed_at in (1, pieces // 2, pieces - 1):
+        assert do(f"{run} {stage}", lambda n=killed_at: len(list((run / stage).glob("pieces/*"))) >= n) < 0
+    assert do(f"{run} {stage}") == 0
+    expected = numbers(whole)
+    assert_same(numbers(run), {name: expected[name] for name in numbers(run)})
+    assert lines(run / "calls") <= pieces + 3
+    assert not (run / stage / "pieces").exists()
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from training.prompts import Prompter, Turns
 from training.refine import refine
 from training.response import parse
 from training.responses import Source
+from training.selection import nothing_kept
 from training.tasks.problem import Problem, Task
 
 EXAMPLES = 3  # rejected responses shown for each filter and route
@@ -37,6 +38,7 @@ def run(context: StageContext) -> dict[str, Any]:
     }
     metrics: dict[str, Any] = {}
     kept_rows: list[dict[str, Any]] = []
+    refused: Counter[str] = Counter()
     rejected_rows: list[dict[str, Any]] = []
     with context.progress.bar(len(ROUTES), 0, context.name) as bar:
         for route, stage in ROUTES.items():
@@ -44,15 +46,15 @@ def run(context: StageContext) -> dict[str, Any]:
             kept, rejected, rejections = _select(context, route, drawn, sources[stage], tasks)
             kept_rows += kept
             rejected_rows += rejected
+            refused.update(rejections)
             metrics |= {f"{route}/asked": len(drawn), f"{route}/kept": len(kept)}
             metrics |= {f"{route}/rejected/{name}": count for name, count in rejections.items()}
             bar.advance(1, kept=len(kept), asked=len(drawn))
             if not kept:
                 context.progress.say(f"{context.name}: nothing of the route {route} passed the filters")
     if not kept_rows:
-        raise UserError(
-            f"{context.name}: no response passed the filters: raise {context.name}.prompts or train base longer"
-        )
+        asked = sum(metrics[f"{route}/asked"] for route in ROUTES)
+        raise UserError(nothing_kept(context.name, asked, refused))
     context.stage.write_data("data.jsonl", kept_rows)
     context.stage.write_data("rejected.jsonl", rejected_rows)
     context.stage.log(step=0, **metrics)
@@ -76,6 +78,7 @@ def _draw(context: StageContext, route: str, source: Source, tasks: dict[str, Ta
     return responses.draw(
         source,
         responses.choose(pool, config.prompts, *key, "problems"),
+        stage=context.stage,
         samples=config.samples,
         temperature=config.temperature,
         top_p=config.top_p,

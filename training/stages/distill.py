@@ -15,7 +15,7 @@ from training.loops import next_token
 from training.loops.next_token import Document
 from training.parts import run_parts
 from training.responses import Source, as_sample
-from training.selection import Selection, select
+from training.selection import Selection, nothing_kept, select
 from training.tasks.problem import Problem
 
 UNSEEN_PROBLEMS = 256  # held-out reasoning problems on which a student is measured here; evaluate takes more
@@ -26,14 +26,14 @@ def run(context: StageContext) -> dict[str, Any]:
     config, seed = context.config, context.recipe.seed
     if not context.stage.data("data.jsonl").is_file():
         selection = _teach(context)
+        if not selection.kept:
+            raise UserError(nothing_kept(context.name, selection.asked, selection.rejections))
         context.stage.write_data("rejected.jsonl", selection.examples)
         context.stage.write_data(
             "counts.jsonl", [{"asked": selection.asked, "rejections": dict(selection.rejections)}]
         )
         context.stage.write_data("data.jsonl", selection.kept)
     rows = context.stage.read_data("data.jsonl")
-    if not rows:
-        raise UserError("distill: no response of the teacher passed the filters")
     by_id = responses.by_id(responses.problems(context.recipe, "train", ("reasoning", "helpful", "unsafe")))
     documents = [Document(row["response_text"], prompts.chat(by_id[row["problem_id"]])) for row in rows]
     teacher = context.inputs["rl_all"].path / "checkpoint"
@@ -95,6 +95,7 @@ def _draw(
     return responses.draw(
         source,
         asked,
+        stage=context.stage,
         samples=samples,
         temperature=temperature,
         top_p=top_p,

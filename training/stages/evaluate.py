@@ -16,6 +16,7 @@ from training.context import StageContext
 from training.recipe import Evaluate, Recipe
 from training.responses import Source
 from training.rewards import Sample
+from training.run_dir import StageDir
 from training.tasks.problem import Task
 
 NO_POLICY = (
@@ -42,7 +43,11 @@ def run(context: StageContext) -> dict[str, Any]:
             if name in finished:
                 continue
             new, samples = marks(
-                responses.load_source(parent, path, context.recipe), name, context.recipe, context.config
+                responses.load_source(parent, path, context.recipe),
+                name,
+                context.recipe,
+                context.config,
+                context.stage,
             )
             rows += new
             context.stage.add_samples(samples)
@@ -57,13 +62,15 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def marks(
-    source: Source, name: str, recipe: Recipe, config: Evaluate
+    source: Source, name: str, recipe: Recipe, config: Evaluate, stage: StageDir | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """All marks of one checkpoint.
 
     On "test", config.problems reasoning problems are asked once at config.temperature, the first k_problems of them k times
     at k_temperature and k_top_p, and once greedily; on any other split k_problems are asked in all three ways. Helpful and
     unsafe problems are all asked once at config.temperature.
+
+    stage: the folder of the stage that asks, which keeps the responses until it is done.
 
     Returns:
         rows for each split and language ("all" first), None where a mark has no problems; some responses for samples.jsonl.
@@ -89,6 +96,7 @@ def marks(
             completions = responses.draw(
                 source,
                 asked,
+                stage=stage,
                 samples=samples,
                 temperature=temperature,
                 top_p=top_p,

@@ -13,7 +13,6 @@ from typing import Any
 
 from training import checkpoint, responses, rewards
 from training.context import StageContext
-from training.errors import UserError
 from training.judge import Verdict, balance, document, is_hard, judge
 from training.loops import next_token
 from training.loops.next_token import Document
@@ -65,6 +64,7 @@ def _collect(context: StageContext, split: str) -> list[dict[str, Any]]:
         drawn = responses.draw(
             source,
             asked,
+            stage=context.stage,
             samples=config.samples,
             temperature=config.temperature,
             max_new_tokens=config.max_new_tokens,
@@ -77,8 +77,10 @@ def _collect(context: StageContext, split: str) -> list[dict[str, Any]]:
             rows[stage, sample.problem.id, sample.sample_id] = responses.row(completion, source, seed)
     chosen = balance(candidates, (seed, context.name, split))
     if not chosen:
-        raise UserError(
-            f"judge: no balanced responses among {len(candidates)}: raise judge.prompts or judge.samples"
+        chosen = list({(each[0].problem.id, each[0].text): each for each in candidates}.values())
+        context.progress.say(
+            f"warning: no checkpoint gave both right and wrong responses to the {split} problems of the judge: all "
+            f"{len(chosen)} are taken as they are, and the judge learns little from them"
         )
     return [
         {
@@ -106,7 +108,7 @@ def _measure(context: StageContext, model: Any, tokenizer: Any) -> dict[str, Any
         )
         for row in rows
     ]
-    verdicts = judge(model, tokenizer, held_out)
+    verdicts = judge(model, tokenizer, held_out, context.stage)
     agreed = Counter(
         row["stage"] for row, verdict in zip(rows, verdicts, strict=True) if verdict.correct == row["right"]
     )

@@ -13,11 +13,12 @@ from typing import Any
 
 from training import filters, judge, responses, rewards, seeding
 from training.context import StageContext
+from training.errors import UserError
 from training.loops.sample import Completion
 from training.model import load
 from training.refine import special_token_form
 from training.responses import Source, as_sample
-from training.selection import Selection, in_share, select
+from training.selection import Selection, in_share, nothing_kept, select
 from training.tasks.problem import Problem
 
 
@@ -28,6 +29,12 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     reasoning, contradicted = _reasoning(context, source)
     general = _general(context, len(reasoning.kept))
+    if not reasoning.kept + general.kept:
+        raise UserError(
+            nothing_kept(
+                context.name, reasoning.asked + general.asked, reasoning.rejections + general.rejections
+            )
+        )
     context.stage.write_data("data.jsonl", reasoning.kept + general.kept)
     context.stage.write_data("rejected.jsonl", reasoning.examples + general.examples)
     judged = sum(row["checked_by"] == "judge" for row in reasoning.kept)
@@ -53,6 +60,7 @@ def _reasoning(context: StageContext, source: Source) -> tuple[Selection, int]:
     drawn = responses.draw(
         source,
         asked,
+        stage=context.stage,
         samples=config.samples,
         temperature=config.temperature,
         top_p=config.top_p,
@@ -66,9 +74,10 @@ def _reasoning(context: StageContext, source: Source) -> tuple[Selection, int]:
         split[judged].append(completion)
     judge_model, judge_tokenizer = load(context.inputs["judge"].path / "checkpoint")
     to_judge = [as_sample(completion) for completion in split[True]]
+    said = judge.judge(judge_model, judge_tokenizer, to_judge, context.stage)
     verdicts = {
         (sample.problem.id, sample.sample_id): verdict.correct if verdict.parsed else None
-        for sample, verdict in zip(to_judge, judge.judge(judge_model, judge_tokenizer, to_judge), strict=True)
+        for sample, verdict in zip(to_judge, said, strict=True)
     }
     settings = filters.Settings(task=tasks, verdicts=verdicts, paragraph_words=config.paragraph_words)
     by_rule = select(split[False], source, seed, config.filters, settings, checked_by="rule")
@@ -94,6 +103,7 @@ def _general(context: StageContext, reasoning_kept: int) -> Selection:
     drawn = responses.draw(
         source,
         pool,
+        stage=context.stage,
         samples=config.samples,
         temperature=config.temperature,
         top_p=config.top_p,

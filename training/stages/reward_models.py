@@ -31,7 +31,14 @@ def run(context: StageContext) -> dict[str, Any]:
         language_model, tokenizer = load(start)
         model = reward_model.from_language_model(language_model)
         data, held_out = (_data(context, file, name) for file in SPLITS)
-        metrics = reward_model.train(model, tokenizer, data, context.config, part)
+        if data:
+            metrics = reward_model.train(model, tokenizer, data, context.config, part)
+        else:
+            metrics = {"steps": 0}
+            context.progress.say(
+                f"warning: the checkpoints gave no good and bad {MODELS[name]} responses to choose between: the {name} "
+                "model learns nothing and scores all alike"
+            )
         checkpoint.save_model(model, tokenizer, context.stage.path / f"checkpoint-{name}")
         return {
             **metrics,
@@ -56,6 +63,7 @@ def _collect(context: StageContext, split: str) -> list[dict[str, Any]]:
             drawn = responses.draw(
                 source,
                 responses.choose(pool, config.prompts, seed, context.name, split, kind),
+                stage=context.stage,
                 samples=samples,
                 temperature=config.temperature,
                 max_new_tokens=config.max_new_tokens,

@@ -1,0 +1,78 @@
+"""Sampling in pieces that stay in the stage's folder while it runs, so that a killed stage repeats no finished piece.
+
+What is drawn depends on keys alone (training.loops.sample), and which prompts share a piece is a function of their order:
+a run that goes on draws the same tokens in the same batches as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training import files
+from training.loops.sample import Completion, Prompt, sample
+from training.run_dir import StageDir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BATCHES = 4  # full batches in a piece: prompts of one length still share a batch, and a kill costs little
+KEPT = [field.name for field in fields(Completion) if field.name not in ("problem", "routing")]
+
+
+def sample_in_pieces(
+    stage: StageDir | None,
+    identity: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    samples: int = 1,
+    batch_size: int,
+    seed_parts: tuple[int | str, ...],
+    **settings: Any,
+) -> list[Completion]:
+    """What `loops.sample.sample` returns, a piece at a time.
+
+    Args:
+        stage: the folder that keeps the pieces until the stage is done; None keeps none.
+        identity: JSON value that tells this call from others of the stage with the same seed_parts, problems and
+            settings, such as the hash of the checkpoint.
+        model, tokenizer, prompts, samples, batch_size, seed_parts, settings: as in `sample`, without routing.
+    """
+    size = max(1, BATCHES * batch_size // samples)
+    call = files.value_hash([identity, samples, list(seed_parts), settings])
+    found: list[Completion] = []
+    for first in range(0, len(prompts), size):
+        asked = prompts[first : first + size]
+        problems = [prompt.problem.id for prompt in asked]
+        path = None if stage is None else stage.piece(files.value_hash([call, first, problems]))
+        if path is None or not path.is_file():
+            drawn = sample(
+                model,
+                tokenizer,
+                asked,
+                samples=samples,
+                batch_size=batch_size,
+                seed_parts=seed_parts,
+                **settings,
+            )
+            if path is not None:
+                files.write_jsonl(path, [{key: getattr(each, key) for key in KEPT} for each in drawn])
+        else:
+            drawn = _read(path, asked, samples)
+        found += drawn
+    return found
+
+
+def _read(path: Path, asked: Sequence[Prompt], samples: int) -> list[Completion]:
+    """The completions of a kept piece: the samples of a prompt stand side by side, as `sample` returns them."""
+    return [
+        Completion(
+            problem=asked[index // samples].problem,
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()},
+        )
+        for index, row in enumerate(files.read_jsonl(path))
+    ]
