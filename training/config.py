@@ -9,12 +9,15 @@ import copy
 import dataclasses
 import difflib
 import math
+import operator
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 from training.errors import UserError
+
+FILLED = {"filled": True}  # metadata of a field that is a list or a table with at least one entry
 
 
 def at_least(minimum: float, default: Any, pretrained: Any = None) -> Any:
@@ -24,6 +27,21 @@ def at_least(minimum: float, default: Any, pretrained: Any = None) -> Any:
     """
     other = {} if pretrained is None else {"pretrained": pretrained}
     return dataclasses.field(default=default, metadata={"minimum": minimum, **other})
+
+
+def ranged(
+    default: Any,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field whose value must lie in a range; each end is part of it (minimum, maximum) or not (above, below)."""
+    ends = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
+    return dataclasses.field(
+        default=default, metadata={name: end for name, end in ends.items() if end is not None}
+    )
 
 
 def operational(default: Any) -> Any:
@@ -97,7 +115,7 @@ def build(cls: type, values: Any, where: str = "", root: type | None = None, pre
             so for itself.
 
     Raises:
-        UserError: a key that does not exist, a value of the wrong type, or one below its minimum.
+        UserError: a key that does not exist, a value of the wrong type, or one out of its range.
     """
     root = root or cls
     if not isinstance(values, Mapping):
@@ -119,11 +137,37 @@ def build(cls: type, values: Any, where: str = "", root: type | None = None, pre
         elif field.name in values:
             place = prefix + field.name
             value = _value(kinds[field.name], values[field.name], place, root, pretrained)
-            minimum = field.metadata.get("minimum")
-            if minimum is not None and value < minimum:
-                raise UserError(f"{place}: expected at least {minimum:g}, got {value:g}")
+            check_range(place, field.metadata, value)
             built[field.name] = value
     return cls(**built)
+
+
+# End of a range in a field's metadata -> how it is said, and whether a value keeps to it.
+_ENDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "minimum": ("at least", operator.ge),
+    "above": ("more than", operator.gt),
+    "maximum": ("at most", operator.le),
+    "below": ("less than", operator.lt),
+}
+
+
+def range_of(metadata: Mapping[str, Any]) -> str:
+    """The range of a field in words: "more than 0 and at most 1"; "" where it has none."""
+    if metadata.get("filled"):
+        return "at least one entry"
+    return " and ".join(f"{word} {metadata[end]:g}" for end, (word, _) in _ENDS.items() if end in metadata)
+
+
+def check_range(place: str, metadata: Mapping[str, Any], value: Any) -> None:
+    """Raises a UserError where a value is not in the range of its field; None is in every range."""
+    kept = all(
+        keeps(value, metadata[end])
+        for end, (_, keeps) in _ENDS.items()
+        if end in metadata and value is not None
+    )
+    if not kept or (metadata.get("filled") and not value):
+        shown = f"{value:g}" if isinstance(value, (int, float)) else value
+        raise UserError(f"{place}: expected {range_of(metadata)}, got {shown}")
 
 
 def _value(kind: Any, value: Any, where: str, root: type, pretrained: bool) -> Any:

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from training import prompts, seeding
+from training.config import unknown
 from training.errors import UserError
 from training.loops.next_token import Document
 from training.prompts import Turns
 from training.tasks import arithmetic, general
 
+KINDS = (*arithmetic.DOCUMENT_KINDS, "general")
 SHOTS = 2  # worked examples in a few-shot document
 
 
@@ -23,13 +25,21 @@ def documents(seed: int, count: int, *, mix: Mapping[str, float], digits: int = 
         mix: share of each kind (arithmetic.corpus_document, and "general"); they are normalised to a sum of 1.
         digits: digits of the numbers of the arithmetic documents.
     """
+    check_mix(mix)
     kinds = list(mix)
     shares = np.array([mix[kind] for kind in kinds], dtype=np.float64)
-    if len(kinds) == 0 or shares.min() < 0 or shares.sum() <= 0:
-        raise UserError(f"base.corpus: shares must be non-negative and not all 0, got {dict(mix)}")
     rng = seeding.numpy_rng(seed, "base", "corpus")
     chosen = rng.choice(len(kinds), size=count, p=shares / shares.sum())
     return [_document(rng, kinds[i], digits) for i in chosen]
+
+
+def check_mix(mix: Mapping[str, float]) -> None:
+    """Raises a UserError where `base.corpus` names an unknown kind of document, or its shares are none."""
+    for kind in mix:
+        if kind not in KINDS:
+            raise UserError(f"base.corpus: {unknown('kind of documents', kind, KINDS)}")
+    if not mix or min(mix.values()) < 0 or not any(mix.values()):
+        raise UserError(f"base.corpus: shares must be non-negative and not all 0, got {dict(mix)}")
 
 
 def _document(rng: np.random.Generator, kind: str, digits: int) -> Document:

@@ -50,6 +50,11 @@ def _evaluated(recipe: Recipe) -> Sequence[str]:
     return [name for name in (*POLICIES, "reward_models") if name in recipe.stages]
 
 
+def _scored(recipe: Recipe) -> Sequence[str]:
+    general = any(recipe.rl_all.mix.get(kind) for kind in ("helpful", "unsafe"))
+    return ("sft2", "reward_models") if general else ("sft2",)
+
+
 STAGES: Mapping[str, Stage] = {
     "base": _stage("base", "pretraining", lambda recipe: ()),
     "zero": _stage("zero", "R1-Zero: GRPO with rule rewards only", lambda recipe: ("base",)),
@@ -68,7 +73,7 @@ STAGES: Mapping[str, Stage] = {
         "helpful and safety reward models",
         lambda recipe: (recipe.reward_models.start, *recipe.reward_models.samples_from),
     ),
-    "rl_all": _stage("rl_all", "GRPO over all scenarios", lambda recipe: ("sft2", "reward_models")),
+    "rl_all": _stage("rl_all", "GRPO over all scenarios", _scored),
     "distill": _stage("distill", "distillation to dense students", lambda recipe: ("rl_all", "rejection")),
     "evaluate": _stage("evaluate", "marks of every checkpoint", _evaluated),
 }
@@ -124,10 +129,15 @@ def run(
         The stages that ran.
 
     Raises:
-        UserError: unknown stage, a missing or changed input, work made with other settings, a run in use, no such device.
+        UserError: what training.check finds, unknown stage, a missing or changed input, work made with other settings, a run
+            in use, no such device.
     """
+    from training.check import check  # it reads this module's table
+
     progress = progress or Progress()
     order = plan(recipe, stages)
+    for remark in check(recipe, stages):
+        progress.say(f"note: {remark}")
     for name in (*redo, *([only] if only else ())):
         if name not in order:
             raise unknown("stage", name, order)

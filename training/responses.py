@@ -123,8 +123,6 @@ def draw(
 
     stage: the folder of the stage that asks, which keeps what is drawn until it is done; None keeps nothing.
     """
-    if not asked:
-        raise UserError(f"no problems to ask the checkpoint of {source.stage}")
     write = prompt or source.prompt
     return sample_in_pieces(
         stage,

@@ -154,6 +154,11 @@ def repetition(sample: Sample, size: int = 4) -> Reward:
     return Reward(distinct / total - 1.0, f"{total - distinct} of {total} {size}-grams repeat")
 
 
+def live_terms(kind: str) -> tuple[str, ...]:
+    """The terms that problems of a kind can earn."""
+    return LIVE_TERMS[kind] + SHAPING_TERMS
+
+
 def check_terms(terms: Mapping[str, float]) -> None:
     """Raise UserError where a term is unknown (naming the nearest one) or a weight is not a finite number."""
     for name, weight in terms.items():
@@ -208,7 +213,7 @@ def score(
 
     scored = []
     for index, sample in enumerate(samples):
-        live = LIVE_TERMS[sample.problem.kind] + SHAPING_TERMS
+        live = live_terms(sample.problem.kind)
         parts = {name: part(name, index, sample) for name in live if terms.get(name)}
         present = {name: reward for name, reward in parts.items() if reward is not None}
         scored.append(Scored(sample, _total(present, terms), present))

@@ -7,7 +7,7 @@ and lengths have a second default, for a pretrained model (`model.pretrained`): 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from training.config import at_least, operational, rounding
+from training.config import FILLED, at_least, operational, ranged, rounding
 
 STAGE_NAMES = (
     "base",
@@ -107,7 +107,7 @@ class Sampling:
     """How responses are drawn from a checkpoint."""
 
     temperature: float = at_least(0, 1.0)  # 0: greedy
-    top_p: float = at_least(0, 1.0)
+    top_p: float = ranged(1.0, above=0, maximum=1)
     max_new_tokens: int = at_least(1, 64, pretrained=1024)
     batch_size: int = rounding(256, 1, pretrained=64)  # sequences in flight
 
@@ -128,7 +128,7 @@ class Grpo:
     grad_clip: float = at_least(0, 1.0)
     kl_coef: float = at_least(0, 1e-3)
     clip: float = at_least(0, 0.2)
-    temperature: float = at_least(0, 1.0)
+    temperature: float = ranged(1.0, above=0)
     max_new_tokens: int = at_least(1, 64, pretrained=1024)
     max_new_tokens_from: dict[int, int] = field(
         default_factory=dict
@@ -188,13 +188,16 @@ class RlReasoning(Grpo):
 class Judge(NextToken):
     """The generative judge: a small language model that writes its verdict as JSON."""
 
-    samples_from: list[str] = field(default_factory=lambda: ["base", "zero", "sft1", "rl_reasoning"])
+    samples_from: list[str] = field(
+        default_factory=lambda: ["base", "zero", "sft1", "rl_reasoning"], metadata=FILLED
+    )
     prompts: int = at_least(1, 512)
     samples: int = at_least(1, 4)
     temperature: float = at_least(0, 1.0)
     max_new_tokens: int = at_least(1, 64, pretrained=1024)
-    held_out: float = at_least(0, 0.1)  # share of the problems kept for the agreement with the rule
-    minimum_agreement: float = at_least(0, 0.95)
+    # share of the problems kept for the agreement with the rule
+    held_out: float = ranged(0.1, above=0, maximum=1)
+    minimum_agreement: float = ranged(0.95, minimum=0, maximum=1)
 
 
 @dataclass
@@ -203,9 +206,11 @@ class Rejection(Sampling):
 
     prompts: int = at_least(1, 1024)
     samples: int = at_least(1, 4)
-    judged_share: float = at_least(0, 0.25)  # reasoning problems for the judge, not the rule
-    general_share: float = at_least(0, 0.25)  # of the mix; 200k of 800k in the paper
-    general_checked: float = at_least(0, 1.0)  # share of the other questions whose answers the oracle checks
+    judged_share: float = ranged(0.25, minimum=0, maximum=1)  # reasoning problems for the judge, not the rule
+    general_share: float = ranged(0.25, minimum=0, below=1)  # of the mix; 200k of 800k in the paper
+    general_checked: float = ranged(
+        1.0, minimum=0, maximum=1
+    )  # share of the other questions whose answers the oracle checks
     general_from: str = "base"  # the stage whose checkpoint answers the questions that need no reasoning
     paragraph_words: int = at_least(1, 200)  # a longer paragraph is rejected
     filters: list[str] = field(
@@ -235,7 +240,7 @@ class RewardModels(NextToken):
     """The helpful model (pairwise) and the safety model (pointwise)."""
 
     start: Literal["base", "sft2"] = "sft2"
-    samples_from: list[str] = field(default_factory=lambda: ["base", "sft2"])
+    samples_from: list[str] = field(default_factory=lambda: ["base", "sft2"], metadata=FILLED)
     prompts: int = at_least(1, 512)
     samples: int = at_least(1, 4)  # responses a helpful problem
     unsafe_samples: int = at_least(1, 12)  # responses an unsafe problem, of which there are few
@@ -249,8 +254,10 @@ class RlAll(Grpo):
     """GRPO over reasoning, helpful and unsafe prompts."""
 
     steps: int = at_least(0, 20)
-    temperature: float = at_least(0, 0.7)
-    preference_share: float = at_least(0, 400 / 1700)  # the last share of the steps with the reward models
+    temperature: float = ranged(0.7, above=0)
+    preference_share: float = ranged(
+        400 / 1700, minimum=0, maximum=1
+    )  # the last share of the steps with the reward models
     mix: dict[str, float] = field(default_factory=lambda: {"reasoning": 0.5, "helpful": 0.3, "unsafe": 0.2})
     rewards: dict[str, float] = field(
         default_factory=lambda: {
@@ -287,7 +294,7 @@ class Distill(Sampling):
     filters: list[str] = field(
         default_factory=lambda: ["wrong_by_rule", "mixed_language", "repetition", "bad_format", "unfinished"]
     )
-    students: dict[str, Student] = field(default_factory=_students)
+    students: dict[str, Student] = field(default_factory=_students, metadata=FILLED)
 
 
 @dataclass
@@ -296,10 +303,12 @@ class Evaluate(Sampling):
 
     problems: int = at_least(1, 1024)  # held-out problems of the marks at `temperature`
     k: int = at_least(1, 4)  # samples a problem for pass@1 (mean of k), pass@k and maj@k
-    k_problems: int = at_least(0, 256)
+    k_problems: int = at_least(1, 256)
     k_temperature: float = at_least(0, 0.6)
-    k_top_p: float = at_least(0, 0.95)
-    splits: list[str] = field(default_factory=lambda: ["test", "harder"])
+    k_top_p: float = ranged(0.95, above=0, maximum=1)
+    splits: list[Literal["train", "test", "harder"]] = field(
+        default_factory=lambda: ["test", "harder"], metadata=FILLED
+    )
 
 
 @dataclass
@@ -320,8 +329,8 @@ class Recipe:
     gradient_checkpointing: bool = rounding(
         False
     )  # layers recompute activations in the backward pass: less memory
-    stages: list[str] = field(default_factory=lambda: list(STAGE_NAMES))
-    task: list[str] = field(default_factory=lambda: ["arithmetic", "general"])
+    stages: list[str] = field(default_factory=lambda: list(STAGE_NAMES), metadata=FILLED)
+    task: list[str] = field(default_factory=lambda: ["arithmetic", "general"], metadata=FILLED)
     task_options: dict[str, dict[str, Any]] = field(default_factory=dict)  # task -> its keyword arguments
     model: Model = field(default_factory=Model)
     base: Base = field(default_factory=Base)

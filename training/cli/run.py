@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from training import pipeline
+from training.check import check
 from training.cli import plan, table
 from training.errors import UserError
 from training.format import duration
@@ -52,7 +53,8 @@ def run_all(arguments: argparse.Namespace) -> None:
     """Runs what is not done, shows the marks and writes the report."""
     recipe, folder = _recipe(arguments.words, arguments.run)
     if arguments.dry_run:
-        print(plan.text(recipe))
+        remarks = check(recipe, data=recipe.model.sizes == "folder")
+        print("\n".join([plan.text(recipe), *(f"note: {remark}" for remark in remarks)]))
         return
     run_dir, progress = RunDir(folder), Progress()
     progress.say(f"recipe {recipe.name}, seed {recipe.seed}, folder {folder}")

@@ -135,8 +135,10 @@ def _notes(run_dir: RunDir, done: dict[str, dict[str, Any]]) -> dict[str, str]:
             notes[name] = f"{metrics['kept']:,} kept" if "kept" in metrics else "done"
         elif name == "judge" and number(metrics.get("agreement")) is not None:
             notes[name] = f"agrees {percent(metrics['agreement'])} %"
-        elif name == "reward_models" and number(metrics.get("helpful/accuracy")) is not None:
-            notes[name] = f"{percent(metrics['helpful/accuracy'])}, {percent(metrics['safety/accuracy'])} %"
+        elif name == "reward_models" and any(key.endswith("/accuracy") for key in metrics):
+            notes[name] = (
+                ", ".join(percent(metrics.get(f"{which}/accuracy")) for which in ("helpful", "safety")) + " %"
+            )
         elif name == "distill":
             notes[name] = f"{sum(key.endswith('/parameters') for key in metrics)} students"
         else:

@@ -74,14 +74,15 @@ def _teach(context: StageContext) -> Selection:
     return found
 
 
-def _accuracy(context: StageContext, name: str, folder: Any) -> float:
-    """Share of held-out reasoning problems that the student gets right at temperature 1, one sample each."""
+def _accuracy(context: StageContext, name: str, folder: Any) -> float | None:
+    """Share of held-out reasoning problems that the student gets right at temperature 1, one sample each; None without."""
     pool = responses.problems(context.recipe, "test", ("reasoning",))
     asked = responses.choose(pool, UNSEEN_PROBLEMS, context.recipe.seed, context.name, "unseen")
     source = responses.load_source(f"{context.name}-{name}", folder, context.recipe)
     drawn = _draw(context, source, asked, 1, 1.0, 1.0)
     tasks = responses.tasks(context.recipe)
-    return sum(rewards.accuracy(as_sample(each), tasks).value == 1.0 for each in drawn) / len(drawn)
+    right = [rewards.accuracy(as_sample(each), tasks).value == 1.0 for each in drawn]
+    return sum(right) / len(right) if right else None
 
 
 def _draw(

@@ -82,6 +82,8 @@ def marks(
         pool = responses.problems(recipe, split, ("reasoning",))
         reasoning = responses.choose(pool, count, recipe.seed, "evaluate", split)
         general = responses.problems(recipe, split, ("helpful", "unsafe"))
+        if not reasoning and not general:  # said at the start of the run
+            continue
         if not reasoning:
             continue
         few = reasoning[: config.k_problems]

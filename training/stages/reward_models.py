@@ -21,7 +21,10 @@ SPLITS = {"data.jsonl": "train", "held_out.jsonl": "test"}
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Collect and label responses, train both models, measure; writes checkpoint-helpful and checkpoint-safety."""
+    """Collect and label responses, train both models, measure; writes checkpoint-helpful and checkpoint-safety.
+
+    Of a kind that the tasks have no problems of, there is no model.
+    """
     for name, split in SPLITS.items():
         if not context.stage.data(name).is_file():
             context.stage.write_data(name, _collect(context, split))
@@ -44,11 +47,12 @@ def run(context: StageContext) -> dict[str, Any]:
             **metrics,
             "data": len(data),
             "held_out": len(held_out),
-            "accuracy_train": reward_model.accuracy(model, tokenizer, data),
-            "accuracy": reward_model.accuracy(model, tokenizer, held_out),
+            "accuracy_train": reward_model.accuracy(model, tokenizer, data) if data else None,
+            "accuracy": reward_model.accuracy(model, tokenizer, held_out) if held_out else None,
         }
 
-    metrics = run_parts(context, list(MODELS), train)
+    fed = [name for name, kind in MODELS.items() if responses.problems(context.recipe, "train", (kind,))]
+    metrics = run_parts(context, fed, train)
     return {f"{name}/{key}": value for name, found in metrics.items() for key, value in found.items()}
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from training import checkpoint, preferences, prompts, responses, reward_model, rewards, seeding
 from training.context import StageContext
-from training.errors import UserError
 from training.loops import grpo
 from training.model import load
 from training.responses import Source, as_sample
@@ -30,14 +29,9 @@ def run(context: StageContext) -> dict[str, Any]:
     """Train the policy and score it on unseen prompts before and after; writes checkpoint."""
     config, seed, tasks = context.config, context.recipe.seed, responses.tasks(context.recipe)
     sft2 = context.inputs["sft2"].path / "checkpoint"
-    scorers = {
-        name: reward_model.scorer(*load(context.inputs["reward_models"].path / folder))
-        for name, folder in MODELS.items()
-    }
-    pools = {kind: responses.problems(context.recipe, "train", (kind,)) for kind in config.mix}
-    for kind, pool in pools.items():
-        if not pool:
-            raise UserError(f"rl_all.mix: no task of the recipe has problems of kind {kind!r}")
+    scorers = _scorers(context)
+    mix = {kind: share for kind, share in config.mix.items() if share}
+    pools = {kind: responses.problems(context.recipe, "train", (kind,)) for kind in mix}
 
     def reward(step: int, samples: list[Sample]) -> list[Scored]:
         return rewards.rl_all(
@@ -56,7 +50,7 @@ def run(context: StageContext) -> dict[str, Any]:
     metrics = grpo.train(
         policy,
         tokenizer,
-        lambda step: problems_of_step(pools, config.mix, config.prompts, seed, step),
+        lambda step: problems_of_step(pools, mix, config.prompts, seed, step),
         prompts.chat,
         reward,
         config,
@@ -72,6 +66,18 @@ def run(context: StageContext) -> dict[str, Any]:
         **metrics,
         **{f"unseen/{name}/before": value for name, value in before.items()},
         **{f"unseen/{name}/after": value for name, value in after.items()},
+    }
+
+
+def _scorers(context: StageContext) -> dict[str, Scorer]:
+    """The reward models that there are: none without general problems, and none of a kind that the tasks do not have."""
+    if "reward_models" not in context.inputs:
+        return {}
+    folder = context.inputs["reward_models"].path
+    return {
+        name: reward_model.scorer(*load(folder / model))
+        for name, model in MODELS.items()
+        if (folder / model).is_dir()
     }
 
 
@@ -99,7 +105,8 @@ def score_unseen(context: StageContext, source: Source, scorers: Mapping[str, Sc
     """Oracle and reward models on responses to unseen general prompts, sampled at temperature 1.
 
     Returns:
-        "helpful" and "harmless" (shares by the oracle), "helpful_model" and "harmless_model" (mean scores).
+        "helpful" and "harmless" (shares by the oracle), "helpful_model" and "harmless_model" (mean scores), each where there
+        are such prompts and such a model.
     """
     unseen = responses.problems(context.recipe, "test", TERM_OF)
     drawn = responses.draw(
@@ -114,7 +121,10 @@ def score_unseen(context: StageContext, source: Source, scorers: Mapping[str, Sc
     found = {}
     for kind, term in TERM_OF.items():
         samples = [as_sample(completion) for completion in drawn if completion.problem.kind == kind]
+        if not samples:
+            continue
         found[term] = fmean(preferences.oracle(sample.problem, sample.response) for sample in samples)
-        scored = rewards.score(samples, {term: 1.0}, {}, preferences=scorers)
-        found[f"{term}_model"] = fmean(one.total for one in scored if one.total is not None)
+        if term in scorers:
+            scored = rewards.score(samples, {term: 1.0}, {}, preferences=scorers)
+            found[f"{term}_model"] = fmean(one.total for one in scored if one.total is not None)
     return found

@@ -6,7 +6,6 @@ from typing import Any
 
 from training import checkpoint, responses, rewards
 from training.context import StageContext
-from training.errors import UserError
 from training.loops import grpo
 from training.model import load
 from training.prompts import Prompter
@@ -24,9 +23,6 @@ def reinforce(context: StageContext, parent: str, prompt: Prompter) -> dict[str,
     config, seed = context.config, context.recipe.seed
     tasks = responses.tasks(context.recipe)
     pool = responses.problems(context.recipe, "train", ("reasoning",))
-    if not pool:
-        raise UserError(f"{context.name}: no task of the recipe has reasoning problems to train on")
-    rewards.check_terms(config.rewards)
 
     def problems(step: int) -> list[Problem]:
         return responses.choose(pool, config.prompts, seed, context.name, "problems", step)

@@ -19,6 +19,11 @@ _TASKS = {
 }
 
 
+def names() -> list[str]:
+    """The tasks by the name that stands before the colon of a specification."""
+    return list(_TASKS)
+
+
 def get_task(spec: str, **options: Any) -> Task:
     """Make the task that a recipe names, and tell `training.language` the words of its module (`WORDS`).
 

@@ -262,3 +262,5 @@ _WRITERS: dict[str, Callable[[Problem, np.random.Generator], str]] = {
     "few_shot": _few_shot,
     "reflect": _reflect,
 }
+
+DOCUMENT_KINDS = tuple(_WRITERS)

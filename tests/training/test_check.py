@@ -1,0 +1,158 @@
+"""The whole recipe is checked before its first stage: every mistake is one line that names the key, at the start."""
+
+import json
+import re
+
+import pytest
+
+from training import pipeline
+from training.check import check
+from training.cli import main
+from training.errors import UserError
+from training.progress import Progress
+from training.recipe import STAGE_NAMES, load, names
+from training.run_dir import RunDir
+
+
+def faults(tmp_path, *words, recipe="tiny"):
+    """What the dry run, the run and the stages say; nothing may be written."""
+    found = []
+    for _ in range(2):
+        with pytest.raises(UserError) as caught:
+            loaded = load(recipe, words)
+            if not found:
+                check(loaded)
+            else:
+                pipeline.run(loaded, RunDir(tmp_path / "run"), progress=Progress(quiet=True))
+        found.append(str(caught.value))
+    assert found[0] == found[1] and "\n" not in found[0]
+    assert not (tmp_path / "run").exists()
+    return found[0]
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name not in ("deepseek-r1", "smollm2")])
+def test_the_embedded_recipes_have_no_fault(name):
+    assert check(load(name)) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("zero.variant=dapo", "zero.variant: expected one of 'grpo', .*, got 'dapo'"),
+        ("rl_all.variant=dapo", "rl_all.variant: expected one of 'grpo', .*, got 'dapo'"),
+        ("rl_reasoning.reduction=foo", "rl_reasoning.reduction: expected one of 'sequence', .*, got 'foo'"),
+        ("zero.ratio=tokens", "zero.ratio: expected one of token, sequence, output, got 'tokens'"),
+        ("zero.temperature=0", "zero.temperature: expected more than 0, got 0"),
+        ("zero.minibatches=1000", "zero.minibatches: expected at most 384, .*, got 1000"),
+        (
+            "zero.max_new_tokens_from={2: 0}",
+            "zero.max_new_tokens_from: expected .* at least 1 token, got 2: 0",
+        ),
+        ("zero.rewards={acuracy: 1}", "zero.rewards: unknown reward term 'acuracy': did you mean 'accuracy'"),
+        ("zero.rewards={}", "zero.rewards: expected a weight for one of accuracy, .* reasoning .*, got {}"),
+        ("zero.rewards={helpful: 1}", "zero.rewards: expected a weight .* which reasoning problems earn"),
+        ("rl_all.rewards={accuracy: 1}", "rl_all.rewards: expected a weight for one of helpful, "),
+        ("rl_all.mix={reason: 1}", "rl_all.mix: unknown kind of problems 'reason': did you mean 'reasoning'"),
+        ("rl_all.mix={reasoning: 0}", "rl_all.mix: expected shares from 0, not all of them 0"),
+        ("rl_all.preference_share=2", "rl_all.preference_share: expected at least 0 and at most 1, got 2"),
+        ("cold_start.filters=[wrong]", "cold_start.filters: unknown filter 'wrong': did you mean"),
+        ("distill.filters=[wrong]", "distill.filters: unknown filter 'wrong'"),
+        ("rejection.general_share=1", "rejection.general_share: expected at least 0 and less than 1, got 1"),
+        ("rejection.general_from=judge", "rejection.general_from: expected one of base, .*, got 'judge'"),
+        ("judge.samples_from=[cold_start]", "judge.samples_from: expected one of base, .*, got 'cold_start'"),
+        ("judge.samples_from=[]", "judge.samples_from: expected at least one entry, got \\[\\]"),
+        ("judge.held_out=0", "judge.held_out: expected more than 0 and at most 1, got 0"),
+        ("cold_start.top_p=0", "cold_start.top_p: expected more than 0 and at most 1, got 0"),
+        ("evaluate.k_top_p=1.5", "evaluate.k_top_p: expected more than 0 and at most 1, got 1.5"),
+        ("evaluate.k_problems=0", "evaluate.k_problems: expected at least 1, got 0"),
+        ("evaluate.splits=[harder]", "evaluate.splits: expected test among them, .*, got \\['harder'\\]"),
+        (
+            "evaluate.splits=[tests]",
+            "evaluate.splits\\[0\\]: expected one of train, test, harder, got 'tests'",
+        ),
+        ("sft1.epochs=0", "sft1.steps: expected at least 1 where sft1.epochs is 0, got 0"),
+        ("base.steps=0", "base.steps: expected at least 1 where base.epochs is 0, got 0"),
+        ("base.corpus={tidi: 1}", "base.corpus: unknown kind of documents 'tidi': did you mean 'tidy'"),
+        ("base.corpus={tidy: 0}", "base.corpus: shares must be non-negative and not all 0"),
+        ("distill.students={}", "distill.students: expected at least one entry, got {}"),
+        (
+            "distill.students={a/b: {epochs: 1}}",
+            "distill.students: expected names of letters and digits, got 'a/b'",
+        ),
+        (
+            "distill.students={a: {heads: 5}}",
+            "distill.students.a.hidden_size: expected a multiple of heads = 5, got 64",
+        ),
+        ("stages=[]", "stages: expected at least one entry, got \\[\\]"),
+        ("task=[]", "task: expected at least one entry, got \\[\\]"),
+        ("task=[arithmetik]", "task: unknown task 'arithmetik': did you mean 'arithmetic'"),
+        (
+            "task_options={arithmetc: {digits: 1}}",
+            "task_options: unknown task 'arithmetc': did you mean 'arithmetic'",
+        ),
+        ("task_options={arithmetic: {digit: 1}}", "task: unknown option of task 'arithmetic' 'digit'"),
+        ("task=['jsonl:nowhere.jsonl']", "task: nowhere.jsonl: cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_runs(tmp_path, word, said):
+    assert re.match(said, faults(tmp_path, word))
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """problems(count, *kinds) writes a file of as many problems of every kind and returns the word that names it."""
+
+    def problems(count, *kinds, name="own.jsonl"):
+        rows = [
+            {"question": f"{kind} question {n} ?", "answer": str(n), "kind": kind}
+            for kind in kinds
+            for n in range(count)
+        ]
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return f"task=['jsonl:{path}']"
+
+    return problems
+
+
+def test_data_that_cannot_feed_a_stage_are_named_with_the_words_that_leave_it_out(tmp_path, problems):
+    task = problems(80, "reasoning")
+    said = faults(tmp_path, task)
+    assert "no task of the recipe has helpful or unsafe problems to train on, as reward_models needs" in said
+    assert "has helpful problems to train on, as rl_all needs" in said
+    kept = [name for name in STAGE_NAMES if name != "reward_models"]
+    words = [f"stages=[{','.join(kept)}]", "rl_all.mix={reasoning: 0.35}"]
+    assert said.endswith(f"run without: {' '.join(words)}")
+    remarks = check(load("tiny", [task, *words]))
+    assert remarks == ["evaluate: the tasks have no problems of the split harder, which is left out"]
+
+
+def test_data_of_one_kind_more_need_only_the_mix(tmp_path, problems):
+    task = problems(80, "reasoning", "helpful")
+    assert faults(tmp_path, task).endswith("run without: rl_all.mix={reasoning: 0.35, helpful: 0.4}")
+    remarks = check(load("tiny", [task, "rl_all.mix={reasoning: 1, helpful: 1}"]))
+    assert "no unsafe problems to train on: there will be no model of that" in remarks[0]
+
+
+def test_a_test_split_that_is_empty_is_named(tmp_path, problems):
+    task = problems(80, "reasoning")
+    path = task[7:-2]
+    said = faults(
+        tmp_path, task, "stages=[base, zero, evaluate]", f"task_options={{'{path}': {{test_share: 0}}}}"
+    )
+    assert "has reasoning or helpful or unsafe problems held out for the test, as evaluate needs" in said
+    assert "raise the task's test_share" in said
+    check(load("tiny", [task, "stages=[base, zero]", f"task_options={{'{path}': {{test_share: 0}}}}"]))
+
+
+def test_general_data_alone_feed_no_reasoning_stage(tmp_path, problems):
+    said = faults(tmp_path, problems(80, "helpful", "unsafe"))
+    assert "no task of the recipe has reasoning problems to train on, as zero, cold_start" in said
+    assert said.endswith("run without: stages=[base,evaluate]")
+
+
+@pytest.mark.parametrize("words", [["zero.variant=dapo"], ["task=['jsonl:nowhere.jsonl']"], ["stages=[]"]])
+def test_a_dry_run_says_it_too(tmp_path, capsys, words):
+    assert main(["run", "tiny", "--dry-run", "--run", str(tmp_path / "run"), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
