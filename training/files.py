@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from training import notices
 from training.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -140,14 +141,24 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
             file.write(json_line(row))
 
 
-def read_jsonl(path: Path) -> list[Any]:
-    """The values of a JSONL file, one a line; a broken line is a `UserError` with its number."""
+def read_jsonl(path: Path, growing: bool = False) -> list[Any]:
+    """The values of a JSONL file, one a line; a broken line is a `UserError` with its number.
+
+    growing: the file is written line by line, so that its last line may be half there, after a kill or while it is written:
+        it is left out, and a warning says so.
+    """
     rows = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 rows.append(json.loads(line))
             except ValueError:
+                if growing and not line.endswith(b"\n"):
+                    notices.warn(
+                        f"half line {path}",
+                        f"{path}, line {number}: only half of it was written; it is left out",
+                    )
+                    break
                 raise UserError(f"{path}, line {number}: not valid JSON") from None
     return rows
 

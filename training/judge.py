@@ -20,6 +20,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from training import prompts, seeding
+from training.encoder import Encoder
 from training.loops.next_token import Document
 from training.loops.sample import Prompt
 from training.pieces import sample_in_pieces
@@ -124,6 +125,8 @@ def judge(
         Prompt(each.problem, prompts.judge(each.problem, each.problem.reference, each.text))
         for each in candidates
     ]
+    encoder = Encoder(model, tokenizer)
+    opening = encoder.prompt(asked[0].turns).opening if asked else ""
     written = sample_in_pieces(
         stage,
         [each.text for each in candidates],
@@ -131,24 +134,21 @@ def judge(
         tokenizer,
         asked,
         temperature=0.0,
-        max_new_tokens=longest_verdict(tokenizer, candidates),
+        max_new_tokens=longest_verdict(encoder, opening, candidates),
         seed_parts=("judge",),
         batch_size=BATCH_SIZE,
     )
     return [parse_verdict(completion.text) for completion in written]
 
 
-def longest_verdict(tokenizer: PreTrainedTokenizerFast, candidates: Sequence[Sample]) -> int:
-    """Tokens of the longest verdict that the judge is taught to write about any of the candidates, eos included.
+def longest_verdict(encoder: Encoder, opening: str, candidates: Sequence[Sample]) -> int:
+    """Tokens of the longest verdict that the judge is taught to write about any of the candidates, with the end of its turn.
 
     It depends on the tokenizer: a limit of one tokenizer would cut the verdicts of another, which then parse as none.
     """
-    verdicts = [
+    verdicts = (
         write_verdict(each.problem.reference, each.response.answer, right)
         for each in candidates
         for right in (True, False)
-    ]
-    lengths = (
-        [len(ids) for ids in tokenizer(verdicts, add_special_tokens=False)["input_ids"]] if verdicts else []
     )
-    return max(lengths, default=0) + 1
+    return max((len(encoder.response(verdict, opening)) for verdict in verdicts), default=1)

@@ -69,10 +69,8 @@ def sample_in_pieces(
 
 def _read(path: Path, asked: Sequence[Prompt], samples: int) -> list[Completion]:
     """The completions of a kept piece: the samples of a prompt stand side by side, as `sample` returns them."""
-    return [
-        Completion(
-            problem=asked[index // samples].problem,
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()},
-        )
-        for index, row in enumerate(files.read_jsonl(path))
-    ]
+    found = []
+    for index, row in enumerate(files.read_jsonl(path)):
+        kept: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in row.items()}
+        found.append(Completion(problem=asked[index // samples].problem, **kept))
+    return found

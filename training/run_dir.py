@@ -137,7 +137,7 @@ class StageDir:
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
         path = self.path / name
-        return files.read_jsonl(path) if path.is_file() else []
+        return files.read_jsonl(path, growing=True) if path.is_file() else []
 
     def checkpoints(self) -> dict[str, Path]:
         """Name -> folder of every checkpoint here: "zero" for zero/checkpoint, "distill-llama" for a suffix."""

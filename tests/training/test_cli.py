@@ -355,8 +355,30 @@ def test_ctrl_c_is_no_traceback(run_dir, capsys, monkeypatch):
 
 def test_a_broken_line_of_samples_is_named(run_dir, capsys):
     stage = finish(run_dir, "zero")
-    write_jsonl(stage.path / "samples.jsonl", [sample(0, 1.0)])
-    with (stage.path / "samples.jsonl").open("a") as file:
-        file.write(json.dumps(sample(1, 1.0))[:20])
+    half = json.dumps(sample(1, 1.0))[:20]
+    (stage.path / "samples.jsonl").write_text(
+        f"{json.dumps(sample(0, 1.0))}\n{half}\n{json.dumps(sample(2, 1.0))}\n"
+    )
     assert main(["samples", "--run", str(run_dir.path)]) == 2
     assert "samples.jsonl, line 2: not valid JSON" in lines(capsys)[1]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("command", ["report", "samples"])
+def test_half_a_line_at_the_end_is_left_out_and_said(run_dir, capsys, name, command):
+    """As a kill or a full disk leaves it, or a run that is writing just now."""
+    stage = finish(run_dir, "zero", [sample(0, 1.0)])
+    stage.log(step=0, reward=1.0, accuracy=0.5)
+    stage.finish({})
+    assert main(["report", "--run", str(run_dir.path)]) == 0
+    whole = (run_dir.path / "report.html").read_text()
+    with (stage.path / name).open("ab") as file:
+        file.write(json.dumps({"step": 1, "text": "prüfe"}, ensure_ascii=False).encode()[:23])
+    lines(capsys)
+    assert main([command, "--run", str(run_dir.path)]) == 0
+    said = lines(capsys)[1]
+    read = command == "report" or name == "samples.jsonl"
+    assert said == (
+        f"warning: {stage.path / name}, line 2: only half of it was written; it is left out\n" if read else ""
+    )
+    assert (run_dir.path / "report.html").read_text() == whole

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from training import notices
 from training.cli import chat, evaluate, report, review, run, samples
 from training.errors import UserError
 
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         arguments.words += rest
     try:
-        arguments.run_command(arguments)
+        with notices.listening(lambda kind, text: print(f"warning: {text}", file=sys.stderr)):
+            arguments.run_command(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
