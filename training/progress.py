@@ -64,9 +64,10 @@ class Progress:
         self._noted = False
 
     def say(self, text: str = "") -> None:
-        """Prints one line."""
+        """Prints one line, above a bar where one is shown."""
         if not self.quiet:
-            print(text, file=self.out, flush=True)
+            tqdm.write(text, file=self.out)
+            self.out.flush()
 
     def bar(self, total: int, start: int = 0, title: str = "") -> Bar:
         """A bar of `total` steps of which `start` are already done; use it in a `with` statement."""

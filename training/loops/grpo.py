@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +25,16 @@ from training.loops.batch import Batch, collate, logprobs, micro_batches, routed
 from training.loops.loss import policy_loss
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.loops.sample import Completion, Prompt, sample
+from training.loops.watch import Watch
 from training.model import StepLoad, frozen_copy
 from training.prompts import Prompter
 from training.recipe import Grpo
 from training.response import parse
 from training.rewards import Sample, Scored
 from training.tasks.problem import Problem
+
+# Metrics of a step beside its bar.
+SHOWN = ("reward", "accuracy", "format", "language_consistency", "length", "loss")
 
 
 def train(
@@ -65,14 +70,18 @@ def train(
         optimizer.restore(state.tensors, state.counters)
         if reference is not None and config.reference_every:
             checkpoint.load_model_tensors(reference, state.tensors, "reference.")
+    watch = Watch(context.stage.metrics())
     with context.progress.grpo_bar(config.steps, start, context.name) as bar:
         for step in range(start, config.steps):
             metrics = _step(
                 policy, reference, tokenizer, optimizer, problems(step), prompt, reward, config, context, step
             )
             context.stage.log(step=step, **metrics)
-            shown = ("reward", "accuracy", "format", "language_consistency", "length", "loss")
-            bar.advance(1, **{name: metrics[name] for name in shown if name in metrics})
+            watch.see(metrics)
+            shown = [name for name in SHOWN if name in metrics]
+            if metrics["reward_errors"]:
+                shown.append("reward_errors")
+            bar.advance(1, **{name: metrics[name] for name in shown})
             if reference is not None and config.reference_every and (step + 1) % config.reference_every == 0:
                 reference.load_state_dict(policy.state_dict())
             if save_due(step + 1, config.steps, config.save_every):
@@ -95,7 +104,7 @@ def _step(
     config: Grpo,
     context: StageContext,
     step: int,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     clock = _Clock(policy.device)
     key = (context.recipe.seed, context.name)
     completions = sample(
@@ -111,7 +120,15 @@ def _step(
     )
     clock.mark("rollout")
     samples = [
-        Sample(c.problem, c.text, parse(c.text), c.token_ids, c.sample_id, c.finished) for c in completions
+        Sample(
+            c.problem,
+            c.text,
+            parse(c.text, context.recipe.response_format),
+            c.token_ids,
+            c.sample_id,
+            c.finished,
+        )
+        for c in completions
     ]
     scored = reward(step, samples)
     values = torch.tensor([0.0 if s.total is None else s.total for s in scored])
@@ -265,10 +282,11 @@ METRICS = {
 }
 
 
-def _reward_metrics(scored: list[Scored], values: Tensor, valid: Tensor, group_size: int) -> dict[str, float]:
+def _reward_metrics(scored: list[Scored], values: Tensor, valid: Tensor, group_size: int) -> dict[str, Any]:
     """Means over the step's responses; a metric of parts that no response has is left out."""
     kept = [s for s in scored if s.total is not None]
-    metrics = {"reward": float(values[valid].mean()) if kept else 0.0}
+    metrics: dict[str, Any] = {"reward": float(values[valid].mean()) if kept else 0.0}
+    metrics["reward_spread"] = float(values[valid].max() - values[valid].min()) if kept else 0.0
     terms = sorted({name for s in kept for name in s.parts})
     for name in terms:
         metrics[f"reward/{name}"] = fmean(s.parts[name].value or 0.0 for s in kept if name in s.parts)
@@ -281,10 +299,13 @@ def _reward_metrics(scored: list[Scored], values: Tensor, valid: Tensor, group_s
     if "accuracy" in terms:
         metrics["accuracy"] = metrics["reward/accuracy"]
     metrics["format"] = fmean(rewards.format(s.sample).value or 0.0 for s in scored)
-    metrics["language_consistency"] = fmean(
-        rewards.language_consistency(s.sample).value or 0.0 for s in scored
-    )
-    metrics["reward_errors"] = sum(rewards.errors(scored).values())
+    told = [rewards.language_consistency(s.sample).value for s in scored]
+    if any(value is not None for value in told):  # no language of the problems has a word list or a script
+        metrics["language_consistency"] = fmean(value for value in told if value is not None)
+    failed = rewards.errors(scored)
+    metrics["reward_errors"] = sum(failed.values())
+    if failed:
+        metrics["reward_error"] = failed.most_common(1)[0][0]
     return metrics
 
 
@@ -322,12 +343,14 @@ def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
     return {**means, "ratio_max": max(part["ratio_max"] for part in parts)}
 
 
-def _final(rows: list[dict[str, float]], steps: int) -> dict[str, float]:
+def _final(rows: list[dict[str, Any]], steps: int) -> dict[str, float]:
     """Means over the last tenth of the steps, without times."""
     last = rows[-max(1, steps // 10) :]
-    names = (
-        [name for name in last[-1] if not name.endswith(("_seconds", "_per_second", "step"))] if last else []
-    )
+    names = [
+        name
+        for name, value in (last[-1] if last else {}).items()
+        if not name.endswith(("_seconds", "_per_second", "step")) and not isinstance(value, str)
+    ]
     return {name: fmean(row[name] for row in last if name in row) for name in names} | {"steps": steps}
 
 

@@ -35,6 +35,7 @@ def page(run_dir: RunDir) -> str:
             _stages_text(run_dir, recipe),
             (tables.stage_table(run_dir, recipe) + tables.unseen(run_dir)) if done else "",
         ),
+        _section("Warnings", "", tables.warnings(run_dir)),
         _section(
             "Lineage", _LINEAGE, f'<div class="panel">{lineage.drawing(recipe, _notes(run_dir, done))}</div>'
         ),

@@ -79,6 +79,16 @@ def said(stage: str, metrics: Mapping[str, Any]) -> str:
     return ""
 
 
+def warnings(run_dir: RunDir) -> str:
+    """What the stages warned of, in their order."""
+    items = "".join(
+        f"<li><b>{name}</b> {escape(row['text'])}</li>"
+        for name in STAGES
+        for row in run_dir.stage(name).warnings()
+    )
+    return f"<ul>{items}</ul>" if items else ""
+
+
 def bar(share: float, label: str, value: str, kind: int = 0) -> str:
     """One line with a bar: `share` of the full width."""
     return (

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from training import evaluation, preferences, responses, rewards
+from training import evaluation, notices, preferences, responses, rewards
 from training.context import StageContext
 from training.recipe import Evaluate, Recipe
 from training.responses import Source
@@ -38,6 +38,10 @@ def run(context: StageContext) -> dict[str, Any]:
     state = context.stage.load_state()
     rows: list[dict[str, Any]] = list(state.counters["rows"]) if state else []
     finished = {row["checkpoint"] for row in rows}
+    if "test" in context.config.splits and not responses.problems(context.recipe, "test", ("reasoning",)):
+        notices.warn(
+            "empty_test_split", "no reasoning problems are held out, so there are no marks (see test_share)"
+        )
     with context.progress.bar(len(checkpoints), len(finished), context.name) as bar:
         for name, (parent, path) in checkpoints.items():
             if name in finished:
@@ -106,7 +110,9 @@ def marks(
                 seed_parts=(recipe.seed, "evaluate", split, way),
                 batch_size=config.batch_size,
             )
-            drawn[way] = [responses.as_sample(completion) for completion in completions]
+            drawn[way] = [
+                responses.as_sample(completion, source.response_format) for completion in completions
+            ]
         for language in ("all", *sorted({problem.language for problem in reasoning})):
             part = {way: [s for s in drawn[way] if language in ("all", s.problem.language)] for way in ways}
             mark = _row(part["once"], part["repeated"], part["greedy"], config.k, tasks)
