@@ -66,7 +66,7 @@ __all__ = [
 HIGH_RATE = 1e-4  # a learning rate above this one is for a small model
 RECIPES = Path(__file__).parent / "recipes"
 
-SHARED = ("seed", "dtype", "task", "task_options", "model")
+SHARED = ("seed", "dtype", "task", "task_options", "response_format", "model")
 
 
 def stage_config(recipe: Recipe, stage: str) -> dict[str, Any]:

@@ -1,9 +1,15 @@
 """The one strict parse of a response. Every reward, filter and metric reads its result, never the text again.
 
-Two outer forms are accepted, where S holds one `<answer> A </answer>` and nothing after it:
+Two outer forms are accepted:
 
     <think> R </think> S                          R1-Zero
     <|special_token|> R <|special_token|> S       cold start and later
+
+and a recipe's `response_format` says where the answer stands in S:
+
+    answer_tags     S holds one `<answer> A </answer>` and nothing after it
+    boxed           A is in the last `\\boxed{A}` of S
+    free            A is in the last box, else what follows the last "answer is" or "answer:" on its line, else the last line
 
 A bare S, without thinking, has the one flag "no_think", for problems that need no thinking.
 Everything else is still parsed as far as it is unambiguous, and each fault leaves a flag of its own.
@@ -21,7 +27,7 @@ _CLOSING = {THINK_OPEN: THINK_CLOSE, ANSWER_OPEN: ANSWER_CLOSE, SPECIAL: SPECIAL
 # Each flag and what it means, in the order in which `Response.flags` lists them.
 FLAGS = {
     "no_think": "there is no thinking block",
-    "no_answer": "there is no complete answer block outside the thinking",
+    "no_answer": "there is no complete answer outside the thinking",
     "several_thinks": "more than one thinking block",
     "several_answers": "more than one answer block",
     "mixed_forms": "the think tags and the special token are used together",
@@ -38,8 +44,11 @@ FLAGS = {
 }
 
 _TAG = re.compile(r"</?(?:think|answer)>|<\|special_token\|>")
+_THINK_TAG = re.compile(r"</?think>|<\|special_token\|>")
 _ANY_TAG = re.compile(rf" *(?:{_TAG.pattern}) *")
 _AMBIGUOUS = {"nested", "unclosed", "think_in_answer"}
+_LEAD_IN = re.compile(r"\banswer\b[\s*_]*(?:is\b|:)[\s*_:]*|答案(?:是|为|:|\uff1a)", re.IGNORECASE)
+_BOX = "\\boxed{"
 
 
 class _Block(NamedTuple):
@@ -57,8 +66,8 @@ class Response:
 
     text: the whole response as sampled.
     think: the thinking, where there is exactly one complete block of it.
-    answer: the answer, where there is exactly one complete block of it outside the thinking.
-    summary: what follows the thinking, without the answer tags but with the answer (what a user reads).
+    answer: the answer, where there is exactly one complete block of it outside the thinking, or one that is stated.
+    summary: what follows the thinking, without any tags but with the answer (what a user reads).
     flags: names from FLAGS; empty if and only if the response is strictly well formed.
     """
 
@@ -70,20 +79,23 @@ class Response:
 
     @property
     def well_formed(self) -> bool:
-        """Exactly one thinking block and one answer block, in order, nothing before or after, neither empty."""
+        """Exactly one thinking block and one answer, in order, nothing before (with answer tags: or after), neither empty."""
         return not self.flags
 
 
-def parse(text: str) -> Response:
-    """Parse the text of a response (without its prompt, padding and end-of-sequence token). Never raises."""
-    tags = list(_TAG.finditer(text))
+def parse(text: str, response_format: str = "answer_tags") -> Response:
+    """Parse the text of a response (without its prompt, padding and end-of-sequence token). Never raises.
+
+    text: where the prompt has opened the thinking, its tag belongs to the response and stands at the head of the text.
+    response_format: "answer_tags", "boxed" or "free", see at the top.
+    """
+    tagged = response_format == "answer_tags"
+    tags = list((_TAG if tagged else _THINK_TAG).finditer(text))
     thinks, answers, found = _blocks(tags)
     thinking_tags = any(match.group() not in (ANSWER_OPEN, ANSWER_CLOSE) for match in tags)
 
     if not thinking_tags:
         found.add("no_think")
-    if not answers:
-        found.add("no_answer")
     if len(thinks) > 1:
         found.add("several_thinks")
     if len(answers) > 1:
@@ -95,20 +107,59 @@ def parse(text: str) -> Response:
     if answers and text[tags[-1].end() :].strip():
         found.add("text_after")
 
+    rest = text[thinks[-1].end if thinks else 0 :] if thinks or not thinking_tags else None
     think = _only(text, thinks)
     if think == "":
         found.add("empty_think")
-    answer = _only(text, answers)
+    if tagged:
+        answer = _only(text, answers)
+        if not answers:
+            found.add("no_answer")
+    else:
+        answer = None if rest is None else stated(rest, boxed=response_format == "boxed")
+        if answer is None:
+            found.add("no_answer")
     if answer == "":
         found.add("empty_answer")
     if found & _AMBIGUOUS:  # which text was meant as the answer is open
         answer = None
 
-    summary = None
-    if thinks or not thinking_tags:
-        summary = _ANY_TAG.sub(" ", text[thinks[-1].end if thinks else 0 :]).strip()
+    summary = None if rest is None else _ANY_TAG.sub(" ", rest).strip()
     flags = tuple(flag for flag in FLAGS if flag in found) if found else ()
     return Response(text, think or None, answer or None, summary or None, flags)
+
+
+def stated(text: str, boxed: bool = False) -> str | None:
+    """The answer that a text without answer tags states, stripped; None where there is none.
+
+    boxed: only that of the last box; else see "free" at the top. A full stop at the end of a line is not of the answer.
+    """
+    box = last_box(text)
+    if boxed or box is not None:
+        return None if box is None else box.strip()
+    text = _ANY_TAG.sub(" ", text).strip()
+    return after_lead_in(text) or _line(text.rpartition("\n")[2])
+
+
+def after_lead_in(text: str) -> str | None:
+    """What follows the last "answer is" or "answer:" on its line; None where there is no such words or nothing follows."""
+    *_, last = (None, *_LEAD_IN.finditer(text))
+    return _line(text[last.end() :].strip().partition("\n")[0]) if last else None
+
+
+def _line(text: str) -> str | None:
+    return text.strip(" *").removesuffix(".").rstrip(" *") or None
+
+
+def last_box(text: str) -> str | None:
+    """The content of the last `\\boxed{...}`; None where there is none or it is never closed."""
+    start = text.rfind(_BOX)
+    depth = 0
+    for position in range(start + len(_BOX) - 1, len(text)) if start >= 0 else ():
+        depth += (text[position] == "{") - (text[position] == "}")
+        if depth == 0:
+            return text[start + len(_BOX) : position]
+    return None
 
 
 def _only(text: str, blocks: list[_Block]) -> str | None:

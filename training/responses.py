@@ -36,7 +36,7 @@ BATCH_SIZE = 256  # sequences in flight
 @dataclass
 class Source:
     """A checkpoint to sample from: the stage that made it, its model and tokenizer, the hash of its files, the prompt that it
-    answers, and the name of that."""
+    answers and the name of that, and where its answers stand."""
 
     stage: str
     model: PreTrainedModel
@@ -44,6 +44,7 @@ class Source:
     hash: str
     prompt: Prompter
     style: str = "chat"
+    response_format: str = "answer_tags"
 
 
 def load_source(stage: str, path: Path, recipe: Recipe, style: str | None = None) -> Source:
@@ -55,7 +56,8 @@ def load_source(stage: str, path: Path, recipe: Recipe, style: str | None = None
     noted = {**own, "prompt": style} if style else checkpoint.read_style(path) or own
     prompt = prompts.style(noted["prompt"], noted["examples"])
     model, tokenizer = load(path)
-    return Source(stage, model, tokenizer, checkpoint.checkpoint_hash(path), prompt, noted["prompt"])
+    made = checkpoint.checkpoint_hash(path)
+    return Source(stage, model, tokenizer, made, prompt, noted["prompt"], recipe.response_format)
 
 
 def tasks(recipe: Recipe) -> dict[str, Task]:
@@ -139,12 +141,12 @@ def draw(
     )
 
 
-def as_sample(completion: Completion) -> Sample:
-    """What rewards and filters read."""
+def as_sample(completion: Completion, response_format: str) -> Sample:
+    """What rewards and filters read. response_format: of the recipe."""
     return Sample(
         problem=completion.problem,
         text=completion.text,
-        response=parse(completion.text),
+        response=parse(completion.text, response_format),
         token_ids=completion.token_ids,
         sample_id=completion.sample_id,
         finished=completion.finished,

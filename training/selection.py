@@ -75,7 +75,7 @@ def select(
         (each.problem.id, each.sample_id): row(each, source, seed, checked_by=checked_by) for each in drawn
     }
     found = Selection(rejections=Counter(dict.fromkeys(active, 0)), asked=len(drawn))
-    samples = [as_sample(completion) for completion in drawn]
+    samples = [as_sample(completion, source.response_format) for completion in drawn]
     if checked_by in ("oracle", "nobody"):
         by_oracle = checked_by == "oracle"
         samples = [

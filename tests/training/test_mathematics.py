@@ -1,7 +1,6 @@
 """Equality of mathematical answers, the ways to cheat it, and its use from threads."""
 
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -9,32 +8,8 @@ from hypothesis import strategies as st
 
 from training import mathematics
 from training.errors import UserError
-from training.mathematics import check_reference, equal, last_box, looks_mathematical, plain_number
+from training.mathematics import check_reference, equal, looks_mathematical
 from training.tasks.problem import DataError
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("5", Fraction(5)),
-        (" -3 ", Fraction(-3)),
-        ("1,000", Fraction(1000)),
-        ("0.50", Fraction(1, 2)),
-        (".5", Fraction(1, 2)),
-        ("3/6", Fraction(1, 2)),
-        (r"\frac{1}{2}", Fraction(1, 2)),
-        ("$5$", Fraction(5)),
-        (r"\$18", Fraction(18)),
-        ("1,00", None),
-        ("1/0", None),
-        ("5 6", None),
-        ("5 apples", None),
-        ("", None),
-        ("9" * 200, None),
-    ],
-)
-def test_plain_number(text, value):
-    assert plain_number(text) == value
 
 
 @pytest.mark.parametrize(
@@ -129,11 +104,6 @@ def test_plain_numbers_need_no_package(monkeypatch):
 )
 def test_looks_mathematical(text, expected):
     assert looks_mathematical(text) is expected
-
-
-def test_last_box():
-    assert last_box(r"\boxed{1} \boxed{\frac{1}{2}} end") == r"\frac{1}{2}"
-    assert last_box("none") == "none"
 
 
 @given(st.text(max_size=50))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.response import FLAGS, parse
+from training.response import FLAGS, last_box, parse
 
 RIGHT = "<think> 2 plus 3 makes 5 </think> the sum is <answer> 5 </answer>"
 
@@ -213,3 +213,57 @@ def test_what_is_written_is_read(think, answer, between, special):
     response = parse(f"{opening}{think}{closing}{between}<answer>{answer}</answer>")
     assert response.well_formed
     assert (response.think, response.answer) == (think.strip(), answer.strip())
+
+
+# ------------------------------------------------------------------------------------------- answers without answer tags
+
+THINK = "<think> we add </think> "
+
+
+@pytest.mark.parametrize(
+    ("response_format", "text", "answer", "flags"),
+    [
+        # R1's own form: the thinking, then prose with a box or without one.
+        ("boxed", THINK + r"The sum is \boxed{72}.", "72", ()),
+        ("boxed", THINK + r"First \boxed{71}, no: \boxed{\frac{1}{2}} it is.", r"\frac{1}{2}", ()),
+        ("boxed", THINK + "The sum is 72.", None, ("no_answer",)),
+        ("boxed", r"<think> \boxed{72} </think> done", None, ("no_answer",)),
+        ("boxed", THINK + r"\boxed{}", None, ("empty_answer",)),
+        ("boxed", r"\boxed{72}", "72", ("no_think",)),
+        ("boxed", r"so <think> a </think> \boxed{72}", "72", ("text_before",)),
+        ("boxed", r"<think> a \boxed{72}", None, ("no_answer", "unclosed")),
+        ("boxed", r"<think> a </think> <think> b </think> \boxed{72}", "72", ("several_thinks",)),
+        ("boxed", r"<|special_token|> a <|special_token|> \boxed{72}", "72", ()),
+        ("boxed", THINK + "<answer> 72 </answer>", None, ("no_answer",)),
+        ("free", THINK + r"The sum is \boxed{72}.", "72", ()),
+        ("free", THINK + "72", "72", ()),
+        ("free", THINK + "We add both.\n\n72.", "72", ()),
+        ("free", THINK + "The answer is 72.\nI hope that helps.", "72", ()),
+        ("free", THINK + "**Answer:** 72", "72", ()),
+        ("free", THINK + "The final answer is **72**.", "72", ()),
+        ("free", THINK + "The answer is 71. No, the answer is: 72.", "72", ()),
+        ("free", THINK + "答案是72", "72", ()),
+        ("free", THINK + "<answer> 72 </answer>", "72", ()),
+        ("free", THINK, None, ("no_answer",)),
+        ("free", "<think> the answer is 72 </think>", None, ("no_answer",)),
+        ("free", "72", "72", ("no_think",)),
+    ],
+)
+def test_answers_without_answer_tags(response_format, text, answer, flags):
+    response = parse(text, response_format)
+    assert (response.answer, response.flags) == (answer, flags)
+    assert response.well_formed == (not flags)
+
+
+@given(st.text(), st.sampled_from(["boxed", "free"]))
+def test_other_formats_never_raise_and_are_well_formed_only_with_thinking_and_answer(text, response_format):
+    response = parse(text, response_format)
+    assert response.well_formed == (not response.flags)
+    if response.well_formed:
+        assert response.think and response.answer
+
+
+def test_last_box():
+    assert last_box(r"\boxed{1} \boxed{\frac{1}{2}} end") == r"\frac{1}{2}"
+    assert last_box("none") is None
+    assert last_box(r"\boxed{5") is None

@@ -79,7 +79,7 @@ def _talk(source: Any, recipe: Any, arguments: argparse.Namespace) -> None:
             seed_parts=(recipe.seed, "chat", asked),
         )
         asked += 1
-        print(_shown(completion.text, sys.stdout.isatty()))
+        print(_shown(completion.text, source.response_format, sys.stdout.isatty()))
 
 
 def _examples(recipe: Any) -> str:
@@ -102,9 +102,9 @@ def _unknown_words(tokenizer: Any, question: str) -> list[str]:
     ]
 
 
-def _shown(text: str, colour: bool) -> str:
+def _shown(text: str, response_format: str, colour: bool) -> str:
     """The response with its thinking dimmed and its answer in bold, where the terminal can."""
-    response = parse(text)
+    response = parse(text, response_format)
     if not colour or not response.think or not response.answer:
         return text
     dimmed = text.replace(response.think, f"\033[2m{response.think}\033[0m", 1)

@@ -27,6 +27,7 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 def run_command(arguments: argparse.Namespace) -> None:
     """Asks about every row that has no decision yet."""
     run_dir = existing_run(arguments.run)
+    response_format = run_dir.read_recipe().response_format
     with run_dir.lock():
         stage = run_dir.stage("cold_start")
         if stage.record() is None:
@@ -38,7 +39,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         print(f"{len(rows)} responses, {len(decisions)} decided; {HELP}")
         try:
             for number in range(len(decisions), len(rows)):
-                decision = _ask(number, len(rows), rows[number])
+                decision = _ask(number, len(rows), rows[number], response_format)
                 if decision is None:
                     break
                 if decision["decision"] == "accept all":
@@ -69,7 +70,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         )
 
 
-def _ask(number: int, total: int, row: dict[str, Any]) -> dict[str, Any] | None:
+def _ask(number: int, total: int, row: dict[str, Any], response_format: str) -> dict[str, Any] | None:
     """The decision about one row; None to quit."""
     print(
         f"\n[{number + 1}/{total}] {row.get('route', '')} ({row['language']})\n  {row['question']}\n  -> {row['response_text']}"
@@ -87,9 +88,10 @@ def _ask(number: int, total: int, row: dict[str, Any]) -> dict[str, Any] | None:
             return {"decision": "accept" if word == "a" else "reject"}
         if word == "e":
             text = input("new text: ").strip()
-            if parse(text).well_formed:
+            response = parse(text, response_format)
+            if response.well_formed:
                 return {"decision": "edit", "text": text}
-            print(f"not a well-formed response ({', '.join(parse(text).flags)}); the row is still undecided")
+            print(f"not a well-formed response ({', '.join(response.flags)}); the row is still undecided")
         else:
             print(HELP)
 

@@ -17,7 +17,7 @@ _TAGS = re.compile("|".join(map(re.escape, (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN
 def response_html(text: str) -> str:
     """A response with its thinking dimmed, its answer in bold and its tags small."""
     shown = text if len(text) <= LONGEST else text[:LONGEST] + " …"
-    response = parse(shown)
+    response = parse(shown, "answer_tags" if ANSWER_OPEN in shown else "boxed")
     places = {}
     for kind, part in (("think", response.think), ("answer", response.answer)):
         at = -1 if part is None else (shown.find(part) if kind == "think" else shown.rfind(part))

@@ -96,8 +96,8 @@ def _select(
     rows, samples = {}, []
     for completion in drawn:
         text, rules = refine(completion.text, completion.problem)
-        sample = responses.as_sample(completion)
-        samples.append(replace(sample, text=text, response=parse(text)))
+        sample = responses.as_sample(completion, source.response_format)
+        samples.append(replace(sample, text=text, response=parse(text, source.response_format)))
         refined = {"before": completion.text, "rules": rules} if rules else {}
         row = responses.row(completion, source, context.recipe.seed, route=route, **refined)
         rows[completion.problem.id, completion.sample_id] = {**row, "response_text": text}

@@ -81,7 +81,7 @@ def _accuracy(context: StageContext, name: str, folder: Any) -> float | None:
     source = responses.load_source(f"{context.name}-{name}", folder, context.recipe)
     drawn = _draw(context, source, asked, 1, 1.0, 1.0)
     tasks = responses.tasks(context.recipe)
-    right = [rewards.accuracy(as_sample(each), tasks).value == 1.0 for each in drawn]
+    right = [rewards.accuracy(as_sample(each, source.response_format), tasks).value == 1.0 for each in drawn]
     return sum(right) / len(right) if right else None
 
 

@@ -71,7 +71,7 @@ def _collect(context: StageContext, split: str) -> list[dict[str, Any]]:
             seed_parts=(seed, context.name, split),
         )
         for completion in drawn:
-            sample = responses.as_sample(completion)
+            sample = responses.as_sample(completion, source.response_format)
             right = rewards.accuracy(sample, tasks).value == 1.0
             candidates.append((sample, right, stage))
             rows[stage, sample.problem.id, sample.sample_id] = responses.row(completion, source, seed)
@@ -103,7 +103,7 @@ def _measure(context: StageContext, model: Any, tokenizer: Any) -> dict[str, Any
         Sample(
             problems[row["problem_id"]],
             row["response_text"],
-            parse(row["response_text"]),
+            parse(row["response_text"], context.recipe.response_format),
             tuple(row["response_ids"]),
         )
         for row in rows

@@ -73,7 +73,7 @@ def _reasoning(context: StageContext, source: Source) -> tuple[Selection, int]:
         judged = in_share(completion.problem.id, config.judged_share, seed, context.name, "judged")
         split[judged].append(completion)
     judge_model, judge_tokenizer = load(context.inputs["judge"].path / "checkpoint")
-    to_judge = [as_sample(completion) for completion in split[True]]
+    to_judge = [as_sample(completion, source.response_format) for completion in split[True]]
     said = judge.judge(judge_model, judge_tokenizer, to_judge, context.stage)
     verdicts = {
         (sample.problem.id, sample.sample_id): verdict.correct if verdict.parsed else None

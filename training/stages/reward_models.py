@@ -74,7 +74,7 @@ def _collect(context: StageContext, split: str) -> list[dict[str, Any]]:
                 seed_parts=(seed, context.name, split),
             )
             for completion in drawn:
-                label = preferences.oracle(completion.problem, parse(completion.text))
+                label = preferences.oracle(completion.problem, parse(completion.text, source.response_format))
                 rows.append(responses.row(completion, source, seed, label=label))
     return rows
 
@@ -85,7 +85,11 @@ def _data(context: StageContext, file: str, name: str) -> list[Pair] | list[Poin
     problems = responses.by_id(responses.problems(context.recipe, SPLITS[file], (kind,)))
     labelled: list[tuple[Problem, str, bool]] = []
     for row in context.stage.read_data(file):
-        text = parse(row["response_text"]).summary if name == "helpful" else row["response_text"]
+        text = (
+            parse(row["response_text"], context.recipe.response_format).summary
+            if name == "helpful"
+            else row["response_text"]
+        )
         if row["kind"] == kind and text:
             labelled.append((problems[row["problem_id"]], text, row["label"]))
     key = (context.recipe.seed, context.name, file)

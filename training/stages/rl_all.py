@@ -120,7 +120,7 @@ def score_unseen(context: StageContext, source: Source, scorers: Mapping[str, Sc
     )
     found = {}
     for kind, term in TERM_OF.items():
-        samples = [as_sample(completion) for completion in drawn if completion.problem.kind == kind]
+        samples = [as_sample(completion, source.response_format) for completion in drawn if completion.problem.kind == kind]
         if not samples:
             continue
         found[term] = fmean(preferences.oracle(sample.problem, sample.response) for sample in samples)
