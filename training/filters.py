@@ -63,9 +63,10 @@ def wrong_by_judge(sample: Sample, settings: Settings) -> str | None:
 
 
 def mixed_language(sample: Sample, settings: Settings) -> str | None:
-    """Too few words of the thinking or of the summary are in the language of the problem. No known words are no mix."""
+    """Too few words of the thinking or of the summary are in the language of the problem. No known words are no
+    mix, and a language whose words cannot be told has none."""
     for part, text in (("thinking", sample.response.think), ("summary", sample.response.summary)):
-        if text and language.known_words(text):
+        if text and language.is_known(sample.problem.language) and language.known_words(text):
             share = language.consistency(text, sample.problem.language)
             if share < settings.min_consistency:
                 return f"{share:.0%} of the words of the {part} are {sample.problem.language}"

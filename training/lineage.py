@@ -6,7 +6,16 @@ import importlib.metadata
 import platform
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "r1kernels")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "r1kernels",
+    "math-verify",
+    "stopwordsiso",
+)
 _ROOT = Path(__file__).parent.parent
 
 

@@ -168,6 +168,16 @@ def check_terms(terms: Mapping[str, float]) -> None:
             raise UserError(f"rewards.{name}: expected a finite number as weight, got {weight!r}")
 
 
+def check_languages(terms: Mapping[str, float], problems: Iterable[Problem]) -> None:
+    """Raise UserError where the language of a problem is rewarded and cannot be told."""
+    if terms.get("language_consistency"):
+        for tag in sorted({problem.language for problem in problems}):
+            try:
+                language.check_language(tag)
+            except UserError as error:
+                raise UserError(f"rewards.language_consistency: {error}") from None
+
+
 def score(
     samples: Sequence[Sample],
     terms: Mapping[str, float],

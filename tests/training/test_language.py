@@ -1,11 +1,15 @@
 """Language consistency, equation 7 of the DeepSeek-R1 paper, by hand-counted words."""
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from training.errors import UserError
 from training.language import check_language, consistency, known_languages, register_words, word_language
+from training.language import tag as tag_of
 
 
 @pytest.mark.parametrize(
@@ -119,3 +123,48 @@ def test_two_languages_share_all_known_words(words):
         assert consistency(text, "de") == pytest.approx(german / (english + german))
     else:
         assert consistency(text, "en") == 0.0
+
+
+# The first article of the Universal Declaration of Human Rights, or its beginning, by language.
+ARTICLE = json.loads(Path(__file__).parents[1].joinpath("support/human_rights.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("language", ARTICLE)
+def test_a_text_is_most_of_all_in_its_own_language(language):
+    text = ARTICLE[language]
+    shares = {other: consistency(text, other) for other in ARTICLE}
+    near = {"af": "nl"}.get(
+        language, language
+    )  # the short list of Afrikaans holds little that is not Dutch too
+    assert shares[near] == max(shares.values()) and shares[language] > 0.6
+    if language != "en":
+        assert shares["en"] < 0.4 and consistency(ARTICLE["en"], language) < 0.4
+        assert consistency(f"{text} and they should act towards one another", language) < shares[language]
+
+
+def test_at_least_thirty_languages_are_told():
+    assert len(ARTICLE) >= 30 and len(known_languages()) >= 60
+
+
+@pytest.mark.parametrize(
+    ("tag", "language"),
+    [("zh-CN", "zh"), ("de-DE", "de"), ("pt-BR", "pt"), ("nb", "no"), ("zh-Hant-TW", "zh"), ("fil", "tl")],
+)
+def test_a_tag_means_its_language(tag, language):
+    check_language(tag)
+    assert consistency(ARTICLE.get(language, "ang"), tag) == consistency(
+        ARTICLE.get(language, "ang"), language
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("de", "de"), ("ZH-CN", "zh-CN"), ("pt_BR", "pt-BR"), ("xx", "xx"), ("haw", "haw")]
+)
+def test_any_tag_is_spelt_as_bcp_47_does(text, expected):
+    assert tag_of(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "german", "d", "de-", "de DE", "42"])
+def test_what_is_no_tag_is_refused(text):
+    with pytest.raises(ValueError, match="expected a tag such as de or zh-CN"):
+        tag_of(text)

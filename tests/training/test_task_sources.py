@@ -114,6 +114,90 @@ def test_jsonl_reads_its_fields(tmp_path):
     assert task.worked_examples("en") == []
 
 
+def read(tmp_path, *lines, **options):
+    """The problems of a file, none of them held out."""
+    return get_task(f"jsonl:{write(tmp_path, *lines)}", test_share=0.0, **options).problems("train")
+
+
+def test_jsonl_keeps_other_keys_and_questions_that_differ_in_them(tmp_path):
+    first, second = read(tmp_path, row(1, level=3, source="a"), row(1, level=3, source="b"))
+    assert (first.level, first.meta["source"], second.meta["source"]) == ("3", "a", "b")
+    assert first.id != second.id
+
+
+def test_jsonl_names_problems_by_their_content_and_not_by_the_place_of_the_file(tmp_path):
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    here, there = (read(tmp_path / folder, row(1), row(2)) for folder in ("here", "there"))
+    assert [problem.id for problem in here] == [problem.id for problem in there]
+    edited = read(tmp_path / "here", row(1), {**row(2), "answer": 4})
+    assert here[0].id == edited[0].id and here[1].id != edited[1].id
+
+
+def test_jsonl_reads_any_language_tag(tmp_path):
+    tags = ("fr", "zh-CN", "de-DE", "vi", "hi", "th", "haw", "pt_BR")
+    problems = read(tmp_path, *(row(i, language=tag) for i, tag in enumerate(tags)))
+    assert [problem.language for problem in problems] == [*tags[:-1], "pt-BR"]
+
+
+def test_jsonl_reads_a_conversation(tmp_path):
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "What is 1 plus 1?"},
+    ]
+    (problem,) = read(tmp_path, {"messages": turns, "answer": 2})
+    assert problem.question == "What is 1 plus 1?"
+    assert problem.before == (("system", "Be brief."), ("user", "Hello"), ("assistant", "Hello."))
+
+
+def test_jsonl_reads_gsm8k_math_and_multiple_choice_as_they_are_published(tmp_path):
+    path = write(
+        tmp_path,
+        {
+            "question": "How many clips?",
+            "answer": "In May 48/2 = <<48/2=24>>24.\nIn all 48+24 = 72.\n#### 72",
+        },
+    )
+    task = get_task(f"jsonl:{path}", test_share=0.0)
+    (clips,) = task.problems("train")
+    assert clips.reference == "72" and task.check(clips, "72") and not task.check(clips, "24")
+
+    columns = {"question": "problem", "answer": "solution"}
+    solution = r"We have $x = \\frac{1}{2}$. The answer is $\\boxed{\\frac{1}{2}}$.".replace("\\\\", "\\")
+    path = write(tmp_path, {"problem": "Solve.", "solution": solution, "level": "Level 5", "type": "Algebra"})
+    task = get_task(f"jsonl:{path}", test_share=0.0, columns=columns)
+    (solved,) = task.problems("train")
+    assert solved.level == "Level 5" and task.check(solved, "0.5") and not task.check(solved, "2")
+
+    mmlu = {"question": "Capital of France?", "choices": ["Rome", "Paris", "Bern", "Oslo"], "answer": 1}
+    arc = {
+        "question": "Capital of Italy?",
+        "choices": {"text": ["Rome", "Paris"], "label": ["1", "2"]},
+        "answerKey": "1",
+    }
+    path = write(tmp_path, mmlu)
+    task = get_task(f"jsonl:{path}", test_share=0.0)
+    (capital,) = task.problems("train")
+    assert capital.question == "Capital of France?\nA. Rome\nB. Paris\nC. Bern\nD. Oslo"
+    assert all(task.check(capital, answer) for answer in ("B", "(B)", r"\boxed{B}", "Paris", "B. Paris"))
+    assert not any(task.check(capital, answer) for answer in ("A", "A or B", "B. Rome", "Rome", "1"))
+    task = get_task(f"jsonl:{write(tmp_path, arc)}", test_share=0.0, columns={"answer": "answerKey"})
+    (capital,) = task.problems("train")
+    assert task.check(capital, "1") and task.check(capital, "Rome") and not task.check(capital, "2")
+
+
+def test_jsonl_refuses_columns_that_it_does_not_know(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'question'"):
+        read(tmp_path, row(1), columns={"questoin": "problem"})
+
+
+def test_two_lines_with_one_id_are_refused(tmp_path):
+    with pytest.raises(UserError, match="line 2: has the id of line 1"):
+        read(tmp_path, row(1, id="one"), row(2, id="one"))
+
+
 def test_jsonl_checks_by_value_or_by_text(tmp_path):
     path = write(
         tmp_path,
@@ -162,11 +246,24 @@ def test_the_same_line_twice_counts_once(tmp_path):
         ('{"question": "a", "answer": null}', "field 'answer': expected text, got None"),
         ('{"question": "a", "answer": true}', "field 'answer': expected text, got True"),
         ('{"question": "a", "answer": "5", "kind": "helpfull"}', "field 'kind'.*reasoning, helpful, unsafe"),
-        ('{"question": "a", "answer": "5", "language": "xx"}', "'xx' has no word list"),
+        (
+            '{"question": "a", "answer": "5", "language": "x y"}',
+            "expected a tag such as de or zh-CN, got 'x y'",
+        ),
         ('{"question": "a", "answer": "5", "thinking": "no"}', "field 'thinking'"),
         ('{"question": "a", "answer": "5", "check": "maths"}', "field 'check'"),
         ('{"question": "a", "answer": "zzz ???", "check": "mathematics"}', "cannot be parsed"),
-        ('{"question": "what is 1 plus 1", "answer": "7"}', "line 1, but differs from it"),
+        ('{"question": "what is 1 plus 1", "answer": "7"}', "the question of line 1, but differs from it"),
+        ('{"messages": [], "answer": "5"}', "field 'messages': expected a list of turns"),
+        ('{"messages": [{"role": "bot", "content": "a"}], "answer": "5"}', "expected turns with a role"),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}], "answer": "5"}',
+            "a question of the user last",
+        ),
+        ('{"question": "a", "messages": [], "answer": "5"}', "one of the fields 'question' and 'messages'"),
+        ('{"question": "a", "choices": ["x", "y"], "answer": "C"}', "is none of the choices A, B"),
+        ('{"question": "a", "choices": "xy", "answer": "A"}', "field 'choices'"),
+        ('{"question": "a", "answer": "First this.\\nThen that."}', "no response can equal this answer"),
         ("[" * 100000, "recursion"),
     ],
 )

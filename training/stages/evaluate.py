@@ -165,7 +165,9 @@ def _right(sample: Sample, tasks: Mapping[str, Task]) -> bool:
 
 
 def _share(values: Sequence[float | bool | None]) -> float | None:
-    return fmean(value or 0.0 for value in values) if values else None
+    """The mean of what is known; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def _shown(sample: Sample, name: str, split: str, tasks: Mapping[str, Task]) -> dict[str, Any]:

@@ -22,12 +22,13 @@ class Problem:
     id: stable name, see `problem_id`.
     task: name of the task that made it.
     kind: "reasoning" (checked by rule), "helpful" or "unsafe" (judged by preference).
-    language: ISO 639-1 code of the question, such as "en", "de" or "zh".
+    language: BCP-47 tag of the question, such as "en", "de" or "zh-CN".
     question: bare text, without any template.
     reference: the right answer (reasoning), the required fact (helpful), the forbidden token (unsafe).
     level: difficulty, named by the task.
     thinking: False where a response without a thinking block is in format (a greeting needs no thought).
-    meta: whatever else the task needs for its check.
+    meta: whatever else the task needs for its check, or a person's reward.
+    before: role and content of the turns of a conversation that stand before the question.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Problem:
     level: str = ""
     thinking: bool = True
     meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    before: tuple[tuple[str, str], ...] = ()
 
 
 class Task(Protocol):
