@@ -206,7 +206,7 @@ def _owners_of(script: str, word: str) -> Iterable[str]:
 def known_words(text: str) -> int:
     """Number of the words of `text` whose language can be told; `consistency` rests on them."""
     return sum(
-        1 for script, word in _words_of(text) if script in _SCRIPT_LANGUAGES or _owners_of(script, word)
+        script in _SCRIPT_LANGUAGES or bool(_owners_of(script, word)) for script, word in _words_of(text)
     )
 
 

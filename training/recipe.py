@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from training import sources
 from training.config import build, merge, override, unknown
 from training.errors import UserError
 from training.sections import (
@@ -64,17 +65,37 @@ __all__ = [
 ]
 
 HIGH_RATE = 1e-4  # a learning rate above this one is for a small model
+WITHOUT_PROBLEMS = ("base", "sft1", "sft2")  # stages that read no problems of the tasks
+
 RECIPES = Path(__file__).parent / "recipes"
 
 SHARED = ("seed", "dtype", "task", "task_options", "response_format", "model")
 
 
 def stage_config(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """What decides the result of a stage: its own section and the shared settings, without operational fields."""
+    """What decides the result of a stage: its own section and the shared settings, without operational fields, and the
+    hashes of the files that a person brought.
+
+    Raises:
+        UserError: such a file cannot be read.
+    """
     shared = {name: _plain(getattr(recipe, name)) for name in SHARED}
     config = {**shared, stage: _plain(getattr(recipe, stage), keep_operational=False)}
+    brought = sources.hashes(_brought(recipe, stage))
+    if brought:
+        config["files"] = brought
     read_back: dict[str, Any] = json.loads(json.dumps(config))  # as it comes back from a file: keys are text
     return read_back
+
+
+def _brought(recipe: Recipe, stage: str) -> dict[str, Path]:
+    """The files of a person that a stage reads, by the name under which the recipe has them."""
+    section = getattr(recipe, stage)
+    specs = [] if stage in WITHOUT_PROBLEMS else list(recipe.task)
+    specs += getattr(section, "rewards", {})
+    found = {spec: path for spec in specs if (path := sources.path_of(spec)) is not None}
+    data = getattr(section, "data", "")
+    return {**found, **({data: Path(data)} if data else {})}
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -6,12 +6,14 @@ becomes a `Sample` for rewards and filters, and the data row that says where a r
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training import checkpoint, notices, prompts, seeding
+from training import checkpoint, notices, prompts, seeding, sources
 from training.encoder import Encoder
 from training.errors import UserError
 from training.loops.sample import Completion, Prompt, room
@@ -61,9 +63,21 @@ def load_source(stage: str, path: Path, recipe: Recipe, style: str | None = None
 
 
 def tasks(recipe: Recipe) -> dict[str, Task]:
-    """The tasks of a recipe by name."""
-    made = [get_task(spec, **recipe.task_options.get(spec, {})) for spec in recipe.task]
+    """The tasks of a recipe by name. A file of problems is read once in a process, until it changes."""
+    brought = sources.hashes(
+        {spec: path for spec in recipe.task if (path := sources.path_of(spec)) is not None}
+    )
+    made = [
+        _made(spec, json.dumps(recipe.task_options.get(spec, {}), sort_keys=True), brought.get(spec, ""))
+        for spec in recipe.task
+    ]
     return {task.name: task for task in made}
+
+
+@lru_cache(maxsize=32)
+def _made(spec: str, options: str, content: str) -> Task:
+    """A task by all that decides what it is: its name, its options (JSON) and the hash of its file."""
+    return get_task(spec, **json.loads(options))
 
 
 def problems(recipe: Recipe, split: str, kinds: Iterable[str]) -> list[Problem]:

@@ -16,6 +16,7 @@ _TASKS = {
     "countdown": ("training.tasks.countdown", "CountdownTask", ""),
     "reasoning_gym": ("training.tasks.reasoning_gym", "ReasoningGymTask", "name"),
     "jsonl": ("training.tasks.jsonl", "JsonlTask", "path"),
+    "python": ("training.tasks.own", "OwnTask", "spec"),
 }
 
 
@@ -28,7 +29,7 @@ def get_task(spec: str, **options: Any) -> Task:
     """Make the task that a recipe names, and tell `training.language` the words of its module (`WORDS`).
 
     Args:
-        spec: "arithmetic", "general", "countdown", "reasoning_gym:<data set>" or "jsonl:<path>".
+        spec: "arithmetic", "general", "countdown", "reasoning_gym:<data set>", "jsonl:<path>" or "python:<file>:<class>".
         options: keyword arguments of the task's class.
 
     Raises:

@@ -1,0 +1,123 @@
+"""What a person brings as files: tasks of their own, and data that count by their content."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from training import pipeline, responses
+from training.errors import UserError
+from training.pipeline import Stage
+from training.progress import Progress
+from training.recipe import load, stage_config
+from training.run_dir import RunDir
+from training.tasks import get_task
+
+TASK = """
+from dataclasses import dataclass
+from beside import EXTRA
+from training.tasks.problem import Problem
+
+@dataclass
+class Doubling:
+    size: int = 5
+    name = "mine"
+
+    def problems(self, split):
+        first = {"train": 0, "test": 100, "harder": 200}[split]
+        return [
+            Problem(f"double-{n}", "", "reasoning", "fr", f"{n} + {n}", str(2 * n), meta={"extra": EXTRA})
+            for n in range(first, first + self.size)
+        ]
+
+    def check(self, problem, answer):
+        return answer.strip() == problem.reference
+
+class NoCheck:
+    def problems(self, split):
+        return []
+
+class Overlapping(Doubling):
+    def problems(self, split):
+        return super().problems("train")
+"""
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    (tmp_path / "beside.py").write_text("EXTRA = 7\n")
+    path = tmp_path / "my_task.py"
+    path.write_text(TASK)
+    return path
+
+
+def test_a_task_of_ones_own(task_file):
+    task = get_task(f"python:{task_file}:Doubling", size=3)
+    problems = task.problems("train")
+    assert [problem.question for problem in problems] == ["0 + 0", "1 + 1", "2 + 2"]
+    assert {problem.task for problem in problems} == {task.name} and problems[0].meta["extra"] == 7
+    assert task.check(problems[2], " 4 ") and not task.check(problems[2], "5")
+    assert task.worked_examples("fr") == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nothing.py:Doubling", "there is no file nothing.py"),
+        ("FILE", "expected python:<file>:<name>"),
+        ("FILE:Dubling", "has no 'Dubling'"),
+        ("FILE:NoCheck", "expected a class with the method 'check'"),
+        ("FILE:Overlapping", "'double-0' is in train and in test"),
+    ],
+)
+def test_a_task_that_is_none_is_named(task_file, spec, message):
+    with pytest.raises(UserError, match=message):
+        get_task("python:" + spec.replace("FILE", str(task_file))).problems("test")
+
+
+def test_an_option_that_the_class_does_not_know_and_a_file_that_breaks(task_file):
+    with pytest.raises(UserError, match="unexpected keyword argument 'length'"):
+        get_task(f"python:{task_file}:Doubling", length=3)
+    task_file.write_text("raise RuntimeError('no')")
+    with pytest.raises(UserError, match="cannot be imported: RuntimeError: no"):
+        get_task(f"python:{task_file}:Doubling")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{n} + 1", "answer": n + 1}) + "\n" for n in range(30)))
+    return replace(load("smoke", ["stages=[base, zero]"]), task=[f"jsonl:{path}"])
+
+
+def test_a_file_is_read_once_until_it_changes(recipe, tmp_path):
+    first = responses.tasks(recipe)
+    assert responses.tasks(recipe)[recipe.task[0]] is first[recipe.task[0]]
+    (tmp_path / "data.jsonl").write_text('{"question": "1 + 1", "answer": 2}')
+    assert len(responses.problems(recipe, "train", ("reasoning",))) <= 1
+
+
+def test_the_content_of_a_file_is_in_the_settings_of_the_stages_that_read_it(recipe, tmp_path):
+    before = {stage: stage_config(recipe, stage) for stage in ("base", "zero", "sft1", "evaluate")}
+    (tmp_path / "data.jsonl").write_text('{"question": "1 + 1", "answer": 2}')
+    changed = {stage for stage, config in before.items() if stage_config(recipe, stage) != config}
+    assert changed == {"zero", "evaluate"}
+    (tmp_path / "data.jsonl").unlink()
+    with pytest.raises(UserError, match="data.jsonl cannot be read: No such file"):
+        stage_config(recipe, "zero")
+
+
+def test_an_edited_file_makes_the_stages_that_read_it_run_again_and_no_other(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stage, "run", lambda stage, context: {})
+    run_dir = RunDir(tmp_path / "run")
+
+    def run(**options):
+        return pipeline.run(recipe, run_dir, progress=Progress(quiet=True), **options)
+
+    assert run() == ["base", "zero"] and run() == []
+    (tmp_path / "data.jsonl").write_text('{"question": "1 + 1", "answer": 3}')
+    with pytest.raises(UserError, match=r"stage zero was made with files\.jsonl:.*--redo zero"):
+        run()
+    assert run(redo=["zero"]) == ["zero"]
+    record = json.loads((run_dir.path / "zero" / "lineage.json").read_text())
+    assert set(record["config"]["files"]) == set(recipe.task)

@@ -1,0 +1,83 @@
+"""Files that a person brings: data ("jsonl:<path>"), tasks and rewards ("python:<file>:<name>").
+
+They count by what they hold: their hashes are among the settings that decide the result of a stage.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from training import files
+from training.errors import UserError
+
+PYTHON = "python:"
+
+
+def path_of(spec: str) -> Path | None:
+    """The file behind "jsonl:<path>" or "python:<file>:<name>"; None for a name of anything else."""
+    if spec.startswith(PYTHON):
+        return split(spec)[0]
+    kind, _, path = spec.partition(":")
+    return Path(path) if kind == "jsonl" else None
+
+
+def split(spec: str) -> tuple[Path, str]:
+    """File and name of "python:<file>:<name>".
+
+    Raises:
+        UserError: it is spelt otherwise, or there is no such file.
+    """
+    path, _, name = spec.removeprefix(PYTHON).rpartition(":")
+    if not path or not name.isidentifier():
+        raise UserError(f"{spec!r}: expected python:<file>:<name>, as in python:my_task.py:MyTask")
+    if not Path(path).is_file():
+        raise UserError(f"{spec}: there is no file {path}")
+    return Path(path), name
+
+
+def hashes(specs: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of every file, by the name under which a recipe has it."""
+    found = {}
+    for spec, path in sorted(specs.items()):
+        try:
+            found[spec] = files.file_hash(path)
+        except OSError as error:
+            raise UserError(f"{spec}: {path} cannot be read: {error.strerror}") from None
+    return found
+
+
+def load(spec: str) -> Any:
+    """The object `name` of the file in "python:<file>:<name>"; the file may import what lies beside it.
+
+    Raises:
+        UserError: there is no such file or name, or the file cannot be imported.
+    """
+    path, name = split(spec)
+    module_name = f"brought_{files.file_hash(path)[:16]}"
+    if module_name not in sys.modules:
+        sys.modules[module_name] = _imported(path, module_name)
+    module = sys.modules[module_name]
+    if not hasattr(module, name):
+        raise UserError(f"{spec}: {path} has no {name!r}")
+    return getattr(module, name)
+
+
+def _imported(path: Path, name: str) -> ModuleType:
+    found = importlib.util.spec_from_file_location(name, path)
+    if found is None or found.loader is None:
+        raise UserError(f"{path}: expected a file of Python code that ends in .py")
+    module = importlib.util.module_from_spec(found)
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)
+    sys.modules[name] = module  # dataclasses look their module up there
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(folder)
+        del sys.modules[name]
+    return module
