@@ -111,7 +111,7 @@ def _check_grpo(name: str, config: Grpo) -> None:
         rewards.check_terms(config.rewards)
     kinds = [kind for kind, share in getattr(config, "mix", {"reasoning": 1.0}).items() if share]
     for kind in kinds:
-        live = rewards.live_terms(kind)
+        live = rewards.live_terms(kind, config.rewards)
         if not any(config.rewards.get(term) for term in live):
             raise UserError(
                 f"{name}.rewards: expected a weight for one of {', '.join(live)}, which {kind} problems earn, got "
@@ -150,6 +150,13 @@ def _check_data(recipe: Recipe, order: list[str]) -> list[str]:
         return []
     with _named("task"):
         pools = _pools(recipe)
+    for name in order:
+        config = getattr(recipe, name)
+        if isinstance(config, Grpo):
+            kinds = [kind for kind, share in getattr(config, "mix", {"reasoning": 1.0}).items() if share]
+            rewards.check_languages(
+                f"{name}.rewards", config.rewards, [each for kind in kinds for each in pools["train"][kind]]
+            )
     unmet = [need for need in _needs(recipe, order) if not _fed(need, pools)]
     if unmet:
         raise UserError(_unmet_text(recipe, order, unmet, pools))

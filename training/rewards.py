@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import ParamSpec
 
-from training import language
+from training import language, sources
 from training.config import unknown
 from training.errors import UserError
 from training.response import Response
@@ -50,6 +50,16 @@ class Sample:
     sample_id: int = 0
     finished: bool = True
 
+    @property
+    def question(self) -> str:
+        """The question that it answers."""
+        return self.problem.question
+
+    @property
+    def reference(self) -> str:
+        """The right answer to it."""
+        return self.problem.reference
+
 
 @dataclass(frozen=True, slots=True)
 class Reward:
@@ -68,6 +78,8 @@ class Scored:
     parts: dict[str, Reward]
 
 
+# A reward of one's own: samples -> one Reward each (training.own_rewards).
+OwnScorer = Callable[[Sequence[Sample]], Sequence[Reward]]
 # A preference model: problems with the text to judge -> one score in [0, 1] each.
 Scorer = Callable[[Sequence[tuple[Problem, str]]], Sequence[float]]
 
@@ -154,28 +166,31 @@ def repetition(sample: Sample, size: int = 4) -> Reward:
     return Reward(distinct / total - 1.0, f"{total - distinct} of {total} {size}-grams repeat")
 
 
-def live_terms(kind: str) -> tuple[str, ...]:
-    """The terms that problems of a kind can earn."""
-    return LIVE_TERMS[kind] + SHAPING_TERMS
+def live_terms(kind: str, terms: Iterable[str]) -> tuple[str, ...]:
+    """The terms that problems of a kind can earn, with those of one's own among `terms`."""
+    return LIVE_TERMS[kind] + SHAPING_TERMS + tuple(name for name in terms if name.startswith(sources.PYTHON))
 
 
 def check_terms(terms: Mapping[str, float]) -> None:
-    """Raise UserError where a term is unknown (naming the nearest one) or a weight is not a finite number."""
+    """Raise UserError where a term is unknown (naming the nearest one), one of one's own ("python:<file>:<function>") is not
+    there, or a weight is not a finite number."""
     for name, weight in terms.items():
-        if name not in TERMS:
+        if name.startswith(sources.PYTHON):
+            sources.argument_of(name)
+        elif name not in TERMS:
             raise unknown("reward term", name, TERMS)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise UserError(f"rewards.{name}: expected a finite number as weight, got {weight!r}")
 
 
-def check_languages(terms: Mapping[str, float], problems: Iterable[Problem]) -> None:
-    """Raise UserError where the language of a problem is rewarded and cannot be told."""
+def check_languages(where: str, terms: Mapping[str, float], problems: Iterable[Problem]) -> None:
+    """Raise UserError where the language of a problem is rewarded and cannot be told. where: the setting that has the terms."""
     if terms.get("language_consistency"):
         for tag in sorted({problem.language for problem in problems}):
             try:
                 language.check_language(tag)
             except UserError as error:
-                raise UserError(f"rewards.language_consistency: {error}") from None
+                raise UserError(f"{where}.language_consistency: {error}") from None
 
 
 def score(
@@ -184,16 +199,18 @@ def score(
     task: Task | Mapping[str, Task],
     *,
     preferences: Mapping[str, Scorer] | None = None,
+    own: Mapping[str, OwnScorer] | None = None,
     length_limit: int | None = None,
 ) -> list[Scored]:
     """Score samples: total = sum of weight * value over the terms that are live for the kind of the problem.
 
     Args:
         samples: any mix of kinds.
-        terms: weight of each term, names from TERMS. Terms of weight 0 are not computed.
+        terms: weight of each term, names from TERMS or of `own`. Terms of weight 0 are not computed.
         task: the task that checks answers, or tasks by name.
         preferences: scorers "helpful" (given the summary only) and "harmless" (given the whole response); None
             where the preference terms are not live (yet).
+        own: the rewards of one's own by name, live for every kind.
         length_limit: tokens a response may have; needed by "overlong".
 
     Returns:
@@ -206,6 +223,7 @@ def score(
     if terms.get("overlong") and length_limit is None:
         raise UserError("rewards.overlong: needs the maximal number of new tokens")
     judged = _judge(samples, terms, preferences or {})
+    brought = {name: reward(samples) for name, reward in (own or {}).items()}
 
     def part(name: str, index: int, sample: Sample) -> Reward | None:
         match name:
@@ -219,11 +237,13 @@ def score(
                 return overlong(sample, length_limit or 0)
             case "repetition":
                 return repetition(sample)
+        if name in brought:
+            return brought[name][index]
         return judged.get(index)
 
     scored = []
     for index, sample in enumerate(samples):
-        live = live_terms(sample.problem.kind)
+        live = live_terms(sample.problem.kind, terms)
         parts = {name: part(name, index, sample) for name in live if terms.get(name)}
         present = {name: reward for name, reward in parts.items() if reward is not None}
         scored.append(Scored(sample, _total(present, terms), present))
@@ -236,6 +256,7 @@ def rl_all(
     task: Task | Mapping[str, Task],
     preferences: Mapping[str, Scorer],
     *,
+    own: Mapping[str, OwnScorer] | None = None,
     step: int,
     steps: int,
     preference_share: float = PREFERENCE_SHARE,
@@ -249,7 +270,7 @@ def rl_all(
     which the preference terms are live. The rest as in `score`.
     """
     live = preferences if preferences_live(step, steps, preference_share) else None
-    return score(samples, terms, task, preferences=live, length_limit=length_limit)
+    return score(samples, terms, task, preferences=live, own=own, length_limit=length_limit)
 
 
 def preferences_live(step: int, steps: int, share: float = PREFERENCE_SHARE) -> bool:

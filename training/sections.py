@@ -332,6 +332,7 @@ class Recipe:
     stages: list[str] = field(default_factory=lambda: list(STAGE_NAMES), metadata=FILLED)
     task: list[str] = field(default_factory=lambda: ["arithmetic", "general"], metadata=FILLED)
     task_options: dict[str, dict[str, Any]] = field(default_factory=dict)  # task -> its keyword arguments
+    reward_seconds: float = operational(10.0)  # longest time of one call of a reward of one's own
     response_format: Literal["answer_tags", "boxed", "free"] = "answer_tags"  # where the answer stands
     model: Model = field(default_factory=Model)
     base: Base = field(default_factory=Base)

@@ -3,6 +3,7 @@
 They count by what they hold: their hashes are among the settings that decide the result of a stage.
 """
 
+import ast
 import importlib.util
 import sys
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from training import files
+from training.config import unknown
 from training.errors import UserError
 
 PYTHON = "python:"
@@ -36,6 +38,29 @@ def split(spec: str) -> tuple[Path, str]:
     if not Path(path).is_file():
         raise UserError(f"{spec}: there is no file {path}")
     return Path(path), name
+
+
+def argument_of(spec: str) -> str:
+    """The name of the argument of a reward of one's own, "sample" or "samples", read without running the file.
+
+    Raises:
+        UserError: there is no such file or function, the file is not Python, or the function takes something else.
+    """
+    path, name = split(spec)
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{spec}: {path} is not Python: {error}") from None
+    functions = {each.name: each for each in tree.body if isinstance(each, ast.FunctionDef)}
+    if name not in functions:
+        raise unknown(f"function of {path}", name, functions)
+    arguments = functions[name].args
+    first, *more = [each.arg for each in (*arguments.posonlyargs, *arguments.args)] or [""]
+    if first not in ("sample", "samples") or len(more) > len(arguments.defaults):
+        raise UserError(
+            f"{spec}: expected a function of `sample` (one) or `samples` (all of a step), got one of {first!r}"
+        )
+    return first
 
 
 def hashes(specs: Mapping[str, Path]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from training import checkpoint, preferences, prompts, responses, reward_model, 
 from training.context import StageContext
 from training.loops import grpo
 from training.model import load
+from training.own_rewards import own_rewards
 from training.responses import Source, as_sample
 from training.rewards import Sample, Scored, Scorer
 from training.tasks.problem import Problem
@@ -33,29 +34,32 @@ def run(context: StageContext) -> dict[str, Any]:
     mix = {kind: share for kind, share in config.mix.items() if share}
     pools = {kind: responses.problems(context.recipe, "train", (kind,)) for kind in mix}
 
-    def reward(step: int, samples: list[Sample]) -> list[Scored]:
-        return rewards.rl_all(
-            samples,
-            config.rewards,
-            tasks,
-            scorers,
-            step=step,
-            steps=config.steps,
-            preference_share=config.preference_share,
-            length_limit=grpo.max_new_tokens(config, step),
-        )
-
     policy, tokenizer = load(sft2)
     pools = {kind: responses.fitting(policy, tokenizer, pool, prompts.chat) for kind, pool in pools.items()}
-    metrics = grpo.train(
-        policy,
-        tokenizer,
-        lambda step: problems_of_step(pools, mix, config.prompts, seed, step),
-        prompts.chat,
-        reward,
-        config,
-        context,
-    )
+    with own_rewards(config.rewards, context.recipe.reward_seconds) as own:
+
+        def reward(step: int, samples: list[Sample]) -> list[Scored]:
+            return rewards.rl_all(
+                samples,
+                config.rewards,
+                tasks,
+                scorers,
+                own=own,
+                step=step,
+                steps=config.steps,
+                preference_share=config.preference_share,
+                length_limit=grpo.max_new_tokens(config, step),
+            )
+
+        metrics = grpo.train(
+            policy,
+            tokenizer,
+            lambda step: problems_of_step(pools, mix, config.prompts, seed, step),
+            prompts.chat,
+            reward,
+            config,
+            context,
+        )
     style = responses.style_of(context.name, context.recipe)
     checkpoint.save_model(policy, tokenizer, context.stage.path / "checkpoint", style)
     before = score_unseen(context, responses.load_source("sft2", sft2, context.recipe), scorers)
@@ -120,7 +124,11 @@ def score_unseen(context: StageContext, source: Source, scorers: Mapping[str, Sc
     )
     found = {}
     for kind, term in TERM_OF.items():
-        samples = [as_sample(completion, source.response_format) for completion in drawn if completion.problem.kind == kind]
+        samples = [
+            as_sample(completion, source.response_format)
+            for completion in drawn
+            if completion.problem.kind == kind
+        ]
         if not samples:
             continue
         found[term] = fmean(preferences.oracle(sample.problem, sample.response) for sample in samples)

@@ -8,6 +8,7 @@ from training import checkpoint, responses, rewards
 from training.context import StageContext
 from training.loops import grpo
 from training.model import load
+from training.own_rewards import own_rewards
 from training.prompts import Prompter
 from training.rewards import Sample, Scored
 from training.tasks.problem import Problem
@@ -27,12 +28,15 @@ def reinforce(context: StageContext, parent: str, prompt: Prompter) -> dict[str,
     def problems(step: int) -> list[Problem]:
         return responses.choose(pool, config.prompts, seed, context.name, "problems", step)
 
-    def reward(step: int, samples: list[Sample]) -> list[Scored]:
-        return rewards.score(samples, config.rewards, tasks, length_limit=grpo.max_new_tokens(config, step))
-
     policy, tokenizer = load(context.inputs[parent].path / "checkpoint")
     pool = responses.fitting(policy, tokenizer, pool, prompt)
-    metrics = grpo.train(policy, tokenizer, problems, prompt, reward, config, context)
+    with own_rewards(config.rewards, context.recipe.reward_seconds) as own:
+
+        def reward(step: int, samples: list[Sample]) -> list[Scored]:
+            limit = grpo.max_new_tokens(config, step)
+            return rewards.score(samples, config.rewards, tasks, own=own, length_limit=limit)
+
+        metrics = grpo.train(policy, tokenizer, problems, prompt, reward, config, context)
     style = responses.style_of(context.name, context.recipe)
     checkpoint.save_model(policy, tokenizer, context.stage.path / "checkpoint", style)
     return metrics
