@@ -10,17 +10,18 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import r1kernels
 from training import corpus, filters, responses, rewards
-from training.config import unknown
+from training.config import nearest, unknown
 from training.errors import UserError
 from training.loops.loss import loss_arguments
 from training.pipeline import POLICIES, STAGES, Stage, parents_of, plan
-from training.recipe import Grpo, NextToken, Recipe
+from training.recipe import Grpo, NextToken, Recipe, start_of
 from training.tasks import names as task_names
 from training.tasks.problem import KINDS, Problem
 
@@ -54,6 +55,8 @@ def check(recipe: Recipe, stages: Mapping[str, Stage] = STAGES, *, data: bool = 
     order = plan(recipe, stages)
     for name in order:
         _check_stage(name, getattr(recipe, name), recipe)
+        if data:
+            _check_folders(name, recipe)
     _check_tasks(recipe)
     return _check_data(recipe, order) if data else []
 
@@ -94,6 +97,24 @@ def _check_stage(name: str, config: Any, recipe: Recipe) -> None:
                 raise UserError(
                     f"distill.students.{student}.steps: expected at least 1 where epochs is 0, got 0"
                 )
+
+
+def _check_folders(name: str, recipe: Recipe) -> None:
+    """What is no stage is the folder of a checkpoint."""
+    config = getattr(recipe, name)
+    start = start_of(recipe, name)
+    key = "teacher" if name == "distill" else "start"
+    if start and start not in ANSWERING and not (Path(start) / "config.json").is_file():
+        likely = nearest(start, ANSWERING, 0.6)
+        raise UserError(
+            f"{name}.{key}: expected one of {', '.join(ANSWERING)}, or the folder of a checkpoint, got {start!r}"
+            + (f": did you mean {likely!r}?" if likely else "")
+        )
+    for student, sizes in getattr(config, "students", {}).items():
+        if sizes.pretrained and not (Path(sizes.pretrained) / "config.json").is_file():
+            raise UserError(
+                f"distill.students.{student}.pretrained: expected the folder of a checkpoint, got {sizes.pretrained!r}"
+            )
 
 
 def _check_grpo(name: str, config: Grpo) -> None:

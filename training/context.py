@@ -1,6 +1,7 @@
 """What the pipeline hands to a stage."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from training.progress import Progress
@@ -21,3 +22,7 @@ class StageContext:
     stage: StageDir
     inputs: dict[str, StageDir]  # by the parent's name
     progress: Progress
+
+    def checkpoint(self, name: str) -> Path:
+        """The checkpoint of an input; what is none is the folder of one."""
+        return self.inputs[name].path / "checkpoint" if name in self.inputs else Path(name)

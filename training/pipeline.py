@@ -22,7 +22,7 @@ from training.context import StageContext
 from training.errors import UserError
 from training.placement import device_of, placed
 from training.progress import Progress
-from training.recipe import Recipe, remarks, stage_config
+from training.recipe import STAGE_NAMES, Recipe, remarks, stage_config, start_of
 from training.run_dir import RunDir, StageDir
 
 POLICIES = ("base", "zero", "sft1", "rl_reasoning", "sft2", "rl_all", "distill")
@@ -50,31 +50,49 @@ def _evaluated(recipe: Recipe) -> Sequence[str]:
     return [name for name in (*POLICIES, "reward_models") if name in recipe.stages]
 
 
-def _scored(recipe: Recipe) -> Sequence[str]:
+def _starting(stage: str, *others: str) -> Callable[[Recipe], Sequence[str]]:
+    """Parents of a stage: the one that it starts from, unless that is a folder, and `others`."""
+
+    def parents(recipe: Recipe) -> Sequence[str]:
+        start = start_of(recipe, stage)
+        return (start, *others) if start in STAGE_NAMES else others
+
+    return parents
+
+
+def _reward_models(recipe: Recipe) -> Sequence[str]:
+    return (*_starting("reward_models")(recipe), *recipe.reward_models.samples_from)
+
+
+def _rl_all(recipe: Recipe) -> Sequence[str]:
     general = any(recipe.rl_all.mix.get(kind) for kind in ("helpful", "unsafe"))
-    return ("sft2", "reward_models") if general else ("sft2",)
+    return (*_starting("rl_all")(recipe), *(["reward_models"] if general else []))
+
+
+def _distill(recipe: Recipe) -> Sequence[str]:
+    return (*_starting("distill")(recipe), *(["rejection"] if "rejection" in recipe.stages else []))
 
 
 STAGES: Mapping[str, Stage] = {
     "base": _stage("base", "pretraining", lambda recipe: ()),
-    "zero": _stage("zero", "R1-Zero: GRPO with rule rewards only", lambda recipe: ("base",)),
+    "zero": _stage("zero", "R1-Zero: GRPO with rule rewards only", _starting("zero")),
     "cold_start": _stage("cold_start", "cold-start data by three routes", lambda recipe: ("base", "zero")),
-    "sft1": _stage("sft", "SFT on the cold-start data", lambda recipe: ("base", "cold_start")),
-    "rl_reasoning": _stage("rl_reasoning", "GRPO with the language reward", lambda recipe: ("sft1",)),
-    "judge": _stage("judge", "the generative judge", lambda recipe: ("base", *recipe.judge.samples_from)),
+    "sft1": _stage("sft", "SFT on the cold-start data", _starting("sft1", "cold_start")),
+    "rl_reasoning": _stage("rl_reasoning", "GRPO with the language reward", _starting("rl_reasoning")),
+    "judge": _stage(
+        "judge",
+        "the generative judge",
+        lambda recipe: (*_starting("judge")(recipe), *recipe.judge.samples_from),
+    ),
     "rejection": _stage(
         "rejection",
         "rejection sampling",
         lambda recipe: ("rl_reasoning", "judge", recipe.rejection.general_from),
     ),
-    "sft2": _stage("sft", "SFT on the mix", lambda recipe: (recipe.sft2.start, "rejection")),
-    "reward_models": _stage(
-        "reward_models",
-        "helpful and safety reward models",
-        lambda recipe: (recipe.reward_models.start, *recipe.reward_models.samples_from),
-    ),
-    "rl_all": _stage("rl_all", "GRPO over all scenarios", _scored),
-    "distill": _stage("distill", "distillation to dense students", lambda recipe: ("rl_all", "rejection")),
+    "sft2": _stage("sft", "SFT on the mix", _starting("sft2", "rejection")),
+    "reward_models": _stage("reward_models", "helpful and safety reward models", _reward_models),
+    "rl_all": _stage("rl_all", "GRPO over all scenarios", _rl_all),
+    "distill": _stage("distill", "distillation to dense students", _distill),
     "evaluate": _stage("evaluate", "marks of every checkpoint", _evaluated),
 }
 

@@ -7,7 +7,7 @@ differs. An unknown key is an error that names the nearest one.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from training.sections import (
     RlAll,
     RlReasoning,
     Sampling,
+    Sft1,
     Sft2,
     Student,
     Zero,
@@ -55,12 +56,15 @@ __all__ = [
     "RlAll",
     "RlReasoning",
     "Sampling",
+    "Sft1",
     "Sft2",
     "Student",
     "Zero",
     "load",
+    "make",
     "names",
     "stage_config",
+    "start_of",
     "to_dict",
 ]
 
@@ -89,13 +93,24 @@ def stage_config(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 def _brought(recipe: Recipe, stage: str) -> dict[str, Path]:
-    """The files of a person that a stage reads, by the name under which the recipe has them."""
+    """The files and folders of a person that a stage reads, by the name under which the recipe has them."""
     section = getattr(recipe, stage)
     specs = [] if stage in WITHOUT_PROBLEMS else list(recipe.task)
     specs += getattr(section, "rewards", {})
     found = {spec: path for spec in specs if (path := sources.path_of(spec)) is not None}
-    data = getattr(section, "data", "")
-    return {**found, **({data: Path(data)} if data else {})}
+    start = start_of(recipe, stage)
+    others = [getattr(section, "data", ""), "" if start in STAGE_NAMES else start]
+    others += [student.pretrained for student in getattr(section, "students", {}).values()]
+    if stage == "base" and Path(recipe.model.pretrained).is_dir():
+        others.append(recipe.model.pretrained)
+    return found | {each: Path(each) for each in others if each}
+
+
+def start_of(recipe: Recipe, stage: str) -> str:
+    """What a stage goes on from, or its teacher: the name of a stage or the folder of a checkpoint; "" for neither."""
+    section = getattr(recipe, stage)
+    start: str = getattr(section, "start", getattr(section, "teacher", ""))
+    return start
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -133,9 +148,20 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: unknown recipe, key or stage (the nearest is named), wrong type, broken YAML, or a stage whose
             parent the recipe leaves out.
     """
-    values = _values(name_or_path, overrides, pretrained=False)
+    return _resolved(lambda pretrained: _read(_find(name_or_path), (), pretrained), overrides)
+
+
+def make(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe of no file: `values` over the defaults, and `key=value` overrides over both; errors as in `load`."""
+    build(Recipe, values)  # unknown keys are reported before they are merged
+    return _resolved(lambda pretrained: merge(Recipe, _defaults(pretrained), values), overrides)
+
+
+def _resolved(read: Callable[[bool], dict[str, Any]], overrides: Sequence[str]) -> Recipe:
+    """The recipe of the values that `read` gives, over the defaults for a pretrained model or for one from nothing."""
+    values = _overridden(read(False), overrides)
     if (values.get("model") or {}).get("pretrained"):
-        values = _values(name_or_path, overrides, pretrained=True)
+        values = _overridden(read(True), overrides)
     recipe: Recipe = build(Recipe, values)
     for stage in recipe.stages:
         if stage not in STAGE_NAMES:
@@ -156,9 +182,12 @@ def remarks(recipe: Recipe) -> list[str]:
     ]
 
 
-def _values(name_or_path: str | Path, overrides: Sequence[str], pretrained: bool) -> dict[str, Any]:
-    """The mapping of a recipe with its overrides, over the defaults for a pretrained model or for one from nothing."""
-    values = _read(_find(name_or_path), (), pretrained)
+def _defaults(pretrained: bool) -> dict[str, Any]:
+    return to_dict(build(Recipe, {}, pretrained=pretrained))
+
+
+def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The mapping of a recipe with `key=value` words laid over it."""
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key:
@@ -197,8 +226,7 @@ def _read(path: Path, seen: tuple[Path, ...], pretrained: bool) -> dict[str, Any
         raise UserError(f"{path}: expected keys with values")
     parent = written.pop("extends", None)
     written.setdefault("name", path.stem)
-    defaults = to_dict(build(Recipe, {}, pretrained=pretrained))
-    below = defaults if parent is None else _read(_find(str(parent)), (*seen, path), pretrained)
+    below = _defaults(pretrained) if parent is None else _read(_find(str(parent)), (*seen, path), pretrained)
     try:
         build(Recipe, written)  # unknown keys are reported before they are merged
     except UserError as error:

@@ -159,6 +159,7 @@ class Zero(Grpo):
     """R1-Zero. A pretrained model that never answers in the template's form earns no reward to learn from: examples that
     stand before every question, for base and zero alike, give it some."""
 
+    start: str = "base"  # or the folder of a checkpoint
     examples: list[Example] = field(default_factory=list)
 
 
@@ -178,6 +179,7 @@ class ColdStart(Sampling):
 class RlReasoning(Grpo):
     """GRPO with the language reward beside accuracy and format."""
 
+    start: str = "sft1"  # or another stage before, or the folder of a checkpoint
     steps: int = at_least(0, 40)
     rewards: dict[str, float] = field(
         default_factory=lambda: {"accuracy": 1.0, "format": 1.0, "language_consistency": 1.0}
@@ -188,6 +190,7 @@ class RlReasoning(Grpo):
 class Judge(NextToken):
     """The generative judge: a small language model that writes its verdict as JSON."""
 
+    start: str = "base"  # or the folder of a checkpoint
     samples_from: list[str] = field(
         default_factory=lambda: ["base", "zero", "sft1", "rl_reasoning"], metadata=FILLED
     )
@@ -229,17 +232,24 @@ class Rejection(Sampling):
 
 
 @dataclass
+class Sft1(NextToken):
+    """The first SFT."""
+
+    start: str = "base"  # or the folder of a checkpoint
+
+
+@dataclass
 class Sft2(NextToken):
     """The second SFT."""
 
-    start: Literal["base", "rl_reasoning"] = "rl_reasoning"
+    start: str = "rl_reasoning"  # or base, as the paper has it, or the folder of a checkpoint
 
 
 @dataclass
 class RewardModels(NextToken):
     """The helpful model (pairwise) and the safety model (pointwise)."""
 
-    start: Literal["base", "sft2"] = "sft2"
+    start: str = "sft2"  # or base, or the folder of a checkpoint
     samples_from: list[str] = field(default_factory=lambda: ["base", "sft2"], metadata=FILLED)
     prompts: int = at_least(1, 512)
     samples: int = at_least(1, 4)  # responses a helpful problem
@@ -253,6 +263,7 @@ class RewardModels(NextToken):
 class RlAll(Grpo):
     """GRPO over reasoning, helpful and unsafe prompts."""
 
+    start: str = "sft2"  # or another stage before, or the folder of a checkpoint
     steps: int = at_least(0, 20)
     temperature: float = ranged(0.7, above=0)
     preference_share: float = ranged(
@@ -290,6 +301,7 @@ def _students() -> dict[str, Student]:
 class Distill(Sampling):
     """The teacher answers the SFT prompts anew; each student learns from what passes the filters."""
 
+    teacher: str = "rl_all"  # or another stage before, or the folder of a checkpoint
     samples: int = at_least(1, 4)
     filters: list[str] = field(
         default_factory=lambda: ["wrong_by_rule", "mixed_language", "repetition", "bad_format", "unfinished"]
@@ -338,7 +350,7 @@ class Recipe:
     base: Base = field(default_factory=Base)
     zero: Zero = field(default_factory=Zero)
     cold_start: ColdStart = field(default_factory=ColdStart)
-    sft1: NextToken = field(default_factory=NextToken)
+    sft1: Sft1 = field(default_factory=Sft1)
     rl_reasoning: RlReasoning = field(default_factory=RlReasoning)
     judge: Judge = field(default_factory=Judge)
     rejection: Rejection = field(default_factory=Rejection)

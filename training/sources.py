@@ -64,11 +64,12 @@ def argument_of(spec: str) -> str:
 
 
 def hashes(specs: Mapping[str, Path]) -> dict[str, str]:
-    """SHA-256 of every file, by the name under which a recipe has it."""
+    """SHA-256 of every file or folder, by the name under which a recipe has it."""
     found = {}
     for spec, path in sorted(specs.items()):
         try:
-            found[spec] = files.file_hash(path)
+            whole = files.folder_hashes(path) if path.is_dir() else None
+            found[spec] = files.file_hash(path) if whole is None else files.value_hash(whole)
         except OSError as error:
             raise UserError(f"{spec}: {path} cannot be read: {error.strerror}") from None
     return found

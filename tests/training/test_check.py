@@ -91,7 +91,7 @@ def test_the_embedded_recipes_have_no_fault(name):
             "task_options: unknown task 'arithmetc': did you mean 'arithmetic'",
         ),
         ("task_options={arithmetic: {digit: 1}}", "task: unknown option of task 'arithmetic' 'digit'"),
-        ("task=['jsonl:nowhere.jsonl']", "task: nowhere.jsonl: cannot be read"),
+        ("task=['jsonl:nowhere.jsonl']", "task: jsonl:nowhere.jsonl: nowhere.jsonl cannot be read"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_runs(tmp_path, word, said):

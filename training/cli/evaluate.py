@@ -4,11 +4,13 @@ import argparse
 from pathlib import Path
 
 from training import files
+from training.check import check
 from training.cli.arguments import add_out, add_run, checkpoint, existing_run
 from training.errors import UserError
 from training.format import align, percent
 from training.placement import placed
 from training.prompts import STYLES
+from training.recipe import Recipe, make
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -21,6 +23,13 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         help="such as zero, or a folder (default: the last policy), then settings such as evaluate.k=8",
     )
     add_run(parser)
+    parser.add_argument("--model", metavar="FOLDER", help="a checkpoint of no run; needs --data")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="JSONL of questions and answers, all of which are asked; needs --model",
+    )
     parser.add_argument(
         "--prompt",
         choices=STYLES,
@@ -36,17 +45,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     from training import responses  # loads transformers
     from training.stages.evaluate import marks
 
-    named = [word for word in arguments.words if "=" not in word]
-    if len(named) > 1:
-        raise UserError(f"expected one checkpoint and then key=value words, got {' '.join(named)}")
-    run_dir = existing_run(arguments.run)
-    recipe = run_dir.read_recipe([word for word in arguments.words if "=" in word])
-    if named and Path(named[0]).is_dir():
-        name, path = named[0], Path(named[0])
-    else:
-        name, path = checkpoint(run_dir, named[0] if named else None)
-    # a folder of somewhere else is of no stage, whatever its name
-    stage = "" if named and path == Path(named[0]) else name.split("-")[0]
+    recipe, stage, name, path = _asked(arguments)
     with placed(recipe):
         source = responses.load_source(stage, path, recipe, arguments.prompt)
         rows, _ = marks(source, name, recipe, recipe.evaluate)
@@ -70,3 +69,32 @@ def run_command(arguments: argparse.Namespace) -> None:
         print(f"the check raised on {errors} responses, which count as wrong")
     if arguments.out:
         files.write_jsonl(arguments.out, rows)
+
+
+def _asked(arguments: argparse.Namespace) -> tuple[Recipe, str, str, Path]:
+    """Recipe, stage ("" for a folder of no stage), name and folder of what a command evaluates."""
+    named = [word for word in arguments.words if "=" not in word]
+    settings = [word for word in arguments.words if "=" in word]
+    if (arguments.model is None) != (arguments.data is None) or (arguments.model and named):
+        raise UserError("expected --model FOLDER with --data FILE, or the name of a checkpoint of the run")
+    if arguments.model:
+        task = f"jsonl:{arguments.data}"
+        splits = {"test_share": 1.0}
+        values = {
+            "stages": ["evaluate"],
+            "task": [task],
+            "task_options": {task: splits},
+            "evaluate": {"splits": ["test"]},
+        }
+        recipe = make({"model": {"pretrained": arguments.model}, **values}, settings)
+        check(recipe)
+        return recipe, "", arguments.model, Path(arguments.model)
+    if len(named) > 1:
+        raise UserError(f"expected one checkpoint and then key=value words, got {' '.join(named)}")
+    run_dir = existing_run(arguments.run)
+    recipe = run_dir.read_recipe(settings)
+    check(recipe)
+    if named and Path(named[0]).is_dir():
+        return recipe, "", named[0], Path(named[0])
+    name, path = checkpoint(run_dir, named[0] if named else None)
+    return recipe, name.split("-")[0], name, path

@@ -3,8 +3,8 @@
 from training.estimate import BYTES, CPU, GPU, LENGTH_SHARE, estimate, parameters
 from training.files import readable_bytes
 from training.format import align, short
-from training.pipeline import parents_of, plan
-from training.recipe import Recipe, remarks
+from training.pipeline import STAGES, parents_of, plan
+from training.recipe import Recipe, remarks, start_of
 
 GPU_BYTES = 80 * 2**30
 
@@ -65,6 +65,9 @@ def text(recipe: Recipe) -> str:
 
 def graph(recipe: Recipe) -> list[str]:
     """One line a stage: what it is made from."""
-    start = recipe.model.pretrained or "nothing"
-    rows = [["  " + name, "<- " + (", ".join(parents_of(name, recipe)) or start)] for name in plan(recipe)]
+    rows = []
+    for name in plan(recipe):
+        start = recipe.model.pretrained if name == "base" else start_of(recipe, name)
+        folder = [start] if start and start not in STAGES else []
+        rows.append(["  " + name, "<- " + (", ".join([*folder, *parents_of(name, recipe)]) or "nothing")])
     return align(rows)

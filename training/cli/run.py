@@ -29,17 +29,18 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     )
     run.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/RECIPE)")
     run.add_argument("--dry-run", action="store_true", help="print plan, memory and cost, and run nothing")
-    _add_common(run)
+    add_redo(run)
     run.set_defaults(run_command=run_all)
     stage = subparsers.add_parser("stage", help="run one stage of a run")
     stage.add_argument("name", metavar="STAGE", help=f"one of {', '.join(STAGE_NAMES)}")
     stage.add_argument("words", nargs="*", metavar="key=value", help="settings such as zero.steps=10")
     stage.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
-    _add_common(stage)
+    add_redo(stage)
     stage.set_defaults(run_command=run_one)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def add_redo(parser: argparse.ArgumentParser) -> None:
+    """--redo STAGE."""
     parser.add_argument(
         "--redo",
         action="append",
@@ -53,14 +54,24 @@ def run_all(arguments: argparse.Namespace) -> None:
     """Runs what is not done, shows the marks and writes the report."""
     recipe, folder = _recipe(arguments.words, arguments.run)
     if arguments.dry_run:
-        remarks = check(recipe, data=recipe.model.sizes == "folder")
-        print("\n".join([plan.text(recipe), *(f"note: {remark}" for remark in remarks)]))
-        return
+        dry_run(recipe)
+    else:
+        carry_out(recipe, folder, arguments.redo)
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Checks the recipe and prints what it would do; nothing is written."""
+    notes = check(recipe, data=recipe.model.sizes == "folder")
+    print("\n".join([plan.text(recipe), *(f"note: {note}" for note in notes)]))
+
+
+def carry_out(recipe: Recipe, folder: Path, redo: list[str]) -> None:
+    """Runs the stages of a recipe that are not done, shows the marks and writes the report."""
     run_dir, progress = RunDir(folder), Progress()
     progress.say(f"recipe {recipe.name}, seed {recipe.seed}, folder {folder}")
     progress.say(table.backends(recipe))
     began = time.monotonic()
-    pipeline.run(recipe, run_dir, redo=arguments.redo, progress=progress)
+    pipeline.run(recipe, run_dir, redo=redo, progress=progress)
     path = write_report(run_dir)
     progress.say()
     progress.say(table.stages(run_dir))

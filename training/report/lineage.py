@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from html import escape
 
 from training.pipeline import parents_of, plan
-from training.recipe import Recipe
+from training.recipe import Recipe, start_of
 
 WIDTH, HEIGHT, GAP, TOP, LANE = 110, 44, 10, 68, 90
 LANES = {"cold_start": 1, "rejection": 1, "judge": 2, "reward_models": 2}  # 0: policies, 1: data, 2: critics
@@ -13,8 +13,7 @@ KINDS = {0: "policy", 1: "data", 2: "critic"}
 
 def starts_from(stage: str, recipe: Recipe) -> str | None:
     """The stage whose weights a stage goes on from; None where it trains none, or students of their own."""
-    fixed = {"zero": "base", "sft1": "base", "rl_reasoning": "sft1", "judge": "base", "rl_all": "sft2"}
-    return {**fixed, "sft2": recipe.sft2.start, "reward_models": recipe.reward_models.start}.get(stage)
+    return None if stage == "distill" else start_of(recipe, stage) or None
 
 
 def drawing(recipe: Recipe, notes: Mapping[str, str]) -> str:

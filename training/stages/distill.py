@@ -36,7 +36,7 @@ def run(context: StageContext) -> dict[str, Any]:
     rows = context.stage.read_data("data.jsonl")
     by_id = responses.by_id(responses.problems(context.recipe, "train", ("reasoning", "helpful", "unsafe")))
     documents = [Document(row["response_text"], prompts.chat(by_id[row["problem_id"]])) for row in rows]
-    teacher = context.inputs["rl_all"].path / "checkpoint"
+    teacher = context.checkpoint(config.teacher)
 
     def train(part: StageContext, name: str) -> dict[str, Any]:
         sizes = config.students[name]
@@ -61,17 +61,26 @@ def run(context: StageContext) -> dict[str, Any]:
 def _teach(context: StageContext) -> Selection:
     """The teacher's responses to the prompts of the SFT mix, filtered."""
     config, seed = context.config, context.recipe.seed
-    teacher = responses.load_source("rl_all", context.inputs["rl_all"].path / "checkpoint", context.recipe)
-    asked = {row["problem_id"] for row in context.inputs["rejection"].read_data("data.jsonl")}
+    name = config.teacher if config.teacher in context.inputs else "teacher"
+    teacher = responses.load_source(name, context.checkpoint(config.teacher), context.recipe)
     tasks = responses.tasks(context.recipe)
     settings = filters.Settings(task=tasks, paragraph_words=context.recipe.rejection.paragraph_words)
     found = Selection()
     for kinds, checked_by in ((("reasoning",), "rule"), (("helpful", "unsafe"), "oracle")):
-        problems = [each for each in responses.problems(context.recipe, "train", kinds) if each.id in asked]
+        problems = _prompts(context, kinds)
         if problems:
             drawn = _draw(context, teacher, problems, config.samples, config.temperature, config.top_p)
             found.add(select(drawn, teacher, seed, config.filters, settings, checked_by=checked_by))
     return found
+
+
+def _prompts(context: StageContext, kinds: tuple[str, ...]) -> list[Problem]:
+    """The problems of the SFT mix, or all training problems where no mix was made."""
+    pool = responses.problems(context.recipe, "train", kinds)
+    if "rejection" not in context.inputs:
+        return pool
+    asked = {row["problem_id"] for row in context.inputs["rejection"].read_data("data.jsonl")}
+    return [each for each in pool if each.id in asked]
 
 
 def _accuracy(context: StageContext, name: str, folder: Any) -> float | None:

@@ -26,7 +26,7 @@ SPLITS = {"data.jsonl": "train", "held_out.jsonl": "test"}
 
 def run(context: StageContext) -> dict[str, Any]:
     """Collect responses, train, measure; writes checkpoint, data.jsonl and held_out.jsonl."""
-    model, tokenizer = load(context.inputs["base"].path / "checkpoint")
+    model, tokenizer = load(context.checkpoint(context.config.start))
     for name, split in SPLITS.items():
         if not context.stage.data(name).is_file():
             context.stage.write_data(name, _collect(context, split))

@@ -28,7 +28,7 @@ def run(context: StageContext) -> dict[str, Any]:
     for name, split in SPLITS.items():
         if not context.stage.data(name).is_file():
             context.stage.write_data(name, _collect(context, split))
-    start = context.inputs[context.config.start].path / "checkpoint"
+    start = context.checkpoint(context.config.start)
 
     def train(part: StageContext, name: str) -> dict[str, Any]:
         language_model, tokenizer = load(start)

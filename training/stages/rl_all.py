@@ -29,12 +29,12 @@ UNSEEN_SAMPLES = 2  # responses to every unseen prompt, before and after
 def run(context: StageContext) -> dict[str, Any]:
     """Train the policy and score it on unseen prompts before and after; writes checkpoint."""
     config, seed, tasks = context.config, context.recipe.seed, responses.tasks(context.recipe)
-    sft2 = context.inputs["sft2"].path / "checkpoint"
+    start = context.checkpoint(config.start)
     scorers = _scorers(context)
     mix = {kind: share for kind, share in config.mix.items() if share}
     pools = {kind: responses.problems(context.recipe, "train", (kind,)) for kind in mix}
 
-    policy, tokenizer = load(sft2)
+    policy, tokenizer = load(start)
     pools = {kind: responses.fitting(policy, tokenizer, pool, prompts.chat) for kind, pool in pools.items()}
     with own_rewards(config.rewards, context.recipe.reward_seconds) as own:
 
@@ -62,7 +62,8 @@ def run(context: StageContext) -> dict[str, Any]:
         )
     style = responses.style_of(context.name, context.recipe)
     checkpoint.save_model(policy, tokenizer, context.stage.path / "checkpoint", style)
-    before = score_unseen(context, responses.load_source("sft2", sft2, context.recipe), scorers)
+    name = config.start if config.start in context.inputs else "start"
+    before = score_unseen(context, responses.load_source(name, start, context.recipe), scorers)
     after = score_unseen(
         context, responses.load_source("rl_all", context.stage.path / "checkpoint", context.recipe), scorers
     )

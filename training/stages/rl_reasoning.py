@@ -11,4 +11,4 @@ from training.stages.zero import reinforce
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train the SFT model with the plain prompt; writes checkpoint."""
-    return reinforce(context, "sft1", prompts.chat)
+    return reinforce(context, prompts.chat)

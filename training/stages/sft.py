@@ -1,6 +1,6 @@
 """sft1 and sft2: next-token training on sampled and selected responses, with the loss on the response alone.
 
-sft1 starts from base and learns the cold-start data. sft2 learns the mix of rejection and starts where the recipe says.
+sft1 learns the cold-start data, sft2 the mix of rejection; both start where the recipe says.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ DATA = {"sft1": "cold_start", "sft2": "rejection"}
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train on the data of the parent; writes checkpoint."""
-    start = "base" if context.name == "sft1" else context.config.start
     rows = context.inputs[DATA[context.name]].read_data("data.jsonl")
     documents = [Document(row["response_text"], prompts.ask(row["question"])) for row in rows]
-    model, tokenizer = load(context.inputs[start].path / "checkpoint")
+    model, tokenizer = load(context.checkpoint(context.config.start))
     metrics = next_token.train(model, tokenizer, documents, context.config, context)
     style = responses.style_of(context.name, context.recipe)
     checkpoint.save_model(model, tokenizer, context.stage.path / "checkpoint", style)

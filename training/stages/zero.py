@@ -16,11 +16,11 @@ from training.tasks.problem import Problem
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train the base model with the R1-Zero template; writes checkpoint."""
-    return reinforce(context, "base", responses.prompt_of(context.name, context.recipe))
+    return reinforce(context, responses.prompt_of(context.name, context.recipe))
 
 
-def reinforce(context: StageContext, parent: str, prompt: Prompter) -> dict[str, Any]:
-    """GRPO on the reasoning problems, from the checkpoint of `parent`, rewarded by what the recipe lists."""
+def reinforce(context: StageContext, prompt: Prompter) -> dict[str, Any]:
+    """GRPO on the reasoning problems, from where the recipe says, rewarded by what it lists."""
     config, seed = context.config, context.recipe.seed
     tasks = responses.tasks(context.recipe)
     pool = responses.problems(context.recipe, "train", ("reasoning",))
@@ -28,7 +28,7 @@ def reinforce(context: StageContext, parent: str, prompt: Prompter) -> dict[str,
     def problems(step: int) -> list[Problem]:
         return responses.choose(pool, config.prompts, seed, context.name, "problems", step)
 
-    policy, tokenizer = load(context.inputs[parent].path / "checkpoint")
+    policy, tokenizer = load(context.checkpoint(config.start))
     pool = responses.fitting(policy, tokenizer, pool, prompt)
     with own_rewards(config.rewards, context.recipe.reward_seconds) as own:
 
