@@ -17,7 +17,6 @@ T tokens of one forward, H hidden size, E experts, K experts per token.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,12 +24,12 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from transformers.integrations import moe as transformers_moe
 
-from .. import backends, checks
-from ..moe import moe_experts, update_router_bias
+from .. import checks
+from ..moe import update_router_bias
 from .routing_record import ExpertLoad, RoutingRecord, RoutingReplay, pad_routing
-from .transformers_logprobs import fused_logprobs, output_head
+from .transformers_experts import NAME, experts_forward, register
+from .transformers_logprobs import fused_logprobs, head_inputs, output_head
 from .transformers_routers import ROUTERS, Control, check_router, install
 
 __all__ = [
@@ -41,94 +40,29 @@ __all__ = [
     "collect_load",
     "experts_forward",
     "fused_logprobs",
+    "head_inputs",
     "output_head",
     "pad_routing",
     "patch",
     "record_routing",
     "register",
     "replay_routing",
+    "unpatch",
     "update_bias",
 ]
-
-NAME = "r1kernels"
-_ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}
-_warned: set[tuple[type, str]] = set()
-
-
-def register() -> None:
-    """Make ``experts_implementation="r1kernels"`` known to transformers (call it before loading a model with that name)."""
-    transformers_moe.ExpertsInterface.register(NAME, experts_forward)
-
-
-def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The forward of an experts module: ``moe_experts``, or transformers' grouped_mm where the module needs what it lacks.
-
-    The fallback gives one warning for each module class and reason; in strict mode (``r1kernels.set_strict``) it is an error.
-    """
-    reason = _unsupported(self)
-    if reason:
-        _fall_back(type(self), reason)
-        return transformers_moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    if getattr(self, "_is_expert_parallel", True):
-        # experts of other ranks: any index past the local ones is the sentinel
-        top_k_index = top_k_index.clamp(max=self.num_experts)
-    out = moe_experts(
-        hidden_states.to(self.gate_up_proj.dtype),
-        top_k_index,
-        top_k_weights,
-        self.gate_up_proj,
-        self.down_proj,
-        activation=_ACTIVATIONS[type(self.act_fn).__name__],
-    )
-    return out.to(hidden_states.dtype)
-
-
-def _unsupported(experts: Any) -> str:
-    """Why ``moe_experts`` can not serve this module; empty if it can. Flags only: shapes do not tell a layout."""
-    expected = {
-        "has_gate": True,
-        "is_concatenated": True,
-        "is_transposed": False,
-        "has_bias": False,
-        "has_post_expert_norm": False,
-    }
-    for flag, value in expected.items():
-        if getattr(experts, flag, value) != value:
-            return f"{flag} is {not value}"
-    if getattr(type(experts), "_apply_gate", None) is not transformers_moe._default_apply_gate:
-        return "it has a gate of its own (_apply_gate)"
-    if type(experts.act_fn).__name__ not in _ACTIVATIONS:
-        return f"its activation is {type(experts.act_fn).__name__}"
-    if (
-        experts.gate_up_proj.dtype not in checks.FLOATS
-        or experts.down_proj.dtype != experts.gate_up_proj.dtype
-    ):
-        return f"its weights are {experts.gate_up_proj.dtype} and {experts.down_proj.dtype}"
-    return ""
-
-
-def _fall_back(experts_class: type, reason: str) -> None:
-    text = f"r1kernels does not serve {experts_class.__name__}, transformers' grouped_mm does: {reason}"
-    if backends.strict():
-        raise backends.BackendError(text + " (strict mode: no fallback)")
-    if not torch.compiler.is_compiling() and (experts_class, reason) not in _warned:
-        _warned.add((experts_class, reason))
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 class Patch:
     """A patched model; ``undo()``, or leaving it as a context manager, restores the model."""
 
-    def __init__(self, model: Any, routers: list[nn.Module], previous: dict[str, str | None]) -> None:
-        self._model, self._routers, self._previous = model, routers, previous
+    def __init__(self, model: Any) -> None:
+        self._model: Any = model
 
     def undo(self) -> None:
         """Give the model its own routers and experts back; a second call does nothing."""
-        for router in self._routers:
-            del router.forward, router._r1kernels
-        if self._routers:
-            self._model.set_experts_implementation(self._previous)
-        self._routers = []
+        if self._model is not None:
+            unpatch(self._model)
+        self._model = None
 
     def __enter__(self) -> Patch:
         return self
@@ -145,38 +79,55 @@ def patch(model: Any, experts: str = NAME) -> Patch:
     ties go to the lowest index and that routers which ask for float32 get it under autocast too.
 
     Args:
-        model: a ``PreTrainedModel``, on its device and with its weights.
+        model: a ``PreTrainedModel``, on its device and with its weights; adapters of PEFT and ``fully_shard`` may come before
+            or after. Under ``fully_shard`` every rank must call it.
         experts: another experts implementation of transformers ("eager", "grouped_mm", ...) in the place of ours.
 
     Returns:
-        Patch, with ``undo()``; also a context manager. Copies of the model (``copy.deepcopy``) are patched too, for themselves.
+        Patch, with ``undo()``; also a context manager. A copy of the model (``copy.deepcopy``, ``torch.save`` and ``torch.load``) is
+        patched too, for itself: ``unpatch`` undoes that.
 
     Raises:
         ValueError: the model has no experts that transformers' experts interface serves, is already patched, or has a
-            router that is not known.
+            router that is not known or asks for what ``route`` does not compute (more experts per token than its groups hold).
         RuntimeError: this version of transformers has another router under a known name (attributes, signature, or
             other weights on random tokens). Nothing is changed then.
     """
     routers = _find_routers(model)
-    for router in routers:
-        check_router(router)
+    for block, router in routers.items():
+        check_router(block, router)
     register()
     previous = model.get_experts_implementation()
     model.set_experts_implementation(experts)
-    control = Control()
-    for layer, router in enumerate(routers):
+    control = Control(previous)
+    for layer, router in enumerate(routers.values()):
         install(router, layer, control)
-    return Patch(model, routers, previous)
+    return Patch(model)
 
 
-def _find_routers(model: nn.Module) -> list[nn.Module]:
-    """The routers in module order, one beside each experts module."""
-    routers = []
+def unpatch(model: Any) -> None:
+    """Give a patched model its own routers and experts back: one that ``patch`` took, a copy of it, or one loaded from a file.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    routers = _patched(model)
+    model.set_experts_implementation(routers[0]._r1kernels.control.experts_implementation)
+    for router in routers:
+        del router.forward, router._r1kernels
+
+
+def _find_routers(model: nn.Module) -> dict[str, nn.Module]:
+    """The routers in module order, one beside each experts module; each under the name of the block that holds both."""
+    routers = {}
     for name, module in model.named_modules():
         if hasattr(module, "_r1kernels"):
-            raise ValueError(f"model: expected a model that is not patched yet, got one whose {name} is")
-        children = list(module.children())
-        if not any(hasattr(child, "_apply_gate") for child in children):
+            raise ValueError(
+                f"model: expected a model that is not patched yet, got one whose {name} is (a copy of a patched model is "
+                "patched too); unpatch(model) undoes it"
+            )
+        children = [_inside_adapters(child) for child in module.children()]
+        if hasattr(module, "base_layer") or not any(hasattr(child, "_apply_gate") for child in children):
             continue
         known = [child for child in children if type(child).__name__ in ROUTERS]
         if len(known) != 1:
@@ -184,10 +135,17 @@ def _find_routers(model: nn.Module) -> list[nn.Module]:
             raise ValueError(
                 f"model: expected a router among {', '.join(ROUTERS)} in {name} ({type(module).__name__}), got {found}"
             )
-        routers += known
+        routers[name] = known[0]
     if not routers:
         raise ValueError(f"model: expected a model with experts, got {type(model).__name__} without any")
     return routers
+
+
+def _inside_adapters(module: nn.Module) -> nn.Module:
+    """The module in the layers that PEFT puts around it."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
 
 @contextmanager

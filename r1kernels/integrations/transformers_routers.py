@@ -5,20 +5,25 @@ T tokens of one forward, H hidden size, E experts, K experts per token.
 
 from __future__ import annotations
 
+import copy
 import inspect
-import types
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import __version__ as transformers_version
 
 from .. import backends, checks
-from ..moe import route
+from ..moe import Routing, route
 from .routing_record import ExpertLoad, RoutingRecord, RoutingReplay
+from .transformers_experts import register
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,9 @@ ROUTERS = {
 
 @dataclass
 class Control:
-    """What happens at the routers of one model now."""
+    """What happens at the routers of one model now, and what it had before it was patched."""
 
+    experts_implementation: dict[str, str | None]
     load: ExpertLoad | None = None
     attention_mask: Tensor | None = None
     record: RoutingRecord | None = None
@@ -101,16 +107,41 @@ class PatchedRouter:
     """What a patched router carries (as ``_r1kernels``; a copy of the model carries copies)."""
 
     layer: int
-    family: Family
+    family: str  # a key of ROUTERS
     control: Control
     replayed: bool = False  # its last forward in training was a replay
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        register()  # a model that was loaded from a file names our experts
+        self.__dict__.update(state)
+
+
+class _Trial(threading.local):
+    running = False
+
+
+_trial = _Trial()
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Route live and leave no trace in records, loads and replays, in the forwards of this thread in a ``with`` block."""
+    outer, _trial.running = _trial.running, True
+    try:
+        yield
+    finally:
+        _trial.running = outer
 
 
 def _router_forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The forward of a patched router: (logits, weights, indices)."""
     state: PatchedRouter = self._r1kernels
-    logits = _logits(self, state.family, hidden_states)
-    options = {"top_k": self.top_k, **state.family.options(self)}
+    family = ROUTERS[state.family]
+    logits = _logits(self, family, hidden_states)
+    options = {"top_k": self.top_k, **family.options(self)}
+    if _trial.running:
+        routing = route(logits.float(), **options)
+        return logits, _weights(family, routing, logits), routing.indices
     control, recomputing = state.control, _recomputing()
     if recomputing and state.replayed and control.replay is None:
         raise RuntimeError(
@@ -129,8 +160,11 @@ def _router_forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, T
             control.record.add(state.layer, routing.indices)
         if control.load is not None:
             control.load.add(state.layer, routing.indices, control.attention_mask)
-    weights = routing.weights if state.family.float32_weights else routing.weights.to(logits.dtype)
-    return logits, weights, routing.indices
+    return logits, _weights(family, routing, logits), routing.indices
+
+
+def _weights(family: Family, routing: Routing, logits: Tensor) -> Tensor:
+    return routing.weights if family.float32_weights else routing.weights.to(logits.dtype)
 
 
 def _logits(router: Any, family: Family, hidden_states: Tensor) -> Tensor:
@@ -149,12 +183,16 @@ def _recomputing() -> bool:
 
 def install(router: Any, layer: int, control: Control) -> None:
     """Let a checked router run ``_router_forward``; deleting ``forward`` and ``_r1kernels`` undoes it."""
-    router._r1kernels = PatchedRouter(layer, ROUTERS[type(router).__name__], control)
-    router.forward = types.MethodType(_router_forward, router)
+    router._r1kernels = PatchedRouter(layer, type(router).__name__, control)
+    router.forward = partial(_router_forward, router)  # which copies and pickles with the router
 
 
-def check_router(router: Any) -> None:
-    """Raise RuntimeError unless the router is what ROUTERS takes it for, down to its weights on random tokens."""
+def check_router(block: str, router: Any) -> None:
+    """Check that the router of ``block`` is what ROUTERS takes it for, down to its weights on random tokens.
+
+    Raises:
+        ValueError: ``route`` does not compute what it asks for. RuntimeError: it is another router.
+    """
     family, name = ROUTERS[type(router).__name__], type(router).__name__
     refusal = f"{name} of transformers {transformers_version} is not the router that r1kernels knows: "
     missing = [
@@ -167,13 +205,20 @@ def check_router(router: Any) -> None:
     arguments = list(inspect.signature(router.forward).parameters)
     if arguments != ["hidden_states"]:
         raise RuntimeError(refusal + f"its forward takes {', '.join(arguments)}")
-    if router.weight.is_meta:
-        return
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(16, router.hidden_dim, generator=generator).to(router.weight)
+    router = _whole(router)
+    weight, generator = router.weight, torch.Generator().manual_seed(0)
+    hidden = torch.randn(16, router.hidden_dim, generator=generator).to(weight)
     with torch.no_grad(), backends.use_backend("reference"):
+        logits = weight.new_empty(16, weight.shape[0]) if weight.is_meta else _logits(router, family, hidden)
+        try:
+            ours = route(logits.float(), top_k=router.top_k, **family.options(router))
+        except ValueError as error:
+            raise ValueError(
+                f"model: {block} ({name}) asks for what r1kernels.route does not compute: {error}"
+            ) from error
+        if weight.is_meta:
+            return
         logits, weights, _ = router.forward(hidden)
-        ours = route(_logits(router, family, hidden).float(), top_k=router.top_k, **family.options(router))
     # sorted: transformers leaves the order of a token's experts open
     same = torch.allclose(
         weights.float().sort(dim=-1).values,
@@ -181,5 +226,17 @@ def check_router(router: Any) -> None:
         rtol=1e-2 if weights.dtype != torch.float32 else 1e-4,
         equal_nan=True,
     )
-    if logits.shape != (16, router.weight.shape[0]) or not same:
+    if logits.shape != (16, weight.shape[0]) or not same:
         raise RuntimeError(refusal + "it gives other weights")
+
+
+def _whole(router: Any) -> Any:
+    """The router, or where ``fully_shard`` holds its parameters a copy with the whole of them."""
+    if not any(isinstance(parameter, DTensor) for parameter in router.parameters()):
+        return router
+    copied = copy.copy(router)
+    copied._parameters = {
+        name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        for name, parameter in router.named_parameters()
+    }
+    return copied

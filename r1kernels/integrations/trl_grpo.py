@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import logging
 import textwrap
 from typing import Any
 
@@ -14,11 +15,24 @@ import torch
 from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from .. import backends
 from ..grpo import GRPOOutput, grpo_loss, off_policy_mask, reduction_weights
 from .patching import check_signature
 from .trl_metrics import Tokens, add_to_entropy_window, log_metrics, log_policy_loss
-from .trl_options import accumulation_of, by_step, check_options, kl_of, mask_of, reduction_of, term_of
+from .trl_options import (
+    accumulation_of,
+    bound_below_clip,
+    by_step,
+    check_options,
+    kl_of,
+    mask_of,
+    reduction_of,
+    term_of,
+)
 
+_log = logging.getLogger("r1kernels")
+_logged: set[str] = set()
+_own_compute_loss = GRPOTrainer._compute_loss
 IMAGES = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
            "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids")  # fmt: skip
 _READS = {
@@ -84,10 +98,20 @@ def _reads(source: str) -> set[str]:
 def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     """In place of ``GRPOTrainer._compute_loss``: the same loss, gradient and metrics.
 
+    A ``delta`` of at most 1 + epsilon_high is left to TRL's own method, with one log line.
+
     Raises:
         ValueError: an option that TRL does not know, or does not use with this ``loss_type``; what ``grpo_loss`` raises.
+        BackendError: what is left to TRL, in strict mode (``r1kernels.set_strict``).
     """
     check_options(self)
+    if bound_below_clip(self):
+        fall_back(
+            f"GRPOTrainer's loss is not computed by grpo_loss: delta is {self.args.delta}, not above 1 + epsilon_high",
+            "TRL computes it",
+        )
+        own: Tensor = _own_compute_loss(self, model, inputs)
+        return own
     mask = mask_of(inputs)
     logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
         model,
@@ -118,6 +142,15 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
     log_metrics(self, mode, tokens, measured, inputs.get("importance_sampling_ratio"))
     return loss
+
+
+def fall_back(problem: str, instead: str) -> None:
+    """Log once that something else computes a loss; in strict mode an error."""
+    if backends.strict():
+        raise backends.BackendError(problem + " (strict mode: no fallback)")
+    if problem not in _logged:
+        _logged.add(problem)
+        _log.info("%s; %s", problem, instead)
 
 
 def _losses(trainer: Any, tokens: Tokens, inputs: dict[str, Any], bonus: dict[str, Any]) -> list[GRPOOutput]:

@@ -6,21 +6,16 @@ option that needs the log-prob or the entropy of single tokens beside the loss.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..grpo import linear_grpo_loss
 from . import trl_grpo
-from .transformers_logprobs import output_head
+from .transformers_logprobs import head_inputs, output_head
 from .trl_metrics import Tokens, log_metrics
-from .trl_options import check_options, kl_of, mask_of, reduction_of, term_of
-
-_log = logging.getLogger("r1kernels")
-_logged: set[str] = set()
+from .trl_options import bound_below_clip, check_options, kl_of, mask_of, reduction_of, term_of
 
 
 def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -32,18 +27,21 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     check_options(self)
     reason = why_not(self, model, inputs)
     if reason:
-        _fall_back(reason)
+        trl_grpo.fall_back(
+            f"GRPOTrainer's loss is not computed from hidden states: {reason}",
+            "it is computed from log-probs",
+        )
         return trl_grpo.compute_loss(self, model, inputs)
     mask, targets = mask_of(inputs), inputs["completion_ids"]
     with self.accelerator.autocast():
-        outputs = model.base_model(
+        hidden = head_inputs(
+            model,
             input_ids=torch.cat([inputs["prompt_ids"], targets], dim=1),
             attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            use_cache=False,
         )
         output = linear_grpo_loss(
             # the state before each completion token predicts it
-            outputs.last_hidden_state[:, -targets.shape[1] - 1 : -1],
+            hidden[:, -targets.shape[1] - 1 : -1],
             targets=targets,
             old_logp=None,
             advantages=inputs["advantages"],
@@ -72,6 +70,7 @@ def why_not(trainer: Any, model: Any, inputs: dict[str, Any]) -> str:
         "there is an entropy bonus": trainer._entropy_bonus_enabled,
         "there is an auxiliary loss": trainer.aux_loss_enabled,
         "there are images": any(inputs.get(name) is not None for name in trl_grpo.IMAGES),
+        "delta is not above 1 + epsilon_high": bound_below_clip(trainer),
         "the model is wrapped": trainer.accelerator.unwrap_model(model) is not model,
     }
     for reason, needed in needs.items():
@@ -82,12 +81,3 @@ def why_not(trainer: Any, model: Any, inputs: dict[str, Any]) -> str:
     except ValueError as error:
         return str(error)
     return ""
-
-
-def _fall_back(reason: str) -> None:
-    text = f"GRPOTrainer's loss is not computed from hidden states: {reason}"
-    if backends.strict():
-        raise backends.BackendError(text + " (strict mode: no fallback)")
-    if reason not in _logged:
-        _logged.add(reason)
-        _log.info("%s; it is computed from log-probs", text)

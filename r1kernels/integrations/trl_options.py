@@ -39,6 +39,12 @@ def check_options(trainer: Any) -> None:
         raise ValueError(f"delta: not used by loss_type {trainer.loss_type!r}, got {trainer.args.delta}")
 
 
+def bound_below_clip(trainer: Any) -> bool:
+    """Whether TRL's ``delta`` bounds what its clip still lets through, for which ``grpo_loss`` has no term."""
+    delta = trainer.args.delta
+    return trainer.loss_type in CLIPPED and delta is not None and delta <= 1 + trainer.epsilon_high
+
+
 def term_of(trainer: Any) -> dict[str, Any]:
     """The variant and its options."""
     args = trainer.args

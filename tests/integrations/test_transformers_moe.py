@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import runpy
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
 import r1kernels
 from r1kernels import BackendError, extension
 from r1kernels.integrations import transformers as r1
+from r1kernels.integrations import transformers_experts as experts_code
 
 VOCABULARY = 50
 SMALL = {
@@ -227,6 +230,11 @@ def test_register_alone_is_enough_for_the_experts(tmp_path):
     assert_same_step(step(model, ids), step(load(tmp_path).train(), ids))
 
 
+def set_activation(experts, function):
+    del experts.act_fn  # a module, whose place a function cannot take
+    experts.act_fn = function
+
+
 def experts_of(model):
     return next(module for module in model.modules() if hasattr(module, "_apply_gate"))
 
@@ -235,12 +243,13 @@ def experts_of(model):
     ("change", "reason"),
     [
         (lambda experts: setattr(experts, "act_fn", nn.ReLU()), "its activation is ReLU"),
+        (lambda experts: set_activation(experts, F.gelu), "its activation is gelu"),
         (lambda experts: setattr(experts, "has_bias", True), "has_bias is True"),
         (lambda experts: setattr(experts, "is_transposed", True), "is_transposed is True"),
         (lambda experts: setattr(experts, "is_concatenated", False), "is_concatenated is False"),
         (lambda experts: setattr(experts, "has_post_expert_norm", True), "has_post_expert_norm is True"),
     ],
-    ids=["activation", "bias", "transposed", "interleaved", "post norm"],
+    ids=["activation", "activation function", "bias", "transposed", "interleaved", "post norm"],
 )
 def test_what_is_not_served_falls_back_with_one_warning(change, reason, monkeypatch):
     model = build("Qwen3Moe")
@@ -248,9 +257,11 @@ def test_what_is_not_served_falls_back_with_one_warning(change, reason, monkeypa
     change(experts)
     calls = []
     monkeypatch.setattr(
-        r1.transformers_moe, "grouped_mm_experts_forward", lambda *a: calls.append(a) or torch.zeros(4, 32)
+        experts_code.transformers_moe,
+        "grouped_mm_experts_forward",
+        lambda *a: calls.append(a) or torch.zeros(4, 32),
     )
-    monkeypatch.setattr(r1, "_warned", set())
+    monkeypatch.setattr(experts_code, "_warned", set())
     arguments = (experts, torch.zeros(4, 32), torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2))
     with pytest.warns(RuntimeWarning, match=f"does not serve Qwen3MoeExperts.*{reason}"):
         r1.experts_forward(*arguments)
@@ -273,10 +284,27 @@ def test_a_gate_of_its_own_falls_back_to_the_right_numbers(monkeypatch):
     model, ids = transformers.GptOssForCausalLM(config).train(), tokens()
     own = step(model, ids)
     r1.register()
-    monkeypatch.setattr(r1, "_warned", set())
+    monkeypatch.setattr(experts_code, "_warned", set())
     model.set_experts_implementation("r1kernels")
     with pytest.warns(RuntimeWarning, match="does not serve GptOssExperts"):
         assert_same_step(step(model, ids), own)
+
+
+def test_an_activation_that_is_a_function():
+    # Lfm2's experts have F.silu, not a module; its router is not known, its experts are
+    config = transformers.Lfm2MoeConfig(
+        **{**SMALL, "num_experts": 4, "num_dense_layers": 0, "layer_types": ["full_attention"] * 2}
+    )
+    torch.manual_seed(0)
+    model, ids = transformers.Lfm2MoeForCausalLM(config).train(), tokens()
+    own = step(model, ids)
+    r1.register()
+    model.set_experts_implementation("r1kernels")
+    r1kernels.set_strict(True)  # a fallback is an error
+    try:
+        assert_same_step(step(model, ids), own)
+    finally:
+        r1kernels.set_strict(False)
 
 
 def test_expert_parallel_sentinels():
@@ -303,6 +331,43 @@ def test_models_that_can_not_be_patched():
         r1.patch(model)
     with pytest.raises(ValueError, match="expected a model patched by"), r1.record_routing(model):
         pass
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_more_experts_per_token_than_its_groups_hold(device):
+    with torch.device(device):
+        model = build("DeepseekV3", n_group=2, topk_group=1, num_experts_per_tok=8)
+    with pytest.raises(
+        ValueError,
+        match=r"model.layers.1.mlp \(DeepseekV3TopkRouter\) asks for what .* does not compute: top_k.* 8",
+    ):
+        r1.patch(model)
+    assert not any(hasattr(module, "_r1kernels") for module in model.modules())
+
+
+def test_adapters_of_peft_before_and_after():
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: nothing to patch")
+    ids = tokens()
+    for name in ("DeepseekV3", "Qwen3Moe", "Mixtral"):
+        config = peft.LoraConfig(
+            r=2, init_lora_weights=False, target_modules=["v_proj", "kv_b_proj"],
+            target_parameters=["experts.gate_up_proj", "experts.down_proj", "gate.weight"],
+        )  # fmt: skip
+        model = peft.get_peft_model(build(name), config)
+        own = step(model, ids)
+        assert any("gate.lora_A" in one and grad is not None for one, grad in own[1].items())
+        for target in (model, model.get_base_model()):
+            with r1.patch(target), r1.record_routing(target) as record:
+                assert_same_step(step(model, ids), own)
+            assert record.forward().shape[1:] == (ids.numel(), 2)
+        assert torch.equal(step(model, ids)[0].logits, own[0].logits)
+        # the other way round
+        torch.manual_seed(0)
+        patched = build(name)
+        r1.patch(patched)
+        later = peft.get_peft_model(patched, config)
+        later.load_state_dict(model.state_dict())
+        assert_same_step(step(later, ids), own)
 
 
 @pytest.mark.parametrize("change", ["other weights", "other arguments", "no attribute"])
@@ -497,6 +562,36 @@ def test_a_copy_is_patched_for_itself():
         both = nn.ModuleList([model, reference])
         with pytest.raises(ValueError, match="expected one patched model"), r1.record_routing(both):
             pass
+
+
+@pytest.mark.parametrize("name", ["DeepseekV3", "Qwen3Moe", "Mixtral"])
+def test_copies_and_files_are_patched_and_can_be_undone(name, monkeypatch):
+    model, ids = build(name), tokens()
+    model.set_experts_implementation("eager")
+    own = step(model, ids)
+    file = io.BytesIO()
+    with r1.patch(model):
+        copied = copy.deepcopy(model)
+        torch.save(model, file)
+    # as in a process that has patched nothing
+    monkeypatch.delitem(experts_code.transformers_moe.ExpertsInterface._global_mapping, "r1kernels")
+    file.seek(0)
+    for other in (torch.load(file, weights_only=False), copied):
+        with r1.record_routing(other) as record:
+            assert_same_step(step(other, ids), own)
+        assert record.forward().shape[1:] == (ids.numel(), 2)
+        assert other.get_experts_implementation()[""] == "r1kernels"
+        with pytest.raises(
+            ValueError, match=r"a copy of a patched model is patched too\); unpatch\(model\) undoes it"
+        ):
+            r1.patch(other)
+        r1.unpatch(other)
+        assert torch.equal(step(other, ids)[0].logits, own[0].logits)
+        assert other.get_experts_implementation()[""] == "eager"
+        with pytest.raises(ValueError, match="expected a model patched by"):
+            r1.unpatch(other)
+        with r1.patch(other):
+            assert_same_step(step(other, ids), own)
 
 
 def test_compiled():

@@ -201,6 +201,23 @@ def test_entropy_bonus_and_auxiliary_loss(loss_type, training):
         assert "policy_loss" in ours._metrics["train" if training else "eval"]
 
 
+@pytest.mark.parametrize("loss_type", CLIPPED)
+def test_a_delta_below_the_clip_is_left_to_trl(loss_type, caplog, monkeypatch):
+    monkeypatch.setattr(trl_grpo, "_logged", set())
+    batch = completions(seed=7, drift=0.8)
+    with caplog.at_level("INFO", logger="r1kernels"):
+        for delta in (0.7, 1.1, 1.28):
+            assert_same(batch, loss_type=loss_type, beta=0.1, args={"delta": delta})
+    assert "delta is 1.1, not above 1 + epsilon_high; TRL computes it" in caplog.text
+    one = stand_in(batch, loss_type=loss_type, args={"delta": 1.1})
+    r1kernels.set_strict(True)
+    try:
+        with pytest.raises(r1kernels.BackendError, match="delta is 1.1"):
+            trl_grpo.compute_loss(one, None, batch.inputs)
+    finally:
+        r1kernels.set_strict(False)
+
+
 @pytest.mark.parametrize("target", [0.1, 10.0])
 def test_adaptive_entropy(target):
     batch = completions(seed=4)
@@ -249,7 +266,6 @@ def test_an_empty_batch_is_no_loss():
             "importance_sampling_level: expected one of token, sequence, got 'word'",
         ),
         ({"loss_type": "cispo", "args": {"delta": 2.0}}, "delta: not used by loss_type 'cispo', got 2.0"),
-        ({"args": {"delta": 1.1}}, r"delta: expected above 1 \+ clip_high"),
         ({"loss_type": "sapo", "args": {"sapo_temperature_pos": 0.0}}, "tau"),
     ],
 )
@@ -272,6 +288,7 @@ def test_what_needs_log_probs_gets_them(caplog):
         (fitting, {"_entropy_bonus_enabled": True}, "there is an entropy bonus"),
         (fitting, {"aux_loss_enabled": True}, "there is an auxiliary loss"),
         (images, {}, "there are images"),
+        (fitting, {"args": {"delta": 1.1}}, "delta is not above 1 + epsilon_high"),
         (fitting, {}, "the model is wrapped"),
     ):
         one = stand_in(batch, **{**plain, **options})
