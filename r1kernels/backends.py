@@ -77,6 +77,7 @@ class _Arguments(Exception):
 
 
 _registry: dict[str, dict[str, Backend]] = {}
+_served: dict[tuple[str, str], tuple[Backend, ...]] = {}
 _preferred: dict[str, str] = {}
 _scoped = _Scopes()
 _logged: set[tuple[str, str, str]] = set()
@@ -94,6 +95,7 @@ def register(
     backends = _registry.setdefault(op, {})
     backends[name] = Backend(op, name, run, reasons)
     _registry[op] = {known: backends[known] for known in NAMES if known in backends}
+    _served.clear()
 
 
 def ops() -> tuple[str, ...]:
@@ -135,10 +137,7 @@ def choose(op: str, backend: str | None, /, *args: Any, **kwargs: Any) -> Backen
             return chosen
         _fall_back(chosen, refusal)
     device = _device_type(args, kwargs)
-    for chosen in available.values():
-        # not asked where it can only refuse: to word the reasons would cost as much as the kernel of a small batch
-        if device and device not in devices.SERVED.get(chosen.name, (device,)):
-            continue
+    for chosen in _candidates(op, device):
         refusal = chosen.refuses(*args, **kwargs)
         if not refusal:
             return chosen
@@ -223,6 +222,20 @@ def _backends_of(op: str) -> dict[str, Backend]:
     return _registry[op]
 
 
+def _candidates(op: str, device: str) -> tuple[Backend, ...]:
+    """The backends that may serve tensors of a device; the others are not asked.
+
+    To word their reasons would cost as much as the kernel of a small batch.
+    """
+    if (op, device) not in _served:
+        _served[op, device] = tuple(
+            backend
+            for backend in _backends_of(op).values()
+            if not device or device in devices.SERVED.get(backend.name, (device,))
+        )
+    return _served[op, device]
+
+
 def _named(op: str, name: str) -> Backend:
     available = _backends_of(op)
     if name not in available:
@@ -248,6 +261,8 @@ def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor):
             return value.device.type
+        if isinstance(value, tuple):  # a call
+            return _device_type(value, {})
     return ""
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import checks
+from ..op import Op
+from . import reference
 from .sort import check_ascending
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -38,7 +40,7 @@ def update_router_bias(bias: Tensor, tokens_per_expert: Tensor, rate: float) -> 
     checks.tensor("tokens_per_expert", tokens_per_expert, dtypes=_INTEGERS, shape=(bias.shape[0],), like=bias)
     if checks.number("rate", rate) < 0:
         raise ValueError(f"rate: expected a number of at least 0, got {rate}")
-    backends.dispatch("update_router_bias", None, bias, tokens_per_expert, float(rate))
+    UPDATE_ROUTER_BIAS(None, bias, tokens_per_expert, float(rate))
 
 
 def sequence_balance_loss(scores: Tensor, indices: Tensor, cu_seqlens: Tensor, alpha: float) -> Tensor:
@@ -79,7 +81,7 @@ def sequence_balance_loss(scores: Tensor, indices: Tensor, cu_seqlens: Tensor, a
     if checks.values_visible(indices, cu_seqlens):
         checks.in_range("indices", indices, 0, scores.shape[1])
         check_ascending("cu_seqlens", cu_seqlens, scores.shape[0])
-    return backends.dispatch("sequence_balance_loss", None, scores, indices, cu_seqlens, float(alpha))
+    return SEQUENCE_BALANCE_LOSS(None, scores, indices, cu_seqlens, float(alpha))
 
 
 def load_balancing_loss(logits: Tensor, top_k: int, mask: Tensor | None = None) -> Tensor:
@@ -111,7 +113,7 @@ def load_balancing_loss(logits: Tensor, top_k: int, mask: Tensor | None = None) 
         raise ValueError(f"top_k: expected at most the {logits.shape[1]} experts, got {top_k}")
     if mask is not None:
         checks.tensor("mask", mask, shape=(logits.shape[0],), like=logits)
-    return backends.dispatch("load_balancing_loss", None, logits, top_k, mask)
+    return LOAD_BALANCING_LOSS(None, logits, top_k, mask)
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
@@ -133,4 +135,11 @@ def router_z_loss(logits: Tensor) -> Tensor:
     checks.tensor("logits", logits, dtypes=checks.FLOATS, ndim=2)
     if logits.shape[1] == 0:
         raise ValueError(f"logits: expected shape (T, E) with E >= 1, got {tuple(logits.shape)}")
-    return backends.dispatch("router_z_loss", None, logits)
+    return ROUTER_Z_LOSS(None, logits)
+
+
+# plain PyTorch: a handful of passes over (T, E) or (E,), once a layer or step, that take a fraction of the router's time
+UPDATE_ROUTER_BIAS = Op("update_router_bias", reference.update_router_bias)
+SEQUENCE_BALANCE_LOSS = Op("sequence_balance_loss", reference.sequence_balance_loss)
+LOAD_BALANCING_LOSS = Op("load_balancing_loss", reference.load_balancing_loss)
+ROUTER_Z_LOSS = Op("router_z_loss", reference.router_z_loss)

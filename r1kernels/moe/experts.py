@@ -6,11 +6,15 @@ N inputs and M outputs of a GEMM.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from .. import backends, checks
-from .sort import check_ascending
+from .. import checks
+from ..op import Kernel, Op, recorded
+from . import reference
+from .sort import check_ascending, too_many
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 SAVES = ("hidden", "nothing")
@@ -49,7 +53,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, *, backend: str | N
         check_ascending("offsets", offsets, x.shape[0])
         if int(offsets[0]) != 0:
             raise ValueError(f"offsets: expected 0 at position 0, got {int(offsets[0])}")
-    return backends.dispatch("grouped_gemm", backend, x, weight, offsets)
+    return GROUPED_GEMM(backend, GemmCall(x, weight, offsets))
 
 
 def moe_experts(
@@ -116,9 +120,10 @@ def moe_experts(
     checks.tensor("down", down, dtypes=(hidden.dtype,))
     if checks.values_visible(indices):
         checks.in_range("indices", indices, 0, experts, allow=experts)
-    return backends.dispatch(
-        "moe_experts", backend, hidden, indices, weights, gate_up, down, activation, save
+    call = ExpertsCall(
+        hidden, indices, weights, gate_up, down, ACTIVATIONS.index(activation), save == "hidden"
     )
+    return MOE_EXPERTS(backend, call)
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -135,3 +140,169 @@ def _at_least_one_expert(name: str, weight: Tensor) -> int:
     if weight.shape[0] == 0:
         raise ValueError(f"{name}: expected at least one expert, got shape {tuple(weight.shape)}")
     return weight.shape[0]
+
+
+class GemmCall(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    offsets: Tensor  # kernels take int32
+
+
+class GemmBackwardCall(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    weight: Tensor
+    offsets: Tensor
+    need_x: bool
+    need_weight: bool
+
+
+def _gemm_shapes(call: GemmCall) -> Tensor:
+    return call.x.new_empty(call.x.shape[0], call.weight.shape[1])
+
+
+def _gemm_backward_shapes(call: GemmBackwardCall) -> tuple[Tensor, Tensor]:
+    return _gradient(call.x, call.need_x), _gradient(call.weight, call.need_weight)
+
+
+GEMM_FORWARD = Kernel("grouped_gemm", GemmCall, _gemm_shapes)
+GEMM_BACKWARD = Kernel("grouped_gemm", GemmBackwardCall, _gemm_backward_shapes, suffix="_backward")
+
+
+def _gemm_forward(backend: str, call: GemmCall) -> Tensor:
+    return GEMM_FORWARD(backend, GemmCall(*_contiguous(*call)))
+
+
+def _gemm_gradients(
+    backend: str, inputs: Any, tensors: Any, _: Any, grads: Any, needs: Any
+) -> tuple[Tensor, ...]:
+    row = (*_contiguous(*grads, *inputs, *tensors), *needs)
+    return GEMM_BACKWARD(backend, GemmBackwardCall._make(row))
+
+
+_recorded_gemm = recorded(
+    "grouped_gemm",
+    GemmCall,
+    _gemm_forward,
+    differentiable=("x", "weight"),
+    save=lambda call, result: ((call.offsets,), None),
+    backward=_gemm_gradients,
+)
+
+
+def _gemm_on_kernels(backend: str, call: GemmCall) -> Tensor:
+    return _recorded_gemm(backend, GemmCall(call.x, call.weight, call.offsets.to(torch.int32)))
+
+
+def _empty(weight: Tensor) -> tuple[str, ...]:
+    return ("matrices without elements are served by the reference alone",) if 0 in weight.shape else ()
+
+
+GROUPED_GEMM = Op(
+    "grouped_gemm",
+    reference.grouped_gemm,
+    _gemm_on_kernels,
+    decides="x",
+    limits=lambda backend, call: (*too_many(call.x.shape[0]), *_empty(call.weight)),
+)
+
+
+class ExpertsCall(NamedTuple):
+    hidden: Tensor
+    indices: Tensor
+    weights: Tensor  # kernels take float32
+    gate_up: Tensor
+    down: Tensor
+    activation: int  # the place in ACTIVATIONS
+    keep: bool  # the pre-activation, for the backward
+
+
+class ExpertsBackwardCall(NamedTuple):
+    grad: Tensor
+    hidden: Tensor
+    weights: Tensor
+    gate_up: Tensor
+    down: Tensor
+    pre_activation: Tensor  # (S, 2 * I) in the order of the experts; of no rows: it is computed again
+    offsets: Tensor
+    permutation: Tensor
+    inverse: Tensor
+    activation: int
+    need_hidden: bool
+    need_weights: bool
+    need_gate_up: bool
+    need_down: bool
+
+
+def _experts_shapes(call: ExpertsCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out (T, H), pre-activation (S, 2 * I) if ``keep``, else (0, 2 * I), offsets (E + 1,), permutation (S,), inverse (S,)."""
+    rows = call.indices.numel()
+    return (
+        torch.empty_like(call.hidden),
+        call.hidden.new_empty(rows if call.keep else 0, call.gate_up.shape[1]),
+        call.indices.new_empty(call.down.shape[0] + 1, dtype=torch.int32),
+        call.indices.new_empty(rows, dtype=torch.int32),
+        call.indices.new_empty(rows, dtype=torch.int32),
+    )
+
+
+def _experts_backward_shapes(call: ExpertsBackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weights, gate_up and down; one that is not needed has size 0 at its first dimension."""
+    return (
+        _gradient(call.hidden, call.need_hidden),
+        _gradient(call.weights, call.need_weights),
+        _gradient(call.gate_up, call.need_gate_up),
+        _gradient(call.down, call.need_down),
+    )
+
+
+EXPERTS_FORWARD = Kernel("moe_experts", ExpertsCall, _experts_shapes)
+EXPERTS_BACKWARD = Kernel("moe_experts", ExpertsBackwardCall, _experts_backward_shapes, suffix="_backward")
+
+
+def _experts_forward(backend: str, call: ExpertsCall) -> tuple[Tensor, ...]:
+    return EXPERTS_FORWARD(backend, ExpertsCall._make((*_contiguous(*call[:5]), *call[5:])))
+
+
+def _experts_gradients(
+    backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any
+) -> tuple[Tensor, ...]:
+    row = (*_contiguous(*grads, *inputs, *tensors), others, *needs)
+    return EXPERTS_BACKWARD(backend, ExpertsBackwardCall._make(row))
+
+
+# Hidden states and weight matrices are saved as they are: a contiguous copy does not live until the backward.
+_recorded_experts = recorded(
+    "moe_experts",
+    ExpertsCall,
+    _experts_forward,
+    differentiable=("hidden", "weights", "gate_up", "down"),
+    save=lambda call, results: (results[1:], call.activation),
+    backward=_experts_gradients,
+    give=lambda call, results: results[0],
+)
+
+
+def _experts_on_kernels(backend: str, call: ExpertsCall) -> Tensor:
+    hidden, indices, weights, gate_up, down, activation, keep = call
+    keep = keep and torch.is_grad_enabled()
+    return _recorded_experts(
+        backend, ExpertsCall(hidden, indices, weights.float(), gate_up, down, activation, keep)
+    )
+
+
+MOE_EXPERTS = Op(
+    "moe_experts",
+    reference.moe_experts,
+    _experts_on_kernels,
+    decides="hidden",
+    limits=lambda backend, call: (*too_many(call.indices.numel()), *_empty(call.gate_up)),
+)
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _gradient(like: Tensor, needed: bool) -> Tensor:
+    return like.new_empty((like.shape[0] if needed else 0, *like.shape[1:]))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,34 +20,28 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks, transforms
-from .routing import Routing
-from .sort import ExpertOrder
+
+if TYPE_CHECKING:
+    from .experts import ExpertsCall, GemmCall
+    from .routing import RouteCall
+    from .sort import SortCall
 
 
-def route(
-    logits: Tensor,
-    top_k: int,
-    score: str,
-    bias: Tensor | None,
-    n_group: int,
-    topk_group: int,
-    normalize: bool,
-    scale: float,
-    indices: Tensor | None,
-) -> Routing:
+def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
+    logits, top_k, softmax, bias, n_group, topk_group, normalize, scale, indices = call
     experts = logits.shape[1]
     logits = logits.to(_accumulator(logits)).contiguous()
-    scores = _scores(logits, score)
+    scores = _scores(logits, softmax)
     if indices is None:
         with torch.no_grad():
             selection = scores if bias is None else scores + bias.to(scores.dtype)
             if n_group > 1:
-                group_score = _sum_of_two_best if score == "sigmoid" else _best
+                group_score = _best if softmax else _sum_of_two_best
                 selection = _keep_best_groups(selection, n_group, topk_group, group_score)
             indices = _descending(selection)[:, :top_k].contiguous()
     inside = (indices >= 0) & (indices < experts)
     chosen = indices.clamp(0, experts - 1)
-    if score == "softmax" and normalize:
+    if softmax and normalize:
         weights = torch.where(inside, logits.gather(1, chosen), -torch.inf).softmax(dim=-1)
         weights = weights + 0.0 * scores[:, :1].detach()  # NaN if the logit of any expert is NaN or +inf
         weights = torch.where(inside, weights, 0.0)
@@ -56,7 +51,7 @@ def route(
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
     if scale != 1.0:
         weights = weights * scale
-    return Routing(weights, indices, count_experts(indices, experts).to(torch.int32))
+    return weights, indices, count_experts(indices, experts).to(torch.int32)
 
 
 def update_router_bias(bias: Tensor, tokens_per_expert: Tensor, rate: float) -> None:
@@ -114,49 +109,48 @@ def router_z_loss(logits: Tensor) -> Tensor:
     return logits.to(_accumulator(logits)).logsumexp(dim=-1).square().sum() / max(logits.shape[0], 1)
 
 
-def sort_by_expert(indices: Tensor, num_experts: int) -> ExpertOrder:
-    expert = indices.reshape(-1)
+def sort_by_expert(call: SortCall) -> tuple[Tensor, Tensor, Tensor]:
+    return sorted_rows(*call)
+
+
+def sorted_rows(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(offsets, permutation, inverse) of rows (S,)."""
     expert = torch.where((expert >= 0) & (expert < num_experts), expert, num_experts)
     ordered, permutation = torch.sort(expert, stable=True)
     boundaries = torch.arange(num_experts + 1, device=expert.device)
     offsets = torch.searchsorted(ordered, boundaries, out_int32=True)
     rows = torch.arange(expert.shape[0], device=expert.device)
-    return ExpertOrder(offsets, permutation, torch.empty_like(permutation).scatter_(0, permutation, rows))
+    return offsets, permutation, torch.empty_like(permutation).scatter_(0, permutation, rows)
 
 
-def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def grouped_gemm(call: GemmCall) -> Tensor:
+    return _gemm(*call)
+
+
+def _gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if checks.values_visible(x, offsets):
         return _gemm_by_expert(x, weight, offsets)
     return _gemm_by_tile(x, weight, offsets)
 
 
-def moe_experts(
-    hidden: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    activation: str,
-    save: str,
-) -> Tensor:
-    arguments = (hidden, indices, weights, gate_up, down, activation)
-    if save == "nothing" and torch.is_grad_enabled() and not transforms.active():
-        return checkpoint(_moe_experts, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return _moe_experts(*arguments)
+def moe_experts(call: ExpertsCall) -> Tensor:
+    if not call.keep and torch.is_grad_enabled() and not transforms.active():
+        return checkpoint(_moe_experts, *call[:-1], use_reentrant=False, preserve_rng_state=False)
+    return _moe_experts(*call[:-1])
 
 
 def _moe_experts(
-    hidden: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str
+    hidden: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: int
 ) -> Tensor:
     (tokens, size), (experts, _, intermediate), top_k = hidden.shape, down.shape, indices.shape[1]
-    offsets, permutation, inverse = sort_by_expert(indices, experts)
+    offsets, permutation, inverse = sorted_rows(indices.reshape(-1), experts)
     # Expanded before it is permuted: the backward is then one sum over K, with a float32 accumulator, and no
     # addition into rows that several experts share.
     rows = hidden.unsqueeze(1).expand(tokens, top_k, size).reshape(tokens * top_k, size)
-    pre_activation = grouped_gemm(rows.index_select(0, permutation), gate_up, offsets)
+    pre_activation = _gemm(rows.index_select(0, permutation), gate_up, offsets)
     gate, up = pre_activation.to(_accumulator(hidden)).unflatten(-1, (2, intermediate)).unbind(-2)
     activated = _activate(gate, activation) * up
-    out = grouped_gemm(activated.to(hidden.dtype), down, offsets)
+    out = _gemm(activated.to(hidden.dtype), down, offsets)
     out = out.index_select(0, inverse).view(tokens, top_k, size).to(_accumulator(hidden))
     inside = (indices >= 0) & (indices < experts)
     scale = torch.where(inside, weights.to(out.dtype), 0.0)
@@ -171,10 +165,10 @@ def count_experts(indices: Tensor, num_experts: int, keep: Tensor | None = None)
     return ones.new_zeros(num_experts + 1).scatter_add_(0, bins, ones)[:num_experts]
 
 
-def _scores(logits: Tensor, score: str) -> Tensor:
+def _scores(logits: Tensor, softmax: bool) -> Tensor:
     """Rounded once, from float64: torch's vector and scalar loops differ in the last bit, and would undo ties."""
     wide = logits.to(torch.float64)
-    return (wide.sigmoid() if score == "sigmoid" else wide.softmax(dim=-1)).to(logits.dtype)
+    return (wide.softmax(dim=-1) if softmax else wide.sigmoid()).to(logits.dtype)
 
 
 def _descending(scores: Tensor) -> Tensor:
@@ -200,8 +194,9 @@ def _keep_best_groups(
     return grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(1)
 
 
-def _activate(gate: Tensor, activation: str) -> Tensor:
-    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+def _activate(gate: Tensor, activation: int) -> Tensor:
+    """activation: the place in experts.ACTIVATIONS."""
+    return F.gelu(gate, approximate="tanh") if activation else F.silu(gate)
 
 
 def _gemm_by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

@@ -5,14 +5,17 @@ T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import checks
+from ..op import Kernel, Op, recorded
+from . import reference
 
 SCORES = ("sigmoid", "softmax")
+MOST_EXPERTS = 2048  # whose scores a GPU holds in registers
 
 
 class Routing(NamedTuple):
@@ -110,6 +113,88 @@ def route(
         checks.tensor("indices", indices, dtypes=(torch.int64,), shape=(tokens, top_k), like=logits)
         if checks.values_visible(indices):
             checks.in_range("indices", indices, 0, experts)
-    return backends.dispatch(
-        "route", backend, logits, top_k, score, bias, n_group, topk_group, normalize, float(scale), indices
+    call = RouteCall(
+        logits, top_k, score == "softmax", bias, n_group, topk_group, normalize, float(scale), indices
     )
+    return Routing(*ROUTE(backend, call))
+
+
+class RouteCall(NamedTuple):
+    """Kernels take it contiguous, the bias in float32."""
+
+    logits: Tensor
+    top_k: int
+    softmax: bool
+    bias: Tensor | None
+    n_group: int
+    topk_group: int
+    normalize: bool
+    scale: float
+    indices: Tensor | None  # a choice to replay, which is copied to the result; None: choose
+
+
+class RouteBackwardCall(NamedTuple):
+    grad_weights: Tensor  # (T, K) float32
+    logits: Tensor
+    indices: Tensor
+    softmax: bool
+    normalize: bool
+    scale: float
+
+
+def _shapes(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, experts = call.logits.shape
+    return (
+        call.logits.new_empty((tokens, call.top_k), dtype=torch.float32),
+        call.logits.new_empty((tokens, call.top_k), dtype=torch.int64),
+        call.logits.new_empty(experts, dtype=torch.int32),
+    )
+
+
+def _backward_shapes(call: RouteBackwardCall) -> Tensor:
+    return torch.empty_like(call.logits)
+
+
+FORWARD = Kernel("route", RouteCall, _shapes)
+BACKWARD = Kernel("route", RouteBackwardCall, _backward_shapes, suffix="_backward")
+
+
+def _save(call: RouteCall, results: tuple[Tensor, ...]) -> Any:
+    return (results[1],), (call.softmax, call.normalize, call.scale)
+
+
+def _gradients(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any) -> list[Tensor]:
+    return [BACKWARD(backend, RouteBackwardCall(grads[0].contiguous(), *inputs, *tensors, *others))]
+
+
+_recorded = recorded(
+    "route",
+    RouteCall,
+    FORWARD,
+    differentiable=("logits",),
+    save=_save,
+    backward=_gradients,
+    constant=(1, 2),
+)
+
+
+def _on_kernels(backend: str, call: RouteCall) -> Any:
+    logits, top_k, softmax, bias, n_group, topk_group, normalize, scale, indices = call
+    if bias is not None:
+        bias = bias.detach().float().contiguous()
+    if indices is not None:
+        indices = indices.contiguous()
+    return _recorded(
+        backend,
+        RouteCall(logits.contiguous(), top_k, softmax, bias, n_group, topk_group, normalize, scale, indices),
+    )
+
+
+def _limits(backend: str, call: RouteCall) -> tuple[str, ...]:
+    experts = call.logits.shape[1]
+    if backend == "cpu" or experts <= MOST_EXPERTS:
+        return ()
+    return (f"{experts} experts are more than the {MOST_EXPERTS} that a GPU kernel chooses from",)
+
+
+ROUTE = Op("route", reference.route, _on_kernels, decides="logits", limits=_limits)

@@ -10,7 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import checks
+from ..op import Kernel, Op
+from . import reference
+
+MOST_ROWS = 2**31 - 1  # that kernels count
 
 
 class ExpertOrder(NamedTuple):
@@ -51,7 +55,41 @@ def sort_by_expert(indices: Tensor, num_experts: int) -> ExpertOrder:
     num_experts = checks.integer("num_experts", num_experts, minimum=1)
     if checks.values_visible(indices):
         checks.in_range("indices", indices, 0, num_experts, allow=num_experts)
-    return backends.dispatch("sort_by_expert", None, indices, num_experts)
+    return ExpertOrder(*SORT_BY_EXPERT(None, SortCall(indices.reshape(-1), num_experts)))
+
+
+class SortCall(NamedTuple):
+    indices: Tensor  # (S,)
+    experts: int
+
+
+def _shapes(call: SortCall) -> tuple[Tensor, Tensor, Tensor]:
+    offsets = call.indices.new_empty(call.experts + 1, dtype=torch.int32)
+    return offsets, torch.empty_like(call.indices), torch.empty_like(call.indices)
+
+
+FORWARD = Kernel("sort_by_expert", SortCall, _shapes)
+
+
+def _on_kernels(backend: str, call: SortCall) -> tuple[Tensor, Tensor, Tensor]:
+    return FORWARD(backend, SortCall(call.indices.contiguous(), call.experts))
+
+
+def too_many(rows: int) -> tuple[str, ...]:
+    """Why kernels cannot serve so many routed rows."""
+    return (
+        () if rows <= MOST_ROWS else (f"{rows} routed rows are more than the {MOST_ROWS} that kernels count",)
+    )
+
+
+SORT_BY_EXPERT = Op(
+    "sort_by_expert",
+    reference.sort_by_expert,
+    _on_kernels,
+    decides="indices",
+    dtypes=(torch.int64,),
+    limits=lambda backend, call: too_many(call.indices.numel()),
+)
 
 
 def check_ascending(name: str, offsets: Tensor, high: int) -> None:

@@ -2,7 +2,7 @@
 
 Triton is imported at the first launch, never before. T tokens, H hidden size, I intermediate size, E experts, K experts per
 token, S = T * K routed rows; N inputs and M outputs of a product. Nothing here depends on values: grids and buffers follow
-from shapes, and what an expert has is read on the device. ``ops.py`` says what the ops take and give.
+from shapes, and what an expert has is read on the device.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, tuning
+from . import experts, tuning
 
 VECTOR_BYTES = 16
 SCHEDULED_TILES = 32  # row tiles that a program of schedule_kernel places, of few experts:
@@ -22,16 +22,16 @@ SUMMED_ROWS = 256
 CLEARED = (16, 512)  # rows and columns of a block
 
 
-def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """The implementation of the op ``grouped_gemm_triton``."""
+@experts.GEMM_FORWARD.implement("triton")
+def grouped_gemm(call: experts.GemmCall) -> Tensor:
+    x, weight, offsets = call
     rows = Rows(ascending(offsets, x.shape[0]), x.shape[0], x.dtype, tail=True)
     return multiply("rows", x, weight, rows)
 
 
-def grouped_gemm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, need_x: bool, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """The implementation of the op ``grouped_gemm_triton_backward``."""
+@experts.GEMM_BACKWARD.implement("triton")
+def grouped_gemm_backward(call: experts.GemmBackwardCall) -> tuple[Tensor, Tensor]:
+    grad, x, weight, offsets, need_x, need_weight = call
     rows = Rows(ascending(offsets, x.shape[0]), x.shape[0], x.dtype, tail=True)
     return (
         multiply("rows_transposed", grad, weight, rows) if need_x else _nothing(x),
@@ -39,18 +39,11 @@ def grouped_gemm_backward(
     )
 
 
-def moe_experts(
-    hidden: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    activation: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The implementation of the op ``moe_experts_triton``."""
+@experts.EXPERTS_FORWARD.implement("triton")
+def moe_experts(call: experts.ExpertsCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .triton_sort import sort_rows
 
+    hidden, indices, weights, gate_up, down, activation, keep = call
     offsets, permutation, inverse = sort_rows(indices.view(-1), down.shape[0], torch.int32)
     rows = Rows(offsets, indices.numel(), hidden.dtype)
     tokens = permutation // indices.shape[1]
@@ -63,52 +56,41 @@ def moe_experts(
     return out, pre_activation, offsets, permutation, inverse
 
 
-def moe_experts_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    pre_activation: Tensor,
-    offsets: Tensor,
-    permutation: Tensor,
-    inverse: Tensor,
-    activation: int,
-    need_hidden: bool,
-    need_weights: bool,
-    need_gate_up: bool,
-    need_down: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The implementation of the op ``moe_experts_triton_backward``."""
-    rows = Rows(offsets, permutation.shape[0], hidden.dtype)
+@experts.EXPERTS_BACKWARD.implement("triton")
+def moe_experts_backward(call: experts.ExpertsBackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, weights, gate_up, down = call.hidden, call.weights, call.gate_up, call.down
+    permutation, inverse, pre_activation = call.permutation, call.inverse, call.pre_activation
+    rows = Rows(call.offsets, permutation.shape[0], hidden.dtype)
     tokens = permutation // weights.shape[1]
     if not pre_activation.shape[0]:
         pre_activation = hidden.new_empty(rows.count, gate_up.shape[1])
-        up_into(pre_activation, None, hidden, tokens, gate_up, activation, rows)
+        up_into(pre_activation, None, hidden, tokens, gate_up, call.activation, rows)
 
-    d_pre = pre_activation.new_empty(pre_activation.shape) if need_hidden or need_gate_up else None
-    scaled = hidden.new_empty(rows.count, down.shape[2]) if need_down else None
-    d_weights = weights.new_empty(weights.shape) if need_weights else None
+    d_pre = None
+    if call.need_hidden or call.need_gate_up:
+        d_pre = pre_activation.new_empty(pre_activation.shape)
+    scaled = hidden.new_empty(rows.count, down.shape[2]) if call.need_down else None
+    d_weights = weights.new_empty(weights.shape) if call.need_weights else None
     down_backward_into(
         d_pre,
         scaled,
         d_weights,
-        grad,
+        call.grad,
         tokens,
         down,
         pre_activation,
         weights,
         permutation,
         inverse,
-        activation,
+        call.activation,
         rows,
     )
-    d_down = _nothing(down) if scaled is None else weight_gradient(grad, tokens, scaled, None, rows)
+    d_down = _nothing(down) if scaled is None else weight_gradient(call.grad, tokens, scaled, None, rows)
     del scaled
     d_hidden, d_gate_up = _nothing(hidden), _nothing(gate_up)
-    if d_pre is not None and need_gate_up:
+    if d_pre is not None and call.need_gate_up:
         d_gate_up = weight_gradient(d_pre, None, hidden, tokens, rows)
-    if d_pre is not None and need_hidden:
+    if d_pre is not None and call.need_hidden:
         d_rows = multiply("rows_transposed", d_pre, gate_up, rows)
         d_hidden = combine(d_rows, inverse, None, rows, hidden.shape[0])
     return d_hidden, _nothing(weights) if d_weights is None else d_weights, d_gate_up, d_down
@@ -398,10 +380,3 @@ def _shape(tile: tuning.Tile, unit: int) -> dict[str, Any]:
 
 def _nothing(like: Tensor) -> Tensor:
     return like.new_empty(0, *like.shape[1:])
-
-
-for _key in ("CUDA", "CPU"):  # on the CPU, in Triton's interpreter
-    ops.library.impl("grouped_gemm_triton", grouped_gemm, _key)
-    ops.library.impl("grouped_gemm_triton_backward", grouped_gemm_backward, _key)
-    ops.library.impl("moe_experts_triton", moe_experts, _key)
-    ops.library.impl("moe_experts_triton_backward", moe_experts_backward, _key)

@@ -8,32 +8,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
+from . import routing, sort
 
 EXPERTS_OF_WARP = 512
 
 
-def sort_by_expert(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The op ``sort_by_expert_triton`` (see ops.py), in one launch for few rows, else in three."""
+@sort.FORWARD.implement("triton")
+def sort_by_expert(call: sort.SortCall) -> tuple[Tensor, Tensor, Tensor]:
+    """In one launch for few rows, else in three."""
     from . import triton_sort
 
-    return triton_sort.sort_rows(indices, experts, torch.int64)
+    return triton_sort.sort_rows(call.indices, call.experts, torch.int64)
 
 
-def route(
-    logits: Tensor,
-    top_k: int,
-    softmax: bool,
-    bias: Tensor | None,
-    n_group: int,
-    topk_group: int,
-    normalize: bool,
-    scale: float,
-    indices: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op ``route_triton``, in one launch."""
+@routing.FORWARD.implement("triton")
+def route(call: routing.RouteCall) -> tuple[Tensor, Tensor, Tensor]:
+    """In one launch."""
     from . import triton_route
 
+    logits, top_k, softmax, bias, n_group, topk_group, normalize, scale, indices = call
     tokens, experts = logits.shape
     weights = logits.new_empty((tokens, top_k), dtype=torch.float32)
     chosen = logits.new_empty((tokens, top_k), dtype=torch.int64)
@@ -65,12 +58,12 @@ def route(
     return weights, chosen, counts
 
 
-def route_backward(
-    grad_weights: Tensor, logits: Tensor, indices: Tensor, softmax: bool, normalize: bool, scale: float
-) -> Tensor:
-    """The op ``route_triton_backward``, in one launch."""
+@routing.BACKWARD.implement("triton")
+def route_backward(call: routing.RouteBackwardCall) -> Tensor:
+    """In one launch."""
     from . import triton_route
 
+    grad_weights, logits, indices, softmax, normalize, scale = call
     (tokens, experts), top_k = logits.shape, indices.shape[1]
     grad = torch.empty_like(logits)
     size = _power_of_two(experts)
@@ -100,9 +93,3 @@ def _power_of_two(size: int) -> int:
 def _launch(size: int) -> dict[str, int | bool]:
     """Options of a launch whose programs hold ``size`` experts."""
     return {"num_warps": min(max(size // EXPERTS_OF_WARP, 1), 16), "enable_fp_fusion": True}
-
-
-for _key in ("CUDA", "CPU"):  # on the CPU, in Triton's interpreter
-    ops.library.impl("sort_by_expert_triton", sort_by_expert, _key)
-    ops.library.impl("route_triton", route, _key)
-    ops.library.impl("route_triton_backward", route_backward, _key)

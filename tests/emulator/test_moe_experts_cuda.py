@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from r1kernels import extension
-from r1kernels.moe import autograd, reference
+from r1kernels.moe import reference
+from r1kernels.moe.experts import ACTIVATIONS, GROUPED_GEMM, MOE_EXPERTS, ExpertsCall, GemmCall
 from tests.support.emulated_experts import ELEMENTS, EmulatedExperts
+from tests.support.forced import run_on
 from tests.support.moe_case import NAMES, Case, in_eager
 from tests.support.numerics import assert_as_exact_as, same_bits
 from tests.support.unchecked_offsets import assert_every_row_is_written
@@ -38,12 +40,13 @@ def kernels(module):
     library._destroy()
 
 
-def experts(*arguments, activation="silu", save="hidden"):
-    return autograd.moe_experts("cuda", *arguments, activation, save)
+def experts(*arguments, activation="silu", save="hidden", backend="cuda"):
+    call = ExpertsCall(*arguments, ACTIVATIONS.index(activation), save == "hidden")
+    return run_on(backend, MOE_EXPERTS, call)
 
 
 def gemm(*arguments):
-    return autograd.grouped_gemm("cuda", *arguments)
+    return run_on("cuda", GROUPED_GEMM, GemmCall(*arguments))
 
 
 def assert_exact(case, dtype):
@@ -224,7 +227,7 @@ def test_no_order_of_threads_blocks_and_copies_moves_a_bit(module, dtype):
 @pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
 def test_against_the_backend_cpu(dtype):
     case = Case(14, 40, 24, 5, 3, dtype=dtype)
-    theirs = case.run(lambda *arguments: autograd.moe_experts("cpu", *arguments, "silu", "hidden"))
+    theirs = case.run(lambda *arguments: experts(*arguments, backend="cpu"))
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     for ours, expected in zip(case.run(experts), theirs, strict=True):
         assert (ours - expected).abs().max() <= tolerance * expected.abs().max()
@@ -251,8 +254,8 @@ def test_grouped_gemm(counts, dtype):
 
     ours = run(gemm, (x, weight), grad)
     peers, truth = (
-        run(reference.grouped_gemm, (x, weight), grad),
-        run(reference.grouped_gemm, wide, grad.double()),
+        run(lambda *call: reference.grouped_gemm(GemmCall(*call)), (x, weight), grad),
+        run(lambda *call: reference.grouped_gemm(GemmCall(*call)), wide, grad.double()),
     )
     for mine, peer, exact in zip(ours, peers, truth, strict=True):
         assert_as_exact_as(mine, peer, exact, dtype)

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from r1kernels import extension
-from r1kernels.moe import autograd, reference
+from r1kernels.moe.reference import sorted_rows
+from r1kernels.moe.routing import ROUTE, RouteCall, Routing
+from r1kernels.moe.sort import SORT_BY_EXPERT, SortCall
+from tests.support.forced import run_on
 from tests.support.numerics import assert_as_exact_as, same_bits
 from tests.support.routing_cases import check_special_logits, families, normal
 
@@ -32,9 +35,9 @@ def integers(low, high, *shape, seed=0):
 
 def route(backend, logits, top_k, **options):
     """The call behind the public function: without its look at the values of indices."""
-    values = (DEFAULTS | options).values()
-    run = reference.route if backend == "reference" else lambda *call: autograd.route(backend, *call)
-    return run(logits, top_k, *values)
+    score, *others = (DEFAULTS | options).values()
+    call = RouteCall(logits, top_k, score == "softmax", *others)
+    return Routing(*run_on(backend, ROUTE, call))
 
 
 class RoutingKernel:
@@ -196,8 +199,8 @@ class RoutingKernel:
     # --- sort_by_expert ---
 
     def check_order(self, backend, indices, experts):
-        ours = autograd.sort_by_expert(backend, indices.to(self.device), experts)
-        for part, expected in zip(ours, reference.sort_by_expert(indices, experts), strict=True):
+        ours = run_on(backend, SORT_BY_EXPERT, SortCall(indices.to(self.device).flatten(), experts))
+        for part, expected in zip(ours, sorted_rows(indices.flatten(), experts), strict=True):
             assert part.dtype == expected.dtype and torch.equal(part.cpu(), expected)
 
     @pytest.mark.parametrize("rows", [0, 1, 31, 33, 256, 257, 1000])

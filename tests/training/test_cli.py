@@ -10,7 +10,6 @@ from r1kernels import backends, extension, use_backend
 from training.checkpoint import save_model
 from training.cli import main, table
 from training.estimate import CPU, count, estimate, parameters
-from training.files import write_jsonl
 from training.model import build_model
 from training.recipe import STAGE_NAMES, load
 from training.run_dir import RunDir

@@ -4,9 +4,11 @@ own. T tokens, H hidden size, I intermediate size, E experts, K experts per toke
 import pytest
 import torch
 
-from r1kernels.moe import autograd, moe_experts, tuning
+from r1kernels.moe import moe_experts, tuning
 from r1kernels.moe import triton_experts as backend_module
+from r1kernels.moe.experts import GROUPED_GEMM, GemmCall
 from tests.support import interpreter_bfloat16
+from tests.support.forced import run_on
 from tests.support.moe_case import NAMES, Case, in_eager
 from tests.support.moe_experts_kernel import DTYPES, SHAPES, MoeExpertsKernel
 from tests.support.numerics import assert_as_exact_as, same_bits
@@ -197,7 +199,7 @@ def test_indices_and_offsets_that_nobody_checked(monkeypatch):
         )
 
     monkeypatch.setattr(torch.Tensor, "new_empty", between_canaries)
-    assert_every_row_is_written(lambda *arguments: autograd.grouped_gemm("triton", *arguments))
+    assert_every_row_is_written(lambda *arguments: run_on("triton", GROUPED_GEMM, GemmCall(*arguments)))
     zones.check()
 
 

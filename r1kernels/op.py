@@ -1,0 +1,243 @@
+"""An op, declared once: the torch ops of its kernels, its gradient, its reference and its limits.
+
+A ``Kernel`` is one torch op for each backend, ``<name>_<backend><suffix>``. Its argument list is a NamedTuple, of which the schema
+is made, and a function of that gives the shapes of the results. cpu and cuda are implemented by name in C++, triton by
+``@KERNEL.implement("triton")``; the torch ops exist without any of them. ``recorded`` puts an autograd function around a kernel,
+entered only where a gradient is needed. An ``Op`` joins that and a reference, which autograd differentiates, under the name of
+the public function.
+
+This file alone knows torch.library and, but for vocabularies sharded over ranks, torch.autograd.Function.
+docs/architecture.md shows how an op is added.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, Any, NewType
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, devices
+
+BACKENDS = ("cpu", "cuda", "triton")
+Size = NewType("Size", int)
+"""Annotates an integer that changes with lengths, which torch.compile keeps symbolic."""
+Written = Annotated[Tensor, "written"]
+"""Annotates a tensor that a kernel writes to."""
+
+_KEYS = {
+    "cpu": ("CPU",),
+    "cuda": ("CUDA",),
+    "triton": ("CUDA", "CPU"),
+}  # triton on the CPU: in its interpreter
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Written: "Tensor(a!)",
+    Size: "SymInt",
+    int: "int",
+    float: "float",
+    bool: "bool",
+}
+_library = torch.library.Library("r1kernels", "FRAGMENT")
+
+
+class Fields:
+    """The fields of a NamedTuple in a row; a field that is such a NamedTuple itself stands with its own fields in its place."""
+
+    def __init__(self, arguments: type[Any]) -> None:
+        self._make = arguments._make
+        hints = typing.get_type_hints(arguments, include_extras=True)
+        self._inner = [
+            (Fields(hints[name]) if hasattr(hints[name], "_fields") else None) for name in arguments._fields
+        ]
+        self._flat = not any(self._inner)
+        self.types: dict[str, Any] = {}
+        for name, inner in zip(arguments._fields, self._inner, strict=True):
+            self.types |= {name: hints[name]} if inner is None else inner.types
+
+    def of(self, call: Any) -> Sequence[Any]:
+        """The fields of ``call`` in a row."""
+        if self._flat:
+            return call
+        values: list[Any] = []
+        for value, inner in zip(call, self._inner, strict=True):
+            values.extend((value,) if inner is None else inner.of(value))
+        return values
+
+    def back(self, values: Sequence[Any]) -> Any:
+        """The NamedTuple of fields in a row."""
+        if self._flat:
+            return self._make(values)
+        rest = iter(values)
+        return self._make(
+            next(rest) if inner is None else inner.back([next(rest) for _ in inner.types])
+            for inner in self._inner
+        )
+
+
+class Kernel:
+    """One torch op for each of ``backends``; ``kernel(backend, call)`` runs it.
+
+    Args:
+        name: of the op; ``suffix`` follows the name of the backend.
+        arguments: a NamedTuple annotated with Tensor, Tensor | None, Written, Size, int, float, bool, or another one of these.
+        shapes: (call) -> the results uninitialised: a tensor, a tuple of tensors, or None, and annotated as that.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: type[Any],
+        shapes: Callable[[Any], Any],
+        *,
+        backends: Sequence[str] = BACKENDS,
+        suffix: str = "",
+    ) -> None:
+        self.fields = Fields(arguments)
+        self._names = {backend: f"{name}_{backend}{suffix}" for backend in backends}
+        self._ops = {}
+        schema = ", ".join(f"{_TYPES[of]} {field}" for field, of in self.fields.types.items())
+        for backend, op in self._names.items():
+            _library.define(f"{op}({schema}) -> {_results(shapes)}")
+            torch.library.register_fake(f"r1kernels::{op}", self._of_row(shapes), lib=_library)
+            self._ops[backend] = getattr(torch.ops.r1kernels, op).default
+
+    def __call__(self, backend: str, call: Any) -> Any:
+        return self._ops[backend](*self.fields.of(call))
+
+    def implement(self, backend: str, *keys: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorates a function of the call: this backend's op, for tensors of its devices or of these dispatch keys."""
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            for key in keys or _KEYS[backend]:
+                _library.impl(self._names[backend], self._of_row(function), key)
+            return function
+
+        return register
+
+    def _of_row(self, function: Callable[[Any], Any]) -> Callable[..., Any]:
+        """A function of the call as one of its fields in a row."""
+        return lambda *row: function(self.fields.back(row))
+
+
+def recorded(
+    name: str,
+    arguments: type[Any],
+    forward: Callable[[str, Any], Any],
+    *,
+    differentiable: Sequence[str],
+    save: Callable[[Any, Any], tuple[Sequence[Tensor | None], Any]],
+    backward: Callable[..., Sequence[Tensor | None]],
+    give: Callable[[Any, Any], Any] = lambda call, results: results,
+    constant: Sequence[int] = (),
+) -> Callable[[str, Any], Any]:
+    """(backend, call) -> results, with the gradient that autograd asks for.
+
+    Args:
+        name: of the public op, for errors.
+        arguments: the NamedTuple of the call.
+        forward: (backend, call) -> the results of the kernel.
+        differentiable: the fields that have a gradient, tensors or None; they are saved for the backward.
+        save: (call, results) -> (further tensors, anything else) that the backward needs.
+        backward: (backend, inputs, tensors, others, gradients of what is given, which inputs need one) -> gradients of the
+            inputs; inputs are the differentiable fields. It runs without autograd.
+        give: (call, results) -> what is handed out; the places in ``constant`` have no gradient.
+    """
+    fields = Fields(arguments)
+    row = list(fields.types)
+    places = [row.index(field) for field in differentiable]
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, backend: str, *values: Any) -> Any:
+            call = fields.back(values)
+            results = forward(backend, call)
+            tensors, ctx.others = save(call, results)
+            ctx.save_for_backward(*(values[place] for place in places), *tensors)
+            ctx.backend = backend
+            ctx.set_materialize_grads(False)
+            given = give(call, results)
+            if constant:
+                ctx.mark_non_differentiable(*(given[place] for place in constant))
+            return given
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            answer: list[Tensor | None] = [None] * (1 + len(row))
+            if all(grad is None for grad in grads):
+                return tuple(answer)
+            saved = ctx.saved_tensors
+            inputs, tensors = saved[: len(places)], saved[len(places) :]
+            needs = tuple(ctx.needs_input_grad[1 + place] for place in places)
+            with torch.no_grad():
+                found = backward(ctx.backend, inputs, tensors, ctx.others, grads, needs)
+            for place, grad, needed in zip(places, found, needs, strict=True):
+                if needed and grad is not None:
+                    answer[1 + place] = checks.first_derivative_only(
+                        name, grad, *(x for x in inputs if x is not None)
+                    )
+            return tuple(answer)
+
+    Function.__name__ = Function.__qualname__ = "".join(part.capitalize() for part in name.split("_"))
+
+    def run(backend: str, call: Any) -> Any:
+        values = fields.of(call)
+        if torch.is_grad_enabled():
+            for place in places:
+                value = values[place]
+                if value is not None and value.requires_grad:
+                    return Function.apply(backend, *values)
+        return give(call, forward(backend, call))
+
+    return run
+
+
+class Op:
+    """A public op: ``op(backend, call)`` runs it on the backend that serves the call; None chooses (backends.py).
+
+    Without kernels the call may be any arguments.
+
+    Args:
+        name: that of the public function.
+        reference: (call) -> results by plain PyTorch, which autograd and every transform of PyTorch differentiate.
+        kernels: (backend, call) -> the same results; None: plain PyTorch is all there is.
+        decides: the field whose device and dtype, one of ``dtypes``, say whether a kernel can serve the call.
+        limits: (backend, call) -> sentences that say why else it cannot.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        kernels: Callable[[str, Any], Any] | None = None,
+        *,
+        decides: str = "",
+        dtypes: Sequence[torch.dtype] = devices.FLOATS,
+        limits: Callable[[str, Any], Sequence[str]] = lambda backend, call: (),
+    ) -> None:
+        self.name = name
+        backends.register(name, "reference", reference)
+        if kernels is None:
+            return
+
+        def reasons(backend: str, of_device: Callable[..., list[str]], call: Any) -> tuple[str, ...]:
+            return (*of_device(decides, getattr(call, decides), dtypes), *limits(backend, call))
+
+        for backend in BACKENDS:
+            asked = partial(reasons, backend, getattr(devices, backend))
+            backends.register(name, backend, partial(kernels, backend), asked)
+
+    def __call__(self, backend: str | None, *call: Any) -> Any:
+        return backends.dispatch(self.name, backend, *call)
+
+
+def _results(shapes: Callable[..., Any]) -> str:
+    """The results of a schema, from the annotation of the function that makes their shapes."""
+    given = typing.get_type_hints(shapes)["return"]
+    if given is Tensor:
+        return "Tensor"
+    return f"({', '.join(['Tensor'] * len(typing.get_args(given)))})"
