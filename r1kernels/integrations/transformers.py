@@ -141,7 +141,7 @@ def _find_routers(model: nn.Module) -> dict[str, nn.Module]:
     return routers
 
 
-def _inside_adapters(module: nn.Module) -> nn.Module:
+def _inside_adapters(module: Any) -> Any:
     """The module in the layers that PEFT puts around it."""
     while hasattr(module, "base_layer"):
         module = module.base_layer

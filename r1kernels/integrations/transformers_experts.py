@@ -61,7 +61,7 @@ def _unsupported(experts: Any) -> str:
             return f"{flag} is {not value}"
     if getattr(type(experts), "_apply_gate", None) is not transformers_moe._default_apply_gate:
         return "it has a gate of its own (_apply_gate)"
-    if _activation(experts.act_fn) is None:
+    if not _activation(experts.act_fn):
         return f"its activation is {getattr(experts.act_fn, '__name__', type(experts.act_fn).__name__)}"
     if (
         experts.gate_up_proj.dtype not in checks.FLOATS
@@ -71,9 +71,9 @@ def _unsupported(experts: Any) -> str:
     return ""
 
 
-def _activation(function: Callable[[Tensor], Tensor]) -> str | None:
-    """The name that ``moe_experts`` has for it, if any."""
-    return "silu" if function is F.silu else _ACTIVATIONS.get(type(function).__name__)
+def _activation(function: Callable[[Tensor], Tensor]) -> str:
+    """The name that ``moe_experts`` has for it; empty without one."""
+    return "silu" if function is F.silu else _ACTIVATIONS.get(type(function).__name__, "")
 
 
 def _fall_back(experts_class: type, reason: str) -> None:
