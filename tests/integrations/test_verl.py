@@ -7,6 +7,7 @@ the published formulas, token by token in float64, so it is the oracle too.
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import torch
 
 from r1kernels.grpo import grpo_loss
 from r1kernels.integrations import verl as r1
+from r1kernels.integrations import verl_losses
 
 B, T = 4, 6
 
@@ -38,9 +40,43 @@ def aggregate(
     return total / (loss_scale_factor or T) if mode == "seq-mean-token-sum-norm" else total
 
 
+def moved_too_far(name, x, old, A, config):
+    """Whether DPPO leaves a token out: its probability p has gone from q in the direction of A, too far."""
+    p, q = math.exp(x), math.exp(old)
+    if (p - q) * A <= 0 and (A != 0 or p >= q):
+        return False
+    distance = abs(p - q)
+    if name == "dppo_kl":
+        distance = q * (old - x) + (1 - q) * math.log((1 - q + 1e-8) / (1 - p + 1e-8))
+    return distance > (config.clip_ratio_high if A > 0 else config.clip_ratio_low)
+
+
+def by_covariance(name, x, old, advantage, mask, config):
+    """The (b, t) that clip_cov leaves out, or that kl_cov holds back: large covariance of log-prob and advantage."""
+    places = [(b, t) for b in range(B) for t in range(T) if mask[b, t]]
+    means = [sum(float(values[place]) for place in places) / len(places) for values in (x, advantage)]
+    found = {place: (float(x[place]) - means[0]) * (float(advantage[place]) - means[1]) for place in places}
+    options = config.policy_loss
+    if name == "kl_cov":
+        count = max(int(options.kl_cov_ratio * len(places)), 1)
+        return sorted(places, key=found.__getitem__)[-count:]
+    low, high = config.clip_ratio_low, config.clip_ratio_high
+    ratios = {place: math.exp(x[place] - old[place]) for place in places}
+    clipped = {
+        place for place in places
+        if (advantage[place] > 0 and ratios[place] > 1 + high) or (advantage[place] < 0 and ratios[place] < 1 - low)
+    }  # fmt: skip
+    large = [
+        one for one in places if options.clip_cov_lb < found[one] < options.clip_cov_ub and one not in clipped
+    ]
+    order = torch.randperm(len(large)).tolist()
+    return [large[i] for i in order[: max(int(options.clip_cov_ratio * len(places)), 1)]]
+
+
 def per_token(name, x, old, advantage, mask, config):
     """The loss of every token as a 0-d tensor with gradient."""
     terms = []
+    chosen = by_covariance(name, x, old, advantage, mask, config) if name.endswith("cov") else []
     for b in range(B):
         drift = sum((x[b, t] - old[b, t]) * mask[b, t] for t in range(T)) / max(int(mask[b].sum()), 1)
         row = []
@@ -49,22 +85,53 @@ def per_token(name, x, old, advantage, mask, config):
             ratio = (x[b, t] - old[b, t]).exp()
             if name == "gspo":  # the ratio of the sequence, its gradient through the token alone
                 ratio = drift.detach().exp() * (x[b, t] - x[b, t].detach()).exp()
+            clipped = min(max(ratio, 1 - config.clip_ratio_low), 1 + config.clip_ratio_high)
             if name == "gpg":
                 row.append(-A * x[b, t])
             elif name == "sapo":
                 tau = config.tau_pos if A > 0 else config.tau_neg
                 row.append(-A * 4 / tau / (1 + (-tau * (ratio - 1)).exp()))
+            elif name == "cispo":
+                row.append(-A * float(clipped) * x[b, t])
+            elif name.startswith("dppo"):
+                kept = not moved_too_far(name, float(x[b, t]), float(old[b, t]), A, config)
+                row.append(-A * min(float(ratio), config.clip_ratio_c) * x[b, t] * kept)
+            elif name == "dro":
+                row.append(-A * x[b, t] + config.policy_loss.dro_beta / 2 * (x[b, t] - old[b, t]) ** 2)
+            elif name == "kl_cov":
+                row.append(-A * ratio)
+                if (b, t) in chosen:
+                    row[t] = row[t] + config.policy_loss.ppo_kl_coef * (x[b, t] - old[b, t]).abs()
             else:
-                clipped = min(max(ratio, 1 - config.clip_ratio_low), 1 + config.clip_ratio_high)
-                worse = max(-A * ratio, -A * clipped)
+                worse = max(-A * ratio, -A * clipped) * ((b, t) not in chosen)
                 row.append(min(worse, -A * config.clip_ratio_c) if name == "vanilla" and A < 0 else worse)
         terms.append(row)
     return terms
 
 
+def geometric_means(x, old, advantage, mask, config, weights):
+    """geo_mean: the loss of every response, over tokens whose log-ratio is clipped; an empty one counts in the mean."""
+    losses = []
+    for b in range(B):
+        tokens = [t for t in range(T) if mask[b, t]]
+        A = sum(float(advantage[b, t]) for t in tokens) / max(len(tokens), 1)
+        sign = 1 if A > 0 else -1
+        moved = [x[b, t] - old[b, t] for t in tokens]
+        inside = [one.clamp(-config.clip_ratio_low, config.clip_ratio_high) for one in moved]
+        moved = [sign * min(sign * one, sign * other) for one, other in zip(moved, inside, strict=True)]
+        weight = 1.0
+        if weights is not None and tokens:
+            weight = math.exp(sum(math.log(weights[b, t] + 1e-10) for t in tokens) / len(tokens))
+        losses.append(-A * weight * (sum(moved) / len(tokens)).exp() if tokens else 0.0)
+    return sum(losses) / B
+
+
 def own_loss(name):
     def loss(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None,
              rollout_is_weights=None):  # fmt: skip
+        if name == "geo_mean":
+            batch = (log_prob, old_log_prob, advantages, response_mask)
+            return geometric_means(*batch, config, rollout_is_weights), {}
         terms = per_token(name, log_prob, old_log_prob, advantages, response_mask, config)
         if rollout_is_weights is not None:
             terms = [[terms[b][t] * rollout_is_weights[b, t] for t in range(T)] for b in range(B)]
@@ -103,6 +170,7 @@ def verl(monkeypatch):
         "verl.trainer.ppo.core_algos": {
             "register_policy_loss": register_policy_loss,
             "get_policy_loss_fn": registry.__getitem__,
+            "POLICY_LOSS_REGISTRY": registry,
         },
         "verl.workers.engine": {"logprobs_from_logits": own_logprobs_from_logits},
     }
@@ -170,6 +238,23 @@ def test_other_signatures_are_refused(verl, what):
         assert set(verl.registry) == set(r1.LOSSES)
 
 
+def test_an_older_verl_gets_the_losses_that_it_has(verl):
+    del verl.registry["dro"], verl.registry["cispo"]
+    names = r1.register_policy_losses()
+    assert len(names) == len(r1.LOSSES) - 2 and not {"r1kernels_dro", "r1kernels_cispo"} & {
+        *names,
+        *verl.registry,
+    }
+
+
+@pytest.mark.parametrize("name", r1.LOSSES)
+def test_a_batch_without_a_token_is_no_loss(verl, name):
+    x, old, advantages, mask, _ = responses(3)
+    loss, metrics = r1.policy_loss(name)(old, x, advantages, torch.zeros_like(mask), config=actor())
+    assert loss == 0 and not torch.autograd.grad(loss, x)[0].any()
+    assert all(value == 0 for value in metrics.values())
+
+
 def test_log_probs_from_hidden_states():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 5, 8, generator=generator).requires_grad_()
@@ -219,7 +304,7 @@ def test_log_probs_from_logits():
 def responses(seed, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     old = -torch.rand(B, T, generator=generator, dtype=dtype) * 2
-    x = (old + torch.randn(B, T, generator=generator, dtype=dtype)).requires_grad_()
+    x = (old + torch.randn(B, T, generator=generator, dtype=dtype)).clamp(max=-1e-3).requires_grad_()
     mask = torch.rand(B, T, generator=generator) > 0.3
     mask[1] = False  # a response without a token
     advantages = torch.tensor([1.0, 2.0, -0.5, -1.5], dtype=dtype).unsqueeze(1) * mask
@@ -229,8 +314,11 @@ def responses(seed, dtype=torch.float64):
 
 def actor(**changes):
     """What the losses read of verl's ActorConfig."""
+    chosen = SimpleNamespace(
+        clip_cov_ratio=0.2, clip_cov_lb=0.05, clip_cov_ub=5.0, kl_cov_ratio=0.2, ppo_kl_coef=0.7, dro_beta=0.4
+    )
     known = {"clip_ratio": 0.2, "clip_ratio_low": None, "clip_ratio_high": 0.3, "clip_ratio_c": 1.5, "tau_pos": 1.0,
-             "tau_neg": 1.05, "global_batch_info": {}}  # fmt: skip
+             "tau_neg": 1.05, "global_batch_info": {}, "policy_loss": chosen}  # fmt: skip
     return SimpleNamespace(**{**known, **changes})
 
 
@@ -242,7 +330,7 @@ INFO = {"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 10, "loss_sca
 def test_policy_losses_are_verl_formulas(verl, name, info):
     assert r1.register_policy_losses() == tuple(f"r1kernels_{one}" for one in r1.LOSSES)
     ours, own = verl.registry[f"r1kernels_{name}"], verl.registry[name]
-    for seed, mode in enumerate(r1._REDUCTIONS):
+    for seed, mode in enumerate(verl_losses._REDUCTIONS):
         x, old, advantages, mask, weights = responses(seed)
         # the oracle reads a bound that is None as verl does
         config, plain = actor(global_batch_info=info), actor(clip_ratio_low=0.2, global_batch_info=info)
@@ -251,16 +339,42 @@ def test_policy_losses_are_verl_formulas(verl, name, info):
         for correction in (None, weights):
             arguments = {"old_log_prob": old, "log_prob": x, "advantages": advantages, "response_mask": mask,
                          "loss_agg_mode": mode, "rollout_is_weights": correction}  # fmt: skip
+            torch.manual_seed(seed)  # clip_cov draws
             loss, metrics = ours(**arguments, config=config)
+            torch.manual_seed(seed)
             expected, _ = own(**arguments, config=plain)
-            torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+            limit = 1e-7 if name in ("dro", "kl_cov") else 1e-12  # the weights of tokens are float32 there
+            torch.testing.assert_close(loss, expected, rtol=limit, atol=limit)
             mine, other = torch.autograd.grad(loss, x)[0], torch.autograd.grad(expected, x)[0]
-            torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(mine, other, rtol=limit, atol=limit)
         if name == "gpg":
             assert metrics == {}
             continue
-        assert metrics["actor/ppo_kl"] == pytest.approx(float((old - x.detach())[mask].mean()))
+        drift = (old - x.detach())[mask]
+        drift = drift.abs() if name == "kl_cov" else drift
+        assert metrics["actor/ppo_kl"] == pytest.approx(float(drift.mean()))
         ratio = (x - old).detach().exp()
+        if name in ("kl_cov", "dro"):
+            assert set(metrics) == {"actor/ppo_kl"}
+        elif name == "clip_cov":
+            assert set(metrics) == {"actor/ppo_kl", "actor/pg_clipfrac"}
+            assert metrics["actor/pg_clipfrac"] > 0
+        elif name.startswith("dppo"):
+            far = torch.tensor([[moved_too_far(name, float(x[b, t]), float(old[b, t]), float(advantages[b, t]), plain)
+                                 for t in range(T)] for b in range(B)])  # fmt: skip
+            assert (
+                metrics["actor/pg_clipfrac"] == pytest.approx(float(far[mask].double().mean()))
+                and far[mask].any()
+            )
+            assert metrics["actor/pg_clipfrac_lower"] == pytest.approx(
+                float(((ratio > 1.5) & ~far)[mask].double().mean())
+            )
+        elif name == "cispo":
+            outside = (ratio < 0.8) | (ratio > 1.3)
+            assert metrics["actor/pg_clipfrac"] == pytest.approx(float(outside[mask].double().mean()))
+        elif name == "geo_mean":
+            outside = ((x - old < -0.2) | (x - old > 0.3)) & (advantages > 0)
+            assert metrics["actor/pg_clipfrac"] == pytest.approx(float(outside[mask].double().mean()))
         if name == "vanilla":
             clipped = ((ratio < 0.8) & (advantages < 0)) | ((ratio > 1.3) & (advantages > 0))
             assert metrics["actor/pg_clipfrac"] == pytest.approx(float(clipped[mask].double().mean()))
@@ -281,6 +395,9 @@ def test_what_the_losses_refuse(verl):
         vanilla(old, x, advantages, mask)
     with pytest.raises(ValueError, match="rollout_is_weights: expected one number a response with gspo"):
         r1.policy_loss("gspo")(old, x, advantages, mask, config=actor(), rollout_is_weights=torch.rand(B, T))
+    without = actor(policy_loss=SimpleNamespace(dro_beta=None))
+    with pytest.raises(ValueError, match="dro_beta: expected a number above 0, got 0.0"):
+        r1.policy_loss("dro")(old, x, advantages, mask, config=without)
     with pytest.raises(ValueError, match="dual_bound"):
         vanilla(old, x, advantages, mask, "token-mean", actor(clip_ratio_c=0.9))
 
