@@ -59,6 +59,10 @@ class Call(NamedTuple):
         return _reduction(mode or self.mode, self.mask, dict(self.config.global_batch_info))
 
 
+Arguments = tuple[dict[str, Any], dict[str, float]]
+"""Keywords of ``grpo_loss``, and the metrics that it does not measure."""
+
+
 def policy_loss(name: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
     """verl's policy loss ``name`` by ``grpo_loss``, with the arguments and metrics of verl's own."""
     term, logged = LOSSES[name]
@@ -83,21 +87,16 @@ def policy_loss(name: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
         if not logged:
             return output.loss, {}
         measured = output.metrics.floats()
-        known = dict(
-            zip(
-                _METRICS,
-                (measured.get("clip_ratio/region_mean", 0.0), measured["approx_kl"], 0.0),
-                strict=True,
-            )
-        )
-        return output.loss, {one: metrics.get(one, known[one]) for one in logged}
+        found = {
+            "actor/pg_clipfrac": measured.get("clip_ratio/region_mean", 0.0),
+            "actor/ppo_kl": measured["approx_kl"],
+            "actor/pg_clipfrac_lower": 0.0,
+            **metrics,
+        }
+        return output.loss, {one: found[one] for one in logged}
 
     loss.__name__ = f"r1kernels_{name}"
     return loss
-
-
-Arguments = tuple[dict[str, Any], dict[str, float]]
-"""Keywords of ``grpo_loss``, and the metrics that it does not measure."""
 
 
 def _vanilla(call: Call) -> Arguments:
