@@ -52,11 +52,12 @@ def patch_loss(*, linear: bool = False) -> Patch:
     """Let ``GRPOTrainer`` compute its loss by ``grpo_loss``, for every loss type and option of TRL.
 
     The loss, its gradient and the logged metrics are TRL's to rounding. One thing is refused that TRL ignores: ``delta``
-    with a loss type that has no clip. Subclasses that have a ``_compute_loss`` of their own keep it.
+    with a loss type that has no clip. A ``delta`` of at most 1 + ``epsilon_high`` is left to TRL's own method, with a log line.
+    Subclasses that have a ``_compute_loss`` of their own keep it.
 
     Args:
         linear: go from hidden states to the loss in one op, ``linear_grpo_loss``, where that fits: one optimizer step a
-            generation, a model that no wrapper shards, none of off-policy mask, top-entropy mask, entropy bonus, auxiliary
+            generation, a model that nothing wraps or shards, none of off-policy mask, top-entropy mask, entropy bonus, auxiliary
             loss, images and VESPO.
 
     Raises:
