@@ -55,9 +55,11 @@ class Encoder:
 
     @property
     def pad_id(self) -> int:
-        """A token for places that nothing reads: any will do."""
-        found: int | None = self.tokenizer.pad_token_id
-        return found if found is not None else self.end_id or 0
+        """A token for places that nothing reads: any will do that the model has an embedding of."""
+        found = self.tokenizer.pad_token_id
+        rows = None if self.model is None else self.model.get_input_embeddings().num_embeddings
+        usable = found is not None and (rows is None or found < rows)
+        return int(found) if usable else self.end_id or 0
 
     @property
     def positions(self) -> int | None:

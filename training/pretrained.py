@@ -13,6 +13,7 @@ from typing import Any
 import huggingface_hub
 import transformers
 
+from r1kernels.integrations import transformers as integration
 from training.checkpoint import load_config, load_model
 from training.config import nearest
 from training.errors import UserError
@@ -42,6 +43,10 @@ def load_pretrained(spec: str) -> tuple[Any, Any]:
         )
     if tokenizer is None:
         raise UserError(f"model.pretrained: {spec} holds no tokenizer.json")
+    try:
+        integration.output_head(model)  # log-probs need it: better now than after hours
+    except ValueError as error:
+        raise UserError(f"model.pretrained: {spec}: {error}".replace("\n", " ")) from None
     return model, tokenizer
 
 

@@ -23,6 +23,7 @@ from training import notices, prompts, seeding
 from training.context import StageContext
 from training.encoder import Encoder
 from training.errors import UserError
+from training.loops.batch import micro_batches
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.model import prepare
 from training.recipe import NextToken
@@ -165,13 +166,13 @@ def train(
                 data[i]
                 for i in _batch(len(data), config.batch_size, step, (context.recipe.seed, context.name))
             ]
-            value = loss(model, tokenizer, batch)
-            value.backward()
+            with seeding.torch_seed(context.recipe.seed, context.name, "dropout", step):
+                value = _backward(model, tokenizer, batch, config.micro_batch_tokens)
             lr = learning_rate(
                 step, steps, lr=config.lr, lr_end=config.lr_end, schedule="cosine", warmup=config.warmup
             )
-            norm, _ = optimizer.step(value.item(), lr)
-            metrics = {"loss": value.item(), "lr": lr, "grad_norm": norm, "skipped": optimizer.skipped}
+            norm, _ = optimizer.step(value, lr)
+            metrics = {"loss": value, "lr": lr, "grad_norm": norm, "skipped": optimizer.skipped}
             context.stage.log(step=step, **metrics)
             bar.advance(loss=metrics["loss"])
             if save_due(step + 1, steps, config.save_every):
@@ -179,6 +180,24 @@ def train(
     model.eval()
     model.config.reward_offset = _mean_reward(model, tokenizer, data)
     return {**metrics, "steps": steps}
+
+
+def _backward(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: Sequence[Labelled], most: int
+) -> float:
+    """The loss of a batch, whose gradient is added in passes of at most `most` padded tokens."""
+    encoder = Encoder(model, tokenizer)
+    lengths = [sum(len(encode(encoder, each.problem, text)) for text in _texts(each)) for each in batch]
+    total = 0.0
+    for piece in micro_batches(lengths, most):
+        part = loss(model, tokenizer, [batch[i] for i in piece]) * (len(piece) / len(batch))
+        part.backward()
+        total += part.item()
+    return total
+
+
+def _texts(labelled: Labelled) -> tuple[str, ...]:
+    return (labelled.chosen, labelled.rejected) if isinstance(labelled, Pair) else (labelled.text,)
 
 
 def _batch(count: int, size: int, step: int, key: tuple[int | str, ...]) -> list[int]:
