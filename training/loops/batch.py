@@ -93,8 +93,7 @@ def routed(
 def states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Hidden states (N, H) of the model that predict the N response tokens of a batch, row by row."""
     # Padding stands on the right, where causal attention never sees it: no attention mask is needed.
-    hidden: Tensor = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-    return hidden[batch.response_mask]
+    return integration.head_inputs(model, input_ids=batch.ids)[batch.response_mask]
 
 
 def logprobs(model: PreTrainedModel, batch: Batch, temperature: float, entropy: bool = False) -> Logprobs:

@@ -113,7 +113,7 @@ def _step(
         ids, mask, targets = (part.to(model.device) for part in _pad([rows[i] for i in piece], pad))
         with load.counting(mask):
             # Padding stands on the right, where causal attention never sees it: no attention mask is needed.
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = integration.head_inputs(model, input_ids=ids)
         head = integration.output_head(model)
         logp = r1kernels.linear_logprobs(hidden[:, :-1], targets=targets, **head._asdict())
         part = -logp.sum() / total
