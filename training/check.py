@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import r1kernels
-from training import corpus, filters, responses, rewards
+from training import corpus, filters, responses, rewards, traces
 from training.config import nearest, unknown
 from training.errors import UserError
 from training.loops.loss import loss_arguments
@@ -101,7 +101,7 @@ def _check_stage(name: str, config: Any, recipe: Recipe) -> None:
 
 
 def _check_folders(name: str, recipe: Recipe) -> None:
-    """What is no stage is the folder of a checkpoint."""
+    """What is no stage is the folder of a checkpoint, and traces can be read."""
     config = getattr(recipe, name)
     start = start_of(recipe, name)
     key = "teacher" if name == "distill" else "start"
@@ -111,6 +111,9 @@ def _check_folders(name: str, recipe: Recipe) -> None:
             f"{name}.{key}: expected one of {', '.join(ANSWERING)}, or the folder of a checkpoint, got {start!r}"
             + (f": did you mean {likely!r}?" if likely else "")
         )
+    if getattr(config, "data", ""):
+        with _named(f"{name}.data"):
+            traces.read(config.data)
     for student, sizes in getattr(config, "students", {}).items():
         if sizes.pretrained:
             pretrained_config(sizes.pretrained, f"distill.students.{student}.pretrained")

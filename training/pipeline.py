@@ -70,14 +70,20 @@ def _rl_all(recipe: Recipe) -> Sequence[str]:
 
 
 def _distill(recipe: Recipe) -> Sequence[str]:
-    return (*_starting("distill")(recipe), *(["rejection"] if "rejection" in recipe.stages else []))
+    mixed = "rejection" in recipe.stages and not recipe.distill.data
+    return (*_starting("distill")(recipe), *(["rejection"] if mixed else []))
+
+
+def _learning(stage: str, data: str) -> Callable[[Recipe], Sequence[str]]:
+    """Parents of an SFT stage: what it starts from, and the stage that makes its data, unless they are a file."""
+    return lambda recipe: _starting(stage, *([] if getattr(recipe, stage).data else [data]))(recipe)
 
 
 STAGES: Mapping[str, Stage] = {
     "base": _stage("base", "pretraining", lambda recipe: ()),
     "zero": _stage("zero", "R1-Zero: GRPO with rule rewards only", _starting("zero")),
     "cold_start": _stage("cold_start", "cold-start data by three routes", lambda recipe: ("base", "zero")),
-    "sft1": _stage("sft", "SFT on the cold-start data", _starting("sft1", "cold_start")),
+    "sft1": _stage("sft", "SFT on the cold-start data", _learning("sft1", "cold_start")),
     "rl_reasoning": _stage("rl_reasoning", "GRPO with the language reward", _starting("rl_reasoning")),
     "judge": _stage(
         "judge",
@@ -89,7 +95,7 @@ STAGES: Mapping[str, Stage] = {
         "rejection sampling",
         lambda recipe: ("rl_reasoning", "judge", recipe.rejection.general_from),
     ),
-    "sft2": _stage("sft", "SFT on the mix", _starting("sft2", "rejection")),
+    "sft2": _stage("sft", "SFT on the mix", _learning("sft2", "rejection")),
     "reward_models": _stage("reward_models", "helpful and safety reward models", _reward_models),
     "rl_all": _stage("rl_all", "GRPO over all scenarios", _rl_all),
     "distill": _stage("distill", "distillation to dense students", _distill),

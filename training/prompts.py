@@ -34,7 +34,12 @@ WORDS: dict[str, tuple[str, ...]] = {
 # How a summary leads in its answer.
 LEAD_IN = {"en": "the answer is", "de": "die antwort ist"}
 
-TEMPLATE = "think in <think> </think> then answer in <answer> </answer> ."
+# What the template of R1-Zero says about the form of the response, by the recipe's response_format.
+TEMPLATES = {
+    "answer_tags": "think in <think> </think> then answer in <answer> </answer> .",
+    "boxed": "think in <think> </think> then answer in \\boxed{} .",
+    "free": "think in <think> </think> then answer .",
+}
 
 
 class Turn(NamedTuple):
@@ -58,32 +63,40 @@ def ask(question: str) -> list[Turn]:
 
 
 def chat(problem: Problem) -> list[Turn]:
-    """The plain prompt of every model after the cold start."""
-    return ask(problem.question)
+    """The plain prompt of every model after the cold start: the conversation so far and the question."""
+    return few_shot(problem, ())
 
 
-def zero(problem: Problem, examples: Sequence[tuple[str, str]] = ()) -> list[Turn]:
+def zero(
+    problem: Problem, examples: Sequence[tuple[str, str]] = (), response_format: str = "answer_tags"
+) -> list[Turn]:
     """The R1-Zero template in miniature: it fixes the structure of the response and nothing else.
 
     examples: (question, response) shown before the question, for a model that the template alone says nothing to.
     """
-    return [Turn("instruction", TEMPLATE), *few_shot(problem, examples)]
+    turns = few_shot(problem, examples)
+    turns.insert(
+        sum(turn.role == "system" for turn in turns), Turn("instruction", TEMPLATES[response_format])
+    )
+    return turns
 
 
 def few_shot(problem: Problem, examples: Sequence[tuple[str, str]]) -> list[Turn]:
-    """Worked examples (question, response), then the question."""
+    """Worked examples (question, response) behind any system turn, then the conversation so far and the question."""
+    before = [Turn(role, content) for role, content in problem.before]
+    system = [turn for turn in before if turn.role == "system"]
     shots = [
         turn
         for question, response in examples
         for turn in (Turn("user", question), Turn("assistant", response))
     ]
-    return [*shots, *chat(problem)]
+    return [*system, *shots, *(turn for turn in before if turn.role != "system"), *ask(problem.question)]
 
 
 def reflect(problem: Problem) -> list[Turn]:
     """Asks directly for a response with reflection and verification: in German for German questions, else in English."""
     request = "denke nach und prüfe" if problem.language == "de" else "reflect and verify"
-    return ask(f"{problem.question} {request} .")
+    return [*chat(problem)[:-1], *ask(f"{problem.question} {request} .")]
 
 
 def judge(problem: Problem, reference: str, response: str) -> list[Turn]:
@@ -94,7 +107,9 @@ def judge(problem: Problem, reference: str, response: str) -> list[Turn]:
 STYLES = ("chat", "zero")
 
 
-def style(name: str, examples: Sequence[tuple[str, str]] = ()) -> Prompter:
+def style(
+    name: str, examples: Sequence[tuple[str, str]] = (), response_format: str = "answer_tags"
+) -> Prompter:
     """The prompt that a checkpoint answers, by its name: "chat" is the bare question, "zero" the template of R1-Zero.
 
     Raises:
@@ -102,7 +117,13 @@ def style(name: str, examples: Sequence[tuple[str, str]] = ()) -> Prompter:
     """
     if name not in STYLES:
         raise unknown("prompt", name, STYLES)
-    return chat if name == "chat" else partial(zero, examples=examples)
+    return chat if name == "chat" else partial(zero, examples=examples, response_format=response_format)
+
+
+def with_system(before: tuple[tuple[str, str], ...], text: str) -> tuple[tuple[str, str], ...]:
+    """The turns before a question behind a system prompt; a conversation that has one, and an empty `text`, stay as they are."""
+    own = not text or any(role == "system" for role, _ in before)
+    return before if own else (("system", text), *before)
 
 
 def plain(turns: Turns) -> str:

@@ -73,7 +73,7 @@ WITHOUT_PROBLEMS = ("base", "sft1", "sft2")  # stages that read no problems of t
 
 RECIPES = Path(__file__).parent / "recipes"
 
-SHARED = ("seed", "dtype", "task", "task_options", "response_format", "model")
+SHARED = ("seed", "dtype", "task", "task_options", "system_prompt", "response_format", "model")
 
 
 def stage_config(recipe: Recipe, stage: str) -> dict[str, Any]:
@@ -107,8 +107,13 @@ def _brought(recipe: Recipe, stage: str) -> dict[str, Path]:
 
 
 def start_of(recipe: Recipe, stage: str) -> str:
-    """What a stage goes on from, or its teacher: the name of a stage or the folder of a checkpoint; "" for neither."""
+    """What a stage goes on from, or its teacher: the name of a stage or the folder of a checkpoint; "" for neither.
+
+    Pretrained students that learn from a file of traces need no teacher.
+    """
     section = getattr(recipe, stage)
+    if stage == "distill" and section.data and all(each.pretrained for each in section.students.values()):
+        return ""
     start: str = getattr(section, "start", getattr(section, "teacher", ""))
     return start
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,7 @@ def load_source(stage: str, path: Path, recipe: Recipe, style: str | None = None
     """
     own = style_of(stage, recipe)
     noted = {**own, "prompt": style} if style else checkpoint.read_style(path) or own
-    prompt = prompts.style(noted["prompt"], noted["examples"])
+    prompt = prompts.style(**_arguments(noted))
     model, tokenizer = load(path)
     made = checkpoint.checkpoint_hash(path)
     return Source(stage, model, tokenizer, made, prompt, noted["prompt"], recipe.response_format)
@@ -81,9 +81,12 @@ def _made(spec: str, options: str, content: str) -> Task:
 
 
 def problems(recipe: Recipe, split: str, kinds: Iterable[str]) -> list[Problem]:
-    """All problems of a recipe in a split, of some kinds ("reasoning", "helpful", "unsafe")."""
+    """All problems of a recipe in a split, of some kinds ("reasoning", "helpful", "unsafe"), behind its system prompt."""
     wanted = frozenset(kinds)
-    return [each for task in tasks(recipe).values() for each in task.problems(split) if each.kind in wanted]
+    found = [each for task in tasks(recipe).values() for each in task.problems(split) if each.kind in wanted]
+    if not recipe.system_prompt:
+        return found
+    return [replace(each, before=prompts.with_system(each.before, recipe.system_prompt)) for each in found]
 
 
 def choose(pool: Sequence[Problem], count: int, *seed_parts: int | str) -> list[Problem]:
@@ -95,13 +98,18 @@ def choose(pool: Sequence[Problem], count: int, *seed_parts: int | str) -> list[
 def style_of(stage: str, recipe: Recipe) -> dict[str, Any]:
     """The prompt that a stage trains with, as it is noted in its checkpoint's folder."""
     examples = [[example.question, example.response] for example in recipe.zero.examples]
-    return {"prompt": "zero" if stage in ZERO_PROMPT else "chat", "examples": examples}
+    name = "zero" if stage in ZERO_PROMPT else "chat"
+    return {"prompt": name, "examples": examples, "response_format": recipe.response_format}
 
 
 def prompt_of(stage: str, recipe: Recipe) -> Prompter:
     """The prompt that the checkpoint of a stage answers."""
-    style = style_of(stage, recipe)
-    return prompts.style(style["prompt"], style["examples"])
+    return prompts.style(**_arguments(style_of(stage, recipe)))
+
+
+def _arguments(noted: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt as it is noted, as arguments of `prompts.style`."""
+    return {"name": noted["prompt"], **{key: value for key, value in noted.items() if key != "prompt"}}
 
 
 def fitting(
@@ -175,6 +183,7 @@ def row(completion: Completion, source: Source, seed: int, **more: Any) -> dict[
         "kind": problem.kind,
         "language": problem.language,
         "question": problem.question,
+        **({"turns_before": [list(turn) for turn in problem.before]} if problem.before else {}),
         "prompt_ids": list(completion.prompt_ids),
         "response_text": completion.text,
         "response_ids": list(completion.token_ids),

@@ -236,6 +236,7 @@ class Sft1(NextToken):
     """The first SFT."""
 
     start: str = "base"  # or the folder of a checkpoint
+    data: str = ""  # a file of traces (training.traces) instead of the cold-start data
 
 
 @dataclass
@@ -243,6 +244,7 @@ class Sft2(NextToken):
     """The second SFT."""
 
     start: str = "rl_reasoning"  # or base, as the paper has it, or the folder of a checkpoint
+    data: str = ""  # a file of traces (training.traces) instead of the mix of rejection
 
 
 @dataclass
@@ -302,6 +304,7 @@ class Distill(Sampling):
     """The teacher answers the SFT prompts anew; each student learns from what passes the filters."""
 
     teacher: str = "rl_all"  # or another stage before, or the folder of a checkpoint
+    data: str = ""  # a file of traces (training.traces) instead of the teacher's responses
     samples: int = at_least(1, 4)
     filters: list[str] = field(
         default_factory=lambda: ["wrong_by_rule", "mixed_language", "repetition", "bad_format", "unfinished"]
@@ -345,6 +348,7 @@ class Recipe:
     task: list[str] = field(default_factory=lambda: ["arithmetic", "general"], metadata=FILLED)
     task_options: dict[str, dict[str, Any]] = field(default_factory=dict)  # task -> its keyword arguments
     reward_seconds: float = operational(10.0)  # longest time of one call of a reward of one's own
+    system_prompt: str = ""  # stands before every conversation that has none of its own
     response_format: Literal["answer_tags", "boxed", "free"] = "answer_tags"  # where the answer stands
     model: Model = field(default_factory=Model)
     base: Base = field(default_factory=Base)

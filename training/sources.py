@@ -71,7 +71,7 @@ def hashes(specs: Mapping[str, Path]) -> dict[str, str]:
             whole = files.folder_hashes(path) if path.is_dir() else None
             found[spec] = files.file_hash(path) if whole is None else files.value_hash(whole)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+            raise UserError(f"{spec}: {path} cannot be read: {error.strerror}") from None
     return found
 
 

@@ -103,7 +103,7 @@ def test_the_content_of_a_file_is_in_the_settings_of_the_stages_that_read_it(rec
     changed = {stage for stage, config in before.items() if stage_config(recipe, stage) != config}
     assert changed == {"zero", "evaluate"}
     (tmp_path / "data.jsonl").unlink()
-    with pytest.raises(UserError, match="data.jsonl: cannot be read: No such file"):
+    with pytest.raises(UserError, match="data.jsonl cannot be read: No such file"):
         stage_config(recipe, "zero")
 
 

@@ -49,9 +49,10 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 
 def _talk(source: Any, recipe: Any, arguments: argparse.Namespace) -> None:
-    from training import responses
+    from training import prompts, responses
 
     asked = 0
+    before = prompts.with_system((), recipe.system_prompt)
     interactive = sys.stdin.isatty()
     if interactive:
         print(
@@ -68,7 +69,9 @@ def _talk(source: Any, recipe: Any, arguments: argparse.Namespace) -> None:
         strange = _unknown_words(source.tokenizer, question)
         if strange:
             print(f"(it has never seen: {', '.join(strange)})")
-        problem = Problem(problem_id("chat", "", question, "en"), "chat", "helpful", "en", question, "")
+        problem = Problem(
+            problem_id("chat", "", question, "en"), "chat", "helpful", "en", question, "", before=before
+        )
         (completion,) = responses.draw(
             source,
             [problem],

@@ -1,6 +1,7 @@
 """distill: the teacher answers the SFT prompts anew, and small dense students learn from what passes the filters.
 
-SFT only, no RL. Reasoning responses have to be right by the rule, the others helpful by the oracle.
+SFT only, no RL. Reasoning responses have to be right by the rule, the others helpful by the oracle. A file of traces may
+stand in for the teacher.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from training import checkpoint, filters, prompts, responses, rewards, student
+from training import checkpoint, filters, prompts, responses, rewards, student, traces
 from training.context import StageContext
 from training.errors import UserError
 from training.loops import next_token
 from training.loops.next_token import Document
 from training.parts import run_parts
+from training.recipe import start_of
 from training.responses import Source, as_sample
 from training.selection import Selection, nothing_kept, select
 from training.tasks.problem import Problem
@@ -24,23 +26,16 @@ UNSEEN_PROBLEMS = 256  # held-out reasoning problems on which a student is measu
 def run(context: StageContext) -> dict[str, Any]:
     """Sample the teacher, filter, train every student; writes data.jsonl, rejected.jsonl and checkpoint-<student>."""
     config, seed = context.config, context.recipe.seed
-    if not context.stage.data("data.jsonl").is_file():
-        selection = _teach(context)
-        if not selection.kept:
-            raise UserError(nothing_kept(context.name, selection.asked, selection.rejections))
-        context.stage.write_data("rejected.jsonl", selection.examples)
-        context.stage.write_data(
-            "counts.jsonl", [{"asked": selection.asked, "rejections": dict(selection.rejections)}]
-        )
-        context.stage.write_data("data.jsonl", selection.kept)
-    rows = context.stage.read_data("data.jsonl")
-    by_id = responses.by_id(responses.problems(context.recipe, "train", ("reasoning", "helpful", "unsafe")))
-    documents = [Document(row["response_text"], prompts.chat(by_id[row["problem_id"]])) for row in rows]
-    teacher = context.checkpoint(config.teacher)
+    if config.data:
+        documents = traces.read(config.data, context.recipe.system_prompt)
+        counts: dict[str, Any] = {"asked": len(documents), "rejections": {}}
+    else:
+        documents, counts = _taught(context)
+    start = start_of(context.recipe, context.name)
 
     def train(part: StageContext, name: str) -> dict[str, Any]:
         sizes = config.students[name]
-        _, teacher_tokenizer = checkpoint.load_model(teacher)
+        _, teacher_tokenizer = checkpoint.load_model(context.checkpoint(start)) if start else (None, None)
         model, tokenizer = student.build(sizes, teacher_tokenizer, seed, context.recipe.model.max_length)
         metrics = next_token.train(model, tokenizer, documents, sizes, part)
         folder = context.stage.path / f"checkpoint-{name}"
@@ -50,12 +45,27 @@ def run(context: StageContext) -> dict[str, Any]:
         return {**metrics, "parameters": parameters, "accuracy": _accuracy(context, name, folder)}
 
     trained = run_parts(context, list(config.students), train)
-    counts = context.stage.read_data("counts.jsonl")[0]
     return {
         **counts,
-        "kept": len(rows),
+        "kept": len(documents),
         **{f"{name}/{key}": value for name, metrics in trained.items() for key, value in metrics.items()},
     }
+
+
+def _taught(context: StageContext) -> tuple[list[Document], dict[str, Any]]:
+    """The teacher's responses that passed the filters, and how many were asked and rejected; both are kept in files."""
+    if not context.stage.data("data.jsonl").is_file():
+        selection = _teach(context)
+        if not selection.kept:
+            raise UserError(nothing_kept(context.name, selection.asked, selection.rejections))
+        context.stage.write_data("rejected.jsonl", selection.examples)
+        counts = {"asked": selection.asked, "rejections": dict(selection.rejections)}
+        context.stage.write_data("counts.jsonl", [counts])
+        context.stage.write_data("data.jsonl", selection.kept)
+    by_id = responses.by_id(responses.problems(context.recipe, "train", ("reasoning", "helpful", "unsafe")))
+    rows = context.stage.read_data("data.jsonl")
+    documents = [Document(row["response_text"], prompts.chat(by_id[row["problem_id"]])) for row in rows]
+    return documents, context.stage.read_data("counts.jsonl")[0]
 
 
 def _teach(context: StageContext) -> Selection:
