@@ -142,6 +142,13 @@ class Grpo:
     fused_loss: bool = False  # hidden states to loss in one op, for large vocabularies; the same to rounding
     replay: bool = True  # routing of the rollout is replayed in the log-prob passes
     rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})
+    # spread: groups whose responses all earn the same are left out, for they would only dilute the others. With more sampling
+    # rounds further questions are asked until `prompts` groups have a spread: DAPO's dynamic sampling (arXiv 2503.14476, eq. 11)
+    keep_groups: Literal["all", "spread"] = "all"
+    sampling_rounds: int = at_least(1, 1)
+    mask_truncated: bool = (
+        False  # responses cut at the limit carry no loss: DAPO's overlong filtering (section 3.4)
+    )
     bias_rate: float = at_least(0, 1e-3)
     save_every: int = operational(10)  # steps between resume points; 0: none
 

@@ -283,6 +283,69 @@ def test_equal_rewards_change_nothing_but_the_bias(tmp_path):
     assert changed and all(name.endswith("e_score_correction_bias") for name in changed)
 
 
+SPREAD = replace(CONFIG, keep_groups="spread", kl_coef=0.0, steps=1)
+
+
+def only_of(number):
+    """A reward with a spread for problem `number` of every four and none for the others."""
+
+    def reward(step, samples):
+        scored = []
+        for index, sample in enumerate(samples):
+            value = float(index % 2) if index // CONFIG.group_size % 4 == number else 1.0
+            scored.append(Scored(sample, value, {"format": Reward(value, "")}))
+        return scored
+
+    return reward
+
+
+def test_groups_without_spread_are_left_out_of_the_loss(tmp_path):
+    rows, filtered, _, _ = run_grpo(tmp_path / "a", SPREAD, only_of(1))
+    assert rows[0]["kept"] == 1 / 4 and rows[0]["zero_std_groups"] == 3 / 4
+    assert rows[0]["grad_norm"] > 0
+    rows, diluted, _, _ = run_grpo(tmp_path / "b", replace(SPREAD, keep_groups="all"), only_of(1))
+    assert rows[0]["kept"] == 1.0
+    assert any(not torch.equal(filtered[name], diluted[name]) for name in filtered)
+
+
+def test_further_questions_are_sampled_until_enough_groups_have_a_spread(tmp_path):
+    asked = []
+
+    def problems(step):
+        asked.append(step)
+        return PROBLEMS
+
+    def train(folder, config, reward):
+        asked.clear()
+        at = context(folder, config)
+        grpo.train(model(), TOKENIZER, problems, prompts.chat, reward, config, at)
+        return at.stage.metrics()[0]
+
+    row = train(tmp_path / "a", replace(SPREAD, sampling_rounds=8), only_of(1))
+    assert asked == [0, 1, 2, 3] and row["kept"] == 1 / 4, "four rounds give four groups, as many as prompts"
+    row = train(tmp_path / "b", replace(SPREAD, sampling_rounds=2), only_of(1))
+    assert asked == [0, 1] and row["kept"] == 1 / 4
+    row = train(tmp_path / "c", replace(SPREAD, sampling_rounds=8), share_of_makes)
+    assert len(asked) < 8 and row["kept"] <= 1
+
+
+def test_a_step_without_any_spread_changes_nothing(tmp_path):
+    before = {name: tensor.clone() for name, tensor in model().state_dict().items()}
+    rows, after, _, _ = run_grpo(tmp_path / "a", SPREAD, only_of(9))
+    assert rows[0]["kept"] == 0.0 and rows[0]["zero_std_groups"] == 1.0
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_responses_that_were_cut_carry_no_loss_where_the_recipe_says_so(tmp_path):
+    config = replace(CONFIG, steps=1, max_new_tokens=1, kl_coef=0.0, mask_truncated=True)
+    before = {name: tensor.clone() for name, tensor in model().state_dict().items()}
+    rows, after, _, _ = run_grpo(tmp_path / "a", config)
+    assert rows[0]["finished"] == 0.0
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    rows, after, _, _ = run_grpo(tmp_path / "b", replace(config, mask_truncated=False), only_of(1))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_sample_without_a_reward_is_left_out(tmp_path):
     def none_for_the_first(step, samples):
         scored = share_of_makes(step, samples)

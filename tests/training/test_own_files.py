@@ -115,7 +115,8 @@ def test_an_edited_file_makes_the_stages_that_read_it_run_again_and_no_other(rec
         return pipeline.run(recipe, run_dir, progress=Progress(quiet=True), **options)
 
     assert run() == ["base", "zero"] and run() == []
-    (tmp_path / "data.jsonl").write_text('{"question": "1 + 1", "answer": 3}')
+    path = tmp_path / "data.jsonl"
+    path.write_text(path.read_text().replace('"answer": 7', '"answer": 8'))
     with pytest.raises(UserError, match=r"stage zero was made with files\.jsonl:.*--redo zero"):
         run()
     assert run(redo=["zero"]) == ["zero"]

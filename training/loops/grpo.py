@@ -50,7 +50,8 @@ def train(
     """Trains `policy` in place for config.steps and returns the mean of the last tenth of the metrics.
 
     Args:
-        problems: step -> the questions of that step, config.prompts of them, a pure function of the step.
+        problems: step -> the questions of that step, config.prompts of them, a pure function of the step, which may be beyond
+            config.steps where further questions are sampled.
         prompt: problem -> the turns before the response.
         reward: step, all responses of the step -> their rewards, in order.
         config: sizes, learning rate, loss. Its `rewards` are the caller's business.
@@ -74,7 +75,7 @@ def train(
     with context.progress.grpo_bar(config.steps, start, context.name) as bar:
         for step in range(start, config.steps):
             metrics = _step(
-                policy, reference, tokenizer, optimizer, problems(step), prompt, reward, config, context, step
+                policy, reference, tokenizer, optimizer, problems, prompt, reward, config, context, step
             )
             context.stage.log(step=step, **metrics)
             watch.see(metrics)
@@ -98,7 +99,7 @@ def _step(
     reference: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     optimizer: Optimizer,
-    problems: list[Problem],
+    problems: Callable[[int], list[Problem]],
     prompt: Prompter,
     reward: Callable[[int, list[Sample]], list[Scored]],
     config: Grpo,
@@ -107,35 +108,45 @@ def _step(
 ) -> dict[str, Any]:
     clock = _Clock(policy.device)
     key = (context.recipe.seed, context.name)
-    completions = sample(
-        policy,
-        tokenizer,
-        [Prompt(problem, prompt(problem)) for problem in problems],
-        samples=config.group_size,
-        temperature=config.temperature,
-        max_new_tokens=max_new_tokens(config, step),
-        seed_parts=(*key, "rollout", step),
-        batch_size=config.batch_size,
-        record_routing=config.replay,
-    )
-    clock.mark("rollout")
-    samples = [
-        Sample(
-            c.problem,
-            c.text,
-            parse(c.text, context.recipe.response_format),
-            c.token_ids,
-            c.sample_id,
-            c.finished,
+    sampled: list[Completion] = []
+    scored: list[Scored] = []
+    keep: list[int] = []  # the responses that carry a loss
+    for number in range(config.sampling_rounds if config.keep_groups == "spread" else 1):
+        # further rounds ask the questions of steps that never come
+        asked = problems(step + number * config.steps)
+        drawn = sample(
+            policy,
+            tokenizer,
+            [Prompt(problem, prompt(problem)) for problem in asked],
+            samples=config.group_size,
+            temperature=config.temperature,
+            max_new_tokens=max_new_tokens(config, step),
+            seed_parts=(*key, "rollout", step, *([number] if number else [])),
+            batch_size=config.batch_size,
+            record_routing=config.replay,
         )
-        for c in completions
-    ]
-    scored = reward(step, samples)
+        clock.mark("rollout")
+        sampled += drawn
+        scored += reward(step, [_as_sample(each, context.recipe.response_format) for each in drawn])
+        clock.mark("reward")
+        keep = _kept(sampled, scored, config)
+        if len(keep) >= config.prompts * config.group_size:
+            break
     values = torch.tensor([0.0 if s.total is None else s.total for s in scored])
     valid = torch.tensor([s.total is not None for s in scored])
     advantages = r1kernels.group_advantages(values, group_size=config.group_size, valid=valid)
     _show(context, step, scored, advantages)
     clock.mark("reward")
+    metrics = _reward_metrics(scored, values, valid, config.group_size)
+    tokens = sum(len(c.token_ids) for c in sampled)
+    metrics |= {
+        "length": tokens / len(sampled),
+        "finished": fmean(c.finished for c in sampled),
+        "kept": len(keep) / len(sampled),
+    }
+    completions, advantages, valid = [sampled[i] for i in keep], advantages[keep], valid[keep]
+    if config.mask_truncated:
+        valid &= torch.tensor([c.finished for c in completions], dtype=torch.bool)
     pad = Encoder(policy, tokenizer).pad_id
     policy.eval()  # no dropout: the policy that samples and the one that learns are the same function
     old, ref, measured = _fixed_logprobs(policy, reference, completions, pad, config, clock)
@@ -155,11 +166,8 @@ def _step(
             parts.append(
                 _update(policy, optimizer, completions, rows, old, ref, advantages, pad, config, lr, clock)
             )
-    tokens = sum(len(c.token_ids) for c in completions)
     return {
-        **_reward_metrics(scored, values, valid, config.group_size),
-        "length": tokens / len(completions),
-        "finished": fmean(c.finished for c in completions),
+        **metrics,
         **measured,
         "lr": lr,
         **_mean(parts),
@@ -167,6 +175,30 @@ def _step(
         **clock.seconds,
         "tokens_per_second": tokens / sum(clock.seconds.values()),
     }
+
+
+def _as_sample(completion: Completion, response_format: str) -> Sample:
+    response = parse(completion.text, response_format)
+    return Sample(
+        completion.problem,
+        completion.text,
+        response,
+        completion.token_ids,
+        completion.sample_id,
+        completion.finished,
+    )
+
+
+def _kept(completions: list[Completion], scored: list[Scored], config: Grpo) -> list[int]:
+    """The responses of the groups that config.keep_groups keeps; of those with a spread at most config.prompts groups."""
+    if config.keep_groups == "all":
+        return list(range(len(completions)))
+    groups = []
+    for first in range(0, len(scored), config.group_size):
+        group = range(first, first + config.group_size)
+        if len({scored[i].total for i in group} - {None}) > 1:
+            groups.append(group)
+    return [i for group in groups[: config.prompts] for i in group]
 
 
 def max_new_tokens(config: Grpo, step: int) -> int:
@@ -186,6 +218,8 @@ def _fixed_logprobs(
 ) -> tuple[list[Tensor], list[Tensor] | None, dict[str, float]]:
     """Log-probs of every response under the policy as it is now and under the reference; means over the tokens: the entropy
     and, where the routing of the rollout is replayed, its agreement with that of either model."""
+    if not completions:
+        return [], None, {}
     old: dict[int, Tensor] = {}
     ref: dict[int, Tensor] = {}
     tokens = sum(len(c.token_ids) for c in completions)
