@@ -131,6 +131,7 @@ def language_consistency(sample: Sample) -> Reward:
     Where a problem needs no thinking and the response has none, its summary is read instead. No thinking or no
     words give 0, so that silence earns nothing; a language that cannot be told gives None.
     """
+    language.check_language(sample.problem.language)
     text = sample.response.think
     if text is None and sample.response.flags == ("no_think",) and not sample.problem.thinking:
         text = sample.response.summary

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 
+from tests.support.own_models import write_folder
 from training import pipeline, responses
+from training.check import check
 from training.errors import UserError
 from training.pipeline import Stage
 from training.progress import Progress
-from training.recipe import load, stage_config
+from training.recipe import load, make, stage_config
 from training.run_dir import RunDir
 from training.tasks import get_task
 
@@ -122,3 +124,58 @@ def test_an_edited_file_makes_the_stages_that_read_it_run_again_and_no_other(rec
     assert run(redo=["zero"]) == ["zero"]
     record = json.loads((run_dir.path / "zero" / "lineage.json").read_text())
     assert set(record["config"]["files"]) == set(recipe.task)
+
+
+REWARDS = """
+def short(sample):
+    if sample.token_ids[0] % 2:
+        raise ValueError("odd")
+    return -len(sample.token_ids) / 10
+"""
+
+
+def test_zero_on_ones_own_model_data_reward_and_form_of_the_answer(tmp_path):
+    folder = write_folder(tmp_path / "own", "qwen2", template="chatml_think")
+    rewards = tmp_path / "my_rewards.py"
+    rewards.write_text(REWARDS)
+    data = tmp_path / "data.jsonl"
+    rows = [{"question": f"{n} + 1", "answer": rf"\\boxed{{{n + 1}}}", "language": "haw"} for n in range(30)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name = f"python:{rewards}:short"
+    recipe = make(
+        {
+            "stages": ["zero", "evaluate"],
+            "model": {"pretrained": str(folder)},
+            "task": [f"jsonl:{data}"],
+            "task_options": {f"jsonl:{data}": {"test_share": 0.3}},
+            "response_format": "boxed",
+            "system_prompt": "Be brief.",
+            "zero": {
+                "start": str(folder),
+                "rewards": {"accuracy": 1.0, name: 0.5},
+                **{"steps": 1, "prompts": 2, "group_size": 4, "max_new_tokens": 8},
+            },
+            "evaluate": {"problems": 2, "k": 1, "k_problems": 1, "max_new_tokens": 8},
+        }
+    )
+    run_dir = RunDir(tmp_path / "run")
+    pipeline.run(recipe, run_dir, progress=Progress(quiet=True))
+    zero = run_dir.stage("zero")
+    (row,) = zero.metrics()
+    assert 0 < row["reward_errors"] < 8 and row["reward_error"] == f"{name}: error: ValueError: odd"
+    assert -0.8 <= row[f"reward/{name}"] < 0 and row["reward/accuracy"] == 0.0
+    assert "language_consistency" not in row, "no list of words tells Hawaiian, and nothing asks for it"
+    assert all(sample["text"].startswith("<think>") for sample in zero.samples())
+    assert "reward_errors" in [warning["kind"] for warning in zero.warnings()]
+    assert set(zero.record()["config"]["files"]) == {f"jsonl:{data}", name, str(folder)}
+
+
+def test_the_language_reward_asks_for_a_language_that_can_be_told(tmp_path, recipe):
+    path = tmp_path / "data.jsonl"
+    path.write_text(path.read_text().replace('"answer"', '"language": "haw", "answer"'))
+    assert check(recipe) is not None
+    recipe.zero.rewards["language_consistency"] = 1.0
+    with pytest.raises(
+        UserError, match=r"zero\.rewards\.language_consistency: language: 'haw' has no word list"
+    ):
+        check(recipe)
