@@ -4,21 +4,25 @@ Each makes a recipe of one stage in memory and runs it as `run` does: the folder
 """
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from training.cli.run import add_redo, carry_out, dry_run
+from training.config import field_types
 from training.errors import UserError
 from training.prompts import STYLES
-from training.recipe import make
+from training.recipe import Recipe, make
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The commands `sft`, `grpo` and `distill`."""
     for name, (title, data, _) in SINGLE.items():
         parser = subparsers.add_parser(name, help=title)
-        parser.add_argument("words", nargs="*", metavar="key=value", help="settings such as seed=1")
+        parser.add_argument(
+            "words", nargs="*", metavar="key=value", help="settings such as lr=1e-5 or seed=1"
+        )
         parser.add_argument("--model", required=True, metavar="FOLDER", help="checkpoint to start from")
         parser.add_argument("--data", required=True, type=Path, metavar="FILE", help=data)
         parser.add_argument(
@@ -48,38 +52,49 @@ def run_single(arguments: argparse.Namespace) -> None:
     """Runs the stage and writes the report."""
     if not arguments.data.is_file():
         raise UserError(f"--data: there is no file {arguments.data}")
+    from training.pretrained import pretrained_folder  # loads transformers
+
+    arguments.model = str(pretrained_folder(arguments.model))
     _, _, values = SINGLE[arguments.single]
-    stages = values(arguments)
+    stage, own = values(arguments)
     shared = {
         "name": arguments.single,
         "description": f"{arguments.single} of {arguments.model} on {arguments.data}",
         "model": {"pretrained": arguments.model},
-        "stages": [name for name in stages if name != "task"],
+        "stages": [stage],
     }
-    recipe = make({**shared, **stages}, arguments.words)
+    recipe = make({**shared, **own}, [_with_stage(word, stage) for word in arguments.words])
     if arguments.dry_run:
         dry_run(recipe)
     else:
         carry_out(recipe, arguments.run, arguments.redo)
 
 
-def _sft(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"sft1": {"start": arguments.model, "data": str(arguments.data)}}
+def _with_stage(word: str, stage: str) -> str:
+    """A setting of the stage may be named without it: lr=1e-5."""
+    first = re.split("[.=]", word)[0]
+    known = first in field_types(Recipe) or first not in field_types(field_types(Recipe)[stage])
+    return word if known else f"{stage}.{word}"
 
 
-def _grpo(arguments: argparse.Namespace) -> dict[str, Any]:
+def _sft(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    return "sft1", {"sft1": {"start": arguments.model, "data": str(arguments.data)}}
+
+
+def _grpo(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     stage = {"zero": "zero", "chat": "rl_reasoning"}[arguments.prompt]
     rewards = {"accuracy": 1.0, "format": 1.0}
-    return {"task": [f"jsonl:{arguments.data}"], stage: {"start": arguments.model, "rewards": rewards}}
+    return stage, {"task": [f"jsonl:{arguments.data}"], stage: {"start": arguments.model, "rewards": rewards}}
 
 
-def _distill(arguments: argparse.Namespace) -> dict[str, Any]:
+def _distill(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     students = {"students": {"student": {"pretrained": arguments.student}}} if arguments.student else {}
-    return {"task": [f"jsonl:{arguments.data}"], "distill": {"teacher": arguments.model, **students}}
+    own = {"teacher": arguments.model, **students}
+    return "distill", {"task": [f"jsonl:{arguments.data}"], "distill": own}
 
 
-# Command -> what it does, what its data are, and the values of its recipe.
-SINGLE: dict[str, tuple[str, str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
+# Command -> what it does, what its data are, and its stage with the values of the recipe.
+SINGLE: dict[str, tuple[str, str, Callable[[argparse.Namespace], tuple[str, dict[str, Any]]]]] = {
     "sft": (
         "next-token training of a checkpoint on traces",
         "JSONL of messages, or of question and response",

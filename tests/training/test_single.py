@@ -1,0 +1,120 @@
+"""One stage without a recipe: `sft`, `grpo`, `distill` and `evaluate` on a folder and a file, and `start: FOLDER`."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.support.own_models import write_folder
+from training.cli import main
+from training.files import read_jsonl
+from training.recipe import load
+from training.run_dir import RunDir
+
+SHORT = ["zero.steps=1", "prompts=2", "group_size=2", "max_new_tokens=8"]
+
+
+@pytest.fixture
+def brought(tmp_path, monkeypatch):
+    """A folder `own` and a file q.jsonl in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "own", "qwen2", bos=None, dtype="bfloat16")
+    rows = [{"question": f"What is {n} plus 3?", "answer": str(n + 3)} for n in range(20)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def train(command, *words):
+    return main([command, "--model", "own", "--data", "q.jsonl", "--run", "run", *words])
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize(("words", "stage"), [([], "zero"), (["--prompt", "chat"], "rl_reasoning")])
+def test_grpo_on_a_folder_and_a_file(brought, capsys, words, stage):
+    assert train("grpo", "steps=1", *SHORT[1:], *words) == 0
+    (step,) = read_jsonl(brought / "run" / stage / "metrics.jsonl")
+    assert {"reward", "reward/accuracy", "reward/format"} <= step.keys()
+    # nothing is right, so nothing but the dtype's own rounding may change
+    made, own = weights(brought / "run" / stage / "checkpoint"), weights("own")
+    assert made.keys() == own.keys() and all(tensor.dtype == torch.bfloat16 for tensor in made.values())
+    assert main(["samples", "--run", "run"]) == 0
+    assert "plus 3?" in capsys.readouterr().out
+    assert train("grpo", "steps=1", *SHORT[1:], *words) == 0
+    assert "(done before)" in capsys.readouterr().out
+
+
+def test_distill_teaches_a_student_what_the_teacher_said(brought):
+    write_folder(brought / "pupil", "llama", seed=1)
+    words = ["samples=1", "max_new_tokens=8", "filters=[]", "distill.students.student.steps=2"]
+    assert train("distill", "--student", "pupil", *words) == 0
+    rows = RunDir("run").stage("distill").read_data("data.jsonl")
+    assert {row["question"] for row in rows} <= {f"What is {n} plus 3?" for n in range(20)} and len(rows) > 9
+    before, after = weights("pupil"), weights("run/distill/checkpoint-student")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_evaluate_asks_every_row_of_the_file(brought, capsys):
+    words = ["evaluate.k_problems=2", "evaluate.k=1", "evaluate.max_new_tokens=8"]
+    assert main(["evaluate", "--model", "own", "--data", "q.jsonl", "--out", "marks.jsonl", *words]) == 0
+    assert "own (in %" in capsys.readouterr().out
+    row = read_jsonl(brought / "marks.jsonl")[0]
+    assert (row["split"], row["problems"]) == ("test", 20)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["grpo", "--model", "nowhere", "--data", "q.jsonl"], "nowhere"),
+        (["grpo", "--model", "own", "--data", "nowhere.jsonl"], "--data: there is no file nowhere.jsonl"),
+        (
+            ["grpo", "--model", "own", "--data", "q.jsonl", "temperature=0"],
+            "zero.temperature: expected more than 0, got 0",
+        ),
+        (["grpo", "--model", "own", "--data", "q.jsonl", "stepz=0"], "unknown key 'stepz'"),
+        (["evaluate", "--model", "own"], "expected --model FOLDER with --data FILE"),
+        (["evaluate", "--model", "own", "--data", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
+        (
+            ["evaluate", "zero", "--model", "own", "--data", "q.jsonl"],
+            "expected --model FOLDER with --data FILE",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(brought, capsys, command, said):
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (brought / "runs").exists()
+
+
+def test_a_dry_run_says_what_it_starts_from(brought, capsys):
+    assert train("grpo", "--dry-run", *SHORT) == 0
+    assert "zero  <- own" in capsys.readouterr().out
+    assert not (brought / "run").exists()
+
+
+def test_a_stage_of_a_recipe_starts_from_a_folder_and_notices_that_it_changed(brought, capsys):
+    words = [
+        "stages=[zero]",
+        "zero.start=own",
+        "task=['jsonl:q.jsonl']",
+        *(f"zero.{word}" for word in SHORT[1:]),
+        SHORT[0],
+    ]
+    assert main(["run", "tiny", "--run", "run", *words]) == 0
+    assert json.loads((brought / "run/zero/lineage.json").read_text())["inputs"] == {}
+    write_folder(brought / "own", "qwen2", bos=None, dtype="bfloat16", seed=5)
+    assert main(["run", "tiny", "--run", "run", *words]) == 2
+    assert "stage zero was made with files.own = " in capsys.readouterr().err
+    assert main(["run", "tiny", "--run", "run", "--redo", "zero", *words]) == 0
+
+
+def test_a_start_that_is_nothing_is_named(brought, capsys):
+    words = ["zero.start=sft3", "task=['jsonl:q.jsonl']", "stages=[zero]"]
+    assert main(["run", "tiny", *words]) == 2
+    assert "zero.start: expected one of base, " in (error := capsys.readouterr().err)
+    assert "or the folder of a checkpoint, got 'sft3': did you mean 'sft" in error
+    assert load("tiny").distill.teacher == "rl_all"
