@@ -193,6 +193,14 @@ def _check_data(recipe: Recipe, order: list[str]) -> list[str]:
                 for split in recipe.evaluate.splits
                 if not any(pools[split].values())
             ]
+        if name == "cold_start" and not recipe.zero.examples:
+            remarks += [
+                f"cold_start: {task.name} has no worked examples and zero.examples is empty, so that the route few_shot asks "
+                "its bare questions"
+                for task in responses.tasks(recipe).values()
+                if (asked := [each for each in pools["train"]["reasoning"] if each.task == task.name])
+                and not task.worked_examples(asked[0].language)
+            ]
         if name == "reward_models":
             remarks += [
                 f"reward_models: the tasks have {need}: there will be no model of that"

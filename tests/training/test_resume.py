@@ -103,8 +103,11 @@ def do(line):
 """
 
 SERVE = """
-import os, sys, traceback
+import importlib, os, sys, traceback
 
+importlib.import_module("training.check")  # all that a child would import
+for name in ("base", "zero", "cold_start", "sft", "judge", "rejection", "reward_models", "rl_all", "distill", "evaluate"):
+    importlib.import_module(f"training.stages.{name}")
 for line in sys.stdin:
     child = os.fork()
     if child == 0:

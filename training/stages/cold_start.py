@@ -1,6 +1,6 @@
 """cold_start: long chain-of-thought data by three routes, kept where it is right, readable and in one language.
 
-few_shot: the base model continues worked examples in the special-token form. reflect: the base model is asked to reflect
+few_shot: the base model continues worked examples: those of the task in the special-token form, or else those of zero. reflect: the base model is asked to reflect
 and verify. refine: outputs of zero. Every response is sampled; named rules (training/refine.py) put it into the
 special-token form, and where they change it the row keeps what was sampled as `before`.
 """
@@ -65,8 +65,10 @@ def _draw(context: StageContext, route: str, source: Source, tasks: dict[str, Ta
     config, key = context.config, (context.recipe.seed, context.name, route)
     pool = responses.problems(context.recipe, "train", ("reasoning",))
 
+    shown = [(example.question, example.response) for example in context.recipe.zero.examples]
+
     def few_shot(problem: Problem) -> Turns:
-        examples = tasks[problem.task].worked_examples(problem.language)
+        examples = tasks[problem.task].worked_examples(problem.language) or shown
         order = seeding.numpy_rng(*key, "examples", problem.id).permutation(len(examples))
         return prompts.few_shot(problem, [examples[i] for i in order[: config.examples]])
 
