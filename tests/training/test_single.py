@@ -47,6 +47,14 @@ def test_grpo_on_a_folder_and_a_file(brought, capsys, words, stage):
     assert "(done before)" in capsys.readouterr().out
 
 
+def test_sft_learns_a_file_of_traces(brought):
+    rows = [{"question": f"What is {n} plus 3?", "response": f"It is {n + 3}."} for n in range(20)]
+    (brought / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train("sft", "epochs=4", "batch_size=4", "lr=1e-2", "lr_end=1e-3") == 0
+    losses = [row["loss"] for row in read_jsonl(brought / "run/sft1/metrics.jsonl")]
+    assert len(losses) == 20 and losses[-1] < 0.7 * losses[0]
+
+
 def test_distill_teaches_a_student_what_the_teacher_said(brought):
     write_folder(brought / "pupil", "llama", seed=1)
     words = ["samples=1", "max_new_tokens=8", "filters=[]", "distill.students.student.steps=2"]

@@ -11,6 +11,7 @@ from typing import Any
 
 from training import checkpoint, filters, prompts, responses, rewards, student, traces
 from training.context import StageContext
+from training.encoder import Encoder
 from training.errors import UserError
 from training.loops import next_token
 from training.loops.next_token import Document
@@ -35,8 +36,11 @@ def run(context: StageContext) -> dict[str, Any]:
 
     def train(part: StageContext, name: str) -> dict[str, Any]:
         sizes = config.students[name]
-        _, teacher_tokenizer = checkpoint.load_model(context.checkpoint(start)) if start else (None, None)
-        model, tokenizer = student.build(sizes, teacher_tokenizer, seed, context.recipe.model.max_length)
+        teacher, teacher_tokenizer = (
+            checkpoint.load_model(context.checkpoint(start)) if start else (None, None)
+        )
+        positions = Encoder(teacher, teacher_tokenizer).positions or context.recipe.model.max_length
+        model, tokenizer = student.build(sizes, teacher_tokenizer, seed, positions)
         metrics = next_token.train(model, tokenizer, documents, sizes, part)
         folder = context.stage.path / f"checkpoint-{name}"
         style = responses.style_of(context.name, context.recipe)
