@@ -17,44 +17,37 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from training.errors import UserError
 
-FILLED = {"filled": True}  # metadata of a field that is a list or a table with at least one entry
+
+def about(help: str, **metadata: Any) -> dict[str, Any]:
+    """Metadata of a dataclass field: what it is for, and what `setting` knows; filled: a list or table has an entry."""
+    told = {name: value for name, value in metadata.items() if value is not None and value is not False}
+    return {"help": help, **told}
 
 
-def at_least(minimum: float, default: Any, pretrained: Any = None) -> Any:
-    """A dataclass field with a default whose value must be at least `minimum`.
-
-    pretrained: the default where the model is a pretrained one; None: the same.
-    """
-    other = {} if pretrained is None else {"pretrained": pretrained}
-    return dataclasses.field(default=default, metadata={"minimum": minimum, **other})
-
-
-def ranged(
+def setting(
     default: Any,
+    help: str,
     *,
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
+    pretrained: Any = None,
+    operational: bool = False,
+    rounding: bool = False,
 ) -> Any:
-    """A dataclass field whose value must lie in a range; each end is part of it (minimum, maximum) or not (above, below)."""
+    """A dataclass field.
+
+    Args:
+        help: what it is for, in one line of docs/settings.md.
+        minimum, above, maximum, below: its range; an end is part of it (minimum, maximum) or not (above, below).
+        pretrained: the default where the model is a pretrained one; None: the same.
+        operational: it steers how a stage runs, never what it computes: a change keeps finished work.
+        rounding: it steers how a stage computes: a change keeps finished work and may change the last bits of what follows.
+    """
     ends = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    return dataclasses.field(
-        default=default, metadata={name: end for name, end in ends.items() if end is not None}
-    )
-
-
-def operational(default: Any) -> Any:
-    """A field (at least 0) that steers how a stage runs, never what it computes: a change keeps finished work."""
-    return dataclasses.field(default=default, metadata={"minimum": 0, "operational": True})
-
-
-def rounding(default: Any, minimum: float | None = None, pretrained: Any = None) -> Any:
-    """A field that steers how a stage computes: a change keeps finished work and may change the last bits of what follows."""
-    metadata = {"operational": True, "rounding": True, "minimum": minimum, "pretrained": pretrained}
-    return dataclasses.field(
-        default=default, metadata={name: value for name, value in metadata.items() if value is not None}
-    )
+    kind = {"operational": operational or rounding, "rounding": rounding}
+    return dataclasses.field(default=default, metadata=about(help, pretrained=pretrained, **ends, **kind))
 
 
 def rounding_differences(before: Any, after: Any, where: str = "") -> list[str]:

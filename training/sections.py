@@ -7,7 +7,7 @@ and lengths have a second default, for a pretrained model (`model.pretrained`): 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from training.config import FILLED, at_least, operational, ranged, rounding
+from training.config import about, setting
 
 STAGE_NAMES = (
     "base",
@@ -29,62 +29,68 @@ STAGE_NAMES = (
 class Model:
     """Sizes of the model that `base` pretrains (transformers' DeepSeek-V3 classes), or where to find one."""
 
-    # "" trains from nothing; "smollm2", the folder of a Hugging Face checkpoint, or a name on its hub
-    pretrained: str = ""
-    # where a dry run takes the sizes of a pretrained model from: its folder, or the numbers below, where it is far away
-    sizes: Literal["folder", "recipe"] = "folder"
-    hidden_size: int = at_least(1, 96)
-    layers: int = at_least(1, 3)
-    dense_layers: int = at_least(0, 1)  # the first layers, which have one plain MLP instead of experts
-    heads: int = at_least(1, 4)
-    intermediate_size: int = at_least(1, 256)  # of the MLP in the dense layers
-    moe_intermediate_size: int = at_least(1, 48)
-    experts: int = at_least(1, 8)
-    experts_per_token: int = at_least(1, 2)
-    shared_experts: int = at_least(0, 1)
-    expert_groups: int = at_least(1, 1)
-    expert_groups_per_token: int = at_least(1, 1)
-    routed_scaling_factor: float = 1.0
-    q_lora_rank: int = at_least(0, 0)  # 0: queries are not compressed
-    kv_lora_rank: int = at_least(1, 32)
-    qk_rope_head_dim: int = at_least(2, 16)
-    qk_nope_head_dim: int = at_least(1, 16)
-    v_head_dim: int = at_least(1, 24)
-    max_length: int = at_least(1, 256)  # positions
-    vocab_size: int = at_least(0, 0)  # 0: the size of the tokenizer
+    pretrained: str = setting(
+        "",
+        '"": trained from nothing; "smollm2", the folder of a Hugging Face checkpoint, or a name on its hub',
+    )
+    sizes: Literal["folder", "recipe"] = setting(
+        "folder",
+        "where a dry run takes the sizes of a pretrained model from: its folder, or the numbers below, where it is far away",
+    )
+    hidden_size: int = setting(96, "width of the model", minimum=1)
+    layers: int = setting(3, "layers in all", minimum=1)
+    dense_layers: int = setting(1, "the first layers, which have one plain MLP instead of experts", minimum=0)
+    heads: int = setting(4, "attention heads", minimum=1)
+    intermediate_size: int = setting(256, "width of the MLP in the dense layers", minimum=1)
+    moe_intermediate_size: int = setting(48, "width of an expert", minimum=1)
+    experts: int = setting(8, "routed experts of a layer", minimum=1)
+    experts_per_token: int = setting(2, "routed experts that a token goes to", minimum=1)
+    shared_experts: int = setting(1, "experts that every token goes to", minimum=0)
+    expert_groups: int = setting(1, "groups of experts; a token chooses among the best groups", minimum=1)
+    expert_groups_per_token: int = setting(1, "groups that a token may choose from", minimum=1)
+    routed_scaling_factor: float = setting(1.0, "factor of the routed experts' output")
+    q_lora_rank: int = setting(0, "width of compressed queries; 0: they are not compressed", minimum=0)
+    kv_lora_rank: int = setting(32, "width of compressed keys and values", minimum=1)
+    qk_rope_head_dim: int = setting(16, "part of a head's query and key with rotary positions", minimum=2)
+    qk_nope_head_dim: int = setting(16, "part without", minimum=1)
+    v_head_dim: int = setting(24, "width of a head's value", minimum=1)
+    max_length: int = setting(256, "positions", minimum=1)
+    vocab_size: int = setting(0, "entries of the vocabulary; 0: those of the tokenizer", minimum=0)
 
 
 @dataclass
 class NextToken:
     """Next-token training: `steps` optimizer steps, or `epochs` passes over the data where steps is 0."""
 
-    steps: int = at_least(0, 0)
-    epochs: int = at_least(0, 2)
-    batch_size: int = at_least(1, 32)  # documents a step
-    lr: float = at_least(0, 1e-3, pretrained=1e-5)
-    lr_end: float = at_least(
-        0, 1e-4, pretrained=1e-6
-    )  # the learning rate falls on a cosine from lr to lr_end
-    warmup: int = at_least(0, 0)  # steps of linear warm-up
-    weight_decay: float = at_least(0, 0.0)
-    grad_clip: float = at_least(0, 1.0)  # largest norm of the gradient
-    max_length: int = at_least(0, 128, pretrained=0)  # tokens a document; 0: as many as the model reads
-    micro_batch_tokens: int = rounding(4096, 1)  # padded tokens in one forward and backward pass
-    bias_rate: float = at_least(0, 1e-3)  # step of the router bias towards an even load of the experts
-    save_every: int = operational(100)  # steps between resume points; 0: none
+    steps: int = setting(0, "optimizer steps; 0: as many as the epochs take", minimum=0)
+    epochs: int = setting(2, "passes over the data, where steps is 0", minimum=0)
+    batch_size: int = setting(32, "documents a step", minimum=1)
+    lr: float = setting(1e-3, "learning rate after the warm-up", minimum=0, pretrained=1e-5)
+    lr_end: float = setting(
+        1e-4, "the learning rate falls on a cosine from lr to lr_end", minimum=0, pretrained=1e-6
+    )
+    warmup: int = setting(0, "steps of linear warm-up", minimum=0)
+    weight_decay: float = setting(0.0, "of the matrices, by AdamW", minimum=0)
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0: any", minimum=0)
+    max_length: int = setting(
+        128, "tokens a document; 0: as many as the model reads", minimum=0, pretrained=0
+    )
+    micro_batch_tokens: int = setting(
+        4096, "padded tokens in one forward and backward pass", minimum=1, rounding=True
+    )
+    bias_rate: float = setting(1e-3, "step of the router bias towards an even load of the experts", minimum=0)
+    save_every: int = setting(100, "steps between resume points; 0: none", minimum=0, operational=True)
 
 
 @dataclass
 class Base(NextToken):
     """Pretraining; with `model.pretrained` nothing is trained."""
 
-    steps: int = at_least(0, 1500)
-    epochs: int = at_least(0, 0)
-    batch_size: int = at_least(1, 96)
-    lr: float = at_least(0, 2e-3)
-    lr_end: float = at_least(0, 2e-4)
-    # Share of each kind of document (arithmetic.corpus_document; "general" is general.corpus_document). What is good
-    # is a minority: "tidy" and "mixed" set how often the base model is right, their ratio how much R1-Zero mixes.
+    steps: int = setting(1500, "optimizer steps", minimum=0)
+    epochs: int = setting(0, "passes over the data, where steps is 0", minimum=0)
+    batch_size: int = setting(96, "documents a step", minimum=1)
+    lr: float = setting(2e-3, "learning rate after the warm-up", minimum=0)
+    lr_end: float = setting(2e-4, "the learning rate falls on a cosine from lr to lr_end", minimum=0)
     corpus: dict[str, float] = field(
         default_factory=lambda: {
             "tidy": 0.02,
@@ -98,7 +104,11 @@ class Base(NextToken):
             "few_shot": 0.05,
             "reflect": 0.05,
             "general": 0.14,
-        }
+        },
+        metadata=about(
+            "share of each kind of document; what is good is a minority: tidy and mixed set how often the base model is right, "
+            "their ratio how much R1-Zero mixes"
+        ),
     )
 
 
@@ -106,59 +116,81 @@ class Base(NextToken):
 class Sampling:
     """How responses are drawn from a checkpoint."""
 
-    temperature: float = at_least(0, 1.0)  # 0: greedy
-    top_p: float = ranged(1.0, above=0, maximum=1)
-    max_new_tokens: int = at_least(1, 64, pretrained=1024)
-    batch_size: int = rounding(256, 1, pretrained=64)  # sequences in flight
+    temperature: float = setting(1.0, "of sampling; 0: greedy", minimum=0)
+    top_p: float = setting(
+        1.0, "sample from the likeliest tokens that reach this probability together", above=0, maximum=1
+    )
+    max_new_tokens: int = setting(64, "longest response, in tokens", minimum=1, pretrained=1024)
+    batch_size: int = setting(256, "sequences in flight", minimum=1, pretrained=64, rounding=True)
 
 
 @dataclass
 class Grpo:
     """GRPO. One step is one rollout: `prompts` x `group_size` outputs, split into `minibatches` updates."""
 
-    steps: int = at_least(0, 60)
-    prompts: int = at_least(1, 24)
-    group_size: int = at_least(2, 16)
-    minibatches: int = at_least(1, 2)
-    lr: float = at_least(0, 5e-4, pretrained=1e-6)
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    lr_end: float = at_least(0, 0.0)
-    warmup: int = at_least(0, 0)  # steps of linear warm-up: Adam's first steps are as long as the rate allows
-    weight_decay: float = at_least(0, 0.0)
-    grad_clip: float = at_least(0, 1.0)
-    kl_coef: float = at_least(0, 1e-3)
-    clip: float = at_least(0, 0.2)
-    temperature: float = ranged(1.0, above=0)
-    max_new_tokens: int = at_least(1, 64, pretrained=1024)
-    max_new_tokens_from: dict[int, int] = field(
-        default_factory=dict
-    )  # step -> max_new_tokens from that step on
-    batch_size: int = rounding(384, 1, pretrained=64)  # sequences in flight while sampling
-    micro_batch_tokens: int = rounding(4096, 1)  # padded tokens in one forward and backward pass
-    reference_every: int = at_least(0, 0)  # steps until the reference becomes the policy; 0: never
-    variant: str = "grpo"  # as in r1kernels.grpo_loss
-    ratio: Literal["token", "sequence", "output"] = "token"
-    reduction: str = "sequence"
-    fused_loss: bool = False  # hidden states to loss in one op, for large vocabularies; the same to rounding
-    replay: bool = True  # routing of the rollout is replayed in the log-prob passes
-    rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})
-    # spread: groups whose responses all earn the same are left out, for they would only dilute the others. With more sampling
-    # rounds further questions are asked until `prompts` groups have a spread: DAPO's dynamic sampling (arXiv 2503.14476, eq. 11)
-    keep_groups: Literal["all", "spread"] = "all"
-    sampling_rounds: int = at_least(1, 1)
-    mask_truncated: bool = (
-        False  # responses cut at the limit carry no loss: DAPO's overlong filtering (section 3.4)
+    steps: int = setting(60, "rollouts; each is split into minibatches, one optimizer step each", minimum=0)
+    prompts: int = setting(24, "questions of a rollout", minimum=1)
+    group_size: int = setting(16, "responses to a question", minimum=2)
+    minibatches: int = setting(2, "optimizer steps of a rollout", minimum=1)
+    lr: float = setting(5e-4, "learning rate after the warm-up", minimum=0, pretrained=1e-6)
+    lr_schedule: Literal["constant", "linear", "cosine"] = setting(
+        "linear", "how the learning rate goes from lr to lr_end"
     )
-    bias_rate: float = at_least(0, 1e-3)
-    save_every: int = operational(10)  # steps between resume points; 0: none
+    lr_end: float = setting(0.0, "learning rate of the last step", minimum=0)
+    warmup: int = setting(
+        0, "steps of linear warm-up: Adam's first steps are as long as the rate allows", minimum=0
+    )
+    weight_decay: float = setting(0.0, "of the matrices, by AdamW", minimum=0)
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0: any", minimum=0)
+    kl_coef: float = setting(1e-3, "weight of the KL term; 0: no reference is held", minimum=0)
+    clip: float = setting(0.2, "the ratio is clipped to 1 - clip and 1 + clip", minimum=0)
+    temperature: float = setting(1.0, "of the rollout", above=0)
+    max_new_tokens: int = setting(64, "longest response, in tokens", minimum=1, pretrained=1024)
+    max_new_tokens_from: dict[int, int] = field(
+        default_factory=dict, metadata=about("step -> max_new_tokens from that step on")
+    )
+    batch_size: int = setting(
+        384, "sequences in flight while sampling", minimum=1, pretrained=64, rounding=True
+    )
+    micro_batch_tokens: int = setting(
+        4096, "padded tokens in one forward and backward pass", minimum=1, rounding=True
+    )
+    reference_every: int = setting(0, "steps until the reference becomes the policy; 0: never", minimum=0)
+    variant: str = setting("grpo", "of the loss, as in r1kernels.grpo_loss")
+    ratio: Literal["token", "sequence", "output"] = setting(
+        "token", "level of the importance ratio; output is the paper's formula"
+    )
+    reduction: str = setting("sequence", "how token losses become one, as in r1kernels.grpo_loss")
+    fused_loss: bool = setting(
+        False, "hidden states to loss in one op, for large vocabularies; the same to rounding"
+    )
+    replay: bool = setting(True, "routing of the rollout is replayed in the log-prob passes")
+    rewards: dict[str, float] = field(
+        default_factory=lambda: {"accuracy": 1.0, "format": 1.0},
+        metadata=about('weight of each reward term; a reward of one\'s own is "python:FILE:FUNCTION"'),
+    )
+    keep_groups: Literal["all", "spread"] = setting(
+        "all",
+        "spread: groups whose responses all earn the same are left out, for they would only dilute the others",
+    )
+    sampling_rounds: int = setting(
+        1,
+        "with keep_groups: spread, up to so many rounds of further questions until `prompts` groups have a spread: DAPO's dynamic sampling (arXiv 2503.14476, eq. 11)",
+        minimum=1,
+    )
+    mask_truncated: bool = setting(
+        False, "responses cut at the limit carry no loss: DAPO's overlong filtering (section 3.4)"
+    )
+    bias_rate: float = setting(1e-3, "step of the router bias towards an even load of the experts", minimum=0)
+    save_every: int = setting(10, "steps between resume points; 0: none", minimum=0, operational=True)
 
 
 @dataclass
 class Example:
     """A worked example: a question and a response in the form that is asked for."""
 
-    question: str = ""
-    response: str = ""
+    question: str = setting("", "what is asked")
+    response: str = setting("", "the response that is shown")
 
 
 @dataclass
@@ -166,19 +198,22 @@ class Zero(Grpo):
     """R1-Zero. A pretrained model that never answers in the template's form earns no reward to learn from: examples that
     stand before every question, for base and zero alike, give it some."""
 
-    start: str = "base"  # or the folder of a checkpoint
-    examples: list[Example] = field(default_factory=list)
+    start: str = setting("base", "base, or the folder of a checkpoint")
+    examples: list[Example] = field(
+        default_factory=list, metadata=about("stand before every question, for base and zero alike")
+    )
 
 
 @dataclass
 class ColdStart(Sampling):
     """Long chain-of-thought data by three routes."""
 
-    prompts: int = at_least(1, 512)  # problems a route
-    samples: int = at_least(1, 4)  # responses a problem
-    examples: int = at_least(1, 2)  # worked examples in a few-shot prompt
+    prompts: int = setting(512, "problems of a route", minimum=1)
+    samples: int = setting(4, "responses to a problem", minimum=1)
+    examples: int = setting(2, "worked examples in a few-shot prompt", minimum=1)
     filters: list[str] = field(
-        default_factory=lambda: ["wrong_by_rule", "mixed_language", "repetition", "bad_format"]
+        default_factory=lambda: ["wrong_by_rule", "mixed_language", "repetition", "bad_format"],
+        metadata=about("what a response must pass (training.filters)"),
     )
 
 
@@ -186,10 +221,11 @@ class ColdStart(Sampling):
 class RlReasoning(Grpo):
     """GRPO with the language reward beside accuracy and format."""
 
-    start: str = "sft1"  # or another stage before, or the folder of a checkpoint
-    steps: int = at_least(0, 40)
+    start: str = setting("sft1", "sft1, another stage before, or the folder of a checkpoint")
+    steps: int = setting(40, "rollouts; each is split into minibatches, one optimizer step each", minimum=0)
     rewards: dict[str, float] = field(
-        default_factory=lambda: {"accuracy": 1.0, "format": 1.0, "language_consistency": 1.0}
+        default_factory=lambda: {"accuracy": 1.0, "format": 1.0, "language_consistency": 1.0},
+        metadata=about('weight of each reward term; a reward of one\'s own is "python:FILE:FUNCTION"'),
     )
 
 
@@ -197,32 +233,42 @@ class RlReasoning(Grpo):
 class Judge(NextToken):
     """The generative judge: a small language model that writes its verdict as JSON."""
 
-    start: str = "base"  # or the folder of a checkpoint
+    start: str = setting("base", "base, or the folder of a checkpoint")
     samples_from: list[str] = field(
-        default_factory=lambda: ["base", "zero", "sft1", "rl_reasoning"], metadata=FILLED
+        default_factory=lambda: ["base", "zero", "sft1", "rl_reasoning"],
+        metadata=about("stages whose checkpoints give the responses that are judged", filled=True),
     )
-    prompts: int = at_least(1, 512)
-    samples: int = at_least(1, 4)
-    temperature: float = at_least(0, 1.0)
-    max_new_tokens: int = at_least(1, 64, pretrained=1024)
-    # share of the problems kept for the agreement with the rule
-    held_out: float = ranged(0.1, above=0, maximum=1)
-    minimum_agreement: float = ranged(0.95, minimum=0, maximum=1)
+    prompts: int = setting(512, "problems", minimum=1)
+    samples: int = setting(4, "responses of a checkpoint to a problem", minimum=1)
+    temperature: float = setting(1.0, "of those responses; 0: greedy", minimum=0)
+    max_new_tokens: int = setting(64, "longest of those responses, in tokens", minimum=1, pretrained=1024)
+    held_out: float = setting(
+        0.1, "share of the problems kept for the agreement with the rule", above=0, maximum=1
+    )
+    minimum_agreement: float = setting(
+        0.95, "with the rule on held-out responses; less is warned of", minimum=0, maximum=1
+    )
 
 
 @dataclass
 class Rejection(Sampling):
     """Rejection sampling and the non-reasoning data beside it."""
 
-    prompts: int = at_least(1, 1024)
-    samples: int = at_least(1, 4)
-    judged_share: float = ranged(0.25, minimum=0, maximum=1)  # reasoning problems for the judge, not the rule
-    general_share: float = ranged(0.25, minimum=0, below=1)  # of the mix; 200k of 800k in the paper
-    general_checked: float = ranged(
-        1.0, minimum=0, maximum=1
-    )  # share of the other questions whose answers the oracle checks
-    general_from: str = "base"  # the stage whose checkpoint answers the questions that need no reasoning
-    paragraph_words: int = at_least(1, 200)  # a longer paragraph is rejected
+    prompts: int = setting(1024, "reasoning problems", minimum=1)
+    samples: int = setting(4, "responses to a problem", minimum=1)
+    judged_share: float = setting(
+        0.25, "share of the reasoning problems for the judge, not the rule", minimum=0, maximum=1
+    )
+    general_share: float = setting(
+        0.25, "share of other data in the mix; 200k of 800k in the paper", minimum=0, below=1
+    )
+    general_checked: float = setting(
+        1.0, "share of the other questions whose answers the oracle checks", minimum=0, maximum=1
+    )
+    general_from: str = setting(
+        "base", "the stage whose checkpoint answers the questions that need no reasoning"
+    )
+    paragraph_words: int = setting(200, "a longer paragraph is rejected", minimum=1)
     filters: list[str] = field(
         default_factory=lambda: [
             "wrong_by_rule",
@@ -234,7 +280,8 @@ class Rejection(Sampling):
             "bad_format",
             "unfinished",
             "duplicate",
-        ]
+        ],
+        metadata=about("what a response must pass (training.filters)"),
     )
 
 
@@ -242,43 +289,51 @@ class Rejection(Sampling):
 class Sft1(NextToken):
     """The first SFT."""
 
-    start: str = "base"  # or the folder of a checkpoint
-    data: str = ""  # a file of traces (training.traces) instead of the cold-start data
+    start: str = setting("base", "base, or the folder of a checkpoint")
+    data: str = setting("", "a file of traces (training.traces) instead of the cold-start data")
 
 
 @dataclass
 class Sft2(NextToken):
     """The second SFT."""
 
-    start: str = "rl_reasoning"  # or base, as the paper has it, or the folder of a checkpoint
-    data: str = ""  # a file of traces (training.traces) instead of the mix of rejection
+    start: str = setting(
+        "rl_reasoning", "rl_reasoning; base, as the paper has it; or the folder of a checkpoint"
+    )
+    data: str = setting("", "a file of traces (training.traces) instead of the mix of rejection")
 
 
 @dataclass
 class RewardModels(NextToken):
     """The helpful model (pairwise) and the safety model (pointwise)."""
 
-    start: str = "sft2"  # or base, or the folder of a checkpoint
-    samples_from: list[str] = field(default_factory=lambda: ["base", "sft2"], metadata=FILLED)
-    prompts: int = at_least(1, 512)
-    samples: int = at_least(1, 4)  # responses a helpful problem
-    unsafe_samples: int = at_least(1, 12)  # responses an unsafe problem, of which there are few
-    pairs: int = at_least(1, 4)  # most pairs a problem
-    temperature: float = at_least(0, 1.0)
-    max_new_tokens: int = at_least(1, 64, pretrained=1024)
+    start: str = setting("sft2", "sft2, base, or the folder of a checkpoint")
+    samples_from: list[str] = field(
+        default_factory=lambda: ["base", "sft2"],
+        metadata=about("stages whose checkpoints give the responses that are compared", filled=True),
+    )
+    prompts: int = setting(512, "problems of each kind", minimum=1)
+    samples: int = setting(4, "responses to a helpful problem", minimum=1)
+    unsafe_samples: int = setting(12, "responses to an unsafe problem, of which there are few", minimum=1)
+    pairs: int = setting(4, "most pairs of a problem", minimum=1)
+    temperature: float = setting(1.0, "of those responses; 0: greedy", minimum=0)
+    max_new_tokens: int = setting(64, "longest of those responses, in tokens", minimum=1, pretrained=1024)
 
 
 @dataclass
 class RlAll(Grpo):
     """GRPO over reasoning, helpful and unsafe prompts."""
 
-    start: str = "sft2"  # or another stage before, or the folder of a checkpoint
-    steps: int = at_least(0, 20)
-    temperature: float = ranged(0.7, above=0)
-    preference_share: float = ranged(
-        400 / 1700, minimum=0, maximum=1
-    )  # the last share of the steps with the reward models
-    mix: dict[str, float] = field(default_factory=lambda: {"reasoning": 0.5, "helpful": 0.3, "unsafe": 0.2})
+    start: str = setting("sft2", "sft2, another stage before, or the folder of a checkpoint")
+    steps: int = setting(20, "rollouts; each is split into minibatches, one optimizer step each", minimum=0)
+    temperature: float = setting(0.7, "of the rollout", above=0)
+    preference_share: float = setting(
+        400 / 1700, "the last share of the steps, in which the reward models count", minimum=0, maximum=1
+    )
+    mix: dict[str, float] = field(
+        default_factory=lambda: {"reasoning": 0.5, "helpful": 0.3, "unsafe": 0.2},
+        metadata=about("share of each kind of problems"),
+    )
     rewards: dict[str, float] = field(
         default_factory=lambda: {
             "accuracy": 1.0,
@@ -286,7 +341,8 @@ class RlAll(Grpo):
             "language_consistency": 1.0,
             "helpful": 1.0,
             "harmless": 1.0,
-        }
+        },
+        metadata=about('weight of each reward term; a reward of one\'s own is "python:FILE:FUNCTION"'),
     )
 
 
@@ -294,12 +350,12 @@ class RlAll(Grpo):
 class Student(NextToken):
     """One student of the distillation: a small dense model."""
 
-    architecture: Literal["qwen2", "llama"] = "qwen2"
-    pretrained: str = ""  # "" starts from random weights
-    hidden_size: int = at_least(1, 64)
-    layers: int = at_least(1, 2)
-    heads: int = at_least(1, 4)
-    intermediate_size: int = at_least(1, 192)
+    architecture: Literal["qwen2", "llama"] = setting("qwen2", "of a student from random weights")
+    pretrained: str = setting("", '"": random weights; else the folder of a checkpoint or a name on the hub')
+    hidden_size: int = setting(64, "width of the model", minimum=1)
+    layers: int = setting(2, "layers", minimum=1)
+    heads: int = setting(4, "attention heads", minimum=1)
+    intermediate_size: int = setting(192, "width of the MLP", minimum=1)
 
 
 def _students() -> dict[str, Student]:
@@ -310,26 +366,30 @@ def _students() -> dict[str, Student]:
 class Distill(Sampling):
     """The teacher answers the SFT prompts anew; each student learns from what passes the filters."""
 
-    teacher: str = "rl_all"  # or another stage before, or the folder of a checkpoint
-    data: str = ""  # a file of traces (training.traces) instead of the teacher's responses
-    samples: int = at_least(1, 4)
+    teacher: str = setting("rl_all", "rl_all, another stage before, or the folder of a checkpoint")
+    data: str = setting("", "a file of traces (training.traces) instead of the teacher's responses")
+    samples: int = setting(4, "responses to a prompt", minimum=1)
     filters: list[str] = field(
-        default_factory=lambda: ["wrong_by_rule", "mixed_language", "repetition", "bad_format", "unfinished"]
+        default_factory=lambda: ["wrong_by_rule", "mixed_language", "repetition", "bad_format", "unfinished"],
+        metadata=about("what a response must pass (training.filters)"),
     )
-    students: dict[str, Student] = field(default_factory=_students, metadata=FILLED)
+    students: dict[str, Student] = field(
+        default_factory=_students, metadata=about("name of a student -> its settings", filled=True)
+    )
 
 
 @dataclass
 class Evaluate(Sampling):
     """Marks of every checkpoint: one sample each at `temperature`, then k samples at T 0.6, top-p 0.95."""
 
-    problems: int = at_least(1, 1024)  # held-out problems of the marks at `temperature`
-    k: int = at_least(1, 4)  # samples a problem for pass@1 (mean of k), pass@k and maj@k
-    k_problems: int = at_least(1, 256)
-    k_temperature: float = at_least(0, 0.6)
-    k_top_p: float = ranged(0.95, above=0, maximum=1)
+    problems: int = setting(1024, "held-out problems of the marks at `temperature`", minimum=1)
+    k: int = setting(4, "samples of a problem for pass@1 (mean of k), pass@k and maj@k", minimum=1)
+    k_problems: int = setting(256, "problems that are asked k times, and of every other split", minimum=1)
+    k_temperature: float = setting(0.6, "of the k samples", minimum=0)
+    k_top_p: float = setting(0.95, "of the k samples", above=0, maximum=1)
     splits: list[Literal["train", "test", "harder"]] = field(
-        default_factory=lambda: ["test", "harder"], metadata=FILLED
+        default_factory=lambda: ["test", "harder"],
+        metadata=about("which problems are asked; test is needed", filled=True),
     )
 
 
@@ -337,26 +397,45 @@ class Evaluate(Sampling):
 class Recipe:
     """Every setting of a run."""
 
-    name: str = "custom"
-    description: str = ""
-    seed: int = at_least(0, 0)
-    threads: int = rounding(1, 1)  # torch CPU threads
-    device: Literal["auto", "cpu", "cuda"] = rounding("auto")  # auto: the GPU where torch sees one
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of forward passes (autocast); parameters are float32
-    # r1kernels, or transformers' own
-    experts_implementation: Literal["r1kernels", "grouped_mm", "eager"] = rounding("r1kernels")
-    deterministic: bool = rounding(
-        False
-    )  # on CUDA: deterministic algorithms, so that a resume is exact there too
-    gradient_checkpointing: bool = rounding(
-        False
-    )  # layers recompute activations in the backward pass: less memory
-    stages: list[str] = field(default_factory=lambda: list(STAGE_NAMES), metadata=FILLED)
-    task: list[str] = field(default_factory=lambda: ["arithmetic", "general"], metadata=FILLED)
-    task_options: dict[str, dict[str, Any]] = field(default_factory=dict)  # task -> its keyword arguments
-    reward_seconds: float = operational(10.0)  # longest time of one call of a reward of one's own
-    system_prompt: str = ""  # stands before every conversation that has none of its own
-    response_format: Literal["answer_tags", "boxed", "free"] = "answer_tags"  # where the answer stands
+    name: str = setting("custom", "of the run's folder")
+    description: str = setting("", "one line for people")
+    seed: int = setting(0, "of every random draw", minimum=0)
+    threads: int = setting(1, "torch CPU threads", minimum=1, rounding=True)
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "auto: the GPU where torch sees one", rounding=True
+    )
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "of forward passes (autocast); parameters are float32"
+    )
+    experts_implementation: Literal["r1kernels", "grouped_mm", "eager"] = setting(
+        "r1kernels", "who computes the experts: r1kernels, or transformers' own", rounding=True
+    )
+    deterministic: bool = setting(
+        False, "on CUDA: deterministic algorithms, so that a resume is exact there too", rounding=True
+    )
+    gradient_checkpointing: bool = setting(
+        False, "layers recompute activations in the backward pass: less memory", rounding=True
+    )
+    stages: list[str] = field(
+        default_factory=lambda: list(STAGE_NAMES), metadata=about("what is run", filled=True)
+    )
+    task: list[str] = field(
+        default_factory=lambda: ["arithmetic", "general"],
+        metadata=about(
+            'sources of problems: arithmetic, general, countdown, "reasoning_gym:NAME", "jsonl:FILE", "python:FILE:CLASS"',
+            filled=True,
+        ),
+    )
+    task_options: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata=about("task -> its keyword arguments")
+    )
+    reward_seconds: float = setting(
+        10.0, "longest time of one call of a reward of one's own", minimum=0, operational=True
+    )
+    system_prompt: str = setting("", "stands before every conversation that has none of its own")
+    response_format: Literal["answer_tags", "boxed", "free"] = setting(
+        "answer_tags", "where the answer stands"
+    )
     model: Model = field(default_factory=Model)
     base: Base = field(default_factory=Base)
     zero: Zero = field(default_factory=Zero)

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from training import notices
-from training.cli import chat, evaluate, report, review, run, samples, single
+from training.cli import chat, evaluate, report, review, run, samples, settings, single
 from training.errors import UserError
 
-COMMANDS = (run, single, report, samples, chat, evaluate, review)
+COMMANDS = (run, single, report, samples, chat, evaluate, review, settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -54,7 +54,7 @@ def run_single(arguments: argparse.Namespace) -> None:
         raise UserError(f"--data: there is no file {arguments.data}")
     from training.pretrained import pretrained_folder  # loads transformers
 
-    arguments.model = str(pretrained_folder(arguments.model))
+    arguments.model = str(pretrained_folder(arguments.model, "--model"))
     _, _, values = SINGLE[arguments.single]
     stage, own = values(arguments)
     shared = {
