@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/element.h"
+
 namespace r1kernels {
 
 __device__ inline float to_float(float value) { return value; }
@@ -22,6 +24,17 @@ template <>
 __device__ inline __half from_float<__half>(float value) { return __float2half_rn(value); }
 template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
+
+// run(a value of the scalar type that `element` names)
+template <class Run>
+int with_scalar(Element element, Run run) {
+    switch (element) {
+        case Element::float32: return run(float{});
+        case Element::float16: return run(__half{});
+        case Element::bfloat16: return run(__nv_bfloat16{});
+        default: return cudaErrorInvalidValue;
+    }
+}
 
 // The vectors that one instruction moves.
 template <int kBytes>

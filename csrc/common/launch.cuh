@@ -8,6 +8,8 @@
 
 namespace r1kernels {
 
+inline int64_t divide_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
+
 // Enqueues kernel(arguments...) on a one-dimensional grid and returns cudaGetLastError(). A grid holds at most 2^31 - 1
 // blocks: a kernel strides over its rows by gridDim.x. Nothing is launched for no blocks. A block gets 48 KB of shared
 // memory unasked; more has to be asked for, on every device anew.

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "common/element.h"
+
 // Absent from a CPU build of torch: null there.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
@@ -43,6 +45,16 @@ struct Strides {
         }
     }
 };
+
+inline Element element_of(const char* name, const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float: return Element::float32;
+        case ScalarType::BFloat16: return Element::bfloat16;
+        case ScalarType::Half: return Element::float16;
+        default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+    }
+    return Element::float32;
+}
 
 inline int32_t number_of(ScalarType dtype) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)); }
 

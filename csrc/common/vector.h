@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #endif
 
+#include "common/element.h"
+
 namespace r1kernels::R1KERNELS_ISA {
 
 #if defined(__AVX512F__)
@@ -30,6 +32,16 @@ typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
+
+// Calls function(T{}) for the element type T.
+template <typename Function>
+inline void with_element(Element element, const Function& function) {
+    switch (element) {
+        case Element::float32: return function(float{});
+        case Element::bfloat16: return function(BFloat16{});
+        case Element::float16: return function(Float16{});
+    }
+}
 
 constexpr float kInfinity = __builtin_inff();
 

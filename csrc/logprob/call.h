@@ -9,14 +9,14 @@
 
 #include <cstdint>
 
-extern "C" {
+#include "common/element.h"
 
-enum R1kernelsDtype { R1KERNELS_FLOAT32 = 0, R1KERNELS_FLOAT16 = 1, R1KERNELS_BFLOAT16 = 2 };
+extern "C" {
 
 // What forward and backward share.
 struct R1kernelsTokenLogprobs {
-    const void* logits;                          // (B, T, V) of `dtype`
-    int32_t dtype;                               // an R1kernelsDtype
+    const void* logits;                          // (B, T, V) of `element`
+    r1kernels::Element element;
     int64_t batch, tokens, vocabulary;           // B, T, V; B * T may be 0
     int64_t batch_stride, token_stride;          // in elements; 0 for expanded logits
     const int64_t* targets;                      // (B * T), columns of the whole vocabulary

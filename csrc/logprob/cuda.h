@@ -27,11 +27,11 @@ int64_t r1kernels_token_logprobs_cuda_workspace(const R1kernelsTokenLogprobs* ca
 int r1kernels_token_logprobs_cuda(const R1kernelsTokenLogprobs* call, const R1kernelsLogprobOutputs* to,
                                   float* workspace, void* stream);
 
-// grad_logits (B, T, V) with its own strides on B and T, of the logits' dtype or, of float32 logits, any. It may be the
-// logits themselves (the same pointer, strides and dtype), which are then overwritten.
+// grad_logits (B, T, V) with its own strides on B and T, of the logits' element type or, of float32 logits, any. It may be the
+// logits themselves (the same pointer, strides and type), which are then overwritten.
 int r1kernels_token_logprobs_cuda_backward(const R1kernelsTokenLogprobs* call, const R1kernelsLogprobGradients* from,
-                                           void* grad_logits, int32_t grad_dtype, int64_t grad_batch_stride,
-                                           int64_t grad_token_stride, void* stream);
+                                           void* grad_logits, r1kernels::Element grad_element,
+                                           int64_t grad_batch_stride, int64_t grad_token_stride, void* stream);
 
 // sums (B): those of the values (N) of each completion, in a fixed order. Completion i is the tokens
 // [cu_seqlens[i], cu_seqlens[i + 1]), or N / B tokens each where cu_seqlens (B + 1) is null; NaN where these bounds do
@@ -42,8 +42,5 @@ int r1kernels_completion_sums_cuda(const float* values, int64_t tokens, const in
 // numbers (N): the completion of each token; -1 where no completion holds it.
 int r1kernels_completion_numbers_cuda(const int64_t* cu_seqlens, int64_t completions, int64_t tokens, int32_t* numbers,
                                       void* stream);
-
-// The text of an error code that a launcher returned.
-const char* r1kernels_cuda_error(int code);
 
 }  // extern "C"

@@ -15,17 +15,6 @@ inline bool is_transformed(const R1kernelsTokenLogprobs& call) {
     return call.bias != nullptr || call.logit_scale != 1.0f || call.softcap != 0.0f;
 }
 
-// run(a value of the scalar type that `dtype` names)
-template <class Run>
-int with_scalar(int32_t dtype, Run run) {
-    switch (dtype) {
-        case R1KERNELS_FLOAT32: return run(float{});
-        case R1KERNELS_FLOAT16: return run(__half{});
-        case R1KERNELS_BFLOAT16: return run(__nv_bfloat16{});
-        default: return cudaErrorInvalidValue;
-    }
-}
-
 // run(the mode as a constant)
 template <class Run>
 int with_mode(bool general, bool entropy, Run run) {

@@ -9,6 +9,7 @@
 
 #include "common/block_reduce.cuh"
 #include "common/elements.cuh"
+#include "common/launch.cuh"
 #include "common/warp.cuh"
 #include "logprob/cuda.h"
 #include "logprob/cuda_sums.cuh"
@@ -40,8 +41,6 @@ struct Partition {
 __device__ inline int piece_length(int64_t begin, int64_t vocabulary) {
     return vocabulary - begin < kPiece ? static_cast<int>(vocabulary - begin) : kPiece;
 }
-
-inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 inline Partition partition_of(const R1kernelsTokenLogprobs& call) {
     Partition partition;

@@ -20,15 +20,15 @@ int launch_backward(const R1kernelsTokenLogprobs& call, const R1kernelsLogprobGr
 }  // namespace
 
 int r1kernels_token_logprobs_cuda_backward(const R1kernelsTokenLogprobs* call, const R1kernelsLogprobGradients* from,
-                                           void* grad_logits, int32_t grad_dtype, int64_t grad_batch_stride,
-                                           int64_t grad_token_stride, void* stream) {
-    return with_scalar(call->dtype, [=](auto zero) {
+                                           void* grad_logits, Element grad_element,
+                                           int64_t grad_batch_stride, int64_t grad_token_stride, void* stream) {
+    return with_scalar(call->element, [=](auto zero) {
         using Scalar = decltype(zero);
         const auto run = [=](auto gradient) {
             return launch_backward<Scalar, decltype(gradient)>(*call, *from, grad_logits, grad_batch_stride,
                                                                grad_token_stride, stream);
         };
-        if constexpr (std::is_same_v<Scalar, float>) return with_scalar(grad_dtype, run);
-        return grad_dtype == call->dtype ? run(zero) : static_cast<int>(cudaErrorInvalidValue);
+        if constexpr (std::is_same_v<Scalar, float>) return with_scalar(grad_element, run);
+        return grad_element == call->element ? run(zero) : static_cast<int>(cudaErrorInvalidValue);
     });
 }

@@ -16,7 +16,7 @@ int r1kernels_token_logprobs_cuda(const R1kernelsTokenLogprobs* call, const R1ke
                                   float* workspace, void* stream) {
     const Partition partition = partition_of(*call);
     const bool general = is_transformed(*call) || to->extra != nullptr;
-    const int code = with_scalar(call->dtype, [=](auto zero) {
+    const int code = with_scalar(call->element, [=](auto zero) {
         using Scalar = decltype(zero);
         return with_mode(general, to->with_entropy, [=](auto mode) {
             return launch(forward_kernel<Scalar, mode()>, blocks_of(partition), kThreads, kWarps * sizeof(Sums), stream,
@@ -24,10 +24,8 @@ int r1kernels_token_logprobs_cuda(const R1kernelsTokenLogprobs* call, const R1ke
         });
     });
     if (code != cudaSuccess || partition.pieces == 1) return code;
-    return with_scalar(call->dtype, [=](auto zero) {
+    return with_scalar(call->element, [=](auto zero) {
         return launch(merge_kernel<decltype(zero)>, divide_up(partition.rows, kWarps), kThreads, 0, stream, *call, *to,
                       partition, workspace);
     });
 }
-
-const char* r1kernels_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -10,32 +10,22 @@ namespace {
 
 static_assert(kMoeBlockRows == kBlockRows && kMoeBlockColumns == kBlockColumns);
 
-// Calls function(T{}) for the element type T.
-template <typename Function>
-void with_element(Element element, const Function& function) {
-    switch (element) {
-        case Element::float32: return function(float{});
-        case Element::bfloat16: return function(BFloat16{});
-        case Element::float16: return function(Float16{});
-    }
-}
-
 Workspace workspace_at(void* base) { return {static_cast<float*>(base)}; }
 
-void product_nt_any(const MoeProduct& product, void* workspace) {
+void product_nt_any(const ProductBlock& product, void* workspace) {
     with_element(product.element, [&](auto zero) { product_nt_of<decltype(zero)>(product, workspace_at(workspace)); });
 }
 
-void product_nn_any(const MoeProduct& product, void* workspace) {
+void product_nn_any(const ProductBlock& product, void* workspace) {
     with_element(product.element, [&](auto zero) { product_nn_of<decltype(zero)>(product, workspace_at(workspace)); });
 }
 
-void product_tn_any(const MoeProduct& product, const MoeRows& b, void* workspace) {
+void product_tn_any(const ProductBlock& product, const BlockRows& b, void* workspace) {
     with_element(product.element,
                  [&](auto zero) { product_tn_of<decltype(zero)>(product, b, workspace_at(workspace)); });
 }
 
-void up(const MoeGateBlock& block, void* workspace) {
+void up(const GateBlock& block, void* workspace) {
     with_element(block.element, [&](auto zero) {
         typedef decltype(zero) T;
         if (block.activation == Activation::silu) {
@@ -46,7 +36,7 @@ void up(const MoeGateBlock& block, void* workspace) {
     });
 }
 
-void gate_backward(const MoeGateBlock& block, void* workspace) {
+void gate_backward(const GateBlock& block, void* workspace) {
     with_element(block.element, [&](auto zero) {
         typedef decltype(zero) T;
         if (block.activation == Activation::silu) {
@@ -57,18 +47,17 @@ void gate_backward(const MoeGateBlock& block, void* workspace) {
     });
 }
 
-void combine(const MoeCombine& call, int64_t first_token, int64_t last_token) {
+void combine(const CombineBlock& call, int64_t first_token, int64_t last_token) {
     with_element(call.element, [&](auto zero) { combine_of<decltype(zero)>(call, first_token, last_token); });
 }
 
-void route(const MoeRouter& call, bool replayed, int64_t* indices, float* weights, void* scratch, int64_t begin,
-           int64_t end) {
+void route(const R1kernelsRoute& call, int64_t* indices, float* weights, void* scratch, int64_t begin, int64_t end) {
     with_element(call.element, [&](auto zero) {
-        route_of<decltype(zero)>(call, replayed, indices, weights, scratch, begin, end);
+        route_of<decltype(zero)>(call, indices, weights, scratch, begin, end);
     });
 }
 
-void route_backward(const MoeRouter& call, const int64_t* indices, const float* grad_weights, void* grad_logits,
+void route_backward(const R1kernelsRoute& call, const int64_t* indices, const float* grad_weights, void* grad_logits,
                     void* scratch, int64_t begin, int64_t end) {
     with_element(call.element, [&](auto zero) {
         route_backward_of<decltype(zero)>(call, indices, grad_weights, grad_logits, scratch, begin, end);

@@ -8,12 +8,12 @@
 #include <cstdint>
 
 #include "common/isa.h"
-#include "moe/element.h"
+#include "moe/call.h"
 
 namespace r1kernels {
 
 // Row r: data + (index ? index[r] : r) * stride elements.
-struct MoeRows {
+struct BlockRows {
     const void* data;
     int64_t stride;
     const int32_t* index;
@@ -24,9 +24,9 @@ constexpr int64_t kMoeBlockColumns = 256;  // the most columns n of a product
 constexpr int64_t kMoeGateColumns = kMoeBlockColumns / 2;  // of I, for the two functions that work on gate and up
 
 // One product of one expert: out (m, n) = A (m, k) times B, or out (m, n) = A^T B of A (k, m) and B (k, n).
-struct MoeProduct {
+struct ProductBlock {
     Element element;
-    MoeRows a;
+    BlockRows a;
     const void* b;        // the first of the rows that take part; of A^T B: see b_rows
     int64_t b_stride;
     int64_t m, n, k;
@@ -36,11 +36,11 @@ struct MoeProduct {
 };
 
 // Rows [0, rows) of one expert and columns [0, columns) of I; pointers are at the first of both.
-struct MoeGateBlock {
+struct GateBlock {
     Element element;
     Activation activation;
     int64_t rows, columns, hidden, intermediate;
-    MoeRows tokens;          // (rows, H): hidden states, or gradients of the output
+    BlockRows tokens;          // (rows, H): hidden states, or gradients of the output
     const void* weight;      // gate_up[e] at its first row (stride H), or down[e] at its first column (stride I)
     void* pre_activation;    // (rows, 2 I), gate then up; null where the forward is not to keep it
     void* activated;         // (rows, I): A; in the backward s A, or null
@@ -50,7 +50,7 @@ struct MoeGateBlock {
 };
 
 // Each token's rows, weighted and added up: out[t] = sum_k weights[t, k] rows[inverse[t, k]] over inverse < limit.
-struct MoeCombine {
+struct CombineBlock {
     Element element;
     const float* rows;
     int64_t rows_stride;
@@ -61,35 +61,26 @@ struct MoeCombine {
     int64_t out_stride;
 };
 
-struct MoeRouter {
-    Element element;
-    const void* logits;  // (T, E), contiguous
-    int64_t experts, top_k, n_group, topk_group;
-    bool softmax, normalize;
-    double scale;
-    const float* bias;   // (E,) or null
-};
-
 struct MoeKernels {
     int64_t workspace;  // bytes that each of the first five functions needs, 64-byte aligned
-    void (*product_nt)(const MoeProduct& product, void* workspace);  // B holds n rows of k elements
-    void (*product_nn)(const MoeProduct& product, void* workspace);  // B holds k rows of n elements
-    void (*product_tn)(const MoeProduct& product, const MoeRows& b, void* workspace);
+    void (*product_nt)(const ProductBlock& product, void* workspace);  // B holds n rows of k elements
+    void (*product_nn)(const ProductBlock& product, void* workspace);  // B holds k rows of n elements
+    void (*product_tn)(const ProductBlock& product, const BlockRows& b, void* workspace);
 
     // The pre-activation, and A = act(gate) * up of its rounded values.
-    void (*up)(const MoeGateBlock& block, void* workspace);
+    void (*up)(const GateBlock& block, void* workspace);
     // dA' = dO W2; from it and the pre-activation s A, <dA', A> and the gradient of the pre-activation.
     // With neither grad_scales nor grad_pre only s A.
-    void (*gate_backward)(const MoeGateBlock& block, void* workspace);
+    void (*gate_backward)(const GateBlock& block, void* workspace);
 
-    void (*combine)(const MoeCombine& call, int64_t first_token, int64_t last_token);
+    void (*combine)(const CombineBlock& call, int64_t first_token, int64_t last_token);
 
-    // Tokens [begin, end): writes weights (T, K), and indices (T, K) unless they are `replayed`.
-    void (*route)(const MoeRouter& call, bool replayed, int64_t* indices, float* weights, void* scratch, int64_t begin,
+    // Tokens [begin, end): writes weights (T, K), and indices (T, K) unless they are replayed and hold that choice.
+    void (*route)(const R1kernelsRoute& call, int64_t* indices, float* weights, void* scratch, int64_t begin,
                   int64_t end);
     // Writes grad_logits (T, E) in the dtype of the logits.
-    void (*route_backward)(const MoeRouter& call, const int64_t* indices, const float* grad_weights, void* grad_logits,
-                           void* scratch, int64_t begin, int64_t end);
+    void (*route_backward)(const R1kernelsRoute& call, const int64_t* indices, const float* grad_weights,
+                           void* grad_logits, void* scratch, int64_t begin, int64_t end);
 };
 
 // Tokens that the router works on together: each takes a step before the next step begins, which gives the processor work

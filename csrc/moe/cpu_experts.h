@@ -15,10 +15,10 @@ namespace {
 constexpr int64_t kFewRows = 24;  // below, packing the weights would cost more than it gains
 
 template <typename T>
-Rows<T> rows_of(const MoeRows& rows) { return {static_cast<const T*>(rows.data), rows.stride, rows.index}; }
+Rows<T> rows_of(const BlockRows& rows) { return {static_cast<const T*>(rows.data), rows.stride, rows.index}; }
 
 template <typename T>
-void store_product(const MoeProduct& product, const float* c) {
+void store_product(const ProductBlock& product, const float* c) {
     for (int64_t row = 0; row < product.m; ++row) {
         const float* from = c + row * kBlockColumns;
         const int64_t at = row * product.out_stride;
@@ -31,7 +31,7 @@ void store_product(const MoeProduct& product, const float* c) {
 }
 
 template <typename T>
-void product_nt_of(const MoeProduct& product, const Workspace& workspace) {
+void product_nt_of(const ProductBlock& product, const Workspace& workspace) {
     const Rows<T> a = rows_of<T>(product.a);
     const T* b = static_cast<const T*>(product.b);
     if (product.m <= kFewRows) {
@@ -44,14 +44,14 @@ void product_nt_of(const MoeProduct& product, const Workspace& workspace) {
 }
 
 template <typename T>
-void product_nn_of(const MoeProduct& product, const Workspace& workspace) {
+void product_nn_of(const ProductBlock& product, const Workspace& workspace) {
     product_nn(rows_of<T>(product.a), product.m, static_cast<const T*>(product.b), product.b_stride, product.n,
                product.k, workspace.product(), kBlockColumns, workspace);
     store_product<T>(product, workspace.product());
 }
 
 template <typename T>
-void product_tn_of(const MoeProduct& product, const MoeRows& b, const Workspace& workspace) {
+void product_tn_of(const ProductBlock& product, const BlockRows& b, const Workspace& workspace) {
     product_tn(rows_of<T>(product.a), 0, product.m, rows_of<T>(b), 0, product.n, product.k,
                static_cast<T*>(product.out), product.out_stride, workspace);
 }
@@ -103,7 +103,7 @@ void store_up_to(T* to, Floats value, int64_t count) {
 // --- forward ---
 
 template <typename T, Activation kActivation>
-void up_of(const MoeGateBlock& block, const Workspace& workspace) {
+void up_of(const GateBlock& block, const Workspace& workspace) {
     const Rows<T> x = rows_of<T>(block.tokens);
     const T* weight = static_cast<const T*>(block.weight);
     const int64_t size = block.hidden, width = block.intermediate;
@@ -134,7 +134,7 @@ void up_of(const MoeGateBlock& block, const Workspace& workspace) {
 // --- backward ---
 
 template <typename T, Activation kActivation>
-void gate_backward_of(const MoeGateBlock& block, const Workspace& workspace) {
+void gate_backward_of(const GateBlock& block, const Workspace& workspace) {
     const int64_t width = block.intermediate;
     const bool product = block.grad_scales || block.grad_pre;
     const float* unscaled = workspace.product();
@@ -169,7 +169,7 @@ void gate_backward_of(const MoeGateBlock& block, const Workspace& workspace) {
 // --- combine ---
 
 template <typename T>
-void combine_of(const MoeCombine& call, int64_t first_token, int64_t last_token) {
+void combine_of(const CombineBlock& call, int64_t first_token, int64_t last_token) {
     for (int64_t token = first_token; token < last_token; ++token) {
         const int32_t* inverse = call.inverse + token * call.top_k;
         const float* weights = call.weights ? call.weights + token * call.top_k : nullptr;

@@ -37,7 +37,7 @@ bool no_softmax(const T* row, int64_t experts) {
 // c v_k / n: v the scores, or e^l, of the chosen, n what they are divided by, NaN where there are no scores; of `count`
 // tokens.
 template <typename T>
-void weigh(const MoeRouter& call, const T* rows, int64_t count, const RouterScratch* scratch, const int64_t* indices,
+void weigh(const R1kernelsRoute& call, const T* rows, int64_t count, const RouterScratch* scratch, const int64_t* indices,
            const bool* undefined, float* weights) {
     const int64_t top_k = call.top_k;
     double largest[kRouterTokens], total[kRouterTokens];
@@ -70,11 +70,11 @@ void weigh(const MoeRouter& call, const T* rows, int64_t count, const RouterScra
 }
 
 template <typename T>
-void route_of(const MoeRouter& call, bool replayed, int64_t* indices, float* weights, void* memory, int64_t begin,
-              int64_t end) {
+void route_of(const R1kernelsRoute& call, int64_t* indices, float* weights, void* memory, int64_t begin, int64_t end) {
     RouterScratch scratch[kRouterTokens];
     for (int64_t token = 0; token < kRouterTokens; ++token) scratch[token] = RouterScratch(call, memory, token);
     const float apart = needed_apart(call);
+    const bool replayed = call.replayed != nullptr;
     const bool chosen_alone = replayed && call.softmax && call.normalize;  // no step before reads the other logits
     for (int64_t token = begin; token < end; token += kRouterTokens) {
         const int64_t count = end - token < kRouterTokens ? end - token : kRouterTokens;
@@ -93,7 +93,7 @@ void route_of(const MoeRouter& call, bool replayed, int64_t* indices, float* wei
 
 // Writes zeros, and at the chosen experts the sums of `values`, in whole vectors, over the places that chose them.
 template <typename T>
-void scatter(const MoeRouter& call, const int64_t* indices, const RouterScratch& scratch, double* values, T* to) {
+void scatter(const R1kernelsRoute& call, const int64_t* indices, const RouterScratch& scratch, double* values, T* to) {
     int32_t* last = scratch.places;
     for (int64_t k = 0; k < call.top_k; ++k) last[indices[k]] = static_cast<int32_t>(k);
     bool twice = false;
@@ -113,7 +113,7 @@ void scatter(const MoeRouter& call, const int64_t* indices, const RouterScratch&
 // Sigmoid: dl_j = c p_j (1 - p_j) g_j, or with n = sum p + 1e-20: c / n (g_j - sum_i g_i p_i / n) p_j (1 - p_j).
 // Softmax over the chosen: dl_j = c w_j (g_j - sum_i g_i w_i), w = e^l / n with n = sum e^l.
 template <typename T>
-void chosen_backward(const MoeRouter& call, const T* rows, int64_t count, const RouterScratch* scratch,
+void chosen_backward(const R1kernelsRoute& call, const T* rows, int64_t count, const RouterScratch* scratch,
                      const int64_t* indices, const float* grads, T* to) {
     const int64_t top_k = call.top_k;
     double largest[kRouterTokens];
@@ -155,7 +155,7 @@ void chosen_backward(const MoeRouter& call, const T* rows, int64_t count, const 
 
 // Softmax over all experts: dl_e = c p_e (sum_{k chose e} g_k - sum_k g_k p_k).
 template <typename T>
-void softmax_backward(const MoeRouter& call, const T* rows, int64_t count, const RouterScratch* scratch,
+void softmax_backward(const R1kernelsRoute& call, const T* rows, int64_t count, const RouterScratch* scratch,
                       const int64_t* indices, const float* grads, T* to) {
     const int64_t top_k = call.top_k, experts = call.experts;
     float largest[kRouterTokens];
@@ -192,7 +192,7 @@ void softmax_backward(const MoeRouter& call, const T* rows, int64_t count, const
 }
 
 template <typename T>
-void route_backward_of(const MoeRouter& call, const int64_t* indices, const float* grad_weights, void* grad_logits,
+void route_backward_of(const R1kernelsRoute& call, const int64_t* indices, const float* grad_weights, void* grad_logits,
                        void* memory, int64_t begin, int64_t end) {
     RouterScratch scratch[kRouterTokens];
     for (int64_t token = 0; token < kRouterTokens; ++token) scratch[token] = RouterScratch(call, memory, token);

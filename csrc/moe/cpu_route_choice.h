@@ -25,7 +25,7 @@ struct RouterScratch {
     int32_t* ordered;  // the places of the candidates, by their ranks
 
     RouterScratch() = default;
-    RouterScratch(const MoeRouter& call, void* base, int64_t token) {
+    RouterScratch(const R1kernelsRoute& call, void* base, int64_t token) {
         const int64_t size = whole_vectors(call.experts > call.top_k ? call.experts : call.top_k) + kLanes;
         wide = static_cast<double*>(base) + token * size * (kRouterBytes / 8);
         slopes = wide + size;
@@ -68,7 +68,7 @@ double exponentials(const T* row, int64_t experts, float largest, float* to) {
 
 // p of all experts, rounded once.
 template <typename T>
-void scores_of(const MoeRouter& call, const T* row, const RouterScratch& scratch) {
+void scores_of(const R1kernelsRoute& call, const T* row, const RouterScratch& scratch) {
     double largest = 0, inverse = 0;
     if (call.softmax) {
         largest = largest_logit(row, call.experts);
@@ -230,7 +230,7 @@ Ints sum_of(Ints a, Ints b) { return keys_of(values_of(a) + values_of(b)); }
 // The keys of up to kLanes groups from group `from` on; the score of a group is for softmax its best value, for sigmoid the
 // sum of its two best ones. A vector may be read from any value on.
 template <typename Vector>
-Ints keys_of_groups(const MoeRouter& call, const Scalar<Vector>* values, int64_t from) {
+Ints keys_of_groups(const R1kernelsRoute& call, const Scalar<Vector>* values, int64_t from) {
     const int64_t size = call.experts / call.n_group;
     const int64_t groups = call.n_group - from < kLanes ? call.n_group - from : kLanes;
     int64_t sets = 1;
@@ -257,7 +257,7 @@ Ints keys_of_groups(const MoeRouter& call, const Scalar<Vector>* values, int64_t
 // Makes the values of the experts outside of the best groups the lowest; returns by how much the score of the last group
 // kept leads those of the others.
 template <typename Vector>
-float keep_best_groups(const MoeRouter& call, const RouterScratch& scratch, Scalar<Vector>* values) {
+float keep_best_groups(const R1kernelsRoute& call, const RouterScratch& scratch, Scalar<Vector>* values) {
     const int64_t groups = whole_vectors(call.n_group), size = call.experts / call.n_group;
     for (int64_t i = 0; i < groups; i += kLanes) store_as(scratch.groups + i, keys_of_groups<Vector>(call, values, i));
     Floats last = highest<Floats>(), next = lowest<Floats>();
@@ -285,7 +285,7 @@ float keep_best_groups(const MoeRouter& call, const RouterScratch& scratch, Scal
 // By how much a selection score may be off that is made of a sigmoid in float32.
 //
 // The sigmoid is off by 2^-22, and with B the largest |bias| both sums p + bias are rounded by (1 + B) 2^-24 at most.
-float selection_error(const MoeRouter& call) {
+float selection_error(const R1kernelsRoute& call) {
     float most = 0;
     for (int64_t expert = 0; call.bias && expert < call.experts; ++expert) {
         const float size = __builtin_fabsf(call.bias[expert]);
@@ -299,12 +299,12 @@ float selection_error(const MoeRouter& call) {
 // Those of a softmax are in the ratio e^(l - l'): logits that differ by 2^-20 have float32 scores that differ, and equal
 // logits have equal ones, as long as the scores are no subnormals: e^-60 / E is none.
 constexpr float kRange = 60.0f;
-float needed_apart(const MoeRouter& call) { return call.softmax ? 0x1p-20f : 2 * selection_error(call); }
+float needed_apart(const R1kernelsRoute& call) { return call.softmax ? 0x1p-20f : 2 * selection_error(call); }
 
 // The values: the logits, or selection scores in float32. False where they do not tell which groups are kept: the sum of
 // two scores, rounded too, may be off by three times their error.
 template <typename T>
-bool values_of_token(const MoeRouter& call, const T* row, const RouterScratch& scratch, float apart) {
+bool values_of_token(const R1kernelsRoute& call, const T* row, const RouterScratch& scratch, float apart) {
     float* values = scratch.scores;
     Floats total = {};
     for (int64_t i = 0; i < call.experts; i += kLanes) {
@@ -322,7 +322,7 @@ bool values_of_token(const MoeRouter& call, const T* row, const RouterScratch& s
 
 // The selection scores of the candidates of a sigmoid, rounded from float64.
 template <typename T>
-void exact_scores(const MoeRouter& call, const T* row, const RouterScratch& scratch, int64_t found) {
+void exact_scores(const R1kernelsRoute& call, const T* row, const RouterScratch& scratch, int64_t found) {
     for (int64_t i = 0; i < found; ++i) scratch.scores[i] = to_float(row + scratch.places[i]);
     for (int64_t i = 0; i < found; i += kLanes) {
         const Wide logits = widen(load(scratch.scores + i));
@@ -333,7 +333,7 @@ void exact_scores(const MoeRouter& call, const T* row, const RouterScratch& scra
 
 // Returns whether there are no scores: those of a softmax are NaN if a logit is NaN or +inf.
 template <typename T>
-bool choose_by_scores(const MoeRouter& call, const T* row, const RouterScratch& scratch, int64_t* indices) {
+bool choose_by_scores(const R1kernelsRoute& call, const T* row, const RouterScratch& scratch, int64_t* indices) {
     scores_of(call, row, scratch);
     const bool undefined = call.softmax && scratch.scores[0] != scratch.scores[0];
     for (int64_t i = 0; i < call.experts; i += kLanes) {
@@ -353,7 +353,7 @@ bool choose_by_scores(const MoeRouter& call, const T* row, const RouterScratch& 
 
 // Of `count` tokens; `undefined` becomes true where there are no scores. `apart`: needed_apart(call).
 template <typename T>
-void choose(const MoeRouter& call, const T* rows, int64_t count, const RouterScratch* scratch, float apart,
+void choose(const R1kernelsRoute& call, const T* rows, int64_t count, const RouterScratch* scratch, float apart,
             int64_t* indices, bool* undefined) {
     const bool by_values = !call.softmax || (!call.bias && call.n_group == 1);
     bool known[kRouterTokens];

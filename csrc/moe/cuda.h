@@ -1,34 +1,34 @@
-// Launchers of the grouped products of the MoE ops on CUDA, and what they are called with. Plain C types only.
-//
-// T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows. "Expert order": the
-// rows sorted by expert (sort_by_expert), rows of nobody (sentinels) last. All matrices are contiguous; pointers and row
-// lengths may have any alignment that their element has. A row's result does not depend on other rows.
+// Launchers of the CUDA kernels of the MoE ops. Plain C types only: a caller needs neither nvcc nor a CUDA header.
 //
 // Every launcher enqueues on `stream` (a cudaStream_t) of the current device, does not wait for it, and returns
-// a cudaError_t as an int: 0 is success. Arguments are trusted: the caller has checked them.
+// a cudaError_t as an int: 0 is success. Arguments are trusted: the caller has checked them. Values of indices and offsets
+// are not: an index outside [0, E) is nobody's. A row's result does not depend on other rows.
 #pragma once
 
-#include <cstdint>
+#include <cstddef>
 
-#include "moe/element.h"
+#include "moe/call.h"
 
 extern "C" {
 
-// --- the schedule: which rows belong to whom ---
+// --- the router ---
 
-// Rows [first, end) of one expert, at most tile_rows of them. expert E: rows of nobody; expert -1: no tile.
-struct R1kernelsMoeTile {
-    int32_t expert, first, end, unused;
-};
+// Writes weights (T, K), indices (T, K) and counts (E,).
+int r1kernels_route_cuda(const R1kernelsRoute* call, float* weights, int64_t* indices, int32_t* counts, void* stream);
 
-// Made on the device, from offsets that nobody has looked at: bounds[e] is the largest of offsets[0 .. e], in [0, S].
-struct R1kernelsMoeSchedule {
-    int64_t rows, experts;      // S, E
-    int64_t tile_rows;          // 64 or 128
-    int64_t tile_count;         // the most tiles that any routing needs; those in use come first
-    R1kernelsMoeTile* tiles;    // (tile_count)
-    int32_t* bounds;            // (E + 2): bounds[e] = the first row of e; rows from bounds[E] on are nobody's; then S
-};
+// Writes grad_logits (T, E) of the element of the logits. Groups, bias and `replayed` are not read.
+int r1kernels_route_cuda_backward(const R1kernelsRoute* call, const int64_t* indices, const float* grad_weights,
+                                  void* grad_logits, void* stream);
+
+// --- the order of experts ---
+
+// The bytes of device memory that a call needs until it has run; any contents, 16-byte aligned.
+size_t r1kernels_expert_sort_cuda_workspace(const R1kernelsExpertSort* call);
+
+// One launch for few rows, else three.
+int r1kernels_expert_sort_cuda(const R1kernelsExpertSort* call, void* workspace, void* stream);
+
+// --- grouped products ---
 
 // The rows and the number of tiles, from sizes alone. The caller allocates `tiles` and `bounds`.
 void r1kernels_moe_plan(r1kernels::Element element, int64_t rows, int64_t experts, R1kernelsMoeSchedule* schedule);
@@ -36,72 +36,10 @@ void r1kernels_moe_plan(r1kernels::Element element, int64_t rows, int64_t expert
 // Writes tiles and bounds from offsets (E + 1).
 int r1kernels_moe_schedule_cuda(const R1kernelsMoeSchedule* schedule, const int32_t* offsets, void* stream);
 
-// --- products ---
-
-// Row r in expert order is row (index ? index[r] / divisor : r) of data.
-struct R1kernelsMoeRows {
-    const void* data;
-    const int32_t* index;       // (S), or null
-    int32_t divisor;
-};
-
-enum R1kernelsMoeEpilogue {
-    // out = P
-    R1KERNELS_MOE_STORE = 0,
-    // P (S, 2 I) has the gate, then the up projection: out = P; activated (S, I) = act(gate) * up, of the rounded P
-    R1KERNELS_MOE_UP = 1,
-    // P (S, I) = dA' = dO W2. From it, the pre-activation (g, u), a = act(g) u rounded, and s = scales[order[r]]:
-    //     activated (S, I) = s a    out (S, 2 I) = (s dA' u act'(g), s dA' act(g))    partials = parts of <dA', a>
-    R1KERNELS_MOE_GATE_BACKWARD = 2,
-};
-
-// Of <dA', a>: one sum for so many columns of I, each in a fixed order.
-enum { R1KERNELS_MOE_PART_COLUMNS = 64 };
-
-// P (S, columns): row r of expert e is x[r] weight[e]^T or, not transposed, x[r] weight[e]; float32 accumulators.
-struct R1kernelsMoeProduct {
-    r1kernels::Element element;            // of x, weight, out, activated and pre_activation
-    R1kernelsMoeEpilogue epilogue;
-    r1kernels::Activation activation;
-    int32_t transposed;                    // the layout of weight
-    int32_t clear_rest;                    // the rows of nobody get zeros (P = 0); else they stay as they are
-    R1kernelsMoeRows x;                    // rows of `depth` elements
-    const void* weight;                    // transposed: (E, columns, depth), else (E, depth, columns)
-    int64_t columns, depth;                // of an UP product columns is 2 I, of a GATE_BACKWARD I
-    R1kernelsMoeSchedule schedule;
-    void* out;                             // (S, columns); GATE_BACKWARD: (S, 2 I). null: not asked for (but by STORE)
-    void* activated;                       // (S, I), or null
-    const void* pre_activation;            // (S, 2 I), gate then up
-    const float* scales;                   // (S), in the order before the sort
-    const int32_t* order;                  // (S): the permutation
-    float* partials;                       // (ceil(I / PART_COLUMNS), S), or null
-};
-
 int r1kernels_moe_product_cuda(const R1kernelsMoeProduct* product, void* stream);
-
-// out[e] (m, n) = the sum over the rows r of expert e of left[r]^T right[r]; zeros for an expert without rows.
-struct R1kernelsMoeWeightProduct {
-    r1kernels::Element element;
-    R1kernelsMoeRows left, right;          // rows of m and of n elements
-    int64_t m, n;
-    R1kernelsMoeSchedule schedule;         // bounds alone are read
-    void* out;                             // (E, m, n)
-};
-
 int r1kernels_moe_weight_product_cuda(const R1kernelsMoeWeightProduct* product, void* stream);
 
 // --- sums ---
-
-// out[t] = sum_k weights[t, k] rows[inverse[t * K + k]] in float32, in the order of k; rows of nobody are not read.
-struct R1kernelsMoeCombine {
-    r1kernels::Element element;
-    const void* rows;                      // (S, columns)
-    const int32_t* inverse;                // (T * K)
-    const int32_t* bounds;                 // of the schedule
-    const float* weights;                  // (T, K), or null for 1
-    int64_t tokens, top_k, experts, columns;
-    void* out;                             // (T, columns)
-};
 
 int r1kernels_moe_combine_cuda(const R1kernelsMoeCombine* combine, void* stream);
 

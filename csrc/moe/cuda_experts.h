@@ -5,7 +5,6 @@
 #pragma once
 
 #include "moe/cuda.h"
-#include "moe/cuda_routing.h"
 
 namespace r1kernels {
 

@@ -1,7 +1,7 @@
 // The activation of a gated expert and its slope.
 #pragma once
 
-#include "moe/element.h"
+#include "moe/call.h"
 
 #include <cuda_runtime.h>
 

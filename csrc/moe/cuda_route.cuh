@@ -6,7 +6,7 @@
 
 #include "common/block_reduce.cuh"
 #include "common/elements.cuh"
-#include "moe/cuda_routing.h"
+#include "moe/call.h"
 
 namespace r1kernels::moe {
 

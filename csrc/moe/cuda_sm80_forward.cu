@@ -1,6 +1,5 @@
 // Launchers of the grouped products of the forward, for every architecture from sm_80 on.
-#include "moe/cuda_launch.cuh"
-#include "moe/cuda_products.h"
+#include "moe/cuda_products.cuh"
 
 namespace r1kernels::moe {
 

@@ -1,6 +1,6 @@
 // Launcher of the gradient of the weights, and the choice among the products over rows.
-#include "moe/cuda_launch.cuh"
-#include "moe/cuda_products.h"
+#include "moe/cuda.h"
+#include "moe/cuda_products.cuh"
 
 using namespace r1kernels;
 using namespace r1kernels::moe;

@@ -8,7 +8,7 @@
 
 #include "common/elements.cuh"
 #include "common/mma.cuh"
-#include "moe/cuda.h"
+#include "moe/call.h"
 
 namespace r1kernels::moe {
 

@@ -1,39 +1,14 @@
-// The torch ops grouped_gemm and moe_experts on CUDA: they check what the kernels trust, and allocate. Schemas and fakes
-// stand in r1kernels/moe/ops.py; the shapes are explained there. Indices and offsets are data of the device: nobody looks
-// at them here, the kernels stay in bounds whatever they hold.
+// The torch ops of the MoE family on CUDA: they check what the kernels trust, and allocate. Indices and offsets are data of
+// the device: nobody looks at them here, the kernels stay in bounds whatever they hold.
 #ifdef R1KERNELS_CUDA
 
-#include <tuple>
-
-#include "logprob/cuda.h"  // r1kernels_cuda_error
-#include "moe/checks.h"
+#include "common/cuda_host.h"
 #include "moe/cuda_experts.h"
+#include "moe/ops.h"
 
 namespace r1kernels {
 
 namespace {
-
-// What cuda_experts.h asks for: workspace on the device of `like`, and torch's stream there.
-class Host {
-public:
-    void* const stream;
-
-    explicit Host(const Tensor& like)
-        : stream(current_stream(like.get_device_index())), guard_(like.get_device_index()), like_(like) {}
-
-    Tensor allocate(int64_t bytes) const { return empty_on(like_, {bytes}, ScalarType::Byte); }
-    void check(int code) const { STD_TORCH_CHECK(code == 0, "CUDA: ", r1kernels_cuda_error(code)); }
-
-private:
-    const torch::stable::accelerator::DeviceGuard guard_;
-    const Tensor& like_;
-};
-
-void check_on(const char* name, const Tensor& tensor, const Tensor& like, ScalarType dtype,
-              std::initializer_list<int64_t> sizes) {
-    check(name, tensor, dtype, sizes);
-    STD_TORCH_CHECK(tensor.device() == like.device(), name, ": expected a tensor on the device of the first argument");
-}
 
 // --- grouped_gemm ---
 
@@ -50,7 +25,7 @@ CudaGroupedGemm gemm_of(const Tensor& x, const Tensor& weight, const Tensor& off
 
 Tensor gemm_forward(const Tensor& x, const Tensor& weight, const Tensor& offsets) {
     const CudaGroupedGemm call = gemm_of(x, weight, offsets);
-    Host host(x);
+    const CudaHost host(x);
     const Tensor out = empty_on(x, {call.rows, call.outputs}, x.scalar_type());
     run_forward(host, call, out.data_ptr());
     return out;
@@ -63,7 +38,7 @@ std::tuple<Tensor, Tensor> gemm_backward(const Tensor& grad, const Tensor& x, co
                                          const Tensor& offsets, bool need_x, bool need_weight) {
     const CudaGroupedGemm call = gemm_of(x, weight, offsets);
     check_on("grad", grad, x, x.scalar_type(), {call.rows, call.outputs});
-    Host host(x);
+    const CudaHost host(x);
     const Tensor grad_x = empty_on(x, {need_x ? call.rows : 0, call.inputs}, x.scalar_type());
     const Tensor grad_weight =
         empty_on(x, {need_weight ? call.experts : 0, call.outputs, call.inputs}, x.scalar_type());
@@ -112,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_forward(const Tensor&
     const Tensor inverse = empty_on(x, {rows}, ScalarType::Int);
     const CudaExperts call = experts_of(x, weights, gate_up, down, offsets, permutation, inverse, activation);
     check_on("indices", indices, x, ScalarType::Long, {call.tokens, call.top_k});
-    Host host(x);
+    const CudaHost host(x);
     const Tensor out = empty_on(x, {call.tokens, call.hidden}, x.scalar_type());
     const Tensor pre_activation = empty_on(x, {keep ? rows : 0, 2 * call.intermediate}, x.scalar_type());
     run_forward(host, call, data_of<int64_t>(indices), needed_data(keep, pre_activation), out.data_ptr());
@@ -127,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
     const bool is_kept = kept.size(0) == call.rows();
     check_on("grad", grad, x, x.scalar_type(), {call.tokens, call.hidden});
     check_on("pre_activation", kept, x, x.scalar_type(), {is_kept ? call.rows() : 0, 2 * call.intermediate});
-    Host host(x);
+    const CudaHost host(x);
     const Tensor grad_hidden = empty_on(x, {need_hidden ? call.tokens : 0, call.hidden}, x.scalar_type());
     const Tensor grad_weights = empty_on(x, {need_weights ? call.tokens : 0, call.top_k}, ScalarType::Float);
     const Tensor grad_gate_up =
@@ -140,11 +115,62 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
     return {grad_hidden, grad_weights, grad_gate_up, grad_down};
 }
 
+// --- sort_by_expert ---
+
+std::tuple<Tensor, Tensor, Tensor> sort(const Tensor& indices, int64_t experts) {
+    const int64_t rows = indices.numel();
+    check("indices", indices, ScalarType::Long, {rows});
+    STD_TORCH_CHECK(rows <= INT32_MAX, "indices: expected less than 2^31 entries, got ", rows);
+    STD_TORCH_CHECK(experts >= 1 && experts < INT32_MAX, "experts: expected a number in [1, 2^31 - 1), got ", experts);
+    const CudaHost host(indices);
+    const Tensor offsets = empty_on(indices, {experts + 1}, ScalarType::Int);
+    const Tensor permutation = empty_on(indices, {rows}, ScalarType::Long);
+    const Tensor inverse = empty_on(indices, {rows}, ScalarType::Long);
+    const R1kernelsExpertSort call = {data_of<int64_t>(indices), rows, experts, 1, data_of<int32_t>(offsets),
+                                      permutation.data_ptr(), inverse.data_ptr()};
+    const Tensor workspace = host.allocate(r1kernels_expert_sort_cuda_workspace(&call));
+    host.check(r1kernels_expert_sort_cuda(&call, workspace.data_ptr(), host.stream));
+    return {offsets, permutation, inverse};
+}
+
+// --- route ---
+
+std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, bool softmax,
+                                         const std::optional<Tensor>& bias, int64_t n_group, int64_t topk_group,
+                                         bool normalize, double scale, const std::optional<Tensor>& replayed) {
+    R1kernelsRoute call = router_of(logits, top_k, softmax, normalize, scale);
+    add_choice(call, logits, bias, n_group, topk_group, replayed);
+    constexpr int64_t most = R1KERNELS_ROUTE_MOST_EXPERTS;
+    STD_TORCH_CHECK(replayed || call.experts <= most, "logits: expected at most ", most, " experts, got ", call.experts);
+    const CudaHost host(logits);
+    const Tensor weights = empty_on(logits, {call.tokens, top_k}, ScalarType::Float);
+    const Tensor indices = empty_on(logits, {call.tokens, top_k}, ScalarType::Long);
+    const Tensor counts = empty_on(logits, {call.experts}, ScalarType::Int);
+    host.check(r1kernels_route_cuda(&call, data_of<float>(weights), data_of<int64_t>(indices), data_of<int32_t>(counts),
+                                    host.stream));
+    return {weights, indices, counts};
+}
+
+Tensor route_backward(const Tensor& grad_weights, const Tensor& logits, const Tensor& indices, bool softmax,
+                      bool normalize, double scale) {
+    const R1kernelsRoute call = router_of(logits, indices.size(1), softmax, normalize, scale);
+    check_on("grad_weights", grad_weights, logits, ScalarType::Float, {call.tokens, call.top_k});
+    check_on("indices", indices, logits, ScalarType::Long, {call.tokens, call.top_k});
+    const CudaHost host(logits);
+    const Tensor grad = empty_on(logits, {call.tokens, call.experts}, logits.scalar_type());
+    host.check(r1kernels_route_cuda_backward(&call, data_of<int64_t>(indices), data_of<float>(grad_weights),
+                                             grad.data_ptr(), host.stream));
+    return grad;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(r1kernels, CUDA, library) {
     library.impl("grouped_gemm_cuda", TORCH_BOX(&gemm_forward));
     library.impl("grouped_gemm_cuda_backward", TORCH_BOX(&gemm_backward));
     library.impl("moe_experts_cuda", TORCH_BOX(&experts_forward));
     library.impl("moe_experts_cuda_backward", TORCH_BOX(&experts_backward));
+    library.impl("sort_by_expert_cuda", TORCH_BOX(&sort));
+    library.impl("route_cuda", TORCH_BOX(&route));
+    library.impl("route_cuda_backward", TORCH_BOX(&route_backward));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "common/cuda_sm80_error.cu"
 #include "logprob/cuda_sm80_backward.cu"
 #include "logprob/cuda_sm80_completions.cu"
 #include "logprob/cuda_sm80_forward.cu"
@@ -13,11 +14,11 @@ namespace {
 float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
 
 struct Call : R1kernelsTokenLogprobs {
-    Call(uintptr_t logits, int dtype, int64_t batch, int64_t tokens, int64_t vocabulary, int64_t batch_stride,
+    Call(uintptr_t logits, int element, int64_t batch, int64_t tokens, int64_t vocabulary, int64_t batch_stride,
          int64_t token_stride, uintptr_t targets, uintptr_t temperatures, float temperature, int64_t ignore_index,
          uintptr_t bias, float logit_scale, float softcap, int64_t first, int64_t whole)
         : R1kernelsTokenLogprobs{reinterpret_cast<const void*>(logits),
-                                 dtype,
+                                 static_cast<r1kernels::Element>(element),
                                  batch,
                                  tokens,
                                  vocabulary,
@@ -48,11 +49,12 @@ int forward(const Call& call, bool with_entropy, uintptr_t logp, uintptr_t entro
 }
 
 int backward(const Call& call, uintptr_t logp, uintptr_t stats, uintptr_t grad_logp, uintptr_t grad_entropy,
-             uintptr_t sequences, uintptr_t grad_logits, int grad_dtype, int64_t batch_stride, int64_t token_stride) {
+             uintptr_t sequences, uintptr_t grad_logits, int grad_element, int64_t batch_stride, int64_t token_stride) {
     const R1kernelsLogprobGradients from = {floats(logp), floats(stats), floats(grad_logp), floats(grad_entropy),
                                             reinterpret_cast<const int32_t*>(sequences)};
-    return r1kernels_token_logprobs_cuda_backward(&call, &from, reinterpret_cast<void*>(grad_logits), grad_dtype,
-                                                  batch_stride, token_stride, nullptr);
+    return r1kernels_token_logprobs_cuda_backward(&call, &from, reinterpret_cast<void*>(grad_logits),
+                                                  static_cast<r1kernels::Element>(grad_element), batch_stride,
+                                                  token_stride, nullptr);
 }
 
 int completion_sums(uintptr_t values, int64_t tokens, uintptr_t cu_seqlens, int64_t completions, uintptr_t sums) {

@@ -1,4 +1,4 @@
-"""The launchers of csrc/moe/cuda_routing.h under the host emulator, behind the ops of the backend "cuda" for CPU tensors.
+"""The launchers of csrc/moe/cuda.h under the host emulator, behind the ops of the backend "cuda" for CPU tensors.
 
 Every operand lies between redzones, `offset` elements behind a multiple of 16 bytes; outputs are NaN, or large, before they
 are written.

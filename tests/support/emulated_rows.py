@@ -6,7 +6,7 @@ import torch
 
 from r1kernels.logprob.autograd import plain_rows
 
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class EmulatedKernel:
@@ -21,7 +21,7 @@ class EmulatedKernel:
         self.module.set_seed(self.seed)
         return self.module.Call(
             logits.data_ptr(),
-            DTYPE_CODES[logits.dtype],
+            ELEMENTS.index(logits.dtype),
             *logits.shape,
             *logits.stride()[:2],
             address(rows.targets),
@@ -40,7 +40,7 @@ class EmulatedKernel:
         assert code == 0, self.module.error_text(code)
 
     def rows_backward_into(self, grad, logits, rows, *saved):
-        places = (*map(address, saved), grad.data_ptr(), DTYPE_CODES[grad.dtype], *grad.stride()[:2])
+        places = (*map(address, saved), grad.data_ptr(), ELEMENTS.index(grad.dtype), *grad.stride()[:2])
         code = self.module.backward(self.call(logits, rows), *places)
         assert code == 0, self.module.error_text(code)
 

@@ -1,4 +1,4 @@
-// What the MoE kernels of every device name alike.
+// The types of elements that kernels of every family and device are called with.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,5 @@
 namespace r1kernels {
 
 enum class Element : int32_t { float32, bfloat16, float16 };
-enum class Activation : int32_t { silu, gelu_tanh };
 
 }  // namespace r1kernels

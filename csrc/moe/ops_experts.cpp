@@ -1,8 +1,11 @@
-// moe_experts on the CPU: the steps of forward and backward. Included by ops.cpp alone.
+// The torch op moe_experts on the CPU: the steps of forward and backward.
 // T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows.
-#pragma once
+#include "moe/ops.h"
 
-#include "moe/host.h"
+#include <algorithm>
+
+#include "common/kept.h"
+#include "common/share.h"
 
 namespace r1kernels {
 
@@ -54,6 +57,19 @@ std::vector<int32_t> tokens_of(const int32_t* permutation, const Experts& call) 
     return token;
 }
 
+// The parts of a block of gate and up that forward and backward share; `rows` are the tokens, or the gradients of the output.
+GateBlock gate_block(const Experts& call, const Block& block, const Tensor& rows, const int32_t* token) {
+    GateBlock at = {};
+    at.element = call.element;
+    at.activation = call.activation;
+    at.rows = block.rows;
+    at.columns = block.columns;
+    at.hidden = call.hidden;
+    at.intermediate = call.intermediate;
+    at.tokens = ExpertRows{rows, token}.at(block.row, 0);
+    return at;
+}
+
 // Up GEMM with gather and activation: `pre_activation` (S, 2 I) where it is kept (else null), `activated` (S, I).
 void up_projection(const Experts& call, const int32_t* offsets, const int32_t* token, const Tensor* pre_activation,
                    const Tensor& activated) {
@@ -63,14 +79,7 @@ void up_projection(const Experts& call, const int32_t* offsets, const int32_t* t
           [&](int64_t item, void* workspace) {
               const Block& block = blocks[item];
               const int64_t gate_row = block.expert * 2 * call.intermediate + block.column;
-              MoeGateBlock at = {};
-              at.element = call.element;
-              at.activation = call.activation;
-              at.rows = block.rows;
-              at.columns = block.columns;
-              at.hidden = call.hidden;
-              at.intermediate = call.intermediate;
-              at.tokens = ExpertRows{call.x, token}.at(block.row, 0);
+              GateBlock at = gate_block(call, block, call.x, token);
               at.weight = at_element(call.gate_up, gate_row * call.hidden);
               if (pre_activation) {
                   at.pre_activation = at_element(*pre_activation, block.row * 2 * call.intermediate + block.column);
@@ -172,14 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
     share(blocks.size(), bounds[call.experts] * width * call.hidden, kernels.workspace,
           [&](int64_t item, void* workspace) {
               const Block& block = blocks[item];
-              MoeGateBlock at = {};
-              at.element = call.element;
-              at.activation = call.activation;
-              at.rows = block.rows;
-              at.columns = block.columns;
-              at.hidden = call.hidden;
-              at.intermediate = width;
-              at.tokens = ExpertRows{grad, token.data()}.at(block.row, 0);
+              GateBlock at = gate_block(call, block, grad, token.data());
               at.weight = at_element(call.down, block.expert * call.hidden * width + block.column);
               at.pre_activation = at_element(pre_activation, block.row * 2 * width + block.column);
               if (needed.down) at.activated = at_element(activated, block.row * width + block.column);
@@ -210,6 +212,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
                             grad_hidden);
     }
     return {grad_hidden, grad_weights, grad_gate_up, grad_down};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, library) {
+    library.impl("moe_experts_cpu", TORCH_BOX(&experts_forward));
+    library.impl("moe_experts_cpu_backward", TORCH_BOX(&experts_backward));
 }
 
 }  // namespace

@@ -1,0 +1,100 @@
+// What the torch ops of the log-prob rows share on all devices: they check what the kernels trust, and allocate.
+// Schemas and fakes stand in r1kernels/logprob/ops.py; B, T, V, and rows = B * T are explained there.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include "common/stable.h"
+#include "logprob/call.h"
+
+namespace r1kernels {
+
+using Optional = std::optional<Tensor>;
+
+template <typename T>
+const T* row_values(const char* name, const Tensor& tensor, ScalarType dtype, int64_t count, const Tensor& logits) {
+    STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": wrong dtype");
+    STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count, name, ": expected ", count,
+                    " contiguous values, got ", tensor.numel());
+    STD_TORCH_CHECK(tensor.device() == logits.device(), name, ": expected a tensor on the device of the logits");
+    return static_cast<const T*>(tensor.data_ptr());
+}
+
+template <typename T>
+const T* optional_values(const char* name, const Optional& tensor, ScalarType dtype, int64_t count,
+                         const Tensor& logits) {
+    return tensor ? row_values<T>(name, *tensor, dtype, count, logits) : nullptr;
+}
+
+inline R1kernelsTokenLogprobs call_of(const Tensor& logits, const Optional& bias, double logit_scale, double softcap,
+                                      const Tensor& targets, const Optional& temperatures, double temperature,
+                                      int64_t ignore_index, int64_t first, int64_t whole) {
+    STD_TORCH_CHECK(logits.dim() == 3, "logits: expected 3 dimensions (B, T, V), got ", logits.dim());
+    STD_TORCH_CHECK(logits.size(2) > 0, "logits: expected V >= 1");
+    STD_TORCH_CHECK(logits.size(2) == 1 || logits.stride(2) == 1, "logits: expected stride 1 on V, got ",
+                    logits.stride(2));
+    R1kernelsTokenLogprobs call = {};
+    call.logits = logits.data_ptr();
+    call.element = element_of("logits", logits);
+    call.batch = logits.size(0);
+    call.tokens = logits.size(1);
+    call.vocabulary = logits.size(2);
+    call.batch_stride = logits.stride(0);
+    call.token_stride = logits.stride(1);
+    const int64_t rows = call.batch * call.tokens;
+    call.targets = row_values<int64_t>("targets", targets, ScalarType::Long, rows, logits);
+    call.temperatures = optional_values<float>("temperatures", temperatures, ScalarType::Float, rows, logits);
+    call.temperature = static_cast<float>(temperature);
+    call.ignore_index = ignore_index;
+    call.bias = optional_values<float>("bias", bias, ScalarType::Float, call.vocabulary, logits);
+    STD_TORCH_CHECK(softcap >= 0, "softcap: expected a number above 0, or 0 for none, got ", softcap);
+    call.logit_scale = static_cast<float>(logit_scale);
+    call.softcap = static_cast<float>(softcap);
+    STD_TORCH_CHECK(first >= 0 && first + call.vocabulary <= whole, "first: expected the columns [first, first + ",
+                    call.vocabulary, ") to lie in a vocabulary of ", whole, ", got ", first);
+    call.first = first;
+    call.whole = whole;
+    return call;
+}
+
+inline float* floats(const Tensor& tensor) { return tensor.numel() ? static_cast<float*>(tensor.data_ptr()) : nullptr; }
+
+struct RowOutputs {
+    Tensor logp, entropy, stats, extra;
+
+    // An entropy needs the whole vocabulary.
+    RowOutputs(const R1kernelsTokenLogprobs& call, const Tensor& logits, bool entropy, bool extra)
+        : RowOutputs(logits, call.batch * call.tokens, entropy && call.vocabulary == call.whole, extra) {}
+
+    std::tuple<Tensor, Tensor, Tensor, Tensor> results() const { return {logp, entropy, stats, extra}; }
+
+private:
+    RowOutputs(const Tensor& logits, int64_t rows, bool entropy, bool extra)
+        : logp(empty_on(logits, {rows}, ScalarType::Float)),
+          entropy(empty_on(logits, {entropy ? rows : 0}, ScalarType::Float)),
+          stats(empty_on(logits, {3, rows}, ScalarType::Float)),
+          extra(empty_on(logits, {extra ? 3 : 0, rows}, ScalarType::Float)) {}
+};
+
+// How many entries the upstream gradients have: one a row, or one a sequence.
+inline int64_t entries_of(const R1kernelsTokenLogprobs& call, const Optional& grad_logp, const Optional& grad_entropy,
+                          const Optional& sequences) {
+    const Tensor* given = grad_logp ? &*grad_logp : grad_entropy ? &*grad_entropy : nullptr;
+    return sequences && given ? given->numel() : call.batch * call.tokens;
+}
+
+inline R1kernelsLogprobGradients gradients_of(const R1kernelsTokenLogprobs& call, const Tensor& logits,
+                                              const Tensor& logp, const Tensor& stats, const Optional& grad_logp,
+                                              const Optional& grad_entropy, const Optional& sequences) {
+    const int64_t rows = call.batch * call.tokens, entries = entries_of(call, grad_logp, grad_entropy, sequences);
+    R1kernelsLogprobGradients from = {};
+    from.logp = row_values<float>("logp", logp, ScalarType::Float, rows, logits);
+    from.stats = row_values<float>("stats", stats, ScalarType::Float, 3 * rows, logits);
+    from.sequences = optional_values<int32_t>("sequences", sequences, ScalarType::Int, rows, logits);
+    from.grad_logp = optional_values<float>("grad_logp", grad_logp, ScalarType::Float, entries, logits);
+    from.grad_entropy = optional_values<float>("grad_entropy", grad_entropy, ScalarType::Float, entries, logits);
+    return from;
+}
+
+}  // namespace r1kernels

@@ -1,0 +1,133 @@
+// What the torch ops of the MoE family share: checks on all devices, and on the CPU products over all experts.
+// Schemas and fakes stand in r1kernels/moe/ops.py; the shapes are explained there.
+// T tokens, E experts, K experts per token, S = T * K routed rows.
+#pragma once
+
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/stable.h"
+#include "moe/cpu.h"
+
+namespace r1kernels {
+
+// --- tensors ---
+
+// A contiguous tensor of these sizes.
+inline void check(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+    STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": wrong dtype");
+    STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+    STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(sizes.size()), name, ": wrong number of dimensions");
+    int64_t dim = 0;
+    for (int64_t size : sizes) {
+        STD_TORCH_CHECK(tensor.size(dim) == size, name, ": expected size ", size, " at dimension ", dim, ", got ",
+                        tensor.size(dim));
+        ++dim;
+    }
+}
+
+template <typename T>
+T* data_of(const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); }
+
+inline void check_on(const char* name, const Tensor& tensor, const Tensor& like, ScalarType dtype,
+                     std::initializer_list<int64_t> sizes) {
+    check(name, tensor, dtype, sizes);
+    STD_TORCH_CHECK(tensor.device() == like.device(), name, ": expected a tensor on the device of the first argument");
+}
+
+inline char* at_element(const Tensor& tensor, int64_t element) {
+    return data_of<char>(tensor) + element * static_cast<int64_t>(tensor.element_size());
+}
+
+// Logits, K and what the weights are made of; neither choice nor replay.
+inline R1kernelsRoute router_of(const Tensor& logits, int64_t top_k, bool softmax, bool normalize, double scale) {
+    R1kernelsRoute call = {};
+    call.element = element_of("logits", logits);
+    check("logits", logits, logits.scalar_type(), {logits.size(0), logits.size(1)});
+    STD_TORCH_CHECK(top_k >= 1 && logits.size(1) >= 1, "top_k, logits: expected K >= 1 and E >= 1");
+    call.logits = logits.data_ptr();
+    call.tokens = logits.size(0);
+    call.experts = logits.size(1);
+    call.top_k = top_k;
+    call.n_group = call.topk_group = 1;
+    call.softmax = softmax;
+    call.normalize = normalize;
+    call.scale = scale;
+    return call;
+}
+
+// Adds groups and bias, or the choice that is replayed.
+inline void add_choice(R1kernelsRoute& call, const Tensor& logits, const std::optional<Tensor>& bias, int64_t n_group,
+                       int64_t topk_group, const std::optional<Tensor>& replayed) {
+    if (replayed) {
+        check_on("indices", *replayed, logits, ScalarType::Long, {call.tokens, call.top_k});
+        call.replayed = data_of<int64_t>(*replayed);
+    } else {
+        STD_TORCH_CHECK(n_group >= 1 && call.experts % n_group == 0 && topk_group >= 1 && topk_group <= n_group,
+                        "n_group, topk_group: expected a divisor of E and at most n_group");
+        const int64_t eligible = topk_group * (call.experts / n_group);
+        STD_TORCH_CHECK(call.top_k <= eligible, "top_k: expected at most the ", eligible, " eligible experts, got ",
+                        call.top_k);
+        call.n_group = n_group;
+        call.topk_group = topk_group;
+    }
+    if (bias) {
+        check_on("bias", *bias, logits, ScalarType::Float, {call.experts});
+        call.bias = data_of<float>(*bias);
+    }
+}
+
+// --- products over all experts on the CPU (ops_gemm.cpp) ---
+
+// Rows [row, row + rows) in expert order, all of one expert, or of a weight, and columns [column, column + columns).
+struct Block {
+    int64_t expert, row, rows, column, columns;
+};
+
+// The rows of each expert in nearly equal parts of at most kMoeBlockRows, times the columns in parts.
+std::vector<Block> blocks_of(const int32_t* offsets, int64_t experts, int64_t columns, int64_t block_columns);
+
+// A matrix of S rows in expert order.
+struct ExpertRows {
+    const Tensor& values;
+    const int32_t* index;  // the row of `values` for each row in expert order, or null for the same
+
+    BlockRows at(int64_t row, int64_t column) const {
+        const int64_t stride = values.size(1);
+        if (index) return {at_element(values, column), stride, index + row};
+        return {at_element(values, row * stride + column), stride, nullptr};
+    }
+};
+
+enum class Transposed { no, yes };
+
+// out (S, columns of the weight from `column` on) = x weight[e]^T or, not transposed, x weight[e]; weight (E, N, K).
+void grouped_product(Transposed transposed, const ExpertRows& x, const Tensor& weight, const int32_t* offsets,
+                     int64_t column, int64_t columns, void* out, bool float_out);
+
+// grad (E, M, N): grad[e] = a^T b over the rows of e; zeros for an expert without rows.
+void grouped_weight_gradient(const ExpertRows& a, const ExpertRows& b, const int32_t* offsets, const Tensor& grad);
+
+// Writes offsets (E + 1), permutation (S) and inverse (S): a stable counting sort; the sentinel E comes last.
+template <typename Integer>
+void sort_rows(const int64_t* indices, int64_t rows, int64_t experts, int32_t* offsets, Integer* permutation,
+               Integer* inverse) {
+    std::vector<int64_t> next(experts + 2, 0);
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t expert = indices[row];
+        STD_TORCH_CHECK(expert >= 0 && expert <= experts, "indices: expected values in [0, ", experts, ") or ", experts,
+                        ", got ", expert, " at position ", row);
+        ++next[expert + 1];
+    }
+    for (int64_t expert = 0; expert < experts; ++expert) next[expert + 1] += next[expert];
+    for (int64_t expert = 0; expert <= experts; ++expert) offsets[expert] = static_cast<int32_t>(next[expert]);
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t place = next[indices[row]]++;
+        permutation[place] = static_cast<Integer>(row);
+        inverse[row] = static_cast<Integer>(place);
+    }
+}
+
+}  // namespace r1kernels
