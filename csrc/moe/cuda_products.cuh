@@ -34,15 +34,16 @@ __device__ inline Scalar* row_of(void* matrix, int64_t row, int64_t length) {
 template <R1kernelsMoeEpilogue kEpilogue>
 constexpr int kColumnsOfTile = kEpilogue == R1KERNELS_MOE_UP ? kTileColumns / 2 : kTileColumns;
 
-// The sums of row i of a tile, to a row of `columns` elements.
+// The sums of row i of a tile, to a row of `columns` elements; by reference, for a register less.
 template <class Scalar, class Sums>
-__device__ inline void store_row(Scalar* out, int columns, int first_column, const Sums& sums, int i) {
+__device__ inline void store_row(Scalar* out, const int64_t& columns, int first_column, const Sums& sums, int i) {
 #pragma unroll
     for (int run = 0; run < Sums::kRuns; ++run) {
         Scalar values[kChunk<Scalar>];
 #pragma unroll
         for (int j = 0; j < kChunk<Scalar>; ++j) values[j] = from_float<Scalar>(sums.value(i, run, j));
-        store_chunk(out, first_column + kWarpColumns * warp_column() + Sums::column(run), columns, values);
+        store_chunk(out, first_column + kWarpColumns * warp_column() + Sums::column(run),
+                    static_cast<int>(columns), values);
     }
 }
 
@@ -54,7 +55,7 @@ __device__ inline void store(const R1kernelsMoeProduct& product, const R1kernels
         if (Sums::row(i) >= tile.end - tile.first) continue;
         const int64_t row = tile.first + Sums::row(i);
         Scalar* out = row_of<Scalar>(product.out, row, product.columns);
-        store_row<Scalar>(out, static_cast<int>(product.columns), first_column, sums, i);
+        store_row<Scalar>(out, product.columns, first_column, sums, i);
     }
 }
 
@@ -209,7 +210,7 @@ __global__ __launch_bounds__(kThreads, 2) void weights_kernel(R1kernelsMoeWeight
         const int row = first_row + Sums::row(i);
         if (row >= product.m) continue;
         Scalar* out = static_cast<Scalar*>(product.out) + (expert * product.m + row) * product.n;
-        store_row<Scalar>(out, static_cast<int>(product.n), first_column, sums, i);
+        store_row<Scalar>(out, product.n, first_column, sums, i);
     }
 }
 
