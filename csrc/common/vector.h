@@ -1,4 +1,4 @@
-// Vectors of float for the CPU kernels: load and store of float32, bfloat16 and float16, max, exp, sums.
+// Vectors of float for the CPU kernels: load and store of float32, bfloat16 and float16, max, exp, sums, lanes.
 //
 // Included only by files that are compiled once for each instruction set: everything lies in that set's namespace, so
 // that the linker can never take one set's copy of a function for another's. No standard library template is used here
@@ -197,6 +197,37 @@ inline Floats load_some(const float* from, int count) {
 
 inline void store_some(float* to, Floats value, int count) { _mm512_mask_storeu_ps(to, first_lanes(count), value); }
 #endif
+
+// --- exchanging lanes ---
+
+// Lane i of the result is lane mask[i] of `first`, or lane mask[i] - kLanes of `second`.
+template <typename Vector>
+inline Vector choose_lanes(Vector first, Vector second, Ints mask) {
+#if defined(__clang__)
+    Vector result = {};
+    for (int lane = 0; lane < kLanes; ++lane) {
+        result[lane] = mask[lane] < kLanes ? first[mask[lane]] : second[mask[lane] - kLanes];
+    }
+    return result;
+#else
+    return __builtin_shuffle(first, second, mask);
+#endif
+}
+
+// Blocks of kSize lanes of two vectors: the lower blocks of each pair of blocks (the second vector's in the place of the
+// first one's upper blocks), or the upper ones.
+template <int kSize>
+inline Ints lower_blocks() {
+    Ints mask = {};
+    for (int lane = 0; lane < kLanes; ++lane) mask[lane] = lane & kSize ? kLanes + lane - kSize : lane;
+    return mask;
+}
+template <int kSize>
+inline Ints upper_blocks() {
+    Ints mask = {};
+    for (int lane = 0; lane < kLanes; ++lane) mask[lane] = lane & kSize ? kLanes + lane : lane + kSize;
+    return mask;
+}
 
 // --- over the lanes, always in the same order ---
 

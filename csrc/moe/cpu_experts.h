@@ -5,7 +5,7 @@
 //     dg = s dA' u act'(g)        du = s dA' act(g)        dW1 = (dg, du)^T X        dX = (dg, du) W1
 #pragma once
 
-#include "moe/gemm.h"
+#include "common/gemm/blocks.h"
 #include "moe/cpu.h"
 
 namespace r1kernels::R1KERNELS_ISA {

@@ -5,7 +5,7 @@
 // compared lane with lane at every distance: each lane counts for itself, and no branch depends on the values.
 #pragma once
 
-#include "moe/cells.h"
+#include "common/vector.h"
 
 namespace r1kernels::R1KERNELS_ISA {
 

@@ -1,5 +1,5 @@
 // The torch op gemm_bf16_cpu; its schema stands in r1kernels/logprob/gemm.py.
-#include "common/gemm.h"
+#include "common/gemm/bf16.h"
 
 #include <memory>
 

@@ -12,7 +12,7 @@
 // Included only by files that are compiled once for each instruction set (see vector.h).
 #pragma once
 
-#include "moe/cells.h"
+#include "common/gemm/tile.h"
 
 namespace r1kernels::R1KERNELS_ISA {
 
@@ -29,14 +29,6 @@ struct Rows {
     }
 };
 
-constexpr int kTileRows = 6;  // times kPanelVectors vectors: the accumulators of a tile fit into the registers
-#if defined(__AVX512F__)
-constexpr int kPanelVectors = 4;
-#else
-constexpr int kPanelVectors = 2;
-#endif
-constexpr int kPanel = kPanelVectors * kLanes;  // columns of a packed panel
-
 constexpr int64_t kChain = 128;  // cells: longer chains lose digits, and so much of a panel stays in the first-level cache
 
 constexpr int64_t kBlockRows = 256;     // the most rows (m) of one call
@@ -52,47 +44,7 @@ struct Workspace {
     static constexpr int64_t kFloats = kBlockRows * (kBlockColumns + kBlockDepth) + 64 * kBlockDepth;
 };
 
-// --- the two inner loops ---
-
-// C (kRows, kPanel) = A B, or += A B, over `depth` cells, one chain of additions an element; cell (i, c) of A is
-// a[i * row_step + c * cell_step]; B is a packed panel.
-template <int kRows, typename Cell>
-inline void tile_of(const Cell* a, int64_t row_step, int64_t cell_step, const Cell* b, int64_t depth, float* c,
-                    int64_t c_stride, bool accumulate) {
-    Floats sums[kRows][kPanelVectors] = {};
-    for (int64_t cell = 0; cell < depth; ++cell) {
-        decltype(load_vector(b)) right[kPanelVectors];
-#pragma GCC unroll 8
-        for (int j = 0; j < kPanelVectors; ++j) right[j] = load_vector(b + cell * kPanel + j * kLanes);
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-            const auto left = in_all_lanes(a[i * row_step + cell * cell_step]);
-#pragma GCC unroll 8
-            for (int j = 0; j < kPanelVectors; ++j) sums[i][j] = multiply_add(sums[i][j], left, right[j]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-        for (int j = 0; j < kPanelVectors; ++j) {
-            float* to = c + i * c_stride + j * kLanes;
-            store(to, accumulate ? load(to) + sums[i][j] : sums[i][j]);
-        }
-    }
-}
-
-template <typename Cell>
-void tile(int64_t rows, const Cell* a, int64_t row_step, int64_t cell_step, const Cell* b, int64_t depth, float* c,
-          int64_t c_stride, bool accumulate) {
-    switch (rows) {
-        case 1: return tile_of<1>(a, row_step, cell_step, b, depth, c, c_stride, accumulate);
-        case 2: return tile_of<2>(a, row_step, cell_step, b, depth, c, c_stride, accumulate);
-        case 3: return tile_of<3>(a, row_step, cell_step, b, depth, c, c_stride, accumulate);
-        case 4: return tile_of<4>(a, row_step, cell_step, b, depth, c, c_stride, accumulate);
-        case 5: return tile_of<5>(a, row_step, cell_step, b, depth, c, c_stride, accumulate);
-        default: return tile_of<kTileRows>(a, row_step, cell_step, b, depth, c, c_stride, accumulate);
-    }
-}
+// --- tiles of rows, and the inner loop without packing ---
 
 // Rows of a block in tiles of nearly equal size: a tile of one row would wait for its own additions.
 struct Tiles {
@@ -243,8 +195,9 @@ void packed_product(const Rows<T>& a, int64_t m, int64_t n, int64_t k, float* c,
                 const int64_t chain = depth - cell < kChain ? depth - cell : kChain;
                 for (int64_t i = 0; i < tiles.count; ++i) {
                     const int64_t row = tiles.first(i);
-                    tile(tiles.first(i + 1) - row, left + row * depth + cell, depth, 1, right + cell * kPanel, chain,
-                         c + row * c_stride + column, c_stride, begin + cell > 0);
+                    const StridedCells<Cell<T>> rows = {left + row * depth + cell, depth, 1};
+                    tile(tiles.first(i + 1) - row, rows, right + cell * kPanel, chain, c + row * c_stride + column,
+                         c_stride, begin + cell > 0);
                 }
             }
         }
@@ -320,8 +273,8 @@ void product_tn(const Rows<T>& a, int64_t a_column, int64_t m, const Rows<T>& b,
                 for (int64_t i = 0; i < tiles.count; ++i) {
                     const int64_t row = tiles.first(i), rows = tiles.first(i + 1) - row;
                     float* sums = workspace.product() + (shared ? 0 : row * kBlockColumns + column);
-                    tile(rows, left + row + cell * width, 1, width, right + cell * kPanel, chain, sums, sums_stride,
-                         begin + cell > 0);
+                    tile(rows, StridedCells<Cell<T>>{left + row + cell * width, 1, width}, right + cell * kPanel, chain,
+                         sums, sums_stride, begin + cell > 0);
                     for (int64_t r = 0; last && r < rows; ++r) {
                         store_row(sums + r * sums_stride, count, d + (row + r) * d_stride + column);
                     }

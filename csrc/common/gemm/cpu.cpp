@@ -1,12 +1,12 @@
-// The kernels of gemm.h where the processor has vdpbf16ps, compiled once for each instruction set.
+// The kernels of bf16.h where the processor has vdpbf16ps, compiled once for each instruction set.
 //
 // Both operands are packed into words of two consecutive k. A panel of B holds 64 columns, word (pair, column) at
 // pair * 64 + column; a panel of A holds 6 rows, word (pair, row) at pair * 6 + row. The 6 x 64 products of two panels fill
 // 24 registers. Every element of C is the sum over k in one order, whatever m, n and the number of threads: a row of A has
 // the same bits in any company. Subnormal numbers count as 0.
-#include "common/gemm.h"
+#include "common/gemm/bf16.h"
 
-#include "common/vector.h"
+#include "common/gemm/tile.h"
 
 namespace r1kernels::R1KERNELS_ISA {
 
@@ -15,6 +15,7 @@ namespace r1kernels::R1KERNELS_ISA {
 namespace {
 
 constexpr int kPanelRows = kGemmPanelRows, kPanelColumns = kGemmPanelColumns;
+static_assert(kPanelRows == kTileRows && kPanelColumns == kPanel);
 
 // A matrix by its outer index (a row of A, a column of B) and k.
 struct Operand {
@@ -103,39 +104,22 @@ void pack_sixes(const Operand& from, int64_t outer, int64_t count, int64_t begin
     }
 }
 
+// Row after row of a panel of A, pair by pair.
+struct PanelCells {
+    const uint32_t* a;
+    uint32_t operator()(int row, int64_t pair) const { return a[pair * kPanelRows + row]; }
+};
+
 // rows x columns products of a panel of A and one of B, added to C or written there.
-inline void multiply_panels(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c, int64_t c_stride, int rows,
-                            int columns, bool add) {
-    __m512 sums[kPanelRows][4];
-    __mmask16 masks[4];
-    for (int j = 0; j < 4; ++j) {
-        const int some = columns - 16 * j;
-        masks[j] = some >= 16 ? 0xffff : some <= 0 ? 0 : (1u << some) - 1;
+void multiply_panels(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c, int64_t c_stride, int64_t rows,
+                     int64_t columns, bool add) {
+    if (columns == kPanelColumns) return tile<true>(rows, PanelCells{a}, b, pairs, c, c_stride, add);
+    float edge[kPanelRows * kPanelColumns] = {};
+    for (int64_t i = 0; add && i < rows; ++i) {
+        memcpy(edge + i * kPanelColumns, c + i * c_stride, columns * sizeof(float));
     }
-#pragma GCC unroll 6
-    for (int i = 0; i < kPanelRows; ++i) {
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-            sums[i][j] = add && i < rows ? _mm512_maskz_loadu_ps(masks[j], c + i * c_stride + 16 * j) : _mm512_setzero_ps();
-        }
-    }
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-        __m512bh columns_of_b[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) columns_of_b[j] = (__m512bh)_mm512_loadu_si512(b + pair * kPanelColumns + 16 * j);
-#pragma GCC unroll 6
-        for (int i = 0; i < kPanelRows; ++i) {
-            const __m512bh row = (__m512bh)_mm512_set1_epi32(a[pair * kPanelRows + i]);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], row, columns_of_b[j]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < kPanelRows; ++i) {
-        if (i >= rows) continue;
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) _mm512_mask_storeu_ps(c + i * c_stride + 16 * j, masks[j], sums[i][j]);
-    }
+    tile<true>(rows, PanelCells{a}, b, pairs, edge, kPanelColumns, add);
+    for (int64_t i = 0; i < rows; ++i) memcpy(c + i * c_stride, edge + i * kPanelColumns, columns * sizeof(float));
 }
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -174,8 +158,8 @@ void multiply(const Gemm& gemm, uint32_t* packed_a, int64_t begin, int64_t end) 
                 for (int64_t row = 0; row < rows; row += kPanelRows) {
                     multiply_panels(packed_a + row * some, b, some,
                                     gemm.c + (first_row + row) * gemm.c_stride + column, gemm.c_stride,
-                                    static_cast<int>(smaller(rows - row, kPanelRows)),
-                                    static_cast<int>(smaller(gemm.n - column, kPanelColumns)), gemm.add || pair > 0);
+                                    smaller(rows - row, kPanelRows), smaller(gemm.n - column, kPanelColumns),
+                                    gemm.add || pair > 0);
                 }
             }
         }

@@ -1,4 +1,4 @@
-// Cells: the elements that the matrix kernels of gemm.h multiply, and packing into them.
+// Cells: the elements that the matrix kernels of this folder multiply, and packing into them.
 //
 // A cell is what one lane of a multiply-add takes from one operand: a float, or, where the processor multiplies pairs of
 // bfloat16 (AVX-512-BF16), two bfloat16 that follow each other along k, the dimension summed over. Float16, and bfloat16
@@ -114,35 +114,6 @@ inline Floats down_k(const BFloat16* first, const BFloat16*, int64_t count) {
 #endif
 
 // --- transposing kLanes vectors of kLanes lanes ---
-
-// Lane i of the result is lane mask[i] of `first`, or lane mask[i] - kLanes of `second`.
-template <typename Vector>
-inline Vector choose_lanes(Vector first, Vector second, Ints mask) {
-#if defined(__clang__)
-    Vector result = {};
-    for (int lane = 0; lane < kLanes; ++lane) {
-        result[lane] = mask[lane] < kLanes ? first[mask[lane]] : second[mask[lane] - kLanes];
-    }
-    return result;
-#else
-    return __builtin_shuffle(first, second, mask);
-#endif
-}
-
-// Blocks of kSize lanes of two vectors: the lower blocks of each pair of blocks (the second vector's in the place of the
-// first one's upper blocks), or the upper ones.
-template <int kSize>
-inline Ints lower_blocks() {
-    Ints mask = {};
-    for (int lane = 0; lane < kLanes; ++lane) mask[lane] = lane & kSize ? kLanes + lane - kSize : lane;
-    return mask;
-}
-template <int kSize>
-inline Ints upper_blocks() {
-    Ints mask = {};
-    for (int lane = 0; lane < kLanes; ++lane) mask[lane] = lane & kSize ? kLanes + lane : lane + kSize;
-    return mask;
-}
 
 template <int kSize, typename Vector>
 inline void exchange_blocks(Vector* rows) {
