@@ -50,30 +50,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     return outputs.results();
 }
 
-void check_sequences(const R1kernelsLogprobGradients& from, int64_t rows, int64_t entries) {
-    for (int64_t row = 0; from.sequences && row < rows; ++row) {
-        STD_TORCH_CHECK(from.sequences[row] >= 0 && from.sequences[row] < entries, "sequences: expected values in [0, ",
-                        entries, "), got ", from.sequences[row], " at position ", row);
+void check_sequences(const RowsBackward& backward) {
+    const int32_t* sequences = backward.from.sequences;
+    for (int64_t row = 0; sequences && row < backward.rows(); ++row) {
+        STD_TORCH_CHECK(sequences[row] >= 0 && sequences[row] < backward.entries,
+                        "sequences: expected values in [0, ", backward.entries, "), got ", sequences[row],
+                        " at position ", row);
     }
 }
 
-void write_gradient(
-    const Tensor& logits, const Optional& bias, double logit_scale, double softcap, const Tensor& targets,
-    const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
-    const Tensor& logp, const Tensor& stats, const Optional& grad_logp, const Optional& grad_entropy,
-    const Optional& sequences, const Tensor& grad) {
-    const R1kernelsTokenLogprobs call = call_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index,
-                                                first, whole);
-    check_values(call);
-    const R1kernelsLogprobGradients from =
-        gradients_of(call, logits, logp, stats, grad_logp, grad_entropy, sequences);
-    const int64_t rows = call.batch * call.tokens, chunks = chunks_per_row(call.vocabulary);
-    check_sequences(from, rows, entries_of(call, grad_logp, grad_entropy, sequences));
+void write_gradient(const RowsBackward& backward, const Tensor& grad) {
+    check_values(backward.call);
+    check_sequences(backward);
     void* to = grad.data_ptr();
     const int64_t batch_stride = grad.stride(0), token_stride = grad.stride(1);
+    const int64_t vocabulary = backward.call.vocabulary, chunks = chunks_per_row(vocabulary);
     const LogprobKernels& kernels = chosen_logprob_kernels();
-    parallel_for(0, rows * chunks, grain_of(call.vocabulary / chunks), [&](int64_t begin, int64_t end) {
-        kernels.backward(call, from, to, batch_stride, token_stride, begin, end);
+    parallel_for(0, backward.rows() * chunks, grain_of(vocabulary / chunks), [&](int64_t begin, int64_t end) {
+        kernels.backward(backward.call, backward.from, to, batch_stride, token_stride, begin, end);
     });
 }
 
@@ -83,8 +77,9 @@ void backward_(
     const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
     const Tensor& logp, const Tensor& stats, const Optional& grad_logp, const Optional& grad_entropy,
     const Optional& sequences) {
-    write_gradient(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index, first, whole,
-                   logp, stats, grad_logp, grad_entropy, sequences, logits);
+    write_gradient(backward_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index,
+                               first, whole, logp, stats, grad_logp, grad_entropy, sequences),
+                   logits);
 }
 
 // The gradient goes to a tensor that Python gives: there the memory of large ones is kept between calls.
@@ -96,8 +91,9 @@ void backward_into(
     STD_TORCH_CHECK(grad.dim() == 3 && grad.is_contiguous() && grad.numel() == logits.numel() &&
                         grad.scalar_type() == logits.scalar_type(),
                     "grad: expected a contiguous tensor of the shape and dtype of the logits");
-    write_gradient(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index, first, whole,
-                   logp, stats, grad_logp, grad_entropy, sequences, grad);
+    write_gradient(backward_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index,
+                               first, whole, logp, stats, grad_logp, grad_entropy, sequences),
+                   grad);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, library) {

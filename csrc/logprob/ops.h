@@ -77,24 +77,33 @@ private:
           extra(empty_on(logits, {extra ? 3 : 0, rows}, ScalarType::Float)) {}
 };
 
-// How many entries the upstream gradients have: one a row, or one a sequence.
-inline int64_t entries_of(const R1kernelsTokenLogprobs& call, const Optional& grad_logp, const Optional& grad_entropy,
-                          const Optional& sequences) {
-    const Tensor* given = grad_logp ? &*grad_logp : grad_entropy ? &*grad_entropy : nullptr;
-    return sequences && given ? given->numel() : call.batch * call.tokens;
-}
+// What a backward is called with.
+struct RowsBackward {
+    R1kernelsTokenLogprobs call;
+    R1kernelsLogprobGradients from;
+    int64_t entries;  // of the upstream gradients: one per row, or one per sequence
 
-inline R1kernelsLogprobGradients gradients_of(const R1kernelsTokenLogprobs& call, const Tensor& logits,
-                                              const Tensor& logp, const Tensor& stats, const Optional& grad_logp,
-                                              const Optional& grad_entropy, const Optional& sequences) {
-    const int64_t rows = call.batch * call.tokens, entries = entries_of(call, grad_logp, grad_entropy, sequences);
-    R1kernelsLogprobGradients from = {};
+    int64_t rows() const { return call.batch * call.tokens; }
+};
+
+inline RowsBackward backward_of(
+    const Tensor& logits, const Optional& bias, double logit_scale, double softcap, const Tensor& targets,
+    const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
+    const Tensor& logp, const Tensor& stats, const Optional& grad_logp, const Optional& grad_entropy,
+    const Optional& sequences) {
+    RowsBackward backward = {};
+    backward.call = call_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index, first,
+                            whole);
+    const int64_t rows = backward.rows();
+    const Tensor* given = grad_logp ? &*grad_logp : grad_entropy ? &*grad_entropy : nullptr;
+    const int64_t entries = backward.entries = sequences && given ? given->numel() : rows;
+    R1kernelsLogprobGradients& from = backward.from;
     from.logp = row_values<float>("logp", logp, ScalarType::Float, rows, logits);
     from.stats = row_values<float>("stats", stats, ScalarType::Float, 3 * rows, logits);
     from.sequences = optional_values<int32_t>("sequences", sequences, ScalarType::Int, rows, logits);
     from.grad_logp = optional_values<float>("grad_logp", grad_logp, ScalarType::Float, entries, logits);
     from.grad_entropy = optional_values<float>("grad_entropy", grad_entropy, ScalarType::Float, entries, logits);
-    return from;
+    return backward;
 }
 
 }  // namespace r1kernels

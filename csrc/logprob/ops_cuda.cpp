@@ -28,18 +28,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     return outputs.results();
 }
 
-void write_gradient(
-    const Tensor& logits, const Optional& bias, double logit_scale, double softcap, const Tensor& targets,
-    const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
-    const Tensor& logp, const Tensor& stats, const Optional& grad_logp, const Optional& grad_entropy,
-    const Optional& sequences, const Tensor& grad) {
-    const R1kernelsTokenLogprobs call = call_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index,
-                                                first, whole);
-    const R1kernelsLogprobGradients from =
-        gradients_of(call, logits, logp, stats, grad_logp, grad_entropy, sequences);
+void write_gradient(const RowsBackward& backward, const Tensor& grad) {
     const CudaHost host(grad);
-    host.check(r1kernels_token_logprobs_cuda_backward(&call, &from, grad.data_ptr(), element_of("grad", grad),
-                                                      grad.stride(0), grad.stride(1), host.stream));
+    host.check(r1kernels_token_logprobs_cuda_backward(&backward.call, &backward.from, grad.data_ptr(),
+                                                      element_of("grad", grad), grad.stride(0), grad.stride(1),
+                                                      host.stream));
 }
 
 Tensor backward(
@@ -48,8 +41,9 @@ Tensor backward(
     const Tensor& logp, const Tensor& stats, const Optional& grad_logp, const Optional& grad_entropy,
     const Optional& sequences) {
     const Tensor grad = empty_on(logits, logits.sizes(), logits.scalar_type());
-    write_gradient(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index, first, whole,
-                   logp, stats, grad_logp, grad_entropy, sequences, grad);
+    write_gradient(backward_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index,
+                               first, whole, logp, stats, grad_logp, grad_entropy, sequences),
+                   grad);
     return grad;
 }
 
@@ -59,8 +53,9 @@ void backward_(
     const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
     const Tensor& logp, const Tensor& stats, const Optional& grad_logp, const Optional& grad_entropy,
     const Optional& sequences) {
-    write_gradient(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index, first, whole,
-                   logp, stats, grad_logp, grad_entropy, sequences, logits);
+    write_gradient(backward_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index,
+                               first, whole, logp, stats, grad_logp, grad_entropy, sequences),
+                   logits);
 }
 
 void backward_into(
@@ -74,8 +69,9 @@ void backward_into(
     STD_TORCH_CHECK(grad.device() == logits.device(), "grad: expected a tensor on the device of the logits");
     STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float || grad.scalar_type() == logits.scalar_type(),
                     "grad: expected the dtype of the logits, which are not float32");
-    write_gradient(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index, first, whole,
-                   logp, stats, grad_logp, grad_entropy, sequences, grad);
+    write_gradient(backward_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index,
+                               first, whole, logp, stats, grad_logp, grad_entropy, sequences),
+                   grad);
 }
 
 // --- completions ---
