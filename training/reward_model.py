@@ -175,7 +175,7 @@ def train(
             metrics = {"loss": value, "lr": lr, "grad_norm": norm, "skipped": optimizer.skipped}
             context.stage.log(step=step, **metrics)
             bar.advance(loss=metrics["loss"])
-            if save_due(step + 1, steps, config.save_every):
+            if save_due(step + 1, steps, config.save_every, context.stage.unsaved_seconds):
                 context.stage.save_state(step + 1, optimizer.tensors(), optimizer.counters())
     model.eval()
     model.config.reward_offset = _mean_reward(model, tokenizer, data)

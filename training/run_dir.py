@@ -71,7 +71,7 @@ class StageDir:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.name = self.path.name
-        self._began = time.monotonic()
+        self._began = self._saved = time.monotonic()
         self._seconds_before = 0.0
 
     # What a stage writes while it runs
@@ -179,6 +179,7 @@ class StageDir:
             "tensors_hash": files.file_hash(tensor_path),
         }
         files.write_json(path, {**body, "hash": files.value_hash(body)})
+        self._saved = time.monotonic()
         if before:
             files.remove(self.path / before)
 
@@ -227,11 +228,17 @@ class StageDir:
         """Seconds of work in this stage, over all its resumed parts."""
         return self._seconds_before + time.monotonic() - self._began
 
+    @property
+    def unsaved_seconds(self) -> float:
+        """Seconds of work that a kill would cost: since the last resume point."""
+        return time.monotonic() - self._saved
+
     # Beginning and end
 
     def begin(self, config: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
         """Prepares the folder for work: of a killed attempt stays what a run can go on from, and all else goes."""
-        self._began, self._seconds_before = time.monotonic(), 0.0
+        self._began = self._saved = time.monotonic()
+        self._seconds_before = 0.0
         if not self._goes_on:
             files.remove(self.path)
         elif not (self.path / "state.json").is_file():

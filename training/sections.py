@@ -79,7 +79,9 @@ class NextToken:
         4096, "padded tokens in one forward and backward pass", minimum=1, rounding=True
     )
     bias_rate: float = setting(1e-3, "step of the router bias towards an even load of the experts", minimum=0)
-    save_every: int = setting(100, "steps between resume points; 0: none", minimum=0, operational=True)
+    save_every: int = setting(
+        100, "steps between resume points, at most ten minutes; 0: none", minimum=0, operational=True
+    )
 
 
 @dataclass
@@ -182,7 +184,9 @@ class Grpo:
         False, "responses cut at the limit carry no loss: DAPO's overlong filtering (section 3.4)"
     )
     bias_rate: float = setting(1e-3, "step of the router bias towards an even load of the experts", minimum=0)
-    save_every: int = setting(10, "steps between resume points; 0: none", minimum=0, operational=True)
+    save_every: int = setting(
+        10, "steps between resume points, at most ten minutes; 0: none", minimum=0, operational=True
+    )
 
 
 @dataclass

@@ -1,10 +1,15 @@
 """The generative judge: what it is taught to write, how verdicts are read, and how its data are balanced."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from training.judge import balance, document, is_hard, parse_verdict, write_verdict
+from tests.support.own_models import write_folder
+from training import prompts
+from training.encoder import Encoder
+from training.judge import balance, document, is_hard, longest_verdict, parse_verdict, write_verdict
+from training.model import load
 from training.response import parse
 from training.rewards import Sample
 from training.tasks.arithmetic import make_problem
@@ -97,3 +102,21 @@ def test_balance_is_within_each_checkpoint_prefers_hard_negatives_and_drops_dupl
     assert counts == {("weak", True): 2, ("weak", False): 2, ("strong", True): 1, ("strong", False): 1}
     assert all(is_hard(each, right) for each, right, _ in chosen if not right)
     assert chosen == balance(candidates, (0, "test"))
+
+
+def test_the_longest_verdict_is_as_long_as_the_tokenizer_of_a_person_writes_it(tmp_path):
+    """Bytes of a reference of six pieces make far more tokens than the words of the small recipes."""
+    folder = write_folder(tmp_path / "own", "qwen2", template="chatml_think", vocab_size=270, bos=None)
+    model, tokenizer = load(folder)
+    encoder = Encoder(model, tokenizer)
+    opening = encoder.prompt(prompts.chat(PROBLEM)).opening
+    hard = replace(PROBLEM, reference="alpha beta gamma delta epsilon zeta")
+    asked = [
+        sample("<think> a </think> <answer> alpha beta gamma delta epsilon eta </answer>", problem=hard),
+        sample("none"),
+    ]
+    longest = longest_verdict(encoder, opening, asked)
+    text = write_verdict(hard.reference, asked[0].response.answer, False)
+    assert longest == len(tokenizer(f"</think>\n\n{text}<|im_end|>")["input_ids"]) > 100
+    words = Encoder(None, build_tokenizer())
+    assert longest_verdict(words, "", [sample("<answer> 58 </answer>")]) < 40

@@ -14,7 +14,7 @@ from training.errors import UserError
 from training.loops import grpo, next_token
 from training.loops.loss import loss_arguments
 from training.loops.next_token import Document
-from training.loops.optim import MAX_BAD_STEPS, Optimizer, learning_rate
+from training.loops.optim import MAX_BAD_STEPS, Optimizer, learning_rate, save_due
 from training.model import build_model
 from training.progress import Progress
 from training.recipe import load
@@ -81,6 +81,14 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_at_last_fatal():
     with pytest.raises(UserError, match=f"{MAX_BAD_STEPS} steps in a row"):
         step(math.nan)
     assert optimizer.skipped == MAX_BAD_STEPS + 1
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "unsaved", "due"),
+    [(4, 4, 0.0, True), (5, 4, 0.0, False), (5, 4, 601.0, True), (8, 4, 601.0, False), (5, 0, 601.0, False)],
+)
+def test_a_resume_point_is_due_by_steps_or_by_time_but_not_at_the_end(step, every, unsaved, due):
+    assert save_due(step, 8, every, unsaved) is due
 
 
 # --- next-token training ---

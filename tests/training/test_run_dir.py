@@ -44,6 +44,26 @@ def test_a_resume_point_gives_back_tensors_counters_and_lengths(stage):
     assert again.samples() == [{"text": "ä"}, {"text": "b"}]
 
 
+def test_the_work_that_a_kill_would_cost_begins_with_the_last_resume_point(stage, monkeypatch):
+    now = stage.unsaved_seconds
+    monkeypatch.setattr("training.run_dir.time.monotonic", lambda began=stage._saved: began + now + 700)
+    assert stage.unsaved_seconds == pytest.approx(now + 700)
+    stage.save_state(1, {}, {})
+    assert stage.unsaved_seconds == 0
+
+
+def test_a_piece_is_kept_and_the_lines_of_a_killed_attempt_go(stage):
+    files.write_jsonl(stage.piece("one"), [{"text": "kept"}])
+    stage.log(step=0)
+    assert stage.started() == {"config": {"lr": 1}, "inputs": {"base": "abc"}}
+    again = RunDir(stage.path.parent).stage("zero")
+    again.begin({"lr": 1}, {"base": "abc"})
+    assert files.read_jsonl(again.piece("one")) == [{"text": "kept"}] and again.metrics() == []
+    assert again.outputs() == []
+    again.finish({})
+    assert not again.piece("one").exists()
+
+
 def test_without_a_resume_point_a_stage_begins_with_an_empty_folder(stage):
     stage.log(step=1)
     stage.write_data("data.jsonl", [{"a": 1}])

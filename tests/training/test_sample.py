@@ -62,6 +62,12 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     assert choose_tokens(logits, uniform, 1.0, 0.75).tolist() == [1, 1, 2, 2]
 
 
+def test_top_p_keeps_the_likeliest_token_however_small_it_is():
+    logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).expand(3, 3)
+    uniform = torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64)
+    assert choose_tokens(logits, uniform, 1.0, 0.0).tolist() == [1, 1, 1]
+
+
 def test_temperature_sharpens_and_zero_is_greedy():
     # At T = 0.5 the probabilities are squared: 0.4^2 : 0.6^2 = 4 : 9, so the first token ends at 4/13 = 0.3077.
     logits = torch.log(torch.tensor([[0.4, 0.6]])).expand(2, 2)

@@ -85,7 +85,7 @@ def train(
             bar.advance(1, **{name: metrics[name] for name in shown})
             if reference is not None and config.reference_every and (step + 1) % config.reference_every == 0:
                 reference.load_state_dict(policy.state_dict())
-            if save_due(step + 1, config.steps, config.save_every):
+            if save_due(step + 1, config.steps, config.save_every, context.stage.unsaved_seconds):
                 tensors = optimizer.tensors()
                 if reference is not None and config.reference_every:
                     tensors |= checkpoint.model_tensors(reference, "reference.")

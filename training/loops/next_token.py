@@ -89,7 +89,7 @@ def train(
             metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
             context.stage.log(step=step, **metrics)
             bar.advance(loss=metrics["loss"])
-            if save_due(step + 1, steps, config.save_every):
+            if save_due(step + 1, steps, config.save_every, context.stage.unsaved_seconds):
                 context.stage.save_state(step + 1, optimizer.tensors(), optimizer.counters())
     model.eval()
     if any(document.prompt for document in documents):

@@ -12,6 +12,7 @@ from training import checkpoint
 from training.errors import UserError
 
 MAX_BAD_STEPS = 5
+SAVE_SECONDS = 600.0
 
 
 def learning_rate(
@@ -84,6 +85,9 @@ class Optimizer:
         self.skipped, self.bad_in_a_row = counters["skipped"], counters["bad_in_a_row"]
 
 
-def save_due(step: int, steps: int, every: int) -> bool:
-    """Whether a resume point is due after `step` finished steps of `steps` (not after the last: the stage ends)."""
-    return bool(every) and step % every == 0 and step < steps
+def save_due(step: int, steps: int, every: int, unsaved_seconds: float) -> bool:
+    """Whether a resume point is due after `step` finished steps of `steps` (not after the last: the stage ends).
+
+    It is after every `every` steps, and sooner where a kill would cost more than SAVE_SECONDS of work; never where every is 0.
+    """
+    return bool(every) and step < steps and (step % every == 0 or unsaved_seconds >= SAVE_SECONDS)

@@ -162,7 +162,9 @@ def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
     if top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))
+        probs = torch.zeros_like(probs).scatter(
+            -1, order, ordered.masked_fill((before >= top_p) & (before > 0), 0.0)
+        )
     cumulated = probs.cumsum(dim=-1)
     # Scaled by the total, which is 1 but for rounding, so that a token of probability 0 is never chosen.
     passed = cumulated > (uniform.to(probs.device) * cumulated[:, -1]).unsqueeze(-1)

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from training import checkpoint, responses, rewards
+from training import checkpoint, notices, responses, rewards
 from training.context import StageContext
 from training.judge import Verdict, balance, document, is_hard, judge
 from training.loops import next_token
@@ -37,9 +37,11 @@ def run(context: StageContext) -> dict[str, Any]:
     metrics = next_token.train(model, tokenizer, documents, context.config, context)
     agreement = _measure(context, model, tokenizer)
     if agreement["agreement"] < context.config.minimum_agreement:
-        context.progress.say(
-            f"warning: the judge agrees with the rule on {agreement['agreement']:.1%} of {agreement['held_out']} held-out "
-            f"responses, less than the {context.config.minimum_agreement:.0%} of the recipe"
+        notices.warn(
+            "agreement",
+            f"the judge agrees with the rule on {agreement['agreement']:.1%} of {agreement['held_out']} held-out responses, "
+            f"less than the {context.config.minimum_agreement:.0%} of the recipe; {agreement['parsed']:.0%} of its verdicts can "
+            "be read, and the others count as wrong",
         )
     checkpoint.save_model(model, tokenizer, context.stage.path / "checkpoint")
     return {
@@ -78,9 +80,10 @@ def _collect(context: StageContext, split: str) -> list[dict[str, Any]]:
     chosen = balance(candidates, (seed, context.name, split))
     if not chosen:
         chosen = list({(each[0].problem.id, each[0].text): each for each in candidates}.values())
-        context.progress.say(
-            f"warning: no checkpoint gave both right and wrong responses to the {split} problems of the judge: all "
-            f"{len(chosen)} are taken as they are, and the judge learns little from them"
+        notices.warn(
+            f"balance {split}",
+            f"no checkpoint gave both right and wrong responses to the {split} problems of the judge: all {len(chosen)} are "
+            "taken as they are, and the judge learns little from them",
         )
     return [
         {

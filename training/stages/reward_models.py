@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from training import checkpoint, preferences, responses, reward_model
+from training import checkpoint, notices, preferences, responses, reward_model
 from training.context import StageContext
 from training.model import load
 from training.parts import run_parts
@@ -38,9 +38,10 @@ def run(context: StageContext) -> dict[str, Any]:
             metrics = reward_model.train(model, tokenizer, data, context.config, part)
         else:
             metrics = {"steps": 0}
-            context.progress.say(
-                f"warning: the checkpoints gave no good and bad {MODELS[name]} responses to choose between: the {name} "
-                "model learns nothing and scores all alike"
+            notices.warn(
+                f"no {name} data",
+                f"the checkpoints gave no good and bad {MODELS[name]} responses to choose between: the {name} model learns "
+                "nothing and scores all alike",
             )
         checkpoint.save_model(model, tokenizer, context.stage.path / f"checkpoint-{name}")
         return {
