@@ -4,6 +4,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from training.notation import undecorated
+
 
 def pass_at_1(correct: Sequence[Sequence[bool]]) -> float:
     """Mean over the problems of the share of right samples, (1/k) * sum_i p_i (DeepSeek-R1, evaluation setup).
@@ -33,8 +35,8 @@ def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> float:
 def majority(answers: Sequence[str | None]) -> str | None:
     """The answer that was given most often; None where it is not one alone, for a tie is not a majority.
 
-    answers: the texts of the answer blocks; None for a sample without an answer, which has no vote. Runs of
-    white space are equal, as are upper and lower case.
+    answers: the texts of the answers; None for a sample without an answer, which has no vote. Runs of white
+    space are equal, as are upper and lower case; what decorates an answer ("**72.**") has no vote of its own.
     """
     votes = Counter(vote for vote in map(_vote, answers) if vote is not None)
     ranked = votes.most_common(2)
@@ -60,7 +62,7 @@ def maj_at_k(answers: Sequence[Sequence[str | None]], correct: Sequence[Sequence
 
 
 def _vote(answer: str | None) -> str | None:
-    return None if answer is None else " ".join(answer.split()).casefold()
+    return None if answer is None else undecorated(answer).casefold()
 
 
 def wilson(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:

@@ -8,7 +8,8 @@
 
 The name of the argument, `sample` or `samples` (training.rewards.Sample), says which. An exception, a value that is no
 finite number, a call that takes too long and a process that dies give no reward and a reason that begins with "error";
-they are counted like those of every reward. After the last two the process is started again.
+they are counted like those of every reward. After the last two the process is started again. Only the file itself is hashed
+into the settings of a stage, not what it imports.
 """
 
 import math

@@ -81,12 +81,24 @@ def _made(spec: str, options: str, content: str) -> Task:
 
 
 def problems(recipe: Recipe, split: str, kinds: Iterable[str]) -> list[Problem]:
-    """All problems of a recipe in a split, of some kinds ("reasoning", "helpful", "unsafe"), behind its system prompt."""
+    """All problems of a recipe in a split, of some kinds ("reasoning", "helpful", "unsafe"), behind its system prompt.
+
+    A problem that two tasks have counts once.
+
+    Raises:
+        UserError: two different problems have one id.
+    """
     wanted = frozenset(kinds)
-    found = [each for task in tasks(recipe).values() for each in task.problems(split) if each.kind in wanted]
+    found: dict[str, Problem] = {}
+    for task in tasks(recipe).values():
+        for each in task.problems(split):
+            first = found.setdefault(each.id, each)
+            if first is not each and replace(first, task=each.task) != each:
+                raise UserError(f"{first.task} and {each.task} have different problems of the id {each.id!r}")
+    chosen = [each for each in found.values() if each.kind in wanted]
     if not recipe.system_prompt:
-        return found
-    return [replace(each, before=prompts.with_system(each.before, recipe.system_prompt)) for each in found]
+        return chosen
+    return [replace(each, before=prompts.with_system(each.before, recipe.system_prompt)) for each in chosen]
 
 
 def choose(pool: Sequence[Problem], count: int, *seed_parts: int | str) -> list[Problem]:

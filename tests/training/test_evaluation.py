@@ -103,3 +103,7 @@ def test_bad_arguments_are_named():
         maj_at_k([["5", "5"]], [[True]])
     with pytest.raises(ValueError, match="shorter"):
         maj_at_k([["5"], ["5"]], [[True]])
+
+
+def test_what_decorates_an_answer_has_no_vote_of_its_own():
+    assert majority(["72", "**72**", r"\\boxed{72.}", "71", "71"]) == "72"

@@ -99,6 +99,18 @@ def test_a_file_is_read_once_until_it_changes(recipe, tmp_path):
     assert len(responses.problems(recipe, "train", ("reasoning",))) <= 1
 
 
+def test_a_problem_of_two_files_counts_once_and_two_problems_of_one_id_are_refused(recipe, tmp_path):
+    alone = responses.problems(recipe, "train", ("reasoning",))
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text((tmp_path / "data.jsonl").read_text())
+    both = replace(recipe, task=[*recipe.task, f"jsonl:{copy}"])
+    assert responses.problems(both, "train", ("reasoning",)) == alone
+    for path in (copy, tmp_path / "data.jsonl"):
+        path.write_text(json.dumps({"question": path.name, "answer": 1, "id": "one", "level": "harder"}))
+    with pytest.raises(UserError, match="have different problems of the id 'one'"):
+        responses.problems(both, "harder", ("reasoning",))
+
+
 def test_the_content_of_a_file_is_in_the_settings_of_the_stages_that_read_it(recipe, tmp_path):
     before = {stage: stage_config(recipe, stage) for stage in ("base", "zero", "sft1", "evaluate")}
     (tmp_path / "data.jsonl").write_text('{"question": "1 + 1", "answer": 2}')

@@ -50,6 +50,15 @@ def test_only_the_full_score_is_right(name):
     assert part_of_the_credit > 0, "this test is about answers that the package itself half rewards"
 
 
+def test_what_decorates_an_answer_does_not_make_it_wrong():
+    pytest.importorskip("reasoning_gym")
+    task = get_task("reasoning_gym:chain_sum", size=5, **EASY)
+    problem = task.problems("train")[0]
+    for form in (r"\boxed{%s}", "**%s**", r"\(%s\)", "%s."):
+        assert task.check(problem, form % problem.reference)
+        assert not task.check(problem, form % "17000")
+
+
 def test_a_scorer_that_raises_is_a_counted_error():
     pytest.importorskip("reasoning_gym")
     task = get_task("reasoning_gym:prime_factorization", size=5)

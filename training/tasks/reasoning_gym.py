@@ -12,6 +12,7 @@ from typing import Any
 
 from training.config import unknown
 from training.errors import UserError
+from training.notation import undecorated
 from training.tasks.problem import DataError, Problem, check_split, problem_id, split_of
 
 
@@ -61,8 +62,12 @@ class ReasoningGymTask:
         return [problem for problem in self._problems if split_of(problem.id) == split]
 
     def check(self, problem: Problem, answer: str) -> bool:
-        """Whether the data set's scorer gives the full score. May raise what the scorer raises."""
-        return bool(self._dataset.score_answer(answer, problem.meta["entry"]) == 1.0)
+        """Whether the data set's scorer gives the full score, to the answer as it is or without what decorates it.
+
+        May raise what the scorer raises.
+        """
+        spellings = dict.fromkeys((answer, undecorated(answer)))
+        return any(self._dataset.score_answer(each, problem.meta["entry"]) == 1.0 for each in spellings)
 
     def worked_examples(self, language: str) -> list[tuple[str, str]]:
         """None: the package has no reasoning to show."""
