@@ -43,13 +43,20 @@ _WRAPPED = (
     ("$", "$"),
 )
 _BRACKETED = ((r"\(", r"\)"), (r"\[", r"\]"))
+_LONGEST = 2000  # characters
 _SENTENCE_END = ".,;:!"
 
 
 def undecorated(text: str) -> str:
-    """The text of an answer without boxes, emphasis, quotes, dollars, text commands, layout and a full stop at its end."""
+    """The text of an answer without boxes, emphasis, quotes, dollars, text commands, layout and a full stop at its end.
+
+    What is too long for an answer comes back with its boxes alone taken off.
+    """
     box = last_box(text)
-    text = (text if box is None else box).translate(_SIGNS)
+    text = text if box is None else box
+    if len(text) > _LONGEST:
+        return " ".join(text.split())
+    text = text.translate(_SIGNS)
     text = _VULGAR.sub(lambda match: f" {unicodedata.normalize('NFKC', match[1])}", text).replace(
         "\u2044", "/"
     )

@@ -18,7 +18,8 @@ _NUMBER = re.compile(
 )
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*([+-]?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))")
 _CURRENCY = re.compile(r"(US\$|[$€£¥])")
-_UNIT = re.compile(r"(?:[^\W\d_]+\.?|[%°])(?:[ /·]*(?:[^\W\d_]+\.?|[%°]|\^?\{?-?[23]\}?(?!\d)))*")
+_UNIT_WORD = r"(?:[^\W\d_]+\.?|%|°[^\W\d_]*)(?:\^?\{?[23]\}?)?"
+_UNIT = re.compile(rf"{_UNIT_WORD}(?:[ /·]+{_UNIT_WORD})*")
 _PER = re.compile(r"\s*/\s*|\s+per\s+")
 _POWER = re.compile(r"(?:square|sq) |cubic |\^?\{?([23])\}?$")
 _NO_UNITS = {"or", "and", "not", "to", "if", "is", "oder", "und", "nicht", "bis"}

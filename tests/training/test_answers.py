@@ -1,6 +1,8 @@
 """Which answers are right: one table by hand, with what people and models really write, and the readers of references."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from training import answers
 from training.answers import check_of, check_reference, choice_of, chosen, labelled, right, short_answer
@@ -370,3 +372,27 @@ def test_a_reference_is_parsed_once(monkeypatch):
         check_reference("mathematics", reference)
         assert not right("mathematics", reference, "1")
     assert parsed.count(reference) == 1
+
+
+@given(st.text(max_size=60), st.sampled_from(["5 km", "Paris", "B", "50%"]))
+def test_any_answer_is_judged_without_an_error(answer, reference):
+    assert right(check_of(reference, {}), reference, answer) in (True, False)
+    assert choice_of(answer, CHOICES) in (None, *CHOICES)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "5 " + "a" * 90 + "!",
+        "1," * 49,
+        "5 " + "a " * 45 + "!",
+        r"\text{" * 5000,
+        "*" * 10_000,
+        "$" * 9999,
+        "answer is " * 900,
+    ],
+)
+def test_an_answer_made_to_keep_the_check_busy_does_not(answer):
+    # a pattern that tries every way to split such a text would not come back
+    assert not right("mathematics", "6", answer) and not right("text", "Paris", answer)
+    assert choice_of(answer, CHOICES) is None
