@@ -5,6 +5,7 @@
 
 import re
 import unicodedata
+from functools import lru_cache
 
 from training.response import last_box
 
@@ -47,6 +48,7 @@ _LONGEST = 2000  # characters
 _SENTENCE_END = ".,;:!"
 
 
+@lru_cache(maxsize=4096)
 def undecorated(text: str) -> str:
     """The text of an answer without boxes, emphasis, quotes, dollars, text commands, layout and a full stop at its end.
 
