@@ -20,7 +20,7 @@ _LETTER = re.compile(r"\(?([A-Za-z])\)?(?:[.):]\s.*)?", re.DOTALL)
 
 
 def short_answer(text: str) -> str:
-    """The answer in a reference as data sets write them: "... #### 72" (GSM8K), "... \\\\boxed{5}" (MATH), "the answer is 5".
+    """The answer in a reference as data sets write them: "... #### 72" (GSM8K), "... \\boxed{5}" (MATH), "the answer is 5".
 
     A text without any of these is the answer itself.
     """
@@ -43,7 +43,15 @@ def labelled(choices: Any) -> dict[str, str]:
     labels: Sequence[Any] = ascii_uppercase
     if isinstance(choices, Mapping) and set(choices) == {"text", "label"}:
         choices, labels = choices["text"], choices["label"]
-    if not isinstance(choices, list) or not 2 <= len(choices) <= len(labels):
+        if (
+            not isinstance(labels, list)
+            or len(labels) != len(choices)
+            or len(set(map(str, labels))) != len(labels)
+        ):
+            raise ValueError(
+                f"field 'choices': expected a label of its own for each text, got {labels!r:.100}"
+            )
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(ascii_uppercase):
         raise ValueError(f"field 'choices': expected a list of 2 to 26 texts, got {choices!r:.100}")
     return {str(label).upper(): str(text).strip() for label, text in zip(labels, choices, strict=False)}
 

@@ -1,6 +1,6 @@
-"""One spelling for answers that people and models write in many: what decorates an answer goes, what it says stays.
+r"""One spelling for answers that people and models write in many: what decorates an answer goes, what it says stays.
 
-**72.**   \\\\(72\\\\)   `72`   $72$   \\\\boxed{72}   \\\\text{72}   \\u221272 (a Unicode minus)   1{,}000   \\uff17\\uff12 (full width)
+**72.**   \(72\)   `72`   $72$   \boxed{72}   \text{72}   1{,}000   and signs of Unicode: minus, full-width digits, powers
 """
 
 import re

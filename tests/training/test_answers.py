@@ -323,7 +323,7 @@ def test_labels_of_choices():
     assert labelled(["x", 5]) == {"A": "x", "B": "5"}
     assert labelled({"text": ["x", "y"], "label": ["1", "2"]}) == {"1": "x", "2": "y"}
     assert choice_of("(2)", {"1": "x", "2": "y"}) == "2"
-    for bad in ("x", ["x"], {"A": "x"}, list(range(30))):
+    for bad in ("x", ["x"], {"A": "x"}, list(range(30)), {"text": ["x", "y"], "label": ["A", "A"]}):
         with pytest.raises(ValueError, match="field 'choices'"):
             labelled(bad)
 

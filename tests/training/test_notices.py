@@ -12,9 +12,8 @@ from training.recipe import load
 from training.report.tables import warnings as warnings_html
 from training.run_dir import RunDir
 
-FINE = {"finished": 1.0, "reward_spread": 1.0, "zero_std_groups": 0.5, "reward_errors": 0}
+FINE = {"reward_spread": 1.0, "zero_std_groups": 0.5, "reward_errors": 0}
 SIGNS = {
-    "nothing_finishes": {"finished": 0.0},
     "flat_reward": {"reward_spread": 0.0, "zero_std_groups": 1.0},
     "no_spread": {"zero_std_groups": 1.0},
 }

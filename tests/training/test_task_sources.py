@@ -192,6 +192,11 @@ def test_jsonl_reads_gsm8k_math_and_multiple_choice_as_they_are_published(tmp_pa
     assert capital.question == "Capital of France?\nA. Rome\nB. Paris\nC. Bern\nD. Oslo"
     assert all(task.check(capital, answer) for answer in ("B", "(B)", r"\boxed{B}", "Paris", "B. Paris"))
     assert not any(task.check(capital, answer) for answer in ("A", "A or B", "B. Rome", "Rome", "1"))
+    listed = {**mmlu, "question": "Capital of France? A) Rome B) Paris C) Bern D) Oslo"}
+    (own,) = read(tmp_path, listed)
+    assert own.question == listed["question"]
+    (numbers,) = read(tmp_path, {"question": "What is 12 - 11?", "choices": ["1", "2"], "answer": "A"})
+    assert numbers.question == "What is 12 - 11?\nA. 1\nB. 2", "digits of the question are no list of choices"
     task = get_task(f"jsonl:{write(tmp_path, arc)}", test_share=0.0, columns={"answer": "answerKey"})
     (capital,) = task.problems("train")
     assert task.check(capital, "1") and task.check(capital, "Rome") and not task.check(capital, "2")

@@ -17,11 +17,6 @@ class Sign(NamedTuple):
 
 
 SIGNS = {
-    "nothing_finishes": Sign(
-        lambda row: row["finished"] < 0.05,
-        "fewer than 5 % of the responses end by themselves: does the model end its turns otherwise, or is max_new_tokens "
-        "too small?",
-    ),
     "flat_reward": Sign(
         lambda row: row["reward_spread"] == 0,
         "every response earns the same reward, so there is nothing to learn: are the format and the problems within the "

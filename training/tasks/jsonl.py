@@ -5,7 +5,7 @@ A line is an object with the fields
     question                text
     messages                instead of a question: [{"role": "user", "content": ...}, ...], the user's turn last
     answer or reference     the right answer: text or a number; worked solutions that end with "#### 72" (GSM8K), with
-                            "\\\\boxed{5}" (MATH) or say "the answer is 5" are read too
+                            "\\boxed{5}" (MATH) or say "the answer is 5" are read too
     choices                 texts, or {"text": [...], "label": [...]}: they are listed below the question, and the answer is
                             the letter, the index from 0 (a number) or the text of one of them
     language                BCP-47 tag such as "de" or "zh-CN"; "en" where it is missing
@@ -20,6 +20,7 @@ Other fields are kept in `Problem.meta`. Train and test are split by the questio
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,8 +206,16 @@ def _asked(row: Mapping[str, Any]) -> tuple[tuple[tuple[str, str], ...], str]:
 
 
 def _with_choices(question: str, choices: Mapping[str, str]) -> str:
-    listed = "\n".join(f"{label}. {text}" for label, text in choices.items())
-    return question if all(text in question for text in choices.values()) else f"{question}\n{listed}"
+    """The question with its choices listed below, unless it lists them itself."""
+    listed = all(
+        re.search(rf"(?:^|\s)\(?{re.escape(label)}[.):]+\s*{re.escape(text)}", question)
+        for label, text in choices.items()
+    )
+    return (
+        question
+        if listed
+        else "\n".join([question, *(f"{label}. {text}" for label, text in choices.items())])
+    )
 
 
 def _content_id(row: Mapping[str, Any]) -> str:
