@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from training import prompts, seeding
+from training import notices, prompts, seeding
 from training.encoder import Encoder
 from training.loops.next_token import Document
-from training.loops.sample import Prompt
+from training.loops.sample import Prompt, room
 from training.pieces import sample_in_pieces
 from training.rewards import Sample
 from training.run_dir import StageDir
@@ -121,24 +121,31 @@ def judge(
 
     stage: the folder of the stage that asks, which keeps the verdicts until it is done.
     """
-    asked = [
-        Prompt(each.problem, prompts.judge(each.problem, each.problem.reference, each.text))
-        for each in candidates
-    ]
     encoder = Encoder(model, tokenizer)
-    opening = encoder.prompt(asked[0].turns).opening if asked else ""
+    asked, opening = {}, ""
+    for i, each in enumerate(candidates):
+        prompt = Prompt(each.problem, prompts.judge(each.problem, each.problem.reference, each.text))
+        ids, opening = encoder.prompt(prompt.turns)
+        if room(encoder, len(ids)) >= 1:
+            asked[i] = prompt
+    if len(asked) < len(candidates):
+        notices.warn(
+            "long verdicts",
+            f"{len(candidates) - len(asked)} of {len(candidates)} responses are too long for the judge, and count as wrong",
+        )
     written = sample_in_pieces(
         stage,
         [each.text for each in candidates],
         model,
         tokenizer,
-        asked,
+        list(asked.values()),
         temperature=0.0,
         max_new_tokens=longest_verdict(encoder, opening, candidates),
         seed_parts=("judge",),
         batch_size=BATCH_SIZE,
     )
-    return [parse_verdict(completion.text) for completion in written]
+    read = dict(zip(asked, (parse_verdict(completion.text) for completion in written), strict=True))
+    return [read.get(i, Verdict(False, "", False)) for i in range(len(candidates))]
 
 
 def longest_verdict(encoder: Encoder, opening: str, candidates: Sequence[Sample]) -> int:

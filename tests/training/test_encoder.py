@@ -185,6 +185,12 @@ def test_a_template_that_refuses_the_turns_is_one_line(tmp_path):
         encoder.prompt([Turn("user", "hi")])
 
 
+def test_a_template_that_writes_the_date_writes_the_same_every_day(tmp_path):
+    write_folder(tmp_path / "own", template="{{ strftime_now('%Y-%m-%d') }} {{ messages[0]['content'] }}")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "own")
+    assert tokenizer.decode(Encoder(None, tokenizer).prompt([Turn("user", "hi")]).ids) == "2025-01-01 hi"
+
+
 def test_after_sft_other_programs_stop_at_the_end_that_was_taught(folder):
     model, tokenizer = load(folder("chatml", eos="<|endoftext|>"))
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id

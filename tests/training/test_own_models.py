@@ -10,12 +10,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.own_models import FAMILIES, edit_json, write_folder
-from training import notices, prompts
+from training import notices, prompts, responses, reward_model
 from training.checkpoint import load_model, save_model
 from training.cli import main
 from training.context import StageContext
 from training.errors import UserError
 from training.estimate import count
+from training.judge import judge
 from training.loops import grpo, next_token
 from training.loops.batch import collate, logprobs
 from training.loops.next_token import Document
@@ -25,7 +26,8 @@ from training.placement import placed
 from training.pretrained import load_pretrained, pretrained_config
 from training.progress import Progress
 from training.recipe import load as load_recipe
-from training.rewards import Reward, Scored
+from training.response import parse
+from training.rewards import Reward, Sample, Scored
 from training.run_dir import StageDir
 from training.sections import Grpo, NextToken
 from training.tasks.problem import Problem
@@ -282,6 +284,32 @@ def test_a_prompt_that_is_too_long_is_named_and_a_response_ends_with_the_positio
     assert all(len(c.prompt_ids) + len(c.token_ids) <= 41 for c in drawn)
     assert any(not c.finished for c in drawn)
     logprobs(model, collate(drawn, 0, torch.device("cpu"), replay=False), 1.0)  # fits, too
+
+
+def test_problems_that_are_too_long_are_left_out_and_counted(tmp_path):
+    model, tokenizer = load(write_folder(tmp_path / "own", positions=64))
+    long = [Problem(f"l{n}", "test", "reasoning", "en", "What is 1 plus 1? " * n, "2") for n in (9, 20)]
+    kept = []
+    (said,) = heard(
+        lambda: kept.extend(responses.fitting(model, tokenizer, [*PROBLEMS, *long], prompts.chat))
+    )
+    assert kept == PROBLEMS
+    assert said.startswith("2 of 5 problems are left out") and said.endswith("the model reads 64")
+    with pytest.raises(UserError, match="2 of 2 problems are left out"):
+        responses.fitting(model, tokenizer, long, prompts.chat)
+
+
+def test_a_response_that_is_too_long_for_the_judge_is_wrong_and_one_for_a_reward_model_is_cut(tmp_path):
+    model, tokenizer = load(write_folder(tmp_path / "own", positions=128))
+    texts = ("<answer> 3 </answer>", "the answer is right " * 60)
+    candidates = [Sample(PROBLEMS[0], text, parse(text), ()) for text in texts]
+    verdicts = []
+    (said, *_) = heard(lambda: verdicts.extend(judge(model, tokenizer, candidates)))
+    assert said.startswith("1 of 2 responses are too long for the judge")
+    assert len(verdicts) == 2 and not verdicts[1].parsed and not verdicts[1].correct
+    scorer = reward_model.from_language_model(model)
+    (said,) = heard(lambda: reward_model.rewards(scorer, tokenizer, [(PROBLEMS[0], text) for text in texts]))
+    assert said.startswith("a response is scored by its last 128 of ")
 
 
 def test_documents_and_responses_that_are_cut_are_warned_of(tmp_path):

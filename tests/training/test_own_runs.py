@@ -54,7 +54,7 @@ def test_what_sft_teaches_is_what_the_model_then_says(tmp_path, template):
     asked = [Prompt(problem, prompts.chat(problem)) for problem in PROBLEMS]
     drawn = sample(model, tokenizer, asked, temperature=0.0, max_new_tokens=60, seed_parts=(0,))
     for completion in drawn:
-        said = responses.as_sample(completion)
+        said = responses.as_sample(completion, "answer_tags")
         assert completion.finished
         assert rewards.format(said).value == 1.0
         assert said.response.answer == completion.problem.reference
