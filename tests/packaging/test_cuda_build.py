@@ -34,7 +34,9 @@ def inspect():
 def test_no_kernel_spills(inspect):
     usage = inspect("-res-usage")
     kernels = re.findall(r"Function (\S+):\n.*?REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    families = [family for family in ("logprob", "grpo", "moe") if any(family in name for name, *_ in kernels)]
+    families = [
+        family for family in ("logprob", "grpo", "moe") if any(family in name for name, *_ in kernels)
+    ]
     assert families == ["logprob", "grpo", "moe"]
     for name, registers, stack, shared, local in kernels:
         assert int(stack) == 0 and int(local) == 0, f"{name} spills"

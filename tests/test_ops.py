@@ -1,0 +1,67 @@
+"""Every public op by the table of ops: it has a reference, torch ops that keep their schemas, a page and a sample call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import r1kernels
+from r1kernels import backends, examples, extension
+
+DOCS = "\n".join(page.read_text() for page in Path(__file__).parents[1].joinpath("docs").glob("*.md"))
+EVERY = sorted(examples.calls("cpu"))
+LEADING = {"grpo_loss": 1, "linear_grpo_loss": 2, "group_advantages": 0}
+"""How many of the first arguments have a gradient, where not all have."""
+KERNELS = [op for op in EVERY if "cpu" in backends.registered(op)]
+
+
+class Recorder(TorchDispatchMode):
+    """The torch ops of the package that run, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "r1kernels":
+            self.calls.append((func, tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in args)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_table_holds_every_public_op():
+    assert set(EVERY) == set(backends.ops())
+    assert all(callable(getattr(r1kernels, op, None)) and op in r1kernels.__all__ for op in EVERY)
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_an_op_has_a_reference_an_explanation_and_a_page(op):
+    assert backends.registered(op)[-1] == "reference"
+    args, kwargs = examples.calls("cpu")[op]
+    text = r1kernels.explain(getattr(r1kernels, op), *args, **kwargs)
+    assert all(f"  {backend}" in text for backend in backends.registered(op))
+    assert f"`{op}" in DOCS, "docs/ says nothing of it"
+
+
+@pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+@pytest.mark.parametrize("op", KERNELS)
+def test_the_torch_ops_of_a_call_keep_their_schemas_and_shapes(op):
+    args, kwargs = examples.calls("cpu")[op]
+    differentiable = LEADING.get(op, len(args))
+    leaves = [
+        x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in args[:differentiable]
+    ]
+    leaves += args[differentiable:]
+    with Recorder() as recorder:
+        result = getattr(r1kernels, op)(*leaves, **kwargs)
+        first = result if isinstance(result, torch.Tensor) else result[0]
+        if first.requires_grad:
+            first.sum().backward()
+    assert recorder.calls
+    for function, arguments in recorder.calls:
+        torch.library.opcheck(
+            function, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+        )
