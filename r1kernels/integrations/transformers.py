@@ -4,7 +4,7 @@
 
     logp = r1.fused_logprobs(model, input_ids, attention_mask, labels)      # without the logits
 
-    with r1.patch(model):                              # or patch = r1.patch(model) ... patch.undo()
+    with r1.patch(model):                              # or r1.patch(model) ... r1.unpatch(model)
         with r1.record_routing(model) as record:
             sequences = model.generate(...)
         with r1.replay_routing(model, r1.pad_routing(record.sequences(mask), mask)), r1.collect_load(model) as load:

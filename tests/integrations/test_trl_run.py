@@ -18,8 +18,8 @@ from r1kernels.integrations import trl_linear  # noqa: E402
 WORDS = ["<pad>", "<eos>", *(f"w{i}" for i in range(30))]
 
 
-def train(directory, steps, **options):
-    """The log of a run: the same prompts and the same random numbers each time.
+def train(directory, steps, adapters=None, **options):
+    """The log of a run: the same prompts and the same random numbers each time; ``adapters`` is a configuration of PEFT.
 
     Plain gradient descent: Adam would make steps of full length out of gradients that are nothing but rounding.
     """
@@ -52,6 +52,7 @@ def train(directory, steps, **options):
         reward_funcs=early_words,
         args=config,
         processing_class=tokenizer,
+        peft_config=adapters,
         train_dataset=datasets.Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(20)]}),
     )
     trainer.train()
@@ -78,6 +79,7 @@ def test_twenty_steps_with_and_without_the_patch(tmp_path, options):
     with r1.patch():
         ours = train(tmp_path, 20, **options)
     assert_same_runs(ours, own)
+    assert_learnt(own)
     assert max(row["clip_ratio/region_mean"] for row in own) > 0
 
 
@@ -96,15 +98,37 @@ def test_twenty_steps_from_hidden_states(tmp_path, loss_type, monkeypatch):
         ours = train(tmp_path, 20, **options)
     assert len(served) == 20 * 2  # every micro-batch
     assert_same_runs(ours, own)
+    assert_learnt(own)
 
 
-def assert_same_runs(ours, own):
+@pytest.mark.slow
+def test_twenty_steps_of_adapters_from_hidden_states(tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: nothing to train")
+    adapters = peft.LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights="gaussian")
+    own = train(tmp_path, 20, adapters, beta=0.05)
+    r1kernels.set_strict(True)  # whatever is not computed from hidden states is an error
+    try:
+        with r1.patch(linear=True):
+            ours = train(tmp_path, 20, adapters, beta=0.05)
+    finally:
+        r1kernels.set_strict(False)
+    assert_same_runs(ours, own, relative=1e-3)  # the steps of adapters are long, and rounding grows with them
+    assert all(row["grad_norm"] > 1e-2 for row in own)
+
+
+def assert_same_runs(ours, own, relative=1e-4):
     assert len(ours) == len(own) == 20
     for mine, other in zip(ours, own, strict=True):
         assert set(mine) == set(other)
         for name, value in other.items():
             if not name.endswith(("time", "_per_second", "runtime")):
-                assert mine[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (other["step"], name)
-    # the runs learnt something: they did not agree by standing still
+                assert mine[name] == pytest.approx(value, rel=relative, abs=relative / 10), (
+                    other["step"],
+                    name,
+                )
+
+
+def assert_learnt(own):
+    """They did not agree by standing still."""
     rewards = [row["reward"] for row in own if "reward" in row]
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3
