@@ -96,7 +96,7 @@ def fused_logprobs(
     return _spread(results, wanted)
 
 
-def head_inputs(model: Any, **inputs: Any) -> Tensor:
+def head_inputs(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
     """The hidden states (B, L, H) that enter the head in the model's own forward, with gradients; it computes no logits.
 
     Whatever the layers of the model return, and whatever stands between them and the head, is in them: norms, factors,
@@ -105,16 +105,17 @@ def head_inputs(model: Any, **inputs: Any) -> Tensor:
     Args:
         model: as for ``output_head``. Of a model given to torch.compile as a whole the layers run uncompiled here: compile
             the layers (``model.model.compile()``), or what takes the states.
-        inputs: what the model takes: ``input_ids``, ``attention_mask``, ... No cache is made.
+        input_ids: (B, L), int64.
+        inputs: what else the model takes: ``attention_mask``, ... No cache is made.
 
     Raises:
         ValueError: the forward does not call its head once, or with states of another shape than (B, L, H).
     """
-    states, _ = _run(model, lambda states: states[:, :0], {"use_cache": False, **inputs})
-    ids = inputs["input_ids"]
-    if states.ndim != 3 or states.shape[:2] != ids.shape:
+    inputs = {"input_ids": input_ids, "use_cache": False, **inputs}
+    states, _ = _run(model, lambda states: states[:, :0], inputs)
+    if states.ndim != 3 or states.shape[:2] != input_ids.shape:
         raise ValueError(
-            f"model: expected states (B, L, H) for input_ids {tuple(ids.shape)} at the head of {type(model).__name__}, "
+            f"model: expected states (B, L, H) for input_ids {tuple(input_ids.shape)} at the head of {type(model).__name__}, "
             f"got {tuple(states.shape)}"
         )
     return states
@@ -123,9 +124,10 @@ def head_inputs(model: Any, **inputs: Any) -> Tensor:
 def output_head(model: Any) -> Head:
     """The head of a causal language model: (weight, bias, softcap, logit_scale), keywords of ``linear_logprobs``.
 
-    It makes the model's logits of the states that ``head_inputs`` gives. The configuration gives softcap and scale. At the first call for a model, and when its head, its hooks or its numbers have
-    changed, its own forward is tried on two tokens, with large random states at the head: it must give the logits of this
-    head. Such a trial draws no random numbers from the global generators, and routing records do not see it.
+    It makes the model's logits of the states that ``head_inputs`` gives. The configuration gives softcap and scale. At the first
+    call for a model, and when its head, its hooks or its numbers have changed, its own forward is tried on two tokens, with
+    large random states at the head: it must give the logits of this head. Such a trial draws no random numbers from the global
+    generators, and routing records do not see it.
 
     Args:
         model: a causal language model of transformers, also inside PEFT, DistributedDataParallel or torch.compile.
