@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from datetime import datetime
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -22,8 +21,8 @@ from training.response import SPECIAL, THINK_CLOSE, THINK_OPEN
 
 # A thinking block that a chat template opens at the end of a prompt.
 _OPENED = re.compile(rf"{re.escape(THINK_OPEN)}\s*$")
-# What a template that writes today's date gets: a run that goes on tomorrow must read the same prompts.
-_DAY = datetime(2025, 1, 1)
+# The date for a template that takes one, as Llama 3's does: a run that goes on tomorrow must read the same prompts.
+_TODAY = "01 Jan 2025"
 _PROBE = "qzx"  # an answer that no chat template writes by itself
 
 
@@ -144,7 +143,7 @@ class Encoder:
     def _template(self, turns: Turns, **options: Any) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
-                [turn._asdict() for turn in turns], tokenize=False, strftime_now=_DAY.strftime, **options
+                [turn._asdict() for turn in turns], tokenize=False, date_string=_TODAY, **options
             )
         except TemplateError as error:
             if any(turn.role == "system" for turn in turns):
