@@ -117,8 +117,6 @@ def _check_folders(name: str, recipe: Recipe) -> None:
     for student, sizes in getattr(config, "students", {}).items():
         if sizes.pretrained:
             pretrained_config(sizes.pretrained, f"distill.students.{student}.pretrained")
-    if name == "base" and recipe.model.pretrained:
-        pretrained_config(recipe.model.pretrained)
 
 
 def _check_grpo(name: str, config: Grpo) -> None:

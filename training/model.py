@@ -124,7 +124,17 @@ def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model, tokenizer = checkpoint.load_model(path)
     if tokenizer is None:
         raise UserError(f"{path} holds no tokenizer.json")
+    check_head(model)
     return prepare(model), tokenizer
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Raises a UserError where log-probs cannot be computed from the model's head; a reward model has none."""
+    try:
+        if model.get_output_embeddings() is not None:
+            integration.output_head(model)
+    except ValueError as error:
+        raise UserError(str(error).replace("\n", " ")) from None
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -14,10 +14,10 @@ from typing import Any
 import huggingface_hub
 import transformers
 
-from r1kernels.integrations import transformers as integration
 from training.checkpoint import load_config, load_model
 from training.config import nearest
 from training.errors import UserError
+from training.model import check_head
 
 SMOLLM2 = "smollm2"
 CONFIG_FILES = ("*.json",)
@@ -44,10 +44,7 @@ def load_pretrained(spec: str, key: str = "model.pretrained") -> tuple[Any, Any]
         raise UserError(f"{key}: {spec} is a {type(model).__name__}, expected a causal language model")
     if tokenizer is None:
         raise UserError(f"{key}: {spec} holds no tokenizer.json")
-    try:
-        integration.output_head(model)  # log-probs need it: better now than after hours
-    except ValueError as error:
-        raise UserError(f"{key}: {spec}: {error}".replace("\n", " ")) from None
+    check_head(model)
     return model, tokenizer
 
 
