@@ -111,4 +111,4 @@ def right(check: str, reference: str, answer: str, choices: Mapping[str, str] | 
 
 
 def _plain(text: str) -> str:
-    return undecorated(text).casefold()
+    return undecorated(text).rstrip("!").casefold()

@@ -18,7 +18,7 @@ from training.tasks.problem import DataError
 
 _TIMEOUT_SECONDS = 5
 _LONGEST_ANSWER = 1000  # characters; anything longer is no answer and would only keep the parser busy
-_NAME_AND_EQUALS = re.compile(r"^[A-Za-z](?:_\w|_\{\w+\})?\s*=(?!=)")
+_NAME_AND_EQUALS = re.compile(r"^(?:[A-Za-z](?:_\w|_\{\w+\})?\s*)?=(?!=)")
 _ALTERNATIVES = (r"\vee", r"\lor", r"\mid", ";", "|", "=")
 _WORD_OF_THREE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 

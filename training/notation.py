@@ -43,14 +43,16 @@ _WRAPPED = (
     ("$$", "$$"),
     ("$", "$"),
 )
+_LEAD_IN = re.compile(r"^(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is|:)\s*", re.IGNORECASE)
 _BRACKETED = ((r"\(", r"\)"), (r"\[", r"\]"))
 _LONGEST = 2000  # characters
-_SENTENCE_END = ".,;:!"
+_SENTENCE_END = ".,;:"
 
 
 @lru_cache(maxsize=4096)
 def undecorated(text: str) -> str:
-    """The text of an answer without boxes, emphasis, quotes, dollars, text commands, layout and a full stop at its end.
+    """The text of an answer without boxes, emphasis, quotes, dollars, text commands, layout, "the answer is" before it and a
+    full stop behind it.
 
     What is too long for an answer comes back with its boxes alone taken off.
     """
@@ -69,9 +71,8 @@ def undecorated(text: str) -> str:
     text = _DEGREES.sub("\u00b0", _SPACE_COMMAND.sub(" ", text)).replace(r"\%", "%").replace(r"\$", "$")
     while (shorter := _TEXT_COMMAND.sub(r"\1", text)) != text:
         text = shorter
-    while (shorter := _unwrapped(text)) != text:
-        text = shorter
-    return " ".join(text.split())
+    text = _LEAD_IN.sub("", _bare(text), count=1)
+    return " ".join(_bare(text).split())
 
 
 def as_latex(text: str) -> str:
@@ -80,6 +81,12 @@ def as_latex(text: str) -> str:
     text = _PLAIN_ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", text).replace("**", "^")
     if text.startswith("{") and text.endswith("}") and text.count("{") == 1:
         return rf"\{{{text[1:-1]}\}}"
+    return text
+
+
+def _bare(text: str) -> str:
+    while (shorter := _unwrapped(text)) != text:
+        text = shorter
     return text
 
 

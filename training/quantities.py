@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 _LONGEST = 100  # characters
-_INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
+_INTEGER = r"(?:\d{1,3}(?:[, ]\d{3})+(?!\d)|\d+)"
 _NUMBER = re.compile(
     rf"(?P<sign>[+-]?)\s*(?:(?P<whole>\d+)\s+(?P<upper>\d+)\s*/\s*(?P<lower>\d+)"
     rf"|(?P<value>{_INTEGER}(?:\.\d*)?|\.\d+)"
@@ -24,6 +24,11 @@ _PER = re.compile(r"\s*/\s*|\s+per\s+")
 _POWER = re.compile(r"(?:square|sq) |cubic |\^?\{?([23])\}?$")
 _NO_UNITS = {"or", "and", "not", "to", "if", "is", "oder", "und", "nicht", "bis"}
 _MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_ALIASES = {
+    **{"kph": "km/h", "kmh": "km/h", "mph": "mi/h"},
+    **{f"{word}celsius": "°c" for word in ("degree ", "degrees ", "° ", "")},
+    **{f"{word}fahrenheit": "°f" for word in ("degree ", "degrees ", "° ", "")},
+}
 _WORDS = 3  # "5 red apples": longer texts behind a number are no unit
 
 # Dimension -> its units, each with its size in the first one.
@@ -133,15 +138,16 @@ def _value(match: re.Match[str]) -> Fraction | None:
     if match["whole"]:
         lower = int(match["lower"])
         return sign * (int(match["whole"]) + Fraction(int(match["upper"]), lower)) if lower else None
-    value = Fraction(match["value"].replace(",", "").rstrip("."))
+    value = Fraction(match["value"].replace(",", "").replace(" ", "").rstrip("."))
     if match["over"]:
-        over = int(match["over"].replace(",", ""))
+        over = int(match["over"].replace(",", "").replace(" ", ""))
         return sign * value / over if over else None
     return sign * value * Fraction(10) ** int(match["exponent"] or match["power"] or 0)
 
 
 def _unit(text: str) -> tuple[tuple[tuple[str, int], ...], Fraction] | None:
     """Dimensions and size of a unit; None where the text cannot be one."""
+    text = _ALIASES.get(text.casefold(), text)
     if text.casefold() in _SIZES:
         dimension, size = _SIZES[text.casefold()]
         return ((dimension, 1),), size
