@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from training import corpus, filters, responses, rewards, traces
 from training.config import nearest, unknown
 from training.errors import UserError
 from training.loops.loss import loss_arguments
+from training.model import deepseek_config
 from training.pipeline import POLICIES, STAGES, Stage, parents_of, plan
 from training.pretrained import pretrained_config
 from training.recipe import Grpo, NextToken, Recipe, start_of
 from training.tasks import names as task_names
 from training.tasks.problem import KINDS, Problem
+from training.tokenizer import build_tokenizer
 
 WHERE = {"train": "to train on", "test": "held out for the test"}
 GENERAL = ("helpful", "unsafe")
@@ -68,8 +71,16 @@ def _check_stage(name: str, config: Any, recipe: Recipe) -> None:
     trains = isinstance(config, NextToken) and (name != "base" or not recipe.model.pretrained)
     if trains and not config.steps and not config.epochs:
         raise UserError(f"{name}.steps: expected at least 1 where {name}.epochs is 0, got 0")
+    if trains and config.max_length == 1:
+        raise UserError(
+            f"{name}.max_length: expected 0, for as many as the model reads, or at least 2, got 1"
+        )
     if trains and name == "base":
         corpus.check_mix(config.corpus)
+        deepseek_config(recipe.model, len(build_tokenizer()))
+    for index, example in enumerate(getattr(config, "examples", []) if name == "zero" else []):
+        if not example.question.strip() or not example.response.strip():
+            raise UserError(f"zero.examples[{index}]: expected a question and a response, got {example}")
     for key in ("samples_from", "general_from"):
         named = getattr(config, key, [])
         for stage in [named] if isinstance(named, str) else named:
@@ -252,7 +263,7 @@ def _unmet_text(
         ways.append("add a task or rows of these kinds")
     possible, words = _possible(recipe, order, pools)
     if possible:
-        ways.append(f"run without: {' '.join(words)}")
+        ways.append(f"run without: {shlex.join(words)}")
     return f"{said} ({', '.join(recipe.task)}): {', or '.join(ways) or 'add a task that has them'}"
 
 

@@ -68,6 +68,27 @@ def deepseek_config(sizes: Model, vocab_size: int, **token_ids: int) -> Deepseek
         raise UserError(
             f"model.expert_groups: {sizes.expert_groups} does not divide model.experts = {sizes.experts}"
         )
+    if sizes.expert_groups_per_token > sizes.expert_groups:
+        raise UserError(
+            f"model.expert_groups_per_token: expected at most model.expert_groups = {sizes.expert_groups}, got "
+            f"{sizes.expert_groups_per_token}"
+        )
+    group = sizes.experts // sizes.expert_groups
+    if (
+        group < 2 and sizes.dense_layers < sizes.layers
+    ):  # a group is chosen by the sum of its two best experts
+        raise UserError(
+            f"model.experts: expected at least 2 in each of the {sizes.expert_groups} groups, got {group}"
+        )
+    if sizes.experts_per_token > sizes.expert_groups_per_token * group:
+        raise UserError(
+            f"model.experts_per_token: expected at most {sizes.expert_groups_per_token * group}, the experts of "
+            f"{sizes.expert_groups_per_token} groups, got {sizes.experts_per_token}"
+        )
+    if sizes.vocab_size and sizes.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size: expected 0, or at least the {vocab_size} entries of the tokenizer, got {sizes.vocab_size}"
+        )
     if sizes.qk_rope_head_dim % 2:
         raise UserError(f"model.qk_rope_head_dim: expected an even number, got {sizes.qk_rope_head_dim}")
     return DeepseekV3Config(

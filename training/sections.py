@@ -48,7 +48,7 @@ class Model:
     shared_experts: int = setting(1, "experts that every token goes to", minimum=0)
     expert_groups: int = setting(1, "groups of experts; a token chooses among the best groups", minimum=1)
     expert_groups_per_token: int = setting(1, "groups that a token may choose from", minimum=1)
-    routed_scaling_factor: float = setting(1.0, "factor of the routed experts' output")
+    routed_scaling_factor: float = setting(1.0, "factor of the routed experts' output", above=0)
     q_lora_rank: int = setting(0, "width of compressed queries; 0: they are not compressed", minimum=0)
     kv_lora_rank: int = setting(32, "width of compressed keys and values", minimum=1)
     qk_rope_head_dim: int = setting(16, "part of a head's query and key with rotary positions", minimum=2)
@@ -434,7 +434,7 @@ class Recipe:
         default_factory=dict, metadata=about("task -> its keyword arguments")
     )
     reward_seconds: float = setting(
-        10.0, "longest time of one call of a reward of one's own", minimum=0, operational=True
+        10.0, "seconds that one call of a reward of one's own may take", above=0, operational=True
     )
     system_prompt: str = setting("", "stands before every conversation that has none of its own")
     response_format: Literal["answer_tags", "boxed", "free"] = setting(

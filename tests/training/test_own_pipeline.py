@@ -2,6 +2,7 @@
 a JSONL file of problems, and a file of rewards."""
 
 import json
+import shlex
 from functools import partial
 
 import pytest
@@ -130,7 +131,7 @@ def run(tmp_path_factory):
             "qwen2",
             template="chatml_think",
             dtype="bfloat16",
-            sentences=[*sentences, judged, prompts.TEMPLATE],
+            sentences=[*sentences, judged, *prompts.TEMPLATES.values()],
             vocab_size=512,
             hidden_size=64,
             intermediate_size=128,
@@ -207,3 +208,25 @@ def test_what_a_person_brought_is_part_of_the_lineage(run):
     files = json.loads((run.stage("zero").path / "lineage.json").read_text())["config"]["files"]
     assert files.keys() == {"jsonl:problems.jsonl", "python:my_rewards.py:brevity"}
     assert "own" in json.loads((run.stage("base").path / "lineage.json").read_text())["config"]["files"]
+
+
+def test_the_words_of_the_check_run_what_reasoning_problems_alone_can_feed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "own", "llama", template="llama3")
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()[:25]))
+    few = {"prompts": 2, "samples": 1, "max_new_tokens": 6}
+    grpo = {"steps": 1, "prompts": 2, "group_size": 2, "max_new_tokens": 6}
+    recipe = {
+        **{name: RECIPE[name] for name in ("model", "task", "task_options")},
+        **dict.fromkeys(("zero", "rl_reasoning", "rl_all"), grpo),
+        **{name: {**few, "filters": []} for name in ("cold_start", "rejection")},
+        "judge": {**few, "steps": 1},
+        "distill": {"samples": 1, "max_new_tokens": 6, "filters": [], "students": {"small": {"steps": 1}}},
+        "evaluate": {"problems": 2, "k_problems": 1, "k": 1, "max_new_tokens": 6},
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["run", "own.yaml"]) == 2
+    words = shlex.split(capsys.readouterr().err.partition("run without: ")[2])
+    assert main(["run", "own.yaml", *words]) == 0
+    done = [name for name in STAGE_NAMES if RunDir(tmp_path / "runs/own").stage(name).done]
+    assert done == [name for name in STAGE_NAMES if name != "reward_models"]
