@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from training import traces
 from training.format import short
 from training.model import EXPERT_COUNTS, deepseek_config
 from training.pipeline import parents_of, plan
 from training.pretrained import pretrained_config
 from training.recipe import Grpo, NextToken, Recipe, Sampling
+from training.responses import problems
 from training.student import config_of
+from training.tasks.problem import KINDS
 from training.tokenizer import build_tokenizer
 
 LENGTH_SHARE = 0.25
@@ -192,18 +195,29 @@ def _next_token(
 
 
 def _documents(recipe: Recipe, stage: str) -> int:
-    """Documents that a supervised stage learns from, at most."""
+    """Documents that a supervised stage learns from, at most; those of a file are counted."""
+    config: Any = getattr(recipe, stage)
+    if getattr(config, "data", ""):
+        return len(traces.read(config.data))
     if stage == "sft1":
         return _responses(recipe, "cold_start")
     if stage == "sft2":
-        return round(_responses(recipe, "rejection") / max(1e-9, 1 - recipe.rejection.general_share))
-    config: Any = getattr(recipe, stage)
+        return _mix(recipe)
+    if stage == "distill":
+        mixed = "rejection" in recipe.stages
+        return config.samples * (_mix(recipe) if mixed else len(problems(recipe, "train", KINDS)))
     return int(config.prompts * config.samples * len(config.samples_from))
 
 
+def _mix(recipe: Recipe) -> int:
+    """Documents of the mix that rejection makes."""
+    return round(_responses(recipe, "rejection") / max(1e-9, 1 - recipe.rejection.general_share))
+
+
 def _distillation(recipe: Recipe, model: Parameters, parents: list[str]) -> Iterator[Estimate]:
-    documents = _documents(recipe, "sft2") * recipe.distill.samples
-    yield _sampling("distill", parents, f"{_count(documents)} responses", documents, recipe.distill, model)
+    documents = _documents(recipe, "distill")
+    drawn = 0 if recipe.distill.data else documents
+    yield _sampling("distill", parents, f"{_count(drawn)} responses", drawn, recipe.distill, model)
     # a student from random weights has the teacher's tokenizer
     spec = recipe.model.pretrained if recipe.model.sizes == "folder" else ""
     vocabulary = pretrained_config(spec).get_text_config().vocab_size if spec else _vocabulary(recipe)

@@ -269,6 +269,7 @@ def _run_stage(
         and not stage.changed_output()
     )
     if record and fits and not redo:
+        stage.tidy()
         progress.say(f"{heading} (done before)")
         return False
     if made is not None and (redo or not fits):

@@ -291,6 +291,10 @@ class StageDir:
             "peak_memory_bytes": peak,
         }
         files.write_json(self.path / "done.json", record)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Removes what a stage under way could go on from; a kill right after its last step may have left it."""
         for name in ("state.json", *_TENSOR_FILES, _PIECES):
             files.remove(self.path / name)
 

@@ -11,6 +11,7 @@ from training.cli import main
 from training.files import read_jsonl
 from training.recipe import load
 from training.run_dir import RunDir
+from training.tasks import get_task
 
 SHORT = ["zero.steps=1", "prompts=2", "group_size=2", "max_new_tokens=8"]
 
@@ -66,7 +67,7 @@ def test_distill_teaches_a_student_what_the_teacher_said(brought):
 
 
 def test_evaluate_asks_every_row_of_the_file(brought, capsys):
-    words = ["evaluate.k_problems=2", "evaluate.k=1", "evaluate.max_new_tokens=8"]
+    words = ["k_problems=2", "k=1", "evaluate.max_new_tokens=8"]
     assert main(["evaluate", "--model", "own", "--data", "q.jsonl", "--out", "marks.jsonl", *words]) == 0
     assert "own (in %" in capsys.readouterr().out
     row = read_jsonl(brought / "marks.jsonl")[0]
@@ -96,6 +97,27 @@ def test_a_mistake_is_one_line(brought, capsys, command, said):
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not (brought / "runs").exists()
+
+
+def test_problems_that_need_no_reasoning_are_evaluated_too(brought, capsys):
+    rows = [{"question": f"Say {n}.", "answer": str(n), "kind": "helpful"} for n in range(4)]
+    (brought / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert (
+        main(["evaluate", "--model", "own", "--data", "q.jsonl", "max_new_tokens=8", "--out", "marks.jsonl"])
+        == 0
+    )
+    row = read_jsonl(brought / "marks.jsonl")[0]
+    assert row["helpful"] is not None and row["accuracy"] is None and row["pass@1"] is None
+
+
+def test_a_dry_run_counts_the_documents_of_files(brought, capsys):
+    assert train("distill", "--dry-run", "samples=3") == 0
+    count = len(get_task("jsonl:q.jsonl").problems("train"))
+    assert f"{3 * count} responses" in capsys.readouterr().out
+    (brought / "q.jsonl").write_text('{"question": "1 + 1", "response": "2"}\n' * 30)
+    assert train("sft", "--dry-run", "epochs=2") == 0
+    trained = capsys.readouterr().out.partition("sft1 ")[2]
+    assert "2 epochs of 32 documents" in trained
 
 
 def test_a_dry_run_says_what_it_starts_from(brought, capsys):

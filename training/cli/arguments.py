@@ -2,10 +2,13 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+from training.config import field_types
 from training.errors import UserError
+from training.recipe import Recipe
 from training.run_dir import RunDir
 
 CRITICS = ("judge", "reward_models")
@@ -48,6 +51,13 @@ def between(kind: type, least: float, most: float = math.inf) -> Callable[[str],
         return value
 
     return read
+
+
+def with_stage(word: str, stage: str) -> str:
+    """A key=value word in which the stage may be left out: lr=1e-5 of zero is zero.lr=1e-5."""
+    first = re.split("[.=]", word)[0]
+    known = first in field_types(Recipe) or first not in field_types(field_types(Recipe)[stage])
+    return word if known else f"{stage}.{word}"
 
 
 def existing_run(path: Path) -> RunDir:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from training import files
 from training.check import check
-from training.cli.arguments import add_out, add_run, checkpoint, existing_run
+from training.cli.arguments import add_out, add_run, checkpoint, existing_run, with_stage
 from training.errors import UserError
 from training.format import align, percent
 from training.placement import placed
@@ -20,7 +20,7 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "words",
         nargs="*",
         metavar="CHECKPOINT | key=value",
-        help="such as zero, or a folder (default: the last policy), then settings such as evaluate.k=8",
+        help="such as zero, or a folder (default: the last policy), then settings such as k=8",
     )
     add_run(parser)
     parser.add_argument("--model", metavar="FOLDER", help="a checkpoint of no run; needs --data")
@@ -58,7 +58,7 @@ def run_command(arguments: argparse.Namespace) -> None:
             row["language"],
             str(row["problems"]),
             *(percent(row[key]) for key in shown),
-            f"{row['length']:.1f}",
+            "-" if row["length"] is None else f"{row['length']:.1f}",
         ]
         for row in rows
     ]
@@ -74,21 +74,22 @@ def run_command(arguments: argparse.Namespace) -> None:
 def _asked(arguments: argparse.Namespace) -> tuple[Recipe, str, str, Path]:
     """Recipe, stage ("" for a folder of no stage), name and folder of what a command evaluates."""
     named = [word for word in arguments.words if "=" not in word]
-    settings = [word for word in arguments.words if "=" in word]
+    settings = [with_stage(word, "evaluate") for word in arguments.words if "=" in word]
     if (arguments.model is None) != (arguments.data is None) or (arguments.model and named):
         raise UserError("expected --model FOLDER with --data FILE, or the name of a checkpoint of the run")
     if arguments.model:
-        task = f"jsonl:{arguments.data}"
-        splits = {"test_share": 1.0}
+        from training.pretrained import pretrained_folder
+
+        folder, task = pretrained_folder(arguments.model, "--model"), f"jsonl:{arguments.data}"
         values = {
+            "model": {"pretrained": str(folder)},
             "stages": ["evaluate"],
             "task": [task],
-            "task_options": {task: splits},
-            "evaluate": {"splits": ["test"]},
+            "task_options": {task: {"test_share": 1.0}},
         }
-        recipe = make({"model": {"pretrained": arguments.model}, **values}, settings)
+        recipe = make(values, settings)
         check(recipe)
-        return recipe, "", arguments.model, Path(arguments.model)
+        return recipe, "", arguments.model, folder
     if len(named) > 1:
         raise UserError(f"expected one checkpoint and then key=value words, got {' '.join(named)}")
     run_dir = existing_run(arguments.run)

@@ -4,16 +4,15 @@ Each makes a recipe of one stage in memory and runs it as `run` does: the folder
 """
 
 import argparse
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from training.cli.arguments import with_stage
 from training.cli.run import add_redo, carry_out, dry_run
-from training.config import field_types
 from training.errors import UserError
 from training.prompts import STYLES
-from training.recipe import Recipe, make
+from training.recipe import make
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -63,18 +62,11 @@ def run_single(arguments: argparse.Namespace) -> None:
         "model": {"pretrained": arguments.model},
         "stages": [stage],
     }
-    recipe = make({**shared, **own}, [_with_stage(word, stage) for word in arguments.words])
+    recipe = make({**shared, **own}, [with_stage(word, stage) for word in arguments.words])
     if arguments.dry_run:
         dry_run(recipe)
     else:
         carry_out(recipe, arguments.run, arguments.redo)
-
-
-def _with_stage(word: str, stage: str) -> str:
-    """A setting of the stage may be named without it: lr=1e-5."""
-    first = re.split("[.=]", word)[0]
-    known = first in field_types(Recipe) or first not in field_types(field_types(Recipe)[stage])
-    return word if known else f"{stage}.{word}"
 
 
 def _sft(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:

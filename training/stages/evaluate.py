@@ -88,8 +88,6 @@ def marks(
         general = responses.problems(recipe, split, ("helpful", "unsafe"))
         if not reasoning and not general:  # said at the start of the run
             continue
-        if not reasoning:
-            continue
         few = reasoning[: config.k_problems]
 
         ways = {
