@@ -20,12 +20,12 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from training import notices, prompts, seeding
+from training.context import StageContext
 from training.encoder import Encoder
 from training.loops.next_token import Document
 from training.loops.sample import Prompt, room
 from training.pieces import sample_in_pieces
 from training.rewards import Sample
-from training.run_dir import StageDir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -115,11 +115,11 @@ def judge(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     candidates: Sequence[Sample],
-    stage: StageDir | None = None,
+    context: StageContext | None = None,
 ) -> list[Verdict]:
     """The judge's verdict on each response, read greedily; one a candidate, in order.
 
-    stage: the folder of the stage that asks, which keeps the verdicts until it is done.
+    context: of the stage that asks, whose folder keeps the verdicts until it is done.
     """
     encoder = Encoder(model, tokenizer)
     asked, opening = {}, ""
@@ -134,7 +134,7 @@ def judge(
             f"{len(candidates) - len(asked)} of {len(candidates)} responses are too long for the judge, and count as wrong",
         )
     written = sample_in_pieces(
-        stage,
+        context,
         [each.text for each in candidates],
         model,
         tokenizer,

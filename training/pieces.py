@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training import files
+from training.context import StageContext
 from training.loops.sample import Completion, Prompt, sample
-from training.run_dir import StageDir
+from training.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ KEPT = [field.name for field in fields(Completion) if field.name not in ("proble
 
 
 def sample_in_pieces(
-    stage: StageDir | None,
+    context: StageContext | None,
     identity: Any,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -37,7 +38,8 @@ def sample_in_pieces(
     """What `loops.sample.sample` returns, a piece at a time.
 
     Args:
-        stage: the folder that keeps the pieces until the stage is done; None keeps none.
+        context: of the stage whose folder keeps the pieces until it is done, and which shows a bar where there are several;
+            None keeps and shows nothing.
         identity: JSON value that tells this call from others of the stage with the same seed_parts, problems and
             settings, such as the hash of the checkpoint.
         model, tokenizer, prompts, samples, batch_size, seed_parts, settings: as in `sample`, without routing.
@@ -45,25 +47,29 @@ def sample_in_pieces(
     size = max(1, BATCHES * batch_size // samples)
     call = files.value_hash([identity, samples, list(seed_parts), settings])
     found: list[Completion] = []
-    for first in range(0, len(prompts), size):
-        asked = prompts[first : first + size]
-        problems = [prompt.problem.id for prompt in asked]
-        path = None if stage is None else stage.piece(files.value_hash([call, first, problems]))
-        if path is None or not path.is_file():
-            drawn = sample(
-                model,
-                tokenizer,
-                asked,
-                samples=samples,
-                batch_size=batch_size,
-                seed_parts=seed_parts,
-                **settings,
-            )
-            if path is not None:
-                files.write_jsonl(path, [{key: getattr(each, key) for key in KEPT} for each in drawn])
-        else:
-            drawn = _read(path, asked, samples)
-        found += drawn
+    shown = context.progress if context is not None and len(prompts) > size else Progress(quiet=True)
+    with shown.bar(len(prompts) * samples, 0, f"{context.name} samples" if context else "") as bar:
+        for first in range(0, len(prompts), size):
+            asked = prompts[first : first + size]
+            problems = [prompt.problem.id for prompt in asked]
+            name = files.value_hash([call, first, problems])
+            path = context.stage.piece(name) if context else None
+            if path is not None and path.is_file():
+                drawn = _read(path, asked, samples)
+            else:
+                drawn = sample(
+                    model,
+                    tokenizer,
+                    asked,
+                    samples=samples,
+                    batch_size=batch_size,
+                    seed_parts=seed_parts,
+                    **settings,
+                )
+                if path is not None:
+                    files.write_jsonl(path, [{key: getattr(each, key) for key in KEPT} for each in drawn])
+            found += drawn
+            bar.advance(len(drawn))
     return found
 
 

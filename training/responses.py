@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training import checkpoint, notices, prompts, seeding, sources
+from training.context import StageContext
 from training.encoder import Encoder
 from training.errors import UserError
 from training.loops.sample import Completion, Prompt, room
@@ -23,7 +24,6 @@ from training.prompts import Prompter
 from training.recipe import Recipe
 from training.response import parse
 from training.rewards import Sample
-from training.run_dir import StageDir
 from training.tasks import get_task
 from training.tasks.problem import Problem, Task
 
@@ -146,7 +146,7 @@ def draw(
     source: Source,
     asked: Sequence[Problem],
     *,
-    stage: StageDir | None = None,
+    context: StageContext | None = None,
     samples: int,
     temperature: float,
     top_p: float = 1.0,
@@ -157,11 +157,11 @@ def draw(
 ) -> list[Completion]:
     """Sample `samples` responses to every problem that fits, with the prompt of the source unless one is given.
 
-    stage: the folder of the stage that asks, which keeps what is drawn until it is done; None keeps nothing.
+    context: of the stage that asks, whose folder keeps what is drawn until it is done; None keeps nothing.
     """
     write = prompt or source.prompt
     return sample_in_pieces(
-        stage,
+        context,
         source.hash,
         source.model,
         source.tokenizer,

@@ -80,7 +80,7 @@ def _draw(context: StageContext, route: str, source: Source, tasks: dict[str, Ta
     return responses.draw(
         source,
         responses.choose(pool, config.prompts, *key, "problems"),
-        stage=context.stage,
+        context=context,
         samples=config.samples,
         temperature=config.temperature,
         top_p=config.top_p,

@@ -119,7 +119,7 @@ def _draw(
     return responses.draw(
         source,
         asked,
-        stage=context.stage,
+        context=context,
         samples=samples,
         temperature=temperature,
         top_p=top_p,

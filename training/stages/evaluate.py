@@ -16,7 +16,6 @@ from training.context import StageContext
 from training.recipe import Evaluate, Recipe
 from training.responses import Source
 from training.rewards import Sample
-from training.run_dir import StageDir
 from training.tasks.problem import Task
 
 NO_POLICY = (
@@ -51,7 +50,7 @@ def run(context: StageContext) -> dict[str, Any]:
                 name,
                 context.recipe,
                 context.config,
-                context.stage,
+                context,
             )
             rows += new
             context.stage.add_samples(samples)
@@ -66,7 +65,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def marks(
-    source: Source, name: str, recipe: Recipe, config: Evaluate, stage: StageDir | None = None
+    source: Source, name: str, recipe: Recipe, config: Evaluate, context: StageContext | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """All marks of one checkpoint.
 
@@ -74,7 +73,7 @@ def marks(
     at k_temperature and k_top_p, and once greedily; on any other split k_problems are asked in all three ways. Helpful and
     unsafe problems are all asked once at config.temperature.
 
-    stage: the folder of the stage that asks, which keeps the responses until it is done.
+    context: of the stage that asks, whose folder keeps the responses until it is done.
 
     Returns:
         rows for each split and language ("all" first), None where a mark has no problems; some responses for samples.jsonl.
@@ -100,7 +99,7 @@ def marks(
             completions = responses.draw(
                 source,
                 asked,
-                stage=stage,
+                context=context,
                 samples=samples,
                 temperature=temperature,
                 top_p=top_p,

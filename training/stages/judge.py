@@ -66,7 +66,7 @@ def _collect(context: StageContext, split: str) -> list[dict[str, Any]]:
         drawn = responses.draw(
             source,
             asked,
-            stage=context.stage,
+            context=context,
             samples=config.samples,
             temperature=config.temperature,
             max_new_tokens=config.max_new_tokens,
@@ -111,7 +111,7 @@ def _measure(context: StageContext, model: Any, tokenizer: Any) -> dict[str, Any
         )
         for row in rows
     ]
-    verdicts = judge(model, tokenizer, held_out, context.stage)
+    verdicts = judge(model, tokenizer, held_out, context)
     agreed = Counter(
         row["stage"] for row, verdict in zip(rows, verdicts, strict=True) if verdict.correct == row["right"]
     )

@@ -60,7 +60,7 @@ def _reasoning(context: StageContext, source: Source) -> tuple[Selection, int]:
     drawn = responses.draw(
         source,
         asked,
-        stage=context.stage,
+        context=context,
         samples=config.samples,
         temperature=config.temperature,
         top_p=config.top_p,
@@ -74,7 +74,7 @@ def _reasoning(context: StageContext, source: Source) -> tuple[Selection, int]:
         split[judged].append(completion)
     judge_model, judge_tokenizer = load(context.inputs["judge"].path / "checkpoint")
     to_judge = [as_sample(completion, source.response_format) for completion in split[True]]
-    said = judge.judge(judge_model, judge_tokenizer, to_judge, context.stage)
+    said = judge.judge(judge_model, judge_tokenizer, to_judge, context)
     verdicts = {
         (sample.problem.id, sample.sample_id): verdict.correct if verdict.parsed else None
         for sample, verdict in zip(to_judge, said, strict=True)
@@ -103,7 +103,7 @@ def _general(context: StageContext, reasoning_kept: int) -> Selection:
     drawn = responses.draw(
         source,
         pool,
-        stage=context.stage,
+        context=context,
         samples=config.samples,
         temperature=config.temperature,
         top_p=config.top_p,

@@ -68,7 +68,7 @@ def _collect(context: StageContext, split: str) -> list[dict[str, Any]]:
             drawn = responses.draw(
                 source,
                 responses.choose(pool, config.prompts, seed, context.name, split, kind),
-                stage=context.stage,
+                context=context,
                 samples=samples,
                 temperature=config.temperature,
                 max_new_tokens=config.max_new_tokens,

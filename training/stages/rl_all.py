@@ -117,7 +117,7 @@ def score_unseen(context: StageContext, source: Source, scorers: Mapping[str, Sc
     drawn = responses.draw(
         source,
         unseen,
-        stage=context.stage,
+        context=context,
         samples=UNSEEN_SAMPLES,
         temperature=1.0,
         max_new_tokens=context.config.max_new_tokens,
