@@ -1,6 +1,6 @@
 """The matrix products of the tile loop on a CPU, float32 results from inputs of any dtype.
 
-torch has them for float32 alone. Of bfloat16 values the op gemm_bf16_cpu (csrc/common/gemm.h) computes them where the
+torch has them for float32 alone. Of bfloat16 values the op gemm_bf16_cpu (csrc/common/gemm/bf16.h) computes them where the
 processor can; other inputs are widened tile by tile.
 
     gemm_bf16_cpu(a, b, out, add) -> ()
