@@ -100,9 +100,11 @@ def _brought(recipe: Recipe, stage: str) -> dict[str, Path]:
     found = {spec: path for spec in specs if (path := sources.path_of(spec)) is not None}
     start = start_of(recipe, stage)
     others = [getattr(section, "data", ""), "" if start in STAGE_NAMES else start]
-    others += [student.pretrained for student in getattr(section, "students", {}).values()]
-    if stage == "base" and Path(recipe.model.pretrained).is_dir():
-        others.append(recipe.model.pretrained)
+    pretrained = [student.pretrained for student in getattr(section, "students", {}).values()]
+    pretrained += [recipe.model.pretrained] if stage == "base" else []
+    others += [
+        each for each in pretrained if Path(each).is_dir()
+    ]  # the others are names of what does not change
     return found | {each: Path(each) for each in others if each}
 
 

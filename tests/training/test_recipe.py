@@ -126,6 +126,30 @@ def test_stage_config_changes_with_what_decides_the_result_only():
         assert stage_config(load("tiny", [word]), "zero") != base
 
 
+def test_folders_count_by_what_they_hold_and_names_do_not(tmp_path):
+    def files(stage, *words):
+        return stage_config(load("tiny", words), stage).get("files", {})
+
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for stage, word in (
+        ("base", "model.pretrained={}"),
+        ("sft1", "sft1.start={}"),
+        ("distill", "distill.teacher={}"),
+        ("distill", "distill.students={{a: {{pretrained: {}}}}}"),
+    ):
+        (folder / "config.json").write_text("{}")
+        before = files(stage, word.format(folder))
+        (folder / "config.json").write_text("{ }")
+        after = files(stage, word.format(folder))
+        assert before.keys() == after.keys() == {str(folder)} and before != after
+    assert (
+        files("distill", "distill.students={a: {pretrained: Qwen/Qwen2.5-0.5B}, b: {pretrained: smollm2}}")
+        == {}
+    )
+    assert files("base", "model.pretrained=Qwen/Qwen2.5-0.5B") == {}
+
+
 def test_the_paper_recipe_has_the_numbers_of_the_paper():
     """arXiv 2501.12948v2: 10,400 steps of 512 outputs are 650 rollouts of 8,192 in 16 minibatches."""
     recipe = load("deepseek-r1")

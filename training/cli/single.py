@@ -22,10 +22,17 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         parser.add_argument(
             "words", nargs="*", metavar="key=value", help="settings such as lr=1e-5 or seed=1"
         )
-        parser.add_argument("--model", required=True, metavar="FOLDER", help="checkpoint to start from")
+        role = "the teacher" if name == "distill" else "the checkpoint to start from"
+        parser.add_argument(
+            "--model", required=True, metavar="FOLDER", help=f"{role}; a name on Hugging Face's hub will do"
+        )
         parser.add_argument("--data", required=True, type=Path, metavar="FILE", help=data)
         parser.add_argument(
-            "--run", type=Path, default=Path("runs") / name, metavar="DIR", help=f"(default: runs/{name})"
+            "--run",
+            type=Path,
+            default=Path("runs") / name,
+            metavar="DIR",
+            help=f"folder of the run (default: runs/{name})",
         )
         parser.add_argument(
             "--dry-run", action="store_true", help="print plan, memory and cost, and run nothing"
