@@ -368,7 +368,7 @@ def _students() -> dict[str, Student]:
 
 @dataclass
 class Distill(Sampling):
-    """The teacher answers the SFT prompts anew; each student learns from what passes the filters."""
+    """The teacher answers the SFT prompts; each student learns from what passes the filters."""
 
     teacher: str = setting("rl_all", "rl_all, another stage before, or the folder of a checkpoint")
     data: str = setting("", "a file of traces (training.traces) instead of the teacher's responses")
