@@ -225,8 +225,12 @@ def _read(path: Path, seen: tuple[Path, ...], pretrained: bool) -> dict[str, Any
         written = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
+        problem = getattr(error, "problem", None)  # in the words of PyYAML
         raise UserError(
-            f"{path}" + (f", line {line + 1}" if line is not None else "") + ": not valid YAML"
+            f"{path}"
+            + (f", line {line + 1}" if line is not None else "")
+            + ": not valid YAML"
+            + (f": {problem}" if problem else "")
         ) from None
     written = {} if written is None else written
     if not isinstance(written, dict):

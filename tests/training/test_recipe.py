@@ -98,7 +98,7 @@ def test_a_wrong_override_is_one_line_that_names_it(override, words):
         ("zero: {stepz: 1}", ["'zero.stepz'", "did you mean 'zero.steps'"]),
         ("zeros: {steps: 1}", ["'zeros'", "did you mean 'zero'"]),
         ("distill: {students: {a: {layer: 1}}}", ["did you mean 'distill.students.a.layers'"]),
-        ("zero: {steps: 1\nseed: 2", ["own.yaml", "line", "not valid YAML"]),
+        ("zero: {steps: 1\nseed: 2", ["own.yaml", "line", "not valid YAML: expected ',' or '}'"]),
         ("- zero", ["own.yaml", "expected keys with values"]),
         ("extends: tinny", ["'tinny'", "did you mean 'tiny'"]),
     ],

@@ -85,9 +85,9 @@ def _asked(arguments: argparse.Namespace) -> tuple[Recipe, str, str, Path]:
             "model": {"pretrained": str(folder)},
             "stages": ["evaluate"],
             "task": [task],
-            "task_options": {task: {"test_share": 1.0}},
         }
         recipe = make(values, settings)
+        recipe.task_options[task] = {"test_share": 1.0, **recipe.task_options.get(task, {})}
         check(recipe)
         return recipe, "", arguments.model, folder
     if len(named) > 1:

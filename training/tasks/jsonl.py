@@ -81,7 +81,7 @@ class JsonlTask:
                         f"has the question of line {first}, but differs from it in answer or kind"
                     )
             except (ValueError, RecursionError, UserError) as error:
-                raise DataError(f"{path}, line {number}: {error}") from None
+                raise DataError(f"{path}, line {number}: {error}{self._columns_hint(line)}") from None
             question = problem_id("jsonl", "", problem.question, problem.language)
             split = "harder" if problem.level == "harder" else split_of(question, test_share)
             self._splits[split].append(problem)
@@ -105,6 +105,20 @@ class JsonlTask:
     def worked_examples(self, language: str) -> list[tuple[str, str]]:
         """None: the file has no reasoning to show."""
         return []
+
+    def _columns_hint(self, line: bytes) -> str:
+        """How to name the fields of a file that calls its question or its answer otherwise; "" where it does not."""
+        try:
+            row = json_object(line)
+        except (ValueError, RecursionError):
+            return ""
+        found = {self._columns.get(name, name) for name in row}
+        if found & {"question", "messages"} and found & {"answer", "reference"}:
+            return ""
+        return (
+            f"; the line has {', '.join(row)}: say which they are with "
+            f"'task_options={{\"{self.name}\": {{columns: {{question: NAME, answer: NAME}}}}}}'"
+        )
 
     def _problem(self, line: bytes) -> Problem:
         """The problem of one line; ValueError or UserError says what is wrong with it."""
