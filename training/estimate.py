@@ -126,7 +126,8 @@ def estimate(recipe: Recipe) -> list[Estimate]:
         if stage == "distill":
             rows += list(_distillation(recipe, model, parents))
         elif isinstance(config, Grpo):
-            rows.append(_grpo(stage, parents, config, model))
+            prompts = config.prompts if stage == "rl_all" else _asked(recipe, "train", config.prompts)
+            rows.append(_grpo(stage, parents, config, prompts, model))
         elif isinstance(config, NextToken):
             rows.append(_next_token(stage, parents, config, recipe, model))
         else:
@@ -147,12 +148,26 @@ def _length(longest: int) -> float:
 def _responses(recipe: Recipe, stage: str) -> int:
     """Responses that a stage samples."""
     if stage == "cold_start":
-        return 3 * recipe.cold_start.prompts * recipe.cold_start.samples
+        return 3 * _asked(recipe, "train", recipe.cold_start.prompts) * recipe.cold_start.samples
     if stage == "rejection":
-        return recipe.rejection.prompts * recipe.rejection.samples
+        return _asked(recipe, "train", recipe.rejection.prompts) * recipe.rejection.samples
     config = recipe.evaluate
-    marks = len(config.splits) * (config.problems + config.k * config.k_problems)
-    return marks * sum(parent != "reward_models" for parent in parents_of("evaluate", recipe))
+    marks = 0
+    for split in config.splits:
+        once = _asked(recipe, split, config.problems if split == "test" else config.k_problems)
+        general = _asked(recipe, split, None, ("helpful", "unsafe"))
+        marks += once + general + min(once, config.k_problems) * (config.k + 1)  # k times and once greedily
+    students = len(recipe.distill.students)
+    answering = [parent for parent in parents_of("evaluate", recipe) if parent != "reward_models"]
+    return marks * sum(students if parent == "distill" else 1 for parent in answering)
+
+
+def _asked(recipe: Recipe, split: str, count: int | None, kinds: tuple[str, ...] = ("reasoning",)) -> int:
+    """Problems that a draw of `count` (None: of all) asks: no more than the tasks have, where these can be read."""
+    if recipe.model.sizes == "recipe":  # the files are as far away as the model
+        return count or 0
+    there = len(problems(recipe, split, kinds))
+    return there if count is None else min(count, there)
 
 
 def _sampling(
@@ -163,8 +178,8 @@ def _sampling(
     return Estimate(stage, parents, work, responses * length, 0, flops, 0, model.total * BYTES)
 
 
-def _grpo(stage: str, parents: list[str], config: Grpo, model: Parameters) -> Estimate:
-    outputs = config.prompts * config.group_size
+def _grpo(stage: str, parents: list[str], config: Grpo, prompts: int, model: Parameters) -> Estimate:
+    outputs = prompts * config.group_size
     tokens = flops = 0.0
     for step in range(config.steps):
         reached = [first for first in config.max_new_tokens_from if first <= step]

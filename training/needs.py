@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from training import responses, rewards
 from training.errors import UserError, named
@@ -51,7 +53,14 @@ def check_needs(recipe: Recipe, order: list[str]) -> list[str]:
 
 def _remarks(name: str, recipe: Recipe, pools: Pools) -> Iterator[str]:
     """What a stage goes without."""
+    config: Any = getattr(recipe, name)
+    there = len(pools["train"]["reasoning"])
+    if name in ("zero", "rl_reasoning", "cold_start", "rejection") and there < config.prompts:
+        yield f"{name}: asks {there} problems, all that there are to train on, not {name}.prompts={config.prompts}"
     if name == "evaluate":
+        there = len(pools["test"]["reasoning"])
+        if 0 < there < config.problems:
+            yield f"evaluate: asks {there} problems, all that are held out, not evaluate.problems={config.problems}"
         for split in recipe.evaluate.splits:
             if not any(pools[split].values()):
                 yield f"evaluate: the tasks have no problems of the split {split}, which is left out"
@@ -103,13 +112,25 @@ def _unmet_text(recipe: Recipe, order: list[str], unmet: list[Need], pools: Pool
     )
     ways = []
     if any(need.split == "test" for need in unmet):
-        ways.append("raise the task's test_share or give it more problems")
+        ways.append(_more_held_out(recipe))
     if any(set(need.kinds) <= set(GENERAL) for need in unmet):
         ways.append("add a task or rows of these kinds")
     possible, words = _possible(recipe, order, pools)
     if possible:
         ways.append(f"run without: {shlex.join(words)}")
     return f"{said} ({', '.join(recipe.task)}): {', or '.join(ways) or 'add a task that has them'}"
+
+
+def _more_held_out(recipe: Recipe) -> str:
+    """How a task comes to a larger test split, in the words of a command where its file has a share of it."""
+    files = [spec for spec in recipe.task if spec.startswith("jsonl:")]
+    if not files:
+        return "give the task more problems"
+    options = {**recipe.task_options, files[0]: {**recipe.task_options.get(files[0], {}), "test_share": 0.3}}
+    word = f"task_options={json.dumps(options, ensure_ascii=False)}"
+    return (
+        f"hold out more of the problems, such as 3 of 10: {shlex.quote(word)}, or give the task more of them"
+    )
 
 
 def _possible(recipe: Recipe, order: list[str], pools: Pools) -> tuple[list[str], list[str]]:

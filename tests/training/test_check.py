@@ -6,10 +6,11 @@ import shlex
 
 import pytest
 
-from training import pipeline
+from training import pipeline, responses
 from training.check import check
 from training.cli import main
 from training.errors import UserError
+from training.estimate import estimate
 from training.progress import Progress
 from training.recipe import STAGE_NAMES, load, names
 from training.run_dir import RunDir
@@ -135,8 +136,8 @@ def test_data_that_cannot_feed_a_stage_are_named_with_the_words_that_leave_it_ou
     words = [f"stages=[{','.join(kept)}]", "rl_all.mix={reasoning: 0.35}"]
     assert shlex.split(said.partition("run without: ")[2]) == words
     remarks = check(load("tiny", [task, *words]))
-    assert "has no worked examples and zero.examples is empty" in remarks[0]
-    assert remarks[1:] == ["evaluate: the tasks have no problems of the split harder, which is left out"]
+    assert any("has no worked examples and zero.examples is empty" in each for each in remarks)
+    assert "evaluate: the tasks have no problems of the split harder, which is left out" in remarks
 
 
 def test_data_of_one_kind_more_need_only_the_mix(tmp_path, problems):
@@ -153,8 +154,26 @@ def test_a_test_split_that_is_empty_is_named(tmp_path, problems):
         tmp_path, task, "stages=[base, zero, evaluate]", f"task_options={{'{path}': {{test_share: 0}}}}"
     )
     assert "has reasoning or helpful or unsafe problems held out for the test, as evaluate needs" in said
-    assert "raise the task's test_share" in said
+    (word,) = shlex.split(re.search("such as 3 of 10: (.*), or give", said)[1])
+    check(load("tiny", [task, "stages=[base, zero, evaluate]", word]))
     check(load("tiny", [task, "stages=[base, zero]", f"task_options={{'{path}': {{test_share: 0}}}}"]))
+
+
+def test_fewer_problems_than_a_stage_asks_are_said_and_the_dry_run_counts_them(problems):
+    words = ["stages=[base, zero, evaluate]", "zero.prompts=60", "zero.group_size=4", "evaluate.problems=100"]
+    words += ["evaluate.k_problems=5", "evaluate.k=3"]
+    recipe = load("tiny", [problems(60, "reasoning"), *words])
+    (task,) = responses.tasks(recipe).values()
+    train, test = len(task.problems("train")), len(task.problems("test"))
+    assert 5 <= test < train < 60
+    remarks = check(recipe)
+    assert any(f"zero: asks {train} problems" in each and "zero.prompts=60" in each for each in remarks)
+    assert any(f"evaluate: asks {test} problems" in each for each in remarks)
+    work = {row.stage: row.work for row in estimate(recipe)}
+    assert f"rollouts of {4 * train} in" in work["zero"]
+    # two checkpoints: every problem once, the first five three times and once greedily; no harder ones
+    assert work["evaluate"] == f"{2 * (test + 5 * (3 + 1))} responses"
+    assert not any("asks" in each for each in check(load("tiny")))
 
 
 def test_general_data_alone_feed_no_reasoning_stage(tmp_path, problems):
