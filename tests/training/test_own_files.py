@@ -16,7 +16,7 @@ from training.run_dir import RunDir
 from training.tasks import get_task
 
 TASK = """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from beside import EXTRA
 from training.tasks.problem import Problem
 
@@ -42,6 +42,10 @@ class NoCheck:
 class Overlapping(Doubling):
     def problems(self, split):
         return super().problems("train")
+
+class Renamed(Overlapping):
+    def problems(self, split):
+        return [replace(each, id=f"{split}-{each.id}") for each in super().problems(split)]
 """
 
 
@@ -69,7 +73,8 @@ def test_a_task_of_ones_own(task_file):
         ("FILE", "expected python:<file>:<name>"),
         ("FILE:Dubling", "has no 'Dubling'"),
         ("FILE:NoCheck", "expected a class with the method 'check'"),
-        ("FILE:Overlapping", "'double-0' is in train and in test"),
+        ("FILE:Overlapping", "'double-0' or its question is in train and in test"),
+        ("FILE:Renamed", "'test-double-0' or its question is in train and in test"),
     ],
 )
 def test_a_task_that_is_none_is_named(task_file, spec, message):

@@ -61,6 +61,17 @@ class OwnTask:
             except ValueError as error:
                 raise DataError(f"{self.name}: problem {problem.id}: {error}") from None
             found[problem.id] = replace(problem, task=self.name, language=tag)
-        if split != "train" and (both := found.keys() & {each.id for each in self.problems("train")}):
-            raise DataError(f"{self.name}: problem {min(both)!r} is in train and in {split}")
+        if split != "train":
+            learnt = self.problems("train")
+            ids, questions = {each.id for each in learnt}, {_asked(each) for each in learnt}
+            both = [each.id for each in found.values() if each.id in ids or _asked(each) in questions]
+            if both:
+                raise DataError(
+                    f"{self.name}: problem {both[0]!r} or its question is in train and in {split}"
+                )
         return list(found.values())
+
+
+def _asked(problem: Problem) -> tuple[tuple[tuple[str, str], ...], str]:
+    """What a model sees of a problem."""
+    return problem.before, problem.question
