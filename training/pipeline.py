@@ -80,10 +80,10 @@ def _learning(stage: str, data: str) -> Callable[[Recipe], Sequence[str]]:
 
 
 STAGES: Mapping[str, Stage] = {
-    "base": _stage("base", "pretraining", lambda recipe: ()),
+    "base": _stage("base", "pretraining, or a pretrained model as it is", lambda recipe: ()),
     "zero": _stage("zero", "R1-Zero: GRPO with rule rewards only", _starting("zero")),
     "cold_start": _stage("cold_start", "cold-start data by three routes", lambda recipe: ("base", "zero")),
-    "sft1": _stage("sft", "SFT on the cold-start data", _learning("sft1", "cold_start")),
+    "sft1": _stage("sft", "SFT on the cold-start data, or on a file", _learning("sft1", "cold_start")),
     "rl_reasoning": _stage("rl_reasoning", "GRPO with the language reward", _starting("rl_reasoning")),
     "judge": _stage(
         "judge",
@@ -95,7 +95,7 @@ STAGES: Mapping[str, Stage] = {
         "rejection sampling",
         lambda recipe: ("rl_reasoning", "judge", recipe.rejection.general_from),
     ),
-    "sft2": _stage("sft", "SFT on the mix", _learning("sft2", "rejection")),
+    "sft2": _stage("sft", "SFT on the mix, or on a file", _learning("sft2", "rejection")),
     "reward_models": _stage("reward_models", "helpful and safety reward models", _reward_models),
     "rl_all": _stage("rl_all", "GRPO over all scenarios", _rl_all),
     "distill": _stage("distill", "distillation to dense students", _distill),

@@ -1,6 +1,8 @@
 """One stage without a recipe: `sft`, `grpo`, `distill` and `evaluate` on a folder and a file, and `start: FOLDER`."""
 
+import io
 import json
+import re
 
 import pytest
 import torch
@@ -56,7 +58,7 @@ def test_sft_learns_a_file_of_traces(brought):
     assert len(losses) == 20 and losses[-1] < 0.7 * losses[0]
 
 
-def test_distill_teaches_a_student_what_the_teacher_said(brought):
+def test_distill_teaches_a_student_what_the_teacher_said(brought, capsys, monkeypatch):
     write_folder(brought / "pupil", "llama", seed=1)
     words = ["samples=1", "max_new_tokens=8", "filters=[]", "distill.students.student.steps=2"]
     assert train("distill", "--student", "pupil", *words) == 0
@@ -64,6 +66,9 @@ def test_distill_teaches_a_student_what_the_teacher_said(brought):
     assert {row["question"] for row in rows} <= {f"What is {n} plus 3?" for n in range(20)} and len(rows) > 9
     before, after = weights("pupil"), weights("run/distill/checkpoint-student")
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert "the model is run/distill/checkpoint-student" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("1 + 1?\n"))
+    assert main(["chat", "--run", "run", "--max-new-tokens", "4"]) == 0
 
 
 def test_evaluate_asks_every_row_of_the_file(brought, capsys):
@@ -72,6 +77,18 @@ def test_evaluate_asks_every_row_of_the_file(brought, capsys):
     assert "own (in %" in capsys.readouterr().out
     row = read_jsonl(brought / "marks.jsonl")[0]
     assert (row["split"], row["problems"]) == ("test", 20)
+
+
+def test_evaluate_asks_every_row_of_a_file_with_other_names_too(brought, capsys):
+    text = (brought / "q.jsonl").read_text().replace('"question"', '"problem"')
+    (brought / "q.jsonl").write_text(text)
+    words = ["k_problems=2", "k=1", "evaluate.max_new_tokens=8"]
+    command = ["evaluate", "--model", "own", "--data", "q.jsonl", "--out", "marks.jsonl", *words]
+    assert main(command) == 2
+    (option,) = re.findall(r"'(task_options=.*)'", capsys.readouterr().err)
+    option = option.replace("question: NAME, answer: NAME", "question: problem")
+    assert main([*command, option]) == 0
+    assert read_jsonl(brought / "marks.jsonl")[0]["problems"] == 20
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from training.config import field_types
@@ -76,20 +76,31 @@ def checkpoints(run_dir: RunDir) -> dict[str, Path]:
 
 
 def checkpoint(run_dir: RunDir, name: str | None) -> tuple[str, Path]:
-    """Name and folder of a checkpoint that answers questions; without a name the policy that was trained last.
+    """Name and folder of a checkpoint that answers questions; without a name the policy that was trained last, or
+    where there is none the last student.
 
     Raises:
         UserError: there is none of that name, or it judges responses and gives none.
     """
     found = checkpoints(run_dir)
-    if name is None:
-        policies = [each for each in found if each.split("-")[0] not in (*CRITICS, "distill")]
-        if not policies:
-            raise UserError(f"{run_dir.path} has no checkpoint yet")
-        name = policies[-1]
+    if name is None and (name := _last_policy(found)) is None:
+        raise UserError(f"{run_dir.path} has no checkpoint yet")
     if name not in found:
         has = ", ".join(found) or "none yet"
         raise UserError(f"unknown checkpoint {name!r}: {run_dir.path} has {has}")
     if name.split("-")[0] in CRITICS:
         raise UserError(f"{name} judges responses and gives none: choose another checkpoint")
     return name, found[name]
+
+
+def last_checkpoint(run_dir: RunDir) -> Path | None:
+    """Folder of the checkpoint that `checkpoint` takes without a name; None where there is none."""
+    found = checkpoints(run_dir)
+    name = _last_policy(found)
+    return None if name is None else found[name]
+
+
+def _last_policy(found: Iterable[str]) -> str | None:
+    answering = [name for name in found if name.split("-")[0] not in CRITICS]
+    policies = [name for name in answering if not name.startswith("distill-")] or answering
+    return policies[-1] if policies else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from training import pipeline
 from training.check import check
 from training.cli import plan, table
+from training.cli.arguments import last_checkpoint
 from training.errors import UserError
 from training.format import duration
 from training.progress import Progress
@@ -76,6 +77,8 @@ def carry_out(recipe: Recipe, folder: Path, redo: list[str]) -> None:
     progress.say()
     progress.say(table.stages(run_dir))
     progress.say(f"{duration(time.monotonic() - began)} in this command; the report is {path}")
+    if model := last_checkpoint(run_dir):
+        progress.say(f"the model is {model}")
 
 
 def run_one(arguments: argparse.Namespace) -> None:
