@@ -6,7 +6,7 @@ is made, and a function of that gives the shapes of the results. cpu and cuda ar
 entered only where a gradient is needed. An ``Op`` joins that and a reference, which autograd differentiates, under the name of
 the public function.
 
-This file alone knows torch.library and, but for vocabularies sharded over ranks, torch.autograd.Function.
+This file alone knows torch.library and, but for the check that a derivative is a first one, torch.autograd.Function.
 docs/architecture.md shows how an op is added.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, NewType
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from . import backends, checks, devices
 
 BACKENDS = ("cpu", "cuda", "triton")
-Size = NewType("Size", int)
+Size = Annotated[int, "size"]
 """Annotates an integer that changes with lengths, which torch.compile keeps symbolic."""
 Written = Annotated[Tensor, "written"]
 """Annotates a tensor that a kernel writes to."""
@@ -51,32 +51,41 @@ class Fields:
     def __init__(self, arguments: type[Any]) -> None:
         self._make = arguments._make
         hints = typing.get_type_hints(arguments, include_extras=True)
-        self._inner = [
-            (Fields(hints[name]) if hasattr(hints[name], "_fields") else None) for name in arguments._fields
-        ]
-        self._flat = not any(self._inner)
         self.types: dict[str, Any] = {}
-        for name, inner in zip(arguments._fields, self._inner, strict=True):
-            self.types |= {name: hints[name]} if inner is None else inner.types
+        self._nested: list[tuple[int, Fields]] = []
+        for place, name in enumerate(arguments._fields):
+            found = {name: hints[name]}
+            if hasattr(hints[name], "_fields"):
+                self._nested.append((place, Fields(hints[name])))
+                found = self._nested[-1][1].types
+            if not self.types.keys().isdisjoint(found):
+                raise TypeError(f"{arguments.__name__}: expected names that occur once, got {name} again")
+            self.types |= found
+        # one expression, as namedtuple makes its methods: a loop costs as much as the rest of a small call
+        self.of: Callable[[Any], Sequence[Any]] = eval(f"lambda call: {self._row('call')}")
+        """The fields of a call in a row."""
 
-    def of(self, call: Any) -> Sequence[Any]:
-        """The fields of ``call`` in a row."""
-        if self._flat:
+    def _row(self, call: str) -> str:
+        """The expression for ``of``."""
+        if not self._nested:
             return call
-        values: list[Any] = []
-        for value, inner in zip(call, self._inner, strict=True):
-            values.extend((value,) if inner is None else inner.of(value))
-        return values
+        nested = dict(self._nested)
+        count = len(self.types) - sum(len(inner.types) - 1 for inner in nested.values())
+        items = (
+            f"*{nested[place]._row(f'{call}[{place}]')}" if place in nested else f"{call}[{place}]"
+            for place in range(count)
+        )
+        return f"({', '.join(items)})"
 
     def back(self, values: Sequence[Any]) -> Any:
         """The NamedTuple of fields in a row."""
-        if self._flat:
+        if not self._nested:
             return self._make(values)
-        rest = iter(values)
-        return self._make(
-            next(rest) if inner is None else inner.back([next(rest) for _ in inner.types])
-            for inner in self._inner
-        )
+        row = list(values)
+        for place, inner in self._nested:
+            end = place + len(inner.types)
+            row[place:end] = [inner.back(row[place:end])]
+        return self._make(row)
 
 
 class Kernel:
@@ -132,6 +141,7 @@ def recorded(
     differentiable: Sequence[str],
     save: Callable[[Any, Any], tuple[Sequence[Tensor | None], Any]],
     backward: Callable[..., Sequence[Tensor | None]],
+    again: Callable[..., Sequence[Tensor | None]] | None = None,
     give: Callable[[Any, Any], Any] = lambda call, results: results,
     constant: Sequence[int] = (),
 ) -> Callable[[str, Any], Any]:
@@ -145,6 +155,7 @@ def recorded(
         save: (call, results) -> (further tensors, anything else) that the backward needs.
         backward: (backend, inputs, tensors, others, gradients of what is given, which inputs need one) -> gradients of the
             inputs; inputs are the differentiable fields. It runs without autograd.
+        again: the same for a further backward through one graph, where the first overwrites what was saved; None: backward.
         give: (call, results) -> what is handed out; the places in ``constant`` have no gradient.
     """
     fields = Fields(arguments)
@@ -158,7 +169,7 @@ def recorded(
             results = forward(backend, call)
             tensors, ctx.others = save(call, results)
             ctx.save_for_backward(*(values[place] for place in places), *tensors)
-            ctx.backend = backend
+            ctx.backend, ctx.ran = backend, False
             ctx.set_materialize_grads(False)
             given = give(call, results)
             if constant:
@@ -174,7 +185,10 @@ def recorded(
             inputs, tensors = saved[: len(places)], saved[len(places) :]
             needs = tuple(ctx.needs_input_grad[1 + place] for place in places)
             with torch.no_grad():
-                found = backward(ctx.backend, inputs, tensors, ctx.others, grads, needs)
+                found = (again if again and ctx.ran else backward)(
+                    ctx.backend, inputs, tensors, ctx.others, grads, needs
+                )
+            ctx.ran = True
             for place, grad, needed in zip(places, found, needs, strict=True):
                 if needed and grad is not None:
                     answer[1 + place] = checks.first_derivative_only(
@@ -185,8 +199,8 @@ def recorded(
     Function.__name__ = Function.__qualname__ = "".join(part.capitalize() for part in name.split("_"))
 
     def run(backend: str, call: Any) -> Any:
-        values = fields.of(call)
         if torch.is_grad_enabled():
+            values = fields.of(call)
             for place in places:
                 value = values[place]
                 if value is not None and value.requires_grad:

@@ -1,5 +1,5 @@
 // What the torch ops of the log-prob rows share on all devices: they check what the kernels trust, and allocate.
-// Schemas and fakes stand in r1kernels/logprob/ops.py; B, T, V, and rows = B * T are explained there.
+// Schemas and fakes stand in r1kernels/logprob/token.py; B, T, V, and rows = B * T are explained there.
 #pragma once
 
 #include <optional>

@@ -1,42 +1,82 @@
-"""The cpu backend of the log-prob ops: csrc/logprob/cpu.cpp, in C++ with vector instructions, and torch's GEMM."""
+"""The cpu backend of the log-prob ops: csrc/logprob/cpu.cpp, in C++ with vector instructions, and GEMMs.
+
+float32 products are torch's. Those of bfloat16 values are our own (csrc/common/gemm) where the processor can; other inputs
+are widened tile by tile.
+
+Shapes: n tokens x v columns of a tile, H hidden; a GEMM is m x k by k x n.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import devices, extension
-from . import gemm, linear, linear_ops, ops, tiles
+from ..op import Kernel, Written
+from . import linear_tiles, tiles, token
 
 
-def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
-    """Why this call can not be served (arguments of ``autograd.run``)."""
-    return tuple(devices.cpu("logits", logits))
+class GemmCall(NamedTuple):
+    """out = a @ b or, with ``add``, out += a @ b; float32 accumulators, subnormal numbers count as 0."""
+
+    a: Tensor  # (m, k) bfloat16, or float32 that is rounded to bfloat16 first; any strides, as b
+    b: Tensor  # (k, n)
+    out: Written  # (m, n) float32
+    add: bool
 
 
-def linear_reasons(hidden: Tensor, head: linear.Head, *unused: object) -> tuple[str, ...]:
-    """Why this call can not be served (arguments of ``linear.reference``)."""
-    return tuple(devices.cpu("hidden", hidden))
+def _nothing(call: GemmCall) -> None:
+    return None
 
 
-def _backward(logits: Tensor, *arguments: Any) -> Tensor:
-    """The implementation of the op token_logprobs_cpu_backward."""
-    grad = extension.empty(logits.shape, logits.dtype)
-    ops.namespace.token_logprobs_cpu_backward_into(logits, *arguments, grad)
+GEMM = Kernel("gemm_bf16", GemmCall, _nothing, backends=("cpu",))
+
+
+def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out (n, v) = hidden (n, H) @ weight (v, H).T"""
+    if is_ours(hidden.dtype):
+        GEMM("cpu", GemmCall(hidden, weight.t(), out, False))
+    else:
+        torch.mm(hidden.float(), weight.float().t(), out=out)
+
+
+def add_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """out (m, H) = a (m, k) @ b (k, H), or out += a @ b. With bfloat16 b, a is rounded to bfloat16."""
+    if is_ours(b.dtype):
+        GEMM("cpu", GemmCall(a, b, out, accumulate))
+    elif accumulate:
+        torch.addmm(out, a, b.float(), out=out)
+    else:
+        torch.mm(a, b.float(), out=out)
+
+
+def is_ours(dtype: torch.dtype) -> bool:
+    """Whether inputs of this dtype are multiplied by our own GEMM, whose rows have the same bits in any company."""
+    return dtype == torch.bfloat16 and extension.chosen_isa() == "avx512_bf16"
+
+
+@token.BACKWARD.implement("cpu")
+def token_logprobs_backward(call: token.RowsBackwardCall) -> Tensor:
+    """The gradient in memory that the extension keeps, which a call does not pay for in page faults."""
+    grad = extension.empty(call.logits.shape, call.logits.dtype)
+    token.BACKWARD_INTO("cpu", token.RowsBackwardIntoCall(*call, grad))
     return grad
 
 
-ops.library.impl("token_logprobs_cpu_backward", _backward, "CPU")
-
 ENGINE = tiles.Engine(
     backend="cpu",
-    logits=gemm.logits,
-    add_product=gemm.add_product,
+    logits=logits,
+    add_product=add_product,
     empty=lambda like, shape, dtype: extension.empty(shape, dtype),
     tile_bytes=8 << 20,
     tokens=1024,
     invariant_columns=2048,
-    invariant_tokens=lambda dtype: 0 if gemm.is_ours(dtype) else 64,
+    invariant_tokens=lambda dtype: 0 if is_ours(dtype) else 64,
 )
-linear_ops.implement(ENGINE, "CPU")
+linear_tiles.implement(ENGINE, "CPU")
+
+
+def linear_reasons(hidden: Tensor, *unused: object) -> tuple[str, ...]:
+    return tuple(devices.cpu("hidden", hidden))

@@ -1,71 +1,66 @@
 """The cuda backend of the log-prob ops: csrc/logprob/cuda_*.cuh, in C++ for NVIDIA GPUs, and torch's GEMM.
 
-Ops of its own, beside those of ops.py and linear_ops.py:
+A tile of logits is float32 from the GEMM's accumulators (a 16-bit logit has too coarse a step for a log-prob); its gradient
+is rounded once to the dtype of the inputs, as that of eager logits is, and the products with it are summed in float32. The
+tile is written once and read once forward; backward it is written, read, and its narrower gradient written and read twice.
 
-    token_logprobs_cuda_backward_into(logits, *rows, ..., sequences, grad) -> ()
-        the gradient into ``grad``: of the shape of the logits, any strides on B and T, and of float32 logits any dtype
-    completion_sums_cuda(values, cu_seqlens, completions) -> sums
-        values (N,) float32, cu_seqlens (B + 1,) int64 or None (N / B tokens each); sums (B,), in a fixed order, NaN for
-        bounds outside [0, N] or not in rising order
-    completion_numbers_cuda(cu_seqlens, tokens) -> numbers
-        the completion of each token (N,) int32, -1 where none holds it
+Shapes: n tokens x v columns of a tile, H hidden.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import devices
-from . import gpu, linear, linear_ops, ops, tiles
+from . import linear_tiles, tiles, token
 
 
-def reasons(logits: Tensor, *unused: object) -> tuple[str, ...]:
-    """Why this call can not be served (arguments of ``autograd.run``)."""
-    return tuple(devices.cuda("logits", logits))
+def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out (n, v) = hidden (n, H) @ weight (v, H).T, in float32."""
+    if hidden.dtype == torch.float32:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        torch.mm(hidden, weight.t(), torch.float32, out=out)
 
 
-def linear_reasons(hidden: Tensor, head: linear.Head, *unused: object) -> tuple[str, ...]:
-    """Why this call can not be served (arguments of ``linear.reference``)."""
-    return tuple(devices.cuda("hidden", hidden))
+def add_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """out (m, H) = a (m, k) @ b (k, H), or out += that, in float32; a and b of one dtype."""
+    if accumulate and a.dtype == torch.float32:
+        torch.addmm(out, a, b, out=out)
+    elif accumulate:
+        torch.addmm(out, a, b, torch.float32, out=out)
+    elif a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, torch.float32, out=out)
 
 
-def _gradient(engine: tiles.Engine, tile: Tensor, rows: ops.Rows, dtype: torch.dtype, *saved: Any) -> Tensor:
+def _gradient(
+    engine: tiles.Engine, tile: Tensor, rows: token.Rows, dtype: torch.dtype, upstream: token.Upstream
+) -> Tensor:
     """The gradient of the raw logits of a tile, in the dtype that the GEMMs take."""
     if dtype == tile.dtype:
-        return tiles.gradient_over_tile(engine, tile, rows, dtype, *saved)
-    tokens, columns = tile.shape
-    grad = tiles.scratch(engine, tile, tokens, columns, dtype)
-    into = ops.namespace.token_logprobs_cuda_backward_into
-    into(tile.unsqueeze(0), *rows, *saved, grad.unsqueeze(0))
+        return tiles.gradient_over_tile(engine, tile, rows, dtype, upstream)
+    grad = tiles.scratch(engine, tile, tile.shape[0], tile.shape[1], dtype)
+    call = token.RowsBackwardIntoCall(tile.unsqueeze(0), rows, upstream, grad.unsqueeze(0))
+    token.BACKWARD_INTO("cuda", call)
     return grad
 
 
-ENGINE = gpu.engine("cuda", _gradient)
+ENGINE = tiles.Engine(
+    backend="cuda",
+    logits=logits,
+    add_product=add_product,
+    empty=lambda like, shape, dtype: like.new_empty(shape, dtype=dtype),
+    tile_bytes=512 << 20,
+    tokens=8192,  # from 2,048 on a GEMM is bound by arithmetic and re-reads the head seldom
+    invariant_columns=32768,
+    invariant_tokens=lambda dtype: 1024,
+    gradient=_gradient,
+)
+linear_tiles.implement(ENGINE, "CUDA")
 
 
-def _fake_into(logits: Tensor, *unused: object) -> None:
-    return None
-
-
-def _fake_sums(values: Tensor, cu_seqlens: Tensor | None, completions: int) -> Tensor:
-    return values.new_empty(completions)
-
-
-def _fake_numbers(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    return cu_seqlens.new_empty(tokens, dtype=torch.int32)
-
-
-for _schema, _fake in (
-    (
-        f"token_logprobs_cuda_backward_into(Tensor logits, {ops.ROWS}, {ops.GRADS}, Tensor(a!) grad) -> ()",
-        _fake_into,
-    ),
-    ("completion_sums_cuda(Tensor values, Tensor? cu_seqlens, SymInt completions) -> Tensor", _fake_sums),
-    ("completion_numbers_cuda(Tensor cu_seqlens, SymInt tokens) -> Tensor", _fake_numbers),
-):
-    ops.library.define(_schema)
-    torch.library.register_fake(f"r1kernels::{_schema.split('(')[0]}", _fake, lib=ops.library)
-linear_ops.implement(ENGINE, "CUDA")
+def linear_reasons(hidden: Tensor, *unused: object) -> tuple[str, ...]:
+    return tuple(devices.cuda("hidden", hidden))

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends, checks
-from . import autograd, linear, linear_autograd
-from .completions import Completions
-from .token import in_rows, split_temperature
+from .. import checks
+from ..op import Op
+from . import linear, linear_reference, token
+from .completions import EACH_TOKEN, Completions
 
 REDUCTIONS = ("sum", "mean", "none")
 
@@ -66,9 +66,13 @@ def grouped_logprobs(
     group_size = checks.integer("group_size", group_size, minimum=1)
     _check_groups(targets, mask, cu_seqlens, group_size, reduce, return_entropy)
     kept, ignored = _masked_targets(targets, mask, logits.shape[-1])
-    temperatures, scalar = split_temperature(temperature, kept, ignored, logits.dtype)
-    arguments = (kept, mask, cu_seqlens, group_size, temperatures, scalar, ignored, reduce, return_entropy)
-    return backends.dispatch("grouped_logprobs", backend, logits, *arguments)
+    temperatures, scalar = token.split_temperature(temperature, kept, ignored, logits.dtype)
+    counts = _counts(kept != ignored, cu_seqlens)
+    rows = token.plain_rows(logits, kept.reshape(-1).contiguous(), temperatures, scalar, ignored)
+    completions = _completions(counts, cu_seqlens, reduce)
+    call = token.TokenCall(token.in_rows(logits), rows, return_entropy, False, completions)
+    logp, entropy = GROUPED_LOGPROBS(backend, call)
+    return _shaped(logp, entropy, counts, targets.shape, group_size, reduce, return_entropy)
 
 
 def linear_grouped_logprobs(
@@ -107,62 +111,32 @@ def linear_grouped_logprobs(
     group_size = checks.integer("group_size", group_size, minimum=1)
     _check_groups(targets, mask, cu_seqlens, group_size, reduce, return_entropy)
     kept = targets if mask is None else torch.where(mask != 0, targets, ignore_index)
-    options = (return_entropy, stats, chunk_size, save_logits, batch_invariant, group)
-    call = linear.checked_call(hidden, head, kept, temperature, ignore_index, *options)
-    layout = (kept.shape, cu_seqlens, group_size, reduce)
-    return backends.dispatch("linear_grouped_logprobs", backend, *call, *layout)
-
-
-def run(
-    backend: str,
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    group_size: int,
-    temperatures: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    reduce: str,
-    entropy: bool,
-) -> GroupedLogprobs:
-    """Token log-probs of one backend, then sums over each completion; a kernel's backward looks their gradients up."""
-    counts = _counts(targets != ignore_index, cu_seqlens)
-    completions = _completions(counts, cu_seqlens, reduce)
-    inside = None if backend == "reference" else completions
-    logp, value = autograd.run(
-        backend,
-        in_rows(logits),
-        targets.reshape(-1),
-        temperatures,
-        temperature,
-        ignore_index,
-        entropy,
-        False,
-        inside,
+    counts = _counts(kept != ignore_index, cu_seqlens)
+    call = linear.call_of(
+        hidden,
+        head,
+        kept,
+        _completions(counts, cu_seqlens, reduce),
+        temperature=temperature,
+        ignore_index=ignore_index,
+        return_entropy=return_entropy,
+        stats=stats,
+        chunk_size=chunk_size,
+        save_logits=save_logits,
+        batch_invariant=batch_invariant,
+        group=group,
     )
-    if inside is None:
-        logp, value = _reduced(logp, value, completions)
-    return _shaped(logp, value, counts, targets.shape, group_size, reduce, entropy)
+    logp, entropy, extra = LINEAR_GROUPED_LOGPROBS(backend, call)
+    grouped = _shaped(logp, entropy, counts, targets.shape, group_size, reduce, return_entropy)
+    return (grouped, linear.of_names(extra, stats, targets.shape)) if stats else grouped
 
 
-def linear_run(
-    backend: str, hidden: Tensor, head: linear.Head, targets: Tensor, *arguments: Any
-) -> GroupedLogprobs | tuple[GroupedLogprobs, dict[str, Tensor]]:
-    """The same from hidden states; the arguments are those of ``linear.reference`` and the layout of the tokens."""
-    *call, shape, cu_seqlens, group_size, reduce = arguments
-    _, _, ignore_index, entropy, stats, *_ = call
-    counts = _counts((targets != ignore_index).view(shape), cu_seqlens)
-    completions = _completions(counts, cu_seqlens, reduce)
-    if backend == "reference":
-        logp, value, extra = linear.reference(hidden, head, targets, *call)
-        logp, value = _reduced(logp, value, completions)
-    else:
-        logp, value, extra = linear_autograd.run(backend, completions, hidden, head, targets, *call)
-    grouped = _shaped(logp, value, counts, shape, group_size, reduce, entropy)
-    if not stats:
-        return grouped
-    return grouped, {name: one.view(shape) for name, one in zip(stats, extra, strict=True)}
+GROUPED_LOGPROBS = Op(
+    "grouped_logprobs", token.on_reference, token.on_kernels, decides="logits", limits=token.limits
+)
+LINEAR_GROUPED_LOGPROBS = Op(
+    "linear_grouped_logprobs", linear_reference.run, linear.on_kernels, decides="hidden"
+)
 
 
 def _check_groups(
@@ -216,19 +190,12 @@ def _counts(counted: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return before[bounds[1:]] - before[bounds[:-1]]
 
 
-def _completions(counts: Tensor, cu_seqlens: Tensor | None, reduce: str) -> Completions | None:
-    """None: token values are wanted."""
+def _completions(counts: Tensor, cu_seqlens: Tensor | None, reduce: str) -> Completions:
     if reduce == "none":
-        return None
+        return EACH_TOKEN
     bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
     divisor = counts.clamp(min=1).float() if reduce == "mean" else None
     return Completions(counts.shape[0], bounds, divisor)
-
-
-def _reduced(logp: Tensor, entropy: Tensor, completions: Completions | None) -> tuple[Tensor, Tensor]:
-    if completions is None:
-        return logp, entropy
-    return completions.reduce(logp), completions.reduce(entropy) if entropy.shape == logp.shape else entropy
 
 
 def _shaped(
@@ -238,8 +205,8 @@ def _shaped(
     shape: torch.Size,
     group_size: int,
     reduce: str,
-    wants_entropy: bool,
+    with_entropy: bool,
 ) -> GroupedLogprobs:
     wanted = shape if reduce == "none" else (-1, group_size)
     grid = counts.view(-1, group_size)
-    return GroupedLogprobs(logp.view(wanted), grid, entropy.view(wanted) if wants_entropy else None)
+    return GroupedLogprobs(logp.view(wanted), grid, entropy.view(wanted) if with_entropy else None)

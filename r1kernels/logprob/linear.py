@@ -9,20 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from .. import backends, checks, transforms
-from . import autograd, sharded
-from .token import split_temperature
+from .. import checks
+from ..op import Kernel, Op, Size, Written, recorded
+from . import linear_reference, parts, sharded
+from .completions import EACH_TOKEN, Completions
+from .token import Rows, Upstream, row_results, split_temperature, upstream_of
 
 STATS = ("log_sum_sq_probs", "mean_logits", "is_top1")
-_CHUNK_BYTES = 64 << 20
-_SAVED_BYTES = 256 << 20
-_MIN_CHUNK = 256
-# a library GEMM of few rows differs in the last bits from a large one; all tiles of this many rows agree
-_INVARIANT_ROWS = 64
+SAVED_BYTES = 256 << 20  # logits up to this size are kept for the backward where the caller does not say
 
 
 class Head(NamedTuple):
@@ -89,14 +85,26 @@ def linear_logprobs(
     round the gradient of a tile of logits to bfloat16 for the GEMMs of bfloat16 inputs, as plain PyTorch does. Deterministic.
     """
     head = check_linear(hidden, weight, targets, bias, softcap, logit_scale)
-    options = (return_entropy, stats, chunk_size, save_logits, batch_invariant, group)
-    call = checked_call(hidden, head, targets, temperature, ignore_index, *options)
-    logp, entropy, extra = backends.dispatch("linear_logprobs", backend, *call)
+    call = call_of(
+        hidden,
+        head,
+        targets,
+        EACH_TOKEN,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        return_entropy=return_entropy,
+        stats=stats,
+        chunk_size=chunk_size,
+        save_logits=save_logits,
+        batch_invariant=batch_invariant,
+        group=group,
+    )
+    logp, entropy, extra = LINEAR_LOGPROBS(backend, call)
     results: tuple[Any, ...] = (logp.view(targets.shape),)
     if return_entropy:
         results += (entropy.view(targets.shape),)
     if stats:
-        results += ({name: value.view(targets.shape) for name, value in zip(stats, extra, strict=True)},)
+        results += (of_names(extra, stats, targets.shape),)
     return results[0] if len(results) == 1 else results
 
 
@@ -128,10 +136,12 @@ def check_linear(
     return Head(weight, bias, softcap, logit_scale)
 
 
-def checked_call(
+def call_of(
     hidden: Tensor,
     head: Head,
     targets: Tensor,
+    completions: Completions,
+    *,
     temperature: float | Tensor,
     ignore_index: int,
     return_entropy: bool,
@@ -140,8 +150,8 @@ def checked_call(
     save_logits: bool | None,
     batch_invariant: bool,
     group: dist.ProcessGroup | None,
-) -> tuple[Any, ...]:
-    """The arguments of ``reference``, that of every backend, for N tokens; the options are checked here."""
+) -> LogprobsCall:
+    """The call for N tokens; the options are checked here."""
     checks.boolean("return_entropy", return_entropy)
     if not isinstance(stats, (tuple, list)):
         raise TypeError(f"stats: expected a tuple of names, got {type(stats).__name__}")
@@ -158,70 +168,30 @@ def checked_call(
     vocabulary = head.weight.shape[0] if shard is None else shard.vocabulary
     if checks.values_visible(targets):
         checks.in_range("targets", targets, 0, vocabulary, allow=ignore_index)
-    rows = (
-        hidden.reshape(-1, hidden.shape[-1]),
-        head,
-        targets.reshape(-1),
+    hidden, head = cast_as_linear_would(hidden, head)
+    rows = Rows(
+        head.bias,
+        head.logit_scale,
+        head.softcap or 0.0,
+        targets.reshape(-1).contiguous(),
         temperatures,
         scalar,
         ignore_index,
+        0 if shard is None else shard.first,
+        vocabulary,
     )
-    return *rows, return_entropy, tuple(stats), chunk_size, save_logits, batch_invariant, shard
-
-
-def reference(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    entropy: bool,
-    stats: tuple[str, ...],
-    chunk_size: int | None,
-    save_logits: bool | None,
-    batch_invariant: bool,
-    shard: sharded.Shard | None,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Plain PyTorch, chunk by chunk over the tokens; (logp (N,), entropy (N,) or empty, one (N,) a name of ``stats``)."""
-    hidden, head = _in_float32(*cast_as_linear_would(hidden, head))
-    hidden = hidden.masked_fill(
-        (targets == ignore_index).unsqueeze(-1), 0.0
-    )  # 0 times NaN would reach the head
-    with torch.autocast(hidden.device.type, enabled=False):
-        if shard is not None:
-            hidden = sharded.copy_to_group(hidden, shard)
-        tokens, vocabulary = hidden.shape[0], head.weight.shape[0]
-        if chunk_size is None and torch.compiler.is_compiling():
-            pieces = [slice(None)]  # a loop whose length is N would be compiled anew for every N
-        else:
-            step = chunk_size or max(_CHUNK_BYTES // (4 * vocabulary), _MIN_CHUNK)
-            pieces = [slice(start, start + step) for start in range(0, max(tokens, 1), step)]
-        if save_logits is None:
-            save_logits = torch.compiler.is_compiling() or tokens * vocabulary * 4 <= _SAVED_BYTES
-        keep = save_logits or not torch.is_grad_enabled() or transforms.active()
-        chunks = []
-        for rows in pieces:
-            arguments = (
-                hidden[rows],
-                head,
-                targets[rows],
-                None if temperatures is None else temperatures[rows],
-                temperature,
-                ignore_index,
-                entropy,
-                stats,
-                batch_invariant,
-                shard,
-            )
-            if keep:
-                chunks.append(_chunk(*arguments))
-            else:
-                chunks.append(checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
-        if len(chunks) == 1:
-            return chunks[0]
-        logp, value, extra = zip(*chunks, strict=True)
-        return torch.cat(logp), torch.cat(value), tuple(map(torch.cat, zip(*extra, strict=True)))
+    return LogprobsCall(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head.weight,
+        rows,
+        return_entropy,
+        len(stats) > 0,
+        chunk_size or 0,
+        save_logits,
+        batch_invariant,
+        shard,
+        completions,
+    )
 
 
 def cast_as_linear_would(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
@@ -232,69 +202,246 @@ def cast_as_linear_would(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    return hidden, head._replace(weight=weight, bias=bias)
+    return hidden, Head(weight, bias, head.softcap, head.logit_scale)
 
 
-def _in_float32(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Inputs in float32 (float64 stays), once for all chunks."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return hidden.to(dtype), head._replace(weight=head.weight.to(dtype), bias=bias)
-
-
-def _chunk(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    entropy: bool,
-    stats: tuple[str, ...],
-    batch_invariant: bool,
-    shard: sharded.Shard | None,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    logits = head_logits(hidden, head, batch_invariant)
-    arguments = (targets, temperatures, temperature, ignore_index, entropy)
-    extra = logits.new_empty((0, targets.shape[0]))
-    if stats:
-        first = 0 if shard is None else shard.first
-        with torch.no_grad():
-            extra = _stats(
-                logits / (temperature if temperatures is None else temperatures.unsqueeze(-1)),
-                targets - first,
-            )
-    if shard is None:
-        logp, value = autograd.run("reference", logits.unsqueeze(0), *arguments, False)
-        extra = extra.masked_fill(targets == ignore_index, 0)
-    else:
-        logp, value, extra = sharded.run(logits, *arguments, extra, shard)
-    return logp, value, of_names(extra, stats)
-
-
-def of_names(extra: Tensor, stats: tuple[str, ...]) -> tuple[Tensor, ...]:
+def of_names(extra: Tensor, stats: tuple[str, ...], shape: torch.Size) -> dict[str, Tensor]:
     """The rows of ``extra``, which holds STATS as numbers, that the names stand for."""
-    rows = dict(zip(STATS, extra.unbind(0), strict=False))
-    return tuple(rows[name] > 0 if name == "is_top1" else rows[name] for name in stats)
+    found = {name: extra[STATS.index(name)].view(shape) for name in stats}
+    return {name: values > 0 if name == "is_top1" else values for name, values in found.items()}
 
 
-def head_logits(hidden: Tensor, head: Head, batch_invariant: bool = False) -> Tensor:
-    """The logits (N, V) of hidden states (N, H), all in one dtype."""
-    if batch_invariant and hidden.shape[0] > 0:
-        tokens = hidden.shape[0]
-        padded = F.pad(hidden, (0, 0, 0, -tokens % _INVARIANT_ROWS))
-        tiles = [F.linear(tile, head.weight, head.bias) for tile in padded.split(_INVARIANT_ROWS)]
-        logits = torch.cat(tiles)[:tokens]
+class LinearCall(NamedTuple):
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H), of the same dtype
+    rows: Rows  # for N tokens and V columns
+    with_entropy: bool
+    with_extra: bool
+    chunk_size: Size  # tokens of a tile; 0: chosen
+    save_logits: bool
+    batch_invariant: bool
+
+
+class LinearBackwardCall(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    rows: Rows
+    chunk_size: Size
+    upstream: Upstream
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+
+
+class SavedBackwardCall(NamedTuple):
+    logits: Written  # those of the forward, which are overwritten
+    backward: LinearBackwardCall
+
+
+class FrozenCall(NamedTuple):
+    """Of the whole vocabulary, where hidden alone needs a gradient."""
+
+    hidden: Tensor
+    weight: Tensor
+    rows: Rows
+    with_extra: bool
+    chunk_size: Size
+
+
+def hidden_gradient_dtype(call: LinearBackwardCall) -> torch.dtype:
+    """That of the gradient of hidden: of a slab it is one term of a sum over the slabs, which is not rounded."""
+    return call.hidden.dtype if call.rows.vocabulary == call.weight.shape[0] else torch.float32
+
+
+def _shapes(call: LinearCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy, stats, extra as the row kernels give them, and the raw logits (N, V) float32 if saved, else (0,)."""
+    tokens, vocabulary = call.hidden.shape[0], call.weight.shape[0]
+    shape = (tokens, vocabulary) if call.save_logits else 0
+    return (
+        *row_results(call.hidden, tokens, vocabulary, call.rows, call.with_entropy, call.with_extra),
+        call.hidden.new_empty(shape, dtype=torch.float32),
+    )
+
+
+def _backward_shapes(call: LinearBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight and, in float32, bias; (0,) where not needed."""
+    hidden, weight = call.hidden, call.weight
+    return (
+        hidden.new_empty(hidden.shape if call.need_hidden else 0, dtype=hidden_gradient_dtype(call)),
+        weight.new_empty(weight.shape if call.need_weight else 0),
+        weight.new_empty(weight.shape[0] if call.need_bias else 0, dtype=torch.float32),
+    )
+
+
+def _saved_backward_shapes(call: SavedBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward_shapes(call.backward)
+
+
+def _frozen_shapes(call: FrozenCall) -> tuple[Tensor, Tensor, Tensor]:
+    """logp (N,), extra (3, N) or (0, N), and the slope d logp / d hidden (N, H), in float32."""
+    hidden, tokens = call.hidden, call.hidden.shape[0]
+    return (
+        hidden.new_empty(tokens, dtype=torch.float32),
+        hidden.new_empty((3 if call.with_extra else 0, tokens), dtype=torch.float32),
+        hidden.new_empty(hidden.shape, dtype=torch.float32),
+    )
+
+
+FORWARD = Kernel("linear_logprobs", LinearCall, _shapes)
+BACKWARD = Kernel("linear_logprobs", LinearBackwardCall, _backward_shapes, suffix="_backward")
+BACKWARD_OF_SAVED = Kernel("linear_logprobs", SavedBackwardCall, _saved_backward_shapes, suffix="_backward_")
+FROZEN = Kernel("linear_logprobs", FrozenCall, _frozen_shapes, suffix="_frozen")
+
+
+class LogprobsCall(NamedTuple):
+    """A LinearCall, and what happens around the kernels.
+
+    Results: log-prob and entropy, both (N,), or the sums or means of completions, (B,), entropy empty if not wanted; and
+    ``extra``, STATS (3, N) as numbers or (0, N), without a gradient.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    rows: Rows  # the bias in the dtype of weight
+    with_entropy: bool
+    with_extra: bool
+    chunk_size: int
+    save_logits: bool | None  # None: the backend decides
+    batch_invariant: bool
+    shard: sharded.Shard | None
+    completions: Completions
+
+
+def _forward(backend: str, call: LogprobsCall) -> tuple[Tensor, ...]:
+    *linear, shard, _ = call
+    logp, entropy, stats, extra, logits = FORWARD(backend, LinearCall._make(linear))
+    if shard is not None:
+        part = parts.Part(logp, stats, extra)
+        logp, entropy, stats, extra = sharded.merge(part, shard, call.rows, call.with_entropy)
+    return logp, entropy, stats, extra, logits
+
+
+def _save(call: LogprobsCall, results: tuple[Tensor, ...]) -> Any:
+    (_, targets, temperatures), numbers = call.rows.apart()
+    size, cu_seqlens, divisor = call.completions
+    logp, _, stats, _, logits = results
+    tensors = (
+        targets,
+        temperatures,
+        cu_seqlens,
+        divisor,
+        logp,
+        stats,
+        logits if call.save_logits else None,
+    )
+    return tensors, (numbers, call.with_entropy, call.chunk_size, call.shard, size)
+
+
+def _give(call: LogprobsCall, results: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    logp, entropy, _, extra, _ = results
+    reduce = call.completions.reduce
+    return reduce(logp), reduce(entropy) if call.with_entropy else entropy, extra
+
+
+def _gradients(
+    backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any
+) -> tuple[Tensor, ...]:
+    hidden, weight, bias = inputs
+    targets, temperatures, cu_seqlens, divisor, logp, stats, logits = tensors
+    numbers, with_entropy, chunk_size, shard, size = others
+    rows = Rows.together((bias, targets, temperatures), numbers)
+    upstream = upstream_of(logp, stats, grads, with_entropy, Completions(size, cu_seqlens, divisor))
+    call = LinearBackwardCall(hidden, weight, rows, chunk_size, upstream, *needs)
+    if logits is None:
+        for_hidden, for_weight, for_bias = BACKWARD(backend, call)
     else:
-        logits = F.linear(hidden, head.weight, head.bias)
-    if head.logit_scale != 1.0:
-        logits = logits * head.logit_scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+        # an alias, whose changes autograd does not take for a fault of the caller
+        saved = SavedBackwardCall(logits.data, call)
+        for_hidden, for_weight, for_bias = BACKWARD_OF_SAVED(backend, saved)
+    if shard is not None and call.need_hidden:
+        for_hidden = sharded.sum_over_ranks_(for_hidden, shard).to(hidden.dtype)
+    return for_hidden, for_weight, for_bias
 
 
-def _stats(x: Tensor, targets: Tensor) -> Tensor:
-    """STATS (3, N) of scaled logits (N, V), is_top1 as 1 or 0."""
-    largest, position = x.max(dim=-1, keepdim=True)
-    exponentials = (x - largest).exp()
-    log_sum_sq = exponentials.square().sum(-1).log() - 2 * exponentials.sum(-1).log()
-    return torch.stack((log_sum_sq, x.mean(-1), (position.squeeze(-1) == targets).to(x.dtype)))
+def _gradients_again(
+    backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any
+) -> tuple[Tensor, ...]:
+    """The first backward has overwritten the logits, which come last of the tensors."""
+    return _gradients(backend, inputs, (*tensors[:-1], None), others, grads, needs)
+
+
+_recorded = recorded(
+    "linear_logprobs",
+    LogprobsCall,
+    _forward,
+    differentiable=("hidden", "weight", "bias"),
+    save=_save,
+    backward=_gradients,
+    again=_gradients_again,
+    give=_give,
+    constant=(2,),
+)
+
+
+def _frozen_forward(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
+    return FROZEN(backend, FrozenCall(call.hidden, call.weight, call.rows, call.with_extra, call.chunk_size))
+
+
+def _frozen_save(call: LogprobsCall, results: tuple[Tensor, ...]) -> Any:
+    size, cu_seqlens, divisor = call.completions
+    return (cu_seqlens, divisor, results[2]), size
+
+
+def _frozen_gradient(
+    backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any
+) -> list[Tensor]:
+    (hidden,), (cu_seqlens, divisor, slope) = inputs, tensors
+    grad = Completions(others, cu_seqlens, divisor).of_tokens(grads[0], slope.shape[0])
+    return [(slope * grad.unsqueeze(1)).to(hidden.dtype)]
+
+
+_recorded_frozen = recorded(
+    "linear_logprobs",
+    LogprobsCall,
+    _frozen_forward,
+    differentiable=("hidden",),
+    save=_frozen_save,
+    backward=_frozen_gradient,
+    give=lambda call, results: (call.completions.reduce(results[0]), results[1]),
+    constant=(1,),
+)
+
+
+def on_kernels(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, rows, save_logits = call.hidden, call.weight, call.rows, call.save_logits
+    trained = weight.requires_grad or (rows.bias is not None and rows.bias.requires_grad)
+    differentiable = torch.is_grad_enabled() and (trained or hidden.requires_grad)
+    # a frozen head under the log-prob alone: its slope is worked out beside it, without the logits once more
+    alone = not (call.with_entropy or save_logits or call.batch_invariant) and call.shard is None
+    frozen = differentiable and not trained and alone
+    if save_logits is None:
+        # in a compiled graph a length must not decide
+        fits = 4 * hidden.shape[0] * weight.shape[0] <= SAVED_BYTES
+        save_logits = fits and not torch.compiler.is_compiling()
+    if rows.bias is not None:
+        rows = rows._replace(bias=rows.bias.float().contiguous())
+    call = LogprobsCall(
+        hidden,
+        weight,
+        rows,
+        call.with_entropy,
+        call.with_extra,
+        call.chunk_size,
+        save_logits and differentiable,
+        call.batch_invariant,
+        call.shard,
+        call.completions,
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        if not frozen:
+            return _recorded(backend, call)
+        logp, extra = _recorded_frozen(backend, call)
+        return logp, logp.new_empty(0), extra
+
+
+LINEAR_LOGPROBS = Op("linear_logprobs", linear_reference.run, on_kernels, decides="hidden")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import Rows
+from .token import Rows
 
 
 class Part(NamedTuple):
@@ -26,9 +26,7 @@ class Part(NamedTuple):
 
     chosen: Tensor  # (N,) the logit of the target; NaN where other columns hold it
     stats: Tensor  # (3, N) M, S', E'
-    extra: (
-        Tensor  # (3, N) log_sum_sq_probs, mean_logits, is_top1 of these columns' own distribution, or (0, N)
-    )
+    extra: Tensor  # (3, N) as row_results has it, of these columns' own distribution, or (0, N)
 
 
 def merge(parts: list[Part], starts: list[int], columns: int, rows: Rows) -> Part:
@@ -65,7 +63,7 @@ def merge(parts: list[Part], starts: list[int], columns: int, rows: Rows) -> Par
 
 
 def finish(
-    part: Part, rows: Rows, entropy: bool, dtype: torch.dtype = torch.float32
+    part: Part, rows: Rows, with_entropy: bool, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp (N,), entropy (N,) or (0,), stats (3, N), extra) from the part that is the whole vocabulary."""
     top, others, spread = part.stats.double().unbind(0)
@@ -74,13 +72,13 @@ def finish(
     ignored = rows.targets == rows.ignore_index
     log_normaliser = others.log1p()
     logp = (part.chosen - top) * _inverse_temperature(rows) - log_normaliser
-    value = logp.new_empty(0)
-    if entropy:
-        value = log_normaliser + spread / (1 + others)
-        value = torch.where(logp.isnan(), torch.nan, value).masked_fill(ignored, 0.0)
+    entropy = logp.new_empty(0)
+    if with_entropy:
+        entropy = log_normaliser + spread / (1 + others)
+        entropy = torch.where(logp.isnan(), torch.nan, entropy).masked_fill(ignored, 0.0)
     stats = torch.stack((top, others, spread)).masked_fill(ignored, 0.0)
     extra = part.extra.masked_fill(ignored, 0.0)
-    return logp.masked_fill(ignored, 0.0).to(dtype), value.to(dtype), stats.to(dtype), extra.to(dtype)
+    return logp.masked_fill(ignored, 0.0).to(dtype), entropy.to(dtype), stats.to(dtype), extra.to(dtype)
 
 
 def _inverse_temperature(rows: Rows) -> Tensor | float:

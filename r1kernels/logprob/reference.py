@@ -1,6 +1,6 @@
 """token_logprobs in plain PyTorch: the oracle, exact where the textbook form cancels.
 
-Shapes: B, T leading dimensions, N = B * T tokens, V vocabulary. With x_v = z_v / temperature for logits z,
+Shapes: B, T leading dimensions, N = B * T tokens, V vocabulary. Rows have no bias, scale or cap here. With x_v = z_v / temperature for logits z,
 M = max_v x_v, and sums over all v but one maximum:
 
     S' = sum e^(x_v - M)          E' = sum e^(x_v - M) (M - x_v)
@@ -12,40 +12,38 @@ everything once one logit leads by 20 nats.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from .token import Rows, RowsBackwardCall, RowsCall
 
-def forward(
-    logits: Tensor,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob (N,), entropy (N,) or empty, and the statistics M, S', E' as (3, N).
 
-    logits (B, T, V), targets (N,) int64, temperatures (N,) or None (then ``temperature`` holds for all tokens).
+def forward(call: RowsCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob (N,), entropy (N,) or empty, and the statistics M, S', E' as (3, N); M is divided by the temperature here.
+
     A target outside [0, V) that is not ``ignore_index`` gives NaN in its row.
     """
-    x = scaled(logits, temperatures, temperature)
-    stats = sums(x, entropy)
+    targets = call.rows.targets
+    x = scaled(call.logits, call.rows)
+    stats = sums(x, call.with_entropy)
     largest, sum_others, spread = stats.unbind(0)
     # -inf alone has no distribution
     sum_others = torch.where(largest == -torch.inf, torch.nan, sum_others)
-    ignored = targets == ignore_index
+    ignored = targets == call.rows.ignore_index
     log_normaliser = sum_others.log1p()
     logp = chosen(x, targets) - largest - log_normaliser
     logp = logp.masked_fill(ignored, 0.0)
-    if not entropy:
+    if not call.with_entropy:
         return logp, logp.new_empty(0), stats
-    value = log_normaliser + spread / (1 + sum_others)
-    value = torch.where((targets >= 0) & (targets < x.shape[-1]), value, torch.nan).masked_fill(ignored, 0.0)
-    return logp, value, stats
+    entropy = log_normaliser + spread / (1 + sum_others)
+    entropy = torch.where((targets >= 0) & (targets < x.shape[-1]), entropy, torch.nan)
+    return logp, entropy.masked_fill(ignored, 0.0), stats
 
 
-def sums(x: Tensor, entropy: bool) -> Tensor:
+def sums(x: Tensor, with_entropy: bool) -> Tensor:
     """M, S', E' (3, N) of logits (N, V) that are divided by the temperature; E' is 0 without entropy.
 
     S' is 0 where all of them are -inf, as a part of a vocabulary may be.
@@ -57,7 +55,7 @@ def sums(x: Tensor, entropy: bool) -> Tensor:
     # a logit at +inf has no finite normaliser: its row is NaN, as for log_softmax
     sum_others = torch.where(largest == torch.inf, torch.nan, others.sum(dim=-1))
     sum_others = torch.where(largest == -torch.inf, 0.0, sum_others)
-    if not entropy:
+    if not with_entropy:
         return torch.stack((largest, sum_others, torch.zeros_like(sum_others)))
     # -inf logits have probability 0 and contribute 0, never 0 * inf
     spread = torch.where(others > 0, others * -shifted, 0.0).sum(dim=-1)
@@ -71,31 +69,18 @@ def chosen(x: Tensor, targets: Tensor, first: int = 0) -> Tensor:
     return torch.where(here, x.gather(-1, torch.where(here, place, 0).unsqueeze(-1)).squeeze(-1), torch.nan)
 
 
-def backward(
-    logits: Tensor,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    logp: Tensor,
-    stats: Tensor,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    first: int = 0,
-    vocabulary: int | None = None,
-) -> Tensor:
-    """The gradient of the logits (B, T, V), in their dtype, from the gradients of log-prob and entropy (N,) or None.
-
-    Of the columns [first, first + V) of a larger vocabulary too, whose log-prob and statistics are given.
-    """
-    x = scaled(logits, temperatures, temperature)
+def backward(call: RowsBackwardCall) -> Tensor:
+    """The gradient of the logits (B, T, V), in their dtype; of a slab too, whose log-prob and statistics are given."""
+    logits, rows, (logp, stats, grad_logp, grad_entropy, _) = call
+    targets = rows.targets
+    x = scaled(logits, rows)
     largest, sum_others, spread = stats.unsqueeze(-1).unbind(0)
     shifted = x - largest
     probs = shifted.exp() / (1 + sum_others)
     grad = torch.zeros_like(x)
     if grad_logp is not None:
         # d logp / d x_v = 1[v = y] - p_v, and 1 - p_y = -expm1(logp) does not round to 0 for a leading target
-        place = targets - first
+        place = targets - rows.first
         here = ((place >= 0) & (place < x.shape[-1])).unsqueeze(-1)
         place = torch.where(here, place.unsqueeze(-1), 0)
         at_target = torch.where(here, -logp.expm1().unsqueeze(-1), -probs.gather(-1, place))
@@ -105,20 +90,20 @@ def backward(
         inner = torch.where(probs > 0, probs * (-shifted - spread / (1 + sum_others)), 0.0)
         inner = torch.where(probs.isnan(), probs, inner)
         grad = grad + grad_entropy.unsqueeze(-1) * inner
-    if temperatures is not None:
-        grad = grad / temperatures.unsqueeze(-1)
-    elif temperature != 1.0:
-        grad = grad / temperature
-    inside = (targets >= 0) & (targets < (x.shape[-1] if vocabulary is None else vocabulary))
+    if rows.temperatures is not None:
+        grad = grad / rows.temperatures.unsqueeze(-1)
+    elif rows.temperature != 1.0:
+        grad = grad / rows.temperature
+    inside = (targets >= 0) & (targets < rows.vocabulary)
     grad = torch.where(inside.unsqueeze(-1), grad, torch.nan)
-    grad = grad.masked_fill((targets == ignore_index).unsqueeze(-1), 0.0)
+    grad = grad.masked_fill((targets == rows.ignore_index).unsqueeze(-1), 0.0)
     return grad.to(logits.dtype).view(logits.shape)
 
 
-def scaled(logits: Tensor, temperatures: Tensor | None, temperature: float) -> Tensor:
+def scaled(logits: Tensor, rows: Rows) -> Tensor:
     """logits / temperature as (N, V), in float32 (float64 stays)."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     x = logits.reshape(-1, logits.shape[-1]).to(dtype)
-    if temperatures is not None:
-        return x / temperatures.unsqueeze(-1)
-    return x if temperature == 1.0 else x / temperature
+    if rows.temperatures is not None:
+        return x / rows.temperatures.unsqueeze(-1)
+    return x if rows.temperature == 1.0 else x / rows.temperature

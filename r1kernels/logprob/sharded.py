@@ -6,6 +6,7 @@ rank order (parts.py), so all ranks hold the same bits. Shapes: N tokens, V the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -13,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks
+from ..op import recorded
 from . import parts, reference
-from .ops import Rows
+from .token import Rows, RowsBackwardCall, Upstream
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """This rank's columns of the vocabulary."""
 
     group: dist.ProcessGroup
@@ -37,13 +39,13 @@ def shard_of(weight: Tensor, group: dist.ProcessGroup) -> Shard:
 
 
 def merge(
-    part: parts.Part, shard: Shard, rows: Rows, entropy: bool, dtype: torch.dtype = torch.float32
+    part: parts.Part, shard: Shard, rows: Rows, with_entropy: bool, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp, entropy, stats, extra) of the whole vocabulary, as ``parts.finish`` gives them, from this rank's part."""
     numbers = torch.cat((part.chosen.unsqueeze(0), part.stats, part.extra))
     every = [parts.Part(one[0], one[1:4], one[4:]) for one in _gather(numbers, shard.group)]
     merged = parts.merge(every, list(shard.starts), shard.vocabulary, rows)
-    return parts.finish(merged, rows, entropy, dtype)
+    return parts.finish(merged, rows, with_entropy, dtype)
 
 
 def sum_over_ranks_(values: Tensor, shard: Shard) -> Tensor:
@@ -54,86 +56,76 @@ def sum_over_ranks_(values: Tensor, shard: Shard) -> Tensor:
 
 def copy_to_group(hidden: Tensor, shard: Shard) -> Tensor:
     """``hidden`` itself; its gradient is the sum over the ranks, since each rank's columns give a part of it."""
-    return _CopyToGroup.apply(hidden, shard)
+    return _recorded_copy("reference", CopyCall(hidden, shard))
 
 
-def run(
-    logits: Tensor,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    entropy: bool,
-    extra: Tensor,
-    shard: Shard,
+class CopyCall(NamedTuple):
+    hidden: Tensor
+    shard: Shard
+
+
+def _sum_of_gradients(
+    backend: str, inputs: Any, tensors: Any, shard: Shard, grads: Any, needs: Any
+) -> list[Tensor]:
+    return [sum_over_ranks_(grads[0].clone(memory_format=torch.contiguous_format), shard)]
+
+
+_recorded_copy = recorded(
+    "linear_logprobs",
+    CopyCall,
+    lambda backend, call: call.hidden.view_as(call.hidden),
+    differentiable=("hidden",),
+    save=lambda call, results: ((), call.shard),
+    backward=_sum_of_gradients,
+)
+
+
+class ShardedCall(NamedTuple):
+    logits: Tensor  # (N, V), this rank's columns, without bias, scale and cap
+    rows: Rows
+    with_entropy: bool
+    extra: Tensor  # (3, N) or (0, N): that of this rank's own distribution
+    shard: Shard
+
+
+def logprobs(
+    logits: Tensor, rows: Rows, with_entropy: bool, extra: Tensor, shard: Shard
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, entropy, extra) by plain PyTorch from this rank's logits (N, V) and the global targets (N,).
-
-    extra (3, N) or (0, N): those of this rank's own distribution. Log-prob and entropy are differentiable.
-    """
-    return _ShardedLogprobs.apply(
-        logits, targets, temperatures, temperature, ignore_index, entropy, extra, shard
-    )
+    """(logp, entropy, extra) of the whole vocabulary by plain PyTorch; log-prob and entropy are differentiable."""
+    return _recorded("reference", ShardedCall(logits, rows, with_entropy, extra, shard))
 
 
-class _CopyToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, shard: Shard) -> Tensor:
-        ctx.shard = shard
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return sum_over_ranks_(grads[0].clone(memory_format=torch.contiguous_format), ctx.shard), None
+def _forward(backend: str, call: ShardedCall) -> tuple[Tensor, ...]:
+    x = reference.scaled(call.logits, call.rows)
+    rows = call.rows._replace(temperatures=None, temperature=1.0)  # x is divided already
+    chosen = reference.chosen(x, rows.targets, rows.first)
+    part = parts.Part(chosen, reference.sums(x, call.with_entropy), call.extra)
+    return merge(part, call.shard, rows, call.with_entropy, x.dtype)
 
 
-class _ShardedLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        temperatures: Tensor | None,
-        temperature: float,
-        ignore_index: int,
-        entropy: bool,
-        extra: Tensor,
-        shard: Shard,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x = reference.scaled(logits, temperatures, temperature)
-        # divided by the temperature already
-        rows = Rows(None, 1.0, 0.0, targets, None, 1.0, ignore_index, shard.first, shard.vocabulary)
-        part = parts.Part(reference.chosen(x, targets, shard.first), reference.sums(x, entropy), extra)
-        logp, value, stats, extra = merge(part, shard, rows, entropy, x.dtype)
-        ctx.save_for_backward(logits, targets, temperatures, logp, stats)
-        ctx.temperature, ctx.ignore_index, ctx.entropy, ctx.shard = temperature, ignore_index, entropy, shard
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(extra)
-        return logp, value, extra
+def _save(call: ShardedCall, results: tuple[Tensor, ...]) -> Any:
+    (_, targets, temperatures), numbers = call.rows.apart()
+    logp, _, stats, _ = results
+    return (targets, temperatures, logp, stats), (numbers, call.with_entropy)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        unused = (None,) * 7
-        grad_logp = grads[0]
-        grad_entropy = grads[1] if ctx.entropy else None
-        if grad_logp is None and grad_entropy is None:
-            return None, *unused
-        logits, targets, temperatures, logp, stats = ctx.saved_tensors
-        with torch.no_grad():
-            grad = reference.backward(
-                logits,
-                targets,
-                temperatures,
-                ctx.temperature,
-                ctx.ignore_index,
-                logp,
-                stats,
-                grad_logp,
-                grad_entropy,
-                ctx.shard.first,
-                ctx.shard.vocabulary,
-            )
-        return checks.first_derivative_only("linear_logprobs", grad, logits), *unused
+
+def _gradients(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any) -> list[Tensor]:
+    (logits,), (targets, temperatures, logp, stats), (numbers, with_entropy) = inputs, tensors, others
+    rows = Rows.together((None, targets, temperatures), numbers)
+    upstream = Upstream(logp, stats, grads[0], grads[1] if with_entropy else None, None)
+    return [reference.backward(RowsBackwardCall(logits, rows, upstream))]
+
+
+_recorded = recorded(
+    "linear_logprobs",
+    ShardedCall,
+    _forward,
+    differentiable=("logits",),
+    save=_save,
+    backward=_gradients,
+    give=lambda call, results: (results[0], results[1], results[3]),
+    constant=(2,),
+)
 
 
 def _gather(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

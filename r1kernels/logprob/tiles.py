@@ -1,30 +1,32 @@
-"""The tile loop of the linear log-prob ops, written once for all kernel backends.
+"""Tiles of the linear log-prob ops: what all kernel backends and loops over them share.
 
 Shapes: N tokens, H hidden, V vocabulary (the rows of the head), a tile of n tokens x v columns of the (N, V) logits. A tile
 of raw logits is a GEMM; the row op of the backend turns it into sums (forward) or into its own gradient, in place
 (backward); two GEMMs then add that gradient to those of the hidden states and of the head. Logits and sums are float32.
-
-Tiles are taken slab by slab of the vocabulary, or block by block of the tokens. Slab by slab, a slab of dW is complete at
-once and dX (N, H) is accumulated; block by block it is the other way round. Inputs of 16 bits need a float32 accumulator
-for what is not complete at once, so the order follows from what needs a gradient and from which one is smaller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops, parts
+from . import token
+from .token import Rows, Upstream
+
+if TYPE_CHECKING:
+    from . import linear
+
+RowResults = tuple[Tensor, Tensor, Tensor, Tensor]  # logp, entropy, stats, extra as the row kernels give them
 
 
 def gradient_over_tile(
-    engine: Engine, tile: Tensor, rows: ops.Rows, dtype: torch.dtype, *saved: Any
+    engine: Engine, tile: Tensor, rows: Rows, dtype: torch.dtype, upstream: Upstream
 ) -> Tensor:
     """The gradient of the raw logits, in float32, over them."""
-    ops.backward_(engine.backend, tile.unsqueeze(0), rows, *saved)
+    token.BACKWARD_OVER(engine.backend, token.RowsBackwardOverCall(tile.unsqueeze(0), rows, upstream))
     return tile
 
 
@@ -44,12 +46,12 @@ class Engine(NamedTuple):
     # GEMM of few rows differs in the last bits from one of many, two of one shape agree; 0: the GEMM is invariant itself
     invariant_columns: int
     invariant_tokens: Callable[[torch.dtype], int]
-    # gradient(engine, tile (n, v), rows, dtype of the inputs, *what a row op's backward takes): the gradient of the raw
-    # logits as add_product wants it, over the tile or in a tensor of its own
-    gradient: Callable[..., Tensor] = gradient_over_tile
-    # forward(hidden, weight, rows, entropy, extra, batch_invariant): what ``forward`` below returns, from a kernel that
-    # writes no tile, or None where it does not serve the call; None: there is no such kernel
-    forward: Callable[..., Any] | None = None
+    # gradient(engine, tile (n, v), rows, dtype of the inputs, upstream): the gradient of the raw logits as add_product wants
+    # it, over the tile or in a tensor of its own
+    gradient: Callable[[Engine, Tensor, Rows, torch.dtype, Upstream], Tensor] = gradient_over_tile
+    # forward(call): (logp, entropy, stats, extra) from a kernel that writes no tile, or None where it does not serve the
+    # call; None: there is no such kernel
+    forward: Callable[[linear.LinearCall], RowResults | None] | None = None
 
 
 def scratch(
@@ -89,8 +91,17 @@ class Problem(NamedTuple):
     engine: Engine
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H)
-    rows: ops.Rows  # of all tokens and columns
+    rows: Rows  # of all tokens and columns
     tiling: Tiling
+
+
+def problem_of(
+    engine: Engine,
+    call: linear.LinearCall | linear.LinearBackwardCall | linear.FrozenCall,
+    batch_invariant: bool = False,
+) -> Problem:
+    tiling = tiling_of(engine, call.hidden, call.weight.shape[0], call.chunk_size, batch_invariant)
+    return Problem(engine, call.hidden, call.weight, call.rows, tiling)
 
 
 def tiling_of(
@@ -106,90 +117,7 @@ def tiling_of(
     return Tiling(height, min(-(-width // 64) * 64, vocabulary), gemm_tokens)
 
 
-def forward(
-    problem: Problem, entropy: bool, extra: bool, saved: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp, entropy, stats, extra) as the row ops give them; the raw logits are left in ``saved`` (N, V), if given."""
-    rows, tokens = problem.rows, problem.hidden.shape[0]
-    vocabulary = problem.weight.shape[0]
-    slabs, blocks = problem.tiling.slabs(vocabulary), problem.tiling.blocks(tokens)
-    results = []
-    for slab in slabs:
-        of_slab = [_forward_tile(problem, block, slab, entropy, extra, saved) for block in blocks]
-        results.append(tuple(torch.cat(blocks, dim=-1) for blocks in zip(*of_slab, strict=True)))
-    if len(slabs) == 1:
-        return results[0]  # type: ignore[return-value]
-    slab_parts = [parts.Part(chosen, stats, more) for chosen, _, stats, more in results]
-    merged = parts.merge(slab_parts, [rows.first + slab.start for slab in slabs], vocabulary, rows)
-    if rows.vocabulary != vocabulary:
-        return (
-            merged.chosen.float(),
-            merged.chosen.new_empty(0).float(),
-            merged.stats.float(),
-            merged.extra.float(),
-        )
-    return parts.finish(merged, rows, entropy)
-
-
-def logits(problem: Problem, saved: Tensor) -> None:
-    """All raw logits, into ``saved`` (N, V)."""
-    for slab in problem.tiling.slabs(problem.weight.shape[0]):
-        for block in problem.tiling.blocks(problem.hidden.shape[0]):
-            raw_logits(problem, block, slab, saved[block, slab])
-
-
-def backward(
-    problem: Problem,
-    saved: Tensor | None,
-    logp: Tensor,
-    stats: Tensor,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    sequences: Tensor | None,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias (float32); (0,) where ``needs`` says no. ``saved`` is overwritten.
-
-    Of a slab, that of hidden is in float32.
-    """
-    hidden, weight = problem.hidden, problem.weight
-    tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    slabs, blocks = problem.tiling.slabs(vocabulary), problem.tiling.blocks(tokens)
-    by_slab = needs[1] and (not needs[0] or tokens <= vocabulary)
-    dtype = hidden_gradient_dtype(hidden, weight, problem.rows)
-    grad_hidden = _Sum(problem, hidden, needs[0], blocks, complete=not by_slab, dtype=dtype)
-    grad_weight = _Sum(problem, weight, needs[1], slabs, complete=by_slab, dtype=weight.dtype)
-    grad_bias = hidden.new_zeros(vocabulary if needs[2] else 0, dtype=torch.float32)
-    for block, slab in _in_turn(blocks, slabs, by_slab):
-        tile = tile_of(problem, block, slab, saved)
-        if saved is None:
-            raw_logits(problem, block, slab, tile)
-        by_sequence = sequences is not None
-        gradient = problem.engine.gradient(
-            problem.engine,
-            tile,
-            rows_of(problem, block, slab),
-            hidden.dtype,
-            logp[block],
-            stats[:, block].contiguous(),
-            grad_logp if by_sequence or grad_logp is None else grad_logp[block],
-            grad_entropy if by_sequence or grad_entropy is None else grad_entropy[block],
-            sequences[block] if sequences is not None else None,
-        )
-        grad_hidden.add(block, gradient, weight[slab], last=slab is slabs[-1])
-        if needs[1]:
-            grad_weight.add(slab, gradient.t(), counted(problem, block), last=block is blocks[-1])
-        if needs[2]:
-            grad_bias[slab] += gradient.sum(0, dtype=torch.float32)
-    return grad_hidden.result, grad_weight.result, grad_bias
-
-
-def hidden_gradient_dtype(hidden: Tensor, weight: Tensor, rows: ops.Rows) -> torch.dtype:
-    """That of the gradient of hidden: of a slab it is one term of a sum, which is not rounded."""
-    return hidden.dtype if rows.vocabulary == weight.shape[0] else torch.float32
-
-
-class _Sum:
+class Sum:
     """The gradient of hidden or of weight, a sum of products over tiles, in float32; rounded once at the end."""
 
     def __init__(
@@ -226,21 +154,10 @@ class _Sum:
             self.result[piece] = sums
 
 
-def _in_turn(blocks: list[slice], slabs: list[slice], by_slab: bool) -> Iterator[tuple[slice, slice]]:
-    if by_slab:
-        yield from ((block, slab) for slab in slabs for block in blocks)
-    else:
-        yield from ((block, slab) for block in blocks for slab in slabs)
-
-
-def _forward_tile(
-    problem: Problem, block: slice, slab: slice, entropy: bool, extra: bool, saved: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tile = tile_of(problem, block, slab, saved)
-    raw_logits(problem, block, slab, tile)
-    return ops.forward(
-        problem.engine.backend, tile.unsqueeze(0), rows_of(problem, block, slab), entropy, extra
-    )
+def row_sums(problem: Problem, tile: Tensor, rows: Rows, with_entropy: bool, with_extra: bool) -> RowResults:
+    """What the row kernel of the backend makes of a tile of raw logits."""
+    call = token.RowsCall(tile.unsqueeze(0), rows, with_entropy, with_extra)
+    return token.FORWARD(problem.engine.backend, call)
 
 
 def tile_of(problem: Problem, block: slice, slab: slice, saved: Tensor | None) -> Tensor:
@@ -250,7 +167,7 @@ def tile_of(problem: Problem, block: slice, slab: slice, saved: Tensor | None) -
     return scratch(problem.engine, problem.hidden, block.stop - block.start, slab.stop - slab.start)
 
 
-def rows_of(problem: Problem, block: slice, slab: slice) -> ops.Rows:
+def rows_of(problem: Problem, block: slice, slab: slice) -> Rows:
     rows = problem.rows
     return rows._replace(
         bias=None if rows.bias is None else rows.bias[slab],
@@ -284,7 +201,7 @@ def raw_logits(problem: Problem, block: slice, slab: slice, tile: Tensor) -> Non
 
 def one_pass(
     problem: Problem,
-    entropy: bool,
+    with_entropy: bool,
     slopes: Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor | None]],
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -296,22 +213,22 @@ def one_pass(
     """
     engine, hidden, weight = problem.engine, problem.hidden, problem.weight
     blocks, whole = problem.tiling.blocks(hidden.shape[0]), slice(0, weight.shape[0])
-    grad_hidden = _Sum(problem, hidden, needs[0], blocks, complete=True, dtype=torch.float32)
-    grad_weight = _Sum(problem, weight, needs[1], [whole], complete=False, dtype=torch.float32)
+    grad_hidden = Sum(problem, hidden, needs[0], blocks, complete=True, dtype=torch.float32)
+    grad_weight = Sum(problem, weight, needs[1], [whole], complete=False, dtype=torch.float32)
     grad_bias = hidden.new_zeros(whole.stop if needs[2] else 0, dtype=torch.float32)
     tiles = scratch(engine, hidden, min(problem.tiling.tokens, hidden.shape[0]), whole.stop)
     values = []
     for block in blocks:
         tile, rows = tiles[: block.stop - block.start], rows_of(problem, block, whole)
         raw_logits(problem, block, whole, tile)
-        logp, value, stats, _ = ops.forward(engine.backend, tile.unsqueeze(0), rows, entropy)
-        upstream = (*slopes(block, logp, value), None)
-        gradient = engine.gradient(engine, tile, rows, hidden.dtype, logp, stats, *upstream)
+        logp, entropy, stats, _ = row_sums(problem, tile, rows, with_entropy, False)
+        upstream = Upstream(logp, stats, *slopes(block, logp, entropy), None)
+        gradient = engine.gradient(engine, tile, rows, hidden.dtype, upstream)
         grad_hidden.add(block, gradient, weight, last=True)
         if needs[1]:
             grad_weight.add(whole, gradient.t(), counted(problem, block), last=block is blocks[-1])
         if needs[2]:
             grad_bias += gradient.sum(0, dtype=torch.float32)
-        values.append((logp, value))
-    logp, value = map(torch.cat, zip(*values, strict=True))
-    return logp, value, grad_hidden.result, grad_weight.result, grad_bias
+        values.append((logp, entropy))
+    logp, entropy = map(torch.cat, zip(*values, strict=True))
+    return logp, entropy, grad_hidden.result, grad_weight.result, grad_bias

@@ -1,11 +1,22 @@
-"""token_logprobs: log-prob and entropy of chosen tokens from logits."""
+"""token_logprobs: log-prob and entropy of chosen tokens from logits; the row kernels that all ops of the family share.
+
+B, T leading dimensions, V vocabulary, N = B * T rows.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import checks, transforms
+from ..op import Kernel, Op, Size, Written, recorded
+from . import reference
+from .completions import EACH_TOKEN, Completions
+
+MOST_PROGRAMS = 2**31 - 1  # in the first dimension of a GPU's grid
+SEGMENT = 1 << 15  # logits that a program of Triton reads; few rows of a large vocabulary still fill a GPU
 
 
 def token_logprobs(
@@ -57,19 +68,239 @@ def token_logprobs(
     temperatures, scalar = split_temperature(temperature, targets, ignore_index, logits.dtype)
     if checks.values_visible(targets):
         checks.in_range("targets", targets, 0, logits.shape[-1], allow=ignore_index)
-    logp, entropy = backends.dispatch(
-        "token_logprobs",
-        backend,
-        in_rows(logits),
-        targets.reshape(-1).contiguous(),
-        temperatures,
-        scalar,
-        ignore_index,
-        return_entropy,
-        inplace_backward,
-    )
+    rows = plain_rows(logits, targets.reshape(-1).contiguous(), temperatures, scalar, ignore_index)
+    call = TokenCall(in_rows(logits), rows, return_entropy, inplace_backward, EACH_TOKEN)
+    logp, entropy = TOKEN_LOGPROBS(backend, call)
     logp = logp.view(targets.shape)
     return (logp, entropy.view(targets.shape)) if return_entropy else logp
+
+
+class Rows(NamedTuple):
+    """What every kernel is told about its rows.
+
+    A raw logit r in column v stands for the logit z = cap(logit_scale * (r + bias_v)), cap(u) = softcap tanh(u / softcap),
+    or u where softcap is 0; the gradient is that of r.
+
+    A slab, some columns of a larger vocabulary (``vocabulary`` > V), gives parts for the caller to merge: stats of these
+    columns, logp = the logit of the target before the division by the temperature (NaN where the target lies in another slab,
+    0 where it is ignored), an empty entropy and the ``extra`` of these columns' own distribution; ``with_entropy`` then says
+    whether E' is wanted. The backward of a slab takes the merged stats and the final logp.
+
+    A target out of range that is not ``ignore_index``, or a temperature that is not above 0: a RuntimeError from the cpu
+    kernels, NaN in that row on a GPU.
+    """
+
+    bias: Tensor | None  # (V,) float32, contiguous
+    logit_scale: float
+    softcap: float
+    targets: Tensor  # (N,) int64, contiguous, in [0, vocabulary) or ignore_index
+    temperatures: Tensor | None  # (N,) float32, contiguous; None: ``temperature`` holds for all rows
+    temperature: float
+    ignore_index: int
+    first: Size  # the logits are the columns [first, first + V)
+    vocabulary: Size  # of a vocabulary of this size
+
+    def apart(self) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+        """(tensors, numbers), for autograd to keep; ``together`` undoes it."""
+        bias, logit_scale, softcap, targets, temperatures, *others = self
+        return (bias, targets, temperatures), (logit_scale, softcap, *others)
+
+    @classmethod
+    def together(cls, tensors: Any, numbers: Any) -> Rows:
+        """Rows from what ``apart`` gives."""
+        (bias, targets, temperatures), (logit_scale, softcap, *others) = tensors, numbers
+        return cls(bias, logit_scale, softcap, targets, temperatures, *others)
+
+
+class Upstream(NamedTuple):
+    """What a backward is told about its rows: results of the forward, and the gradients of log-prob and entropy."""
+
+    logp: Tensor
+    stats: Tensor
+    grad_logp: Tensor | None  # (N,) float32, contiguous
+    grad_entropy: Tensor | None  # the same
+    # (N,) int32, contiguous: row r takes grad_logp[sequences[r]] and grad_entropy[sequences[r]], which then have one entry
+    # per sequence
+    sequences: Tensor | None
+
+
+class RowsCall(NamedTuple):
+    logits: Tensor  # (B, T, V); any strides on B and T, stride 1 on V
+    rows: Rows
+    with_entropy: bool
+    with_extra: bool  # log_sum_sq_probs, mean_logits, is_top1 of linear_logprobs
+
+
+class RowsBackwardCall(NamedTuple):
+    logits: Tensor
+    rows: Rows
+    upstream: Upstream
+
+
+class RowsBackwardOverCall(NamedTuple):
+    logits: Written
+    rows: Rows
+    upstream: Upstream
+
+
+class RowsBackwardIntoCall(NamedTuple):
+    logits: Tensor
+    rows: Rows
+    upstream: Upstream
+    grad: Written  # the shape of the logits, any strides on B and T; of float32 logits any dtype on a GPU
+
+
+def row_results(
+    like: Tensor, count: int, columns: int, rows: Rows, with_entropy: bool, with_extra: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised results of ``count`` rows of so many columns: logp, entropy, stats, extra, all float32.
+
+    logp (N,); entropy (N,), or (0,) where it is not wanted or of a slab; stats (3, N): M, S', E' of reference.py, for the
+    backward of the same backend alone; M is the largest logit before the division by the temperature, E' is 0 without entropy;
+    extra (3, N): log_sum_sq_probs, mean_logits, is_top1 (1 or 0), or (0, N).
+    """
+    whole = rows.vocabulary == columns
+    return (
+        like.new_empty(count, dtype=torch.float32),
+        like.new_empty(count if with_entropy and whole else 0, dtype=torch.float32),
+        like.new_empty((3, count), dtype=torch.float32),
+        like.new_empty((3 if with_extra else 0, count), dtype=torch.float32),
+    )
+
+
+def _shapes(call: RowsCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, tokens, columns = call.logits.shape
+    return row_results(call.logits, batch * tokens, columns, call.rows, call.with_entropy, call.with_extra)
+
+
+def _backward_shape(call: RowsBackwardCall) -> Tensor:
+    """The gradient of the raw logits, contiguous, in their dtype."""
+    return call.logits.new_empty(call.logits.shape)
+
+
+def _nothing(call: Any) -> None:
+    return None
+
+
+FORWARD = Kernel("token_logprobs", RowsCall, _shapes)
+BACKWARD = Kernel("token_logprobs", RowsBackwardCall, _backward_shape, suffix="_backward")
+BACKWARD_OVER = Kernel("token_logprobs", RowsBackwardOverCall, _nothing, suffix="_backward_")
+BACKWARD_INTO = Kernel(
+    "token_logprobs", RowsBackwardIntoCall, _nothing, backends=("cpu", "cuda"), suffix="_backward_into"
+)
+
+
+class TokenCall(NamedTuple):
+    """Results (log-prob, entropy), both (N,), or the sums or means of completions, (B,); entropy is empty if not wanted."""
+
+    logits: Tensor  # (B, T, V), any strides
+    rows: Rows  # the whole vocabulary, without bias, scale and cap
+    with_entropy: bool
+    inplace_backward: bool
+    completions: Completions
+
+
+def _forward(backend: str, call: TokenCall) -> tuple[Tensor, ...]:
+    rows = RowsCall(call.logits, call.rows, call.with_entropy, False)
+    return reference.forward(rows) if backend == "reference" else FORWARD(backend, rows)
+
+
+def _save(call: TokenCall, results: tuple[Tensor, ...]) -> Any:
+    rows, completions = call.rows, call.completions
+    logp, _, stats, *_ = results
+    tensors = (rows.targets, rows.temperatures, completions.cu_seqlens, completions.divisor, logp, stats)
+    numbers = (rows.temperature, rows.ignore_index)
+    return tensors, (numbers, call.with_entropy, call.inplace_backward, completions.size)
+
+
+def _give(call: TokenCall, results: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    logp, entropy, *_ = results
+    if call.completions.size is None:
+        return logp, entropy
+    reduce = call.completions.reduce
+    return reduce(logp), reduce(entropy) if call.with_entropy else entropy
+
+
+def _gradients(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any) -> list[Tensor]:
+    (logits,) = inputs
+    targets, temperatures, cu_seqlens, divisor, logp, stats = tensors
+    numbers, with_entropy, inplace, size = others
+    rows = plain_rows(logits, targets, temperatures, *numbers)
+    upstream = upstream_of(logp, stats, grads, with_entropy, Completions(size, cu_seqlens, divisor))
+    if not inplace:
+        call = RowsBackwardCall(logits, rows, upstream)
+        return [reference.backward(call) if backend == "reference" else BACKWARD(backend, call)]
+    grad = logits.detach()
+    if backend == "reference":
+        grad.copy_(reference.backward(RowsBackwardCall(grad, rows, upstream)))
+    else:
+        BACKWARD_OVER(backend, RowsBackwardOverCall(grad, rows, upstream))
+    # a later reader of the logits, a second backward among them, now gets autograd's version error
+    torch.autograd.graph.increment_version(logits)
+    return [grad]
+
+
+def upstream_of(
+    logp: Tensor, stats: Tensor, grads: Any, with_entropy: bool, completions: Completions
+) -> Upstream:
+    """What a backward is told, from the gradients of (log-prob, entropy, ...) of tokens or completions."""
+    return Upstream(
+        logp,
+        stats,
+        completions.gradient(grads[0]),
+        completions.gradient(grads[1] if with_entropy else None),
+        completions.sequences(logp.shape[0], logp.device),
+    )
+
+
+_recorded = recorded(
+    "token_logprobs",
+    TokenCall,
+    _forward,
+    differentiable=("logits",),
+    save=_save,
+    backward=_gradients,
+    give=_give,
+)
+
+
+def on_reference(call: TokenCall) -> tuple[Tensor, Tensor]:
+    """Its own gradient is exact where that of autograd loses digits; transforms of PyTorch follow the latter."""
+    tokens = TokenCall(call.logits, call.rows, call.with_entropy, call.inplace_backward, EACH_TOKEN)
+    results = _forward("reference", tokens) if transforms.active() else _recorded("reference", tokens)
+    return _give(call, results)
+
+
+def on_kernels(backend: str, call: TokenCall) -> tuple[Tensor, Tensor]:
+    logits = call.logits
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        # kernels read rows of stride 1, of an empty tensor too, which contiguous() gives back as it is
+        logits = logits.clone(memory_format=torch.contiguous_format)
+        call = call._replace(logits=logits)
+    return _recorded(backend, call)
+
+
+def limits(backend: str, call: TokenCall) -> tuple[str, ...]:
+    columns = call.logits.shape[-1]
+    if backend != "triton" or call.logits.numel() // columns * segments(columns) <= MOST_PROGRAMS:
+        return ()
+    rows = call.logits.numel() // columns
+    return (f"{rows} rows of {columns} logits, a grid holds at most {MOST_PROGRAMS} programs",)
+
+
+def segments(columns: int) -> int:
+    """The programs of Triton that share a row: they depend on V alone, so that a row's bits depend on nothing else."""
+    return -(-columns // SEGMENT)
+
+
+TOKEN_LOGPROBS = Op("token_logprobs", on_reference, on_kernels, decides="logits", limits=limits)
+
+
+def plain_rows(
+    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, ignore_index: int
+) -> Rows:
+    """The rows of logits (..., V) that are the whole vocabulary and need no bias, scale or cap."""
+    return Rows(None, 1.0, 0.0, targets, temperatures, temperature, ignore_index, 0, logits.shape[-1])
 
 
 def split_temperature(

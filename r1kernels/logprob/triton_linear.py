@@ -12,45 +12,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import devices
-from . import gpu, linear, linear_ops, ops, tiles, tuning
-from . import triton as rows_backend
+from . import cuda, linear_tiles, tiles, tuning
+from . import triton as row_kernels
+from .linear import LinearCall
+from .token import Rows, Upstream, row_results
 from .triton import VECTOR_BYTES
 
 
-def reasons(hidden: Tensor, head: linear.Head, *unused: object) -> tuple[str, ...]:
-    """Why this call can not be served (arguments of ``linear.reference``)."""
-    return tuple(devices.triton("hidden", hidden))
-
-
-def forward(
-    hidden: Tensor, weight: Tensor, rows: ops.Rows, entropy: bool, extra: bool, batch_invariant: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+def forward(call: LinearCall) -> tiles.RowResults | None:
     """(logp, entropy, stats, extra) without a tile of logits in memory; None where tiles serve the call better.
 
     float32 has no tensor core that keeps its digits, and rows that are no multiple of 16 bytes would have to be copied:
     both come here for batch invariance alone. The tile shape depends on the tokens only where they may change the last bits.
     """
-    if not batch_invariant and (hidden.dtype == torch.float32 or _odd(hidden)):
+    hidden, rows = call.hidden, call.rows
+    if not call.batch_invariant and (hidden.dtype == torch.float32 or _odd(hidden)):
         return None
-    kind = "rich" if extra or rows.softcap else "plain"
+    kind = "rich" if call.with_extra or rows.softcap else "plain"
     if hidden.dtype == torch.float32:
         kind = "float32"
-    tokens = hidden.shape[0]
-    results = rows_backend.empty_results(hidden, tokens, rows, weight.shape[0], entropy, extra)
+    tokens, columns = hidden.shape[0], call.weight.shape[0]
+    results = row_results(hidden, tokens, columns, rows, call.with_entropy, call.with_extra)
     if tokens:
-        tile = tuning.linear_forward(hidden.device, kind, None if batch_invariant else tokens)
-        forward_into(hidden, weight, rows, entropy, tile, *results)
+        tile = tuning.linear_forward(hidden.device, kind, None if call.batch_invariant else tokens)
+        forward_into(hidden, call.weight, rows, call.with_entropy, tile, *results)
     return results
 
 
 def forward_into(
     hidden: Tensor,
     weight: Tensor,
-    rows: ops.Rows,
-    entropy: bool,
+    rows: Rows,
+    with_entropy: bool,
     tile: tuning.Tile,
     logp: Tensor,
-    value: Tensor,
+    entropy: Tensor,
     stats: Tensor,
     extra: Tensor,
 ) -> None:
@@ -63,7 +59,7 @@ def forward_into(
     column_blocks = -(-columns // tile.columns)
     unit = VECTOR_BYTES // hidden.element_size()
     tile_count = -(-tokens // tile.tokens) * column_blocks
-    parts = rows_backend.empty_parts(hidden, tokens, column_blocks, extra)
+    parts = row_kernels.empty_parts(hidden, tokens, column_blocks, extra)
     with torch.cuda.device_of(hidden):
         kernels.linear_kernel[(_programs(hidden.device, tile_count) if tile.descriptors else tile_count,)](
             _blocks(hidden, tile.tokens, tile.depth) if tile.descriptors else hidden,
@@ -71,8 +67,8 @@ def forward_into(
             hidden.stride(0) // unit,
             weight.stride(0) // unit,
             hidden.shape[1] // unit,
-            *rows_backend.head_arguments(rows),
-            *rows_backend.row_arguments(rows),
+            *row_kernels.head_arguments(rows),
+            *row_kernels.row_arguments(rows),
             logp,
             parts,
             tokens,
@@ -84,19 +80,21 @@ def forward_into(
             GROUP=tile.group,
             DESCRIPTORS=tile.descriptors,
             UNIT=unit,
-            ENTROPY=entropy,
+            ENTROPY=with_entropy,
             EXTRA=extra.numel() > 0,
             num_warps=tile.warps,
             num_stages=tile.stages,
             enable_fp_fusion=True,
         )
-    rows_backend.finish_into(parts, columns, rows, entropy, logp, value, stats, extra)
+    row_kernels.finish_into(parts, columns, rows, with_entropy, logp, entropy, stats, extra)
 
 
-def gradient(engine: tiles.Engine, tile: Tensor, rows: ops.Rows, dtype: torch.dtype, *saved: Any) -> Tensor:
+def gradient(
+    engine: tiles.Engine, tile: Tensor, rows: Rows, dtype: torch.dtype, upstream: Upstream
+) -> Tensor:
     """The gradient of the raw logits of a tile, in the dtype that the GEMMs take."""
     grad = tile if dtype == tile.dtype else tiles.scratch(engine, tile, tile.shape[0], tile.shape[1], dtype)
-    rows_backend.backward_into(grad.unsqueeze(0), tile.unsqueeze(0), rows, *saved)
+    row_kernels.backward_into(grad.unsqueeze(0), tile.unsqueeze(0), rows, upstream)
     return grad
 
 
@@ -128,18 +126,22 @@ def _programs(device: torch.device, tile_count: int) -> int:
     return min(tile_count, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-ENGINE = gpu.engine("triton", gradient, forward)
+ENGINE = cuda.ENGINE._replace(backend="triton", gradient=gradient, forward=forward)
 
 
 def _wide_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    gpu.logits(hidden.float(), weight.float(), out)
+    cuda.logits(hidden.float(), weight.float(), out)
 
 
 def _add_wide_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    gpu.add_product(a.float(), b.float(), out, accumulate)
+    cuda.add_product(a.float(), b.float(), out, accumulate)
 
 
 # in Triton's interpreter: on the CPU the library has no 16-bit product with a float32 result
 INTERPRETED_ENGINE = ENGINE._replace(logits=_wide_logits, add_product=_add_wide_product)
-linear_ops.implement(ENGINE, "CUDA")
-linear_ops.implement(INTERPRETED_ENGINE, "CPU")
+linear_tiles.implement(ENGINE, "CUDA")
+linear_tiles.implement(INTERPRETED_ENGINE, "CPU")
+
+
+def reasons(hidden: Tensor, *unused: object) -> tuple[str, ...]:
+    return tuple(devices.triton("hidden", hidden))

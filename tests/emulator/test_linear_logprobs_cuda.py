@@ -7,7 +7,8 @@ N tokens, H hidden, V vocabulary.
 import pytest
 import torch
 
-from r1kernels.logprob import cuda, gpu, ops, tiles
+from r1kernels.logprob import cuda, linear_tiles, tiles, token
+from r1kernels.logprob.linear import LinearBackwardCall, LinearCall, SavedBackwardCall
 from tests.support import linear_oracle as oracle
 from tests.support.emulated_rows import EmulatedKernel
 from tests.support.numerics import CAP, same_bits
@@ -36,25 +37,28 @@ def kernels_on_the_cpu(emulated):
     """The row ops of the backend cuda take CPU tensors, by the emulator, while a test runs."""
     kernel = EmulatedKernel(emulated("token_logprobs"))
 
-    def forward(logits, *arguments):
-        *rows, entropy, extra = arguments
-        rows, count = ops.Rows(*rows), logits.shape[1]
-        whole = rows.vocabulary == logits.shape[2]
-        outputs = [torch.full((count,), torch.nan) for _ in range(2)]
-        stats, extras = torch.full((3, count), torch.nan), torch.full((3 if extra else 0, count), torch.nan)
-        value = outputs[1] if entropy and whole else None
-        kernel.rows_forward_into(logits, rows, entropy, outputs[0], value, stats, extras if extra else None)
-        return outputs[0], torch.empty(0) if value is None else value, stats, extras
+    def forward(call):
+        logits, rows, with_entropy, with_extra = call
+        results = token.row_results(logits, logits.shape[1], logits.shape[2], rows, with_entropy, with_extra)
+        for result in results:
+            result.fill_(torch.nan)
+        places = [result if result.numel() else None for result in results]
+        kernel.rows_forward_into(logits, rows, with_entropy, *places)
+        return results
 
-    def backward_(logits, *arguments):
-        kernel.rows_backward_into(logits, logits, ops.Rows(*arguments[:9]), *arguments[9:])
+    def backward_over(call):
+        kernel.rows_backward_into(call.logits, call.logits, call.rows, *call.upstream)
 
-    def backward_into(logits, *arguments):
-        kernel.rows_backward_into(arguments[-1], logits, ops.Rows(*arguments[:9]), *arguments[9:-1])
+    def backward_into(call):
+        kernel.rows_backward_into(call.grad, call.logits, call.rows, *call.upstream)
 
     library = torch.library.Library("r1kernels", "IMPL")
-    for name, function in (("", forward), ("_backward_", backward_), ("_backward_into", backward_into)):
-        library.impl(f"token_logprobs_cuda{name}", function, "CPU")
+    for op, function in (
+        (token.FORWARD, forward),
+        (token.BACKWARD_OVER, backward_over),
+        (token.BACKWARD_INTO, backward_into),
+    ):
+        library.impl(op._names["cuda"], op._of_row(function), "CPU")
     yield
     library._destroy()
 
@@ -69,13 +73,22 @@ class Case:
         self.targets[3] = IGNORED
         self.grads = torch.randn(2, tokens, generator=generator)
 
-    def problem(self, tokens=None, batch_invariant=False):
-        rows = slice(0, tokens)
+    def forward(self, tokens=None, save_logits=False, batch_invariant=False, extra=False):
+        """(logp, entropy, stats, extra, logits) of the first tokens."""
+        hidden, rows = self.hidden[:tokens].contiguous(), self.rows(tokens)
+        call = LinearCall(hidden, self.weight, rows, True, extra, 0, save_logits, batch_invariant)
+        return linear_tiles.forward(ENGINE, call)
+
+    def rows(self, tokens=None):
         head = (self.head.bias, self.head.logit_scale, self.head.softcap)
-        call = ops.Rows(*head, self.targets[rows], None, 0.9, IGNORED, 0, len(self.weight))
-        hidden = self.hidden[rows].contiguous()
-        tiling = tiles.tiling_of(ENGINE, hidden, len(self.weight), 0, batch_invariant)
-        return tiles.Problem(ENGINE, hidden, self.weight, call, tiling)
+        return token.Rows(*head, self.targets[:tokens], None, 0.9, IGNORED, 0, len(self.weight))
+
+    def backward(self, upstream, needs, logits=None):
+        """Gradients of hidden, weight and bias, from the logits of the forward or without."""
+        call = LinearBackwardCall(self.hidden, self.weight, self.rows(), 0, token.Upstream(*upstream), *needs)
+        if logits is None:
+            return linear_tiles.backward(ENGINE, call)
+        return linear_tiles.backward_of_saved(ENGINE, SavedBackwardCall(logits, call))
 
     def exact(self):
         """(values, gradients of hidden, weight and bias) in float64."""
@@ -95,16 +108,14 @@ def assert_close(ours, exact, tolerance):
 def test_tiles_give_the_whole(dtype, save):
     case = Case(dtype)
     (*values, is_top1), gradients = case.exact()
-    problem = case.problem()
-    assert len(problem.tiling.blocks(37)) > 1 and len(problem.tiling.slabs(600)) > 1
-    saved = torch.full((37, 600), torch.nan) if save else None
-    logp, entropy, stats, extra = tiles.forward(problem, True, True, saved)
+    tiling = tiles.tiling_of(ENGINE, case.hidden, 600, 0, False)
+    assert len(tiling.blocks(37)) > 1 and len(tiling.slabs(600)) > 1
+    logp, entropy, stats, extra, logits = case.forward(save_logits=save, extra=True)
     for ours, truth in zip((logp, entropy, *extra[:2]), values, strict=True):
         assert_close(ours.detach(), truth.detach(), 1e-5)
     assert torch.equal(extra[2] == 1, is_top1)
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
-        kept = None if saved is None else saved.clone()
-        ours = tiles.backward(problem, kept, logp, stats, *case.grads, None, needs)
+        ours = case.backward((logp, stats, *case.grads, None), needs, logits.clone() if save else None)
         for mine, truth, needed in zip(ours, gradients, needs, strict=True):
             if needed:
                 assert_close(mine, truth, 2 * CAP[dtype])
@@ -114,20 +125,19 @@ def test_tiles_give_the_whole(dtype, save):
 
 def test_gradients_by_sequence():
     case = Case(torch.bfloat16)
-    problem = case.problem()
-    logp, _, stats, _ = tiles.forward(problem, True, False, None)
+    logp, _, stats, _, _ = case.forward()
     sequences = (torch.arange(37) // 10).int()
-    upstream = torch.randn(2, 4)
+    grads = torch.randn(2, 4)
     needs = (True, True, False)
-    looked_up = tiles.backward(problem, None, logp, stats, *upstream, sequences, needs)
-    expanded = tiles.backward(problem, None, logp, stats, *upstream[:, sequences.long()], None, needs)
+    looked_up = case.backward((logp, stats, *grads, sequences), needs)
+    expanded = case.backward((logp, stats, *grads[:, sequences.long()].contiguous(), None), needs)
     assert all(same_bits(one, other) for one, other in zip(looked_up, expanded, strict=True))
 
 
 def test_padded_tiles_give_a_token_the_same_bits_in_any_company():
     case = Case(torch.bfloat16)
-    together = tiles.forward(case.problem(batch_invariant=True), True, False, None)
-    alone = tiles.forward(case.problem(tokens=1, batch_invariant=True), True, False, None)
+    together = case.forward(batch_invariant=True)
+    alone = case.forward(tokens=1, batch_invariant=True)
     assert same_bits(together[0][:1], alone[0]) and same_bits(together[1][:1], alone[1])
 
 
@@ -145,7 +155,7 @@ def test_products_are_calls_that_torch_has(dtype, accumulate):
     hidden, weight = (torch.empty(n, 24, dtype=dtype, device="meta") for n in (8, 40))
     out = torch.empty(8, 40, device="meta")
     if not accumulate:
-        gpu.logits(hidden, weight, out)
+        cuda.logits(hidden, weight, out)
     grad = torch.empty(8, 40, dtype=dtype, device="meta")
-    gpu.add_product(grad, weight, torch.empty(8, 24, device="meta"), accumulate)
-    gpu.add_product(grad.t(), hidden, torch.empty(40, 24, device="meta"), accumulate)
+    cuda.add_product(grad, weight, torch.empty(8, 24, device="meta"), accumulate)
+    cuda.add_product(grad.t(), hidden, torch.empty(40, 24, device="meta"), accumulate)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from r1kernels.logprob import reference
+from r1kernels.logprob.token import RowsCall
 from tests.support.emulated_rows import EmulatedKernel
 from tests.support.numerics import same_bits
 from tests.support.row_ops_kernel import RowCall, RowOpsKernel, rows_of
@@ -85,7 +86,8 @@ def test_more_pieces_than_a_warp_has_lanes(module):
     logits, targets, *_ = random_case(1, 1, vocabulary, torch.bfloat16)
     logits[0, 0, 2 * module.PIECE] = logits.max() + 3
     call = Call(EmulatedKernel(module), logits, targets)
-    logp, entropy, _ = reference.forward(logits.double(), targets, None, 1.0, IGNORED, True)
+    rows = rows_of(logits, targets)
+    logp, entropy, _ = reference.forward(RowsCall(logits.double(), rows, True, False))
     torch.testing.assert_close(call.logp.double(), logp, rtol=2e-6, atol=0)
     torch.testing.assert_close(call.entropy.double(), entropy, rtol=2e-6, atol=0)
 

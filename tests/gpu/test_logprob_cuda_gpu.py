@@ -20,9 +20,9 @@ from r1kernels import (
     linear_logprobs,
     token_logprobs,
 )
-from r1kernels.logprob import ops
 from tests.support.logprob_rows import LogprobRows
 from tests.support.numerics import same_bits
+from tests.support.row_kernels import backward, backward_over, forward
 from tests.support.row_ops_kernel import RowCall, RowOpsKernel, rows_of
 from tests.support.token_logprobs_kernel import IGNORED, random_case
 
@@ -41,16 +41,16 @@ class CudaKernel:
     device = "cuda"
 
     def rows_forward_into(self, logits, rows, with_entropy, *places):
-        results = ops.forward("cuda", logits, rows, with_entropy, extra=places[3] is not None)
+        results = forward("cuda", logits, rows, with_entropy, extra=places[3] is not None)
         for place, result in zip(places, results, strict=True):
             if place is not None:
                 place.copy_(result)
 
     def rows_backward_into(self, grad, logits, rows, *saved):
         if grad is logits:
-            ops.backward_("cuda", logits, rows, *saved)
+            backward_over("cuda", logits, rows, *saved)
         else:
-            grad.copy_(ops.backward("cuda", logits, rows, *saved))
+            grad.copy_(backward("cuda", logits, rows, *saved))
 
 
 @pytest.fixture
@@ -94,8 +94,8 @@ def test_a_narrow_gradient_of_float32_logits(dtype):
     for vocabulary in (1003, 40_000):
         logits, targets, *grads = (tensor.cuda() for tensor in random_case(1, 5, vocabulary))
         rows = rows_of(logits, targets)
-        logp, _, stats, _ = ops.forward("cuda", logits, rows, True)
-        wide = ops.backward("cuda", logits, rows, logp, stats, *grads)
+        logp, _, stats, _ = forward("cuda", logits, rows, True)
+        wide = backward("cuda", logits, rows, logp, stats, *grads)
         narrow = torch.full((1, 5, vocabulary), torch.nan, dtype=dtype, device="cuda")
         torch.ops.r1kernels.token_logprobs_cuda_backward_into(
             logits, *rows, logp, stats, *grads, None, narrow

@@ -10,9 +10,9 @@ import torch
 
 import r1kernels
 from r1kernels import token_logprobs
-from r1kernels.logprob import ops
-from r1kernels.logprob.autograd import plain_rows
+from r1kernels.logprob.token import plain_rows
 from tests.support.numerics import same_bits
+from tests.support.row_kernels import backward, backward_over, forward
 from tests.support.row_ops_kernel import RowOpsKernel
 from tests.support.token_logprobs_kernel import IGNORED, TokenLogprobsKernel, random_case
 
@@ -30,16 +30,16 @@ class OpKernel:
         self.backend = backend
 
     def rows_forward_into(self, logits, rows, with_entropy, logp, entropy, stats, extra):
-        results = ops.forward(self.backend, logits, rows, with_entropy, extra is not None)
+        results = forward(self.backend, logits, rows, with_entropy, extra is not None)
         for place, result in zip((logp, entropy, stats, extra), results, strict=True):
             if place is not None:
                 place.copy_(result)
 
     def rows_backward_into(self, grad, logits, rows, *saved):
         if grad is logits:
-            ops.backward_(self.backend, logits, rows, *saved)
+            backward_over(self.backend, logits, rows, *saved)
         else:
-            grad.copy_(ops.backward(self.backend, logits, rows, *saved))
+            grad.copy_(backward(self.backend, logits, rows, *saved))
 
     def forward_into(self, logits, targets, temperatures, temperature, ignore_index, logp, entropy, stats):
         rows = plain_rows(logits, targets, temperatures, temperature, ignore_index)

@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from r1kernels import extension, token_logprobs
-from r1kernels.logprob.autograd import plain_rows
-from r1kernels.logprob.ops import Rows
+from r1kernels.logprob.token import Rows, plain_rows
 from tests.support import logprob_oracle as oracle
 from tests.support.numerics import assert_as_exact_as, same_bits
 
@@ -316,8 +315,8 @@ def test_the_op_itself_checks_what_the_kernel_trusts(change, text):
         "ignore_index": -100,
         "first": 0,
         "vocabulary": 10,
-        "entropy": True,
-        "extra": False,
+        "with_entropy": True,
+        "with_extra": False,
     }
     with pytest.raises(RuntimeError, match=text):
         ops.token_logprobs_cpu(**(call | change))

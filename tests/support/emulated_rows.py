@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from r1kernels.logprob.autograd import plain_rows
+from r1kernels.logprob.token import plain_rows
 
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from r1kernels.logprob import ops, parts
+from r1kernels.logprob import parts
+from r1kernels.logprob.token import Rows
 from tests.support import linear_oracle as oracle
 from tests.support.numerics import same_bits
+from tests.support.row_kernels import backward, backward_over, forward
 
 IGNORED = -100
 HEADS = {
@@ -46,11 +48,11 @@ class Case:
         logits = oracle.Head(self.bias, self.scale, self.softcap or None)
         return oracle.from_raw(self.raw, logits, self.targets, self.temperatures, *self.grads)
 
-    def rows(self, first: int = 0, last: int | None = None) -> ops.Rows:
+    def rows(self, first: int = 0, last: int | None = None) -> Rows:
         bias = None if self.bias is None else self.bias[first:last].to(self.device)
         head = (bias, self.scale, self.softcap)
         per_row = (self.targets.to(self.device), self.temperatures.to(self.device))
-        return ops.Rows(*head, *per_row, 1.0, IGNORED, first, self.raw.shape[1])
+        return Rows(*head, *per_row, 1.0, IGNORED, first, self.raw.shape[1])
 
     def logits(self, first: int = 0, last: int | None = None) -> Tensor:
         """(1, N, columns), rows of stride 1 inside a larger tensor."""
@@ -71,27 +73,27 @@ class LogprobRows:
         case = Case(head, 11, vocabulary, device=self.device)
         exact = case.exact()
         rows, logits = case.rows(), case.logits()
-        logp, entropy, stats, extra = ops.forward(backend, logits, rows, True, extra=True)
+        logp, entropy, stats, extra = forward(backend, logits, rows, True, extra=True)
         assert_close(logp, exact.logp)
         assert_close(entropy, exact.entropy)
         assert_close(extra[0], exact.log_sum_sq_probs)
         assert_close(extra[1], exact.mean_logits)
         assert torch.equal(extra[2].cpu() == 1, exact.is_top1)
         grads = case.grads.to(self.device)
-        grad = ops.backward(backend, logits, rows, logp, stats, *grads)
+        grad = backward(backend, logits, rows, logp, stats, *grads)
         assert_close(grad[0], exact.grad)
         over = logits.clone()
-        ops.backward_(backend, over, rows, logp, stats, *grads)
+        backward_over(backend, over, rows, logp, stats, *grads)
         assert same_bits(over, grad)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_narrow_logits(self, backend, dtype):
         case = Case("all", 6, 300, dtype, device=self.device)
         exact = case.exact()
-        logp, entropy, stats, _ = ops.forward(backend, case.logits(), case.rows(), True)
+        logp, entropy, stats, _ = forward(backend, case.logits(), case.rows(), True)
         assert_close(logp, exact.logp)
         assert_close(entropy, exact.entropy)
-        grad = ops.backward(backend, case.logits(), case.rows(), logp, stats, *case.grads.to(self.device))
+        grad = backward(backend, case.logits(), case.rows(), logp, stats, *case.grads.to(self.device))
         assert_close(grad[0], exact.grad, 4e-3)
 
     @pytest.mark.parametrize("head", ["plain", "all"])
@@ -102,7 +104,7 @@ class LogprobRows:
         slabs = list(itertools.pairwise(bounds))
         pieces = []
         for first, last in slabs:
-            chosen, entropy, stats, extra = ops.forward(
+            chosen, entropy, stats, extra = forward(
                 backend, case.logits(first, last), case.rows(first, last), True, extra=True
             )
             assert entropy.shape == (0,)
@@ -119,7 +121,7 @@ class LogprobRows:
         assert_close(extra[1], exact.mean_logits)
         assert torch.equal(extra[2].cpu() == 1, exact.is_top1)
         grads = [
-            ops.backward(
+            backward(
                 backend,
                 case.logits(first, last),
                 case.rows(first, last),
@@ -142,7 +144,7 @@ class LogprobRows:
         pieces = []
         for first in (0, 32):
             slab = (case.logits(first, first + 32), case.rows(first, first + 32))
-            chosen, _, stats, extra = ops.forward(backend, *slab, True, extra=True)
+            chosen, _, stats, extra = forward(backend, *slab, True, extra=True)
             pieces.append(parts.Part(chosen, stats, extra))
         logp, entropy, _, _ = parts.finish(parts.merge(pieces, [0, 32], 64, case.rows()), case.rows(), True)
         good = [0, 1, 4]
@@ -155,20 +157,20 @@ class LogprobRows:
     def test_gradients_looked_up_by_sequence_are_those_of_the_tokens(self, backend):
         case = Case("all", 12, 130, device=self.device)
         rows, logits = case.rows(), case.logits()
-        logp, _, stats, _ = ops.forward(backend, logits, rows, True)
+        logp, _, stats, _ = forward(backend, logits, rows, True)
         sequences = torch.tensor([0, 0, 2, 2, 2, 1, 1, 3, 3, 3, 3, 0], dtype=torch.int32, device=self.device)
         upstream = torch.randn(2, 4, generator=torch.Generator().manual_seed(1)).to(self.device)
         expanded = upstream[:, sequences.long()].contiguous()
         for used in ((0, 1), (0,), (1,)):
             few = [upstream[i] if i in used else None for i in range(2)]
             many = [expanded[i] if i in used else None for i in range(2)]
-            looked_up = ops.backward(backend, logits, rows, logp, stats, *few, sequences)
-            assert same_bits(looked_up, ops.backward(backend, logits, rows, logp, stats, *many))
+            looked_up = backward(backend, logits, rows, logp, stats, *few, sequences)
+            assert same_bits(looked_up, backward(backend, logits, rows, logp, stats, *many))
 
     def test_the_first_of_several_largest_is_the_top(self, backend):
         logits = torch.zeros(1, 4, 5000, device=self.device)
         logits[0, :, 2100] = logits[0, :, 4000] = 7.0
         targets = torch.tensor([2100, 4000, 0, 2100], device=self.device)
-        rows = ops.Rows(None, 1.0, 0.0, targets, None, 1.0, IGNORED, 0, 5000)
-        extra = ops.forward(backend, logits, rows, False, extra=True)[3]
+        rows = Rows(None, 1.0, 0.0, targets, None, 1.0, IGNORED, 0, 5000)
+        extra = forward(backend, logits, rows, False, extra=True)[3]
         assert extra[2].tolist() == [1, 0, 0, 1]

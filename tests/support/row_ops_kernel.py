@@ -4,7 +4,7 @@ bias, logit_scale, softcap, slabs of a vocabulary, extra statistics, gradients b
 A test class inherits from ``RowOpsKernel`` and has a fixture ``kernel`` with
 
     device
-    rows_forward_into(logits, rows: ops.Rows, with_entropy, logp, entropy or None, stats, extra or None)
+    rows_forward_into(logits, rows: Rows, with_entropy, logp, entropy or None, stats, extra or None)
     rows_backward_into(grad_logits, logits, rows, logp, stats, grad_logp, grad_entropy, sequences)
 
 and a fixture ``long_row``: a vocabulary that the kernel sums up in several pieces. Tensors lie in redzones. B, T leading
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from r1kernels.logprob import reference
-from r1kernels.logprob.ops import Rows
+from r1kernels.logprob.token import Rows, RowsBackwardCall, RowsCall, Upstream
 from tests.support.numerics import assert_as_exact_as, same_bits
 from tests.support.redzones import Redzones
 from tests.support.token_logprobs_kernel import DTYPES, IGNORED, LAYOUTS, random_case
@@ -105,9 +105,10 @@ def exact(logits: Tensor, rows: Rows, grad_logp: Tensor, grad_entropy: Tensor):
     raw = logits.detach().double().requires_grad_()
     z = transformed(raw, rows)
     temperatures = None if rows.temperatures is None else rows.temperatures.double()
-    arguments = (z.detach(), rows.targets, temperatures, rows.temperature, rows.ignore_index)
-    logp, entropy, stats = reference.forward(*arguments, True)
-    grad = reference.backward(*arguments, logp, stats, grad_logp.double(), grad_entropy.double())
+    plain = rows_of(z, rows.targets, temperatures=temperatures, temperature=rows.temperature)
+    logp, entropy, stats = reference.forward(RowsCall(z.detach(), plain, True, False))
+    upstream = Upstream(logp, stats, grad_logp.double(), grad_entropy.double(), None)
+    grad = reference.backward(RowsBackwardCall(z.detach(), plain, upstream))
     (gradient,) = torch.autograd.grad(z, raw, grad)
     return logp, entropy, gradient
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from r1kernels.logprob import reference
+from r1kernels.logprob.token import RowsBackwardCall, RowsCall, Upstream, plain_rows
 from tests.support import logprob_oracle as oracle
 from tests.support.numerics import assert_as_exact_as, same_bits
 from tests.support.redzones import Redzones
@@ -88,13 +89,11 @@ def exact(
     temperatures, scalar = (
         (temperature.double(), 1.0) if isinstance(temperature, Tensor) else (None, temperature)
     )
-    arguments = (logits.double(), targets, temperatures, scalar, IGNORED)
-    logp, entropy, stats = reference.forward(*arguments, True)
-    return (
-        logp,
-        entropy,
-        reference.backward(*arguments, logp, stats, grad_logp.double(), grad_entropy.double()),
-    )
+    logits = logits.double()
+    rows = plain_rows(logits, targets, temperatures, scalar, IGNORED)
+    logp, entropy, stats = reference.forward(RowsCall(logits, rows, True, False))
+    upstream = Upstream(logp, stats, grad_logp.double(), grad_entropy.double(), None)
+    return logp, entropy, reference.backward(RowsBackwardCall(logits, rows, upstream))
 
 
 def eager(

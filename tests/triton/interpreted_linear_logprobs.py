@@ -10,8 +10,7 @@ import torch
 
 import r1kernels
 from r1kernels import linear_grouped_logprobs, linear_logprobs
-from r1kernels.logprob import ops, parts, tiles, tuning
-from r1kernels.logprob import triton as rows_backend
+from r1kernels.logprob import parts, tiles, token, tuning
 from r1kernels.logprob import triton_linear as backend
 from r1kernels.logprob.linear import STATS
 from tests.support import interpreter_bfloat16
@@ -27,7 +26,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 POINTERS = tuning.Tile(16, 32, 16, group=2, warps=4, stages=2, descriptors=False)
 DESCRIPTORS = POINTERS._replace(descriptors=True)
 WIDE = DESCRIPTORS._replace(columns=256)
-LINEAR, LINEAR_BACKWARD = ops.namespace.linear_logprobs_triton, ops.namespace.linear_logprobs_triton_backward
+LINEAR = torch.ops.r1kernels.linear_logprobs_triton
+LINEAR_BACKWARD = torch.ops.r1kernels.linear_logprobs_triton_backward
 KERNEL = {"backend": "triton", "batch_invariant": True}  # never by tiles, whatever H is
 HEADS = {
     "plain": {},
@@ -329,10 +329,11 @@ def test_the_gradient_of_a_float32_tile_in_16_bits(dtype):
     targets = torch.randint(0, 83, (5,), generator=generator)
     targets[3] = IGNORED
     rows = rows_of(raw, targets, softcap=4.0)
-    logp, _, stats, _ = rows_backend.forward(raw.unsqueeze(0), *rows, True, False)
-    saved = (logp, stats, torch.ones(5), torch.full((5,), 0.5), None)
-    narrow = backend.gradient(backend.ENGINE, raw, rows, dtype, *saved)
-    wide = backend.gradient(backend.ENGINE, raw.clone(), rows, torch.float32, *saved)
+    call = token.RowsCall(raw.unsqueeze(0), rows, True, False)
+    logp, _, stats, _ = token.FORWARD("triton", call)
+    upstream = token.Upstream(logp, stats, torch.ones(5), torch.full((5,), 0.5), None)
+    narrow = backend.gradient(backend.ENGINE, raw, rows, dtype, upstream)
+    wide = backend.gradient(backend.ENGINE, raw.clone(), rows, torch.float32, upstream)
     assert narrow.dtype == dtype and same_bits(narrow.contiguous(), wide.to(dtype))
 
 
@@ -382,7 +383,7 @@ def test_what_is_not_served_says_why():
 
 
 def forward(hidden, weight, rows, tile, extra=False):
-    results = rows_backend.empty_results(hidden, hidden.shape[0], rows, weight.shape[0], True, extra)
+    results = token.row_results(hidden, hidden.shape[0], weight.shape[0], rows, True, extra)
     backend.forward_into(hidden, weight, rows, True, tile, *results)
     return results
 

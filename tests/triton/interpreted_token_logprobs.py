@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from r1kernels import token_logprobs
+from r1kernels.logprob import token
 from r1kernels.logprob import triton as backend
-from r1kernels.logprob.autograd import plain_rows
+from r1kernels.logprob.token import Upstream, plain_rows
 from tests.support import interpreter_bfloat16
 from tests.support.numerics import same_bits
 from tests.support.row_ops_kernel import RowOpsKernel
@@ -23,22 +24,24 @@ class InterpretedKernel:
         outputs = [nothing if output is None else output for output in outputs]
         backend.forward_into(logits, rows, with_entropy, *outputs)
 
-    rows_backward_into = staticmethod(backend.backward_into)
+    @staticmethod
+    def rows_backward_into(grad, logits, rows, *upstream):
+        backend.backward_into(grad, logits, rows, Upstream(*upstream))
 
     @classmethod
     def forward_into(cls, logits, targets, temperatures, temperature, ignore_index, logp, entropy, stats):
         rows = plain_rows(logits, targets, temperatures, temperature, ignore_index)
         cls.rows_forward_into(logits, rows, entropy is not None, logp, entropy, stats, None)
 
-    @staticmethod
-    def backward_into(grad, logits, targets, temperatures, temperature, ignore_index, *saved):
+    @classmethod
+    def backward_into(cls, grad, logits, targets, temperatures, temperature, ignore_index, *saved):
         rows = plain_rows(logits, targets, temperatures, temperature, ignore_index)
-        backend.backward_into(grad, logits, rows, *saved, None)
+        cls.rows_backward_into(grad, logits, rows, *saved, None)
 
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(backend, "SEGMENT", 4096)
+    monkeypatch.setattr(token, "SEGMENT", 4096)
     return InterpretedKernel
 
 

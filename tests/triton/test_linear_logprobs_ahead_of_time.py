@@ -9,9 +9,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from r1kernels.logprob import ops, tuning
-from r1kernels.logprob import triton as rows_backend
 from r1kernels.logprob import triton_linear as backend
+from r1kernels.logprob import tuning
+from r1kernels.logprob.token import Rows, row_results
 from tests.support import offline_triton
 
 TABLES = sorted(Path(tuning.__file__).parent.glob("*.json"))
@@ -43,7 +43,7 @@ def compile_kernel(capability, name, tokens, depth=2048):
     count, vocabulary = 300, 1000
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     hidden, weight = torch.empty(count, depth, dtype=dtype), torch.empty(vocabulary, depth, dtype=dtype)
-    rows = ops.Rows(
+    rows = Rows(
         torch.zeros(vocabulary) if options.get("bias") else None,
         options.get("logit_scale", 1.0),
         options.get("softcap", 0.0),
@@ -54,9 +54,7 @@ def compile_kernel(capability, name, tokens, depth=2048):
         0,
         vocabulary,
     )
-    outputs = rows_backend.empty_results(
-        hidden, count, rows, vocabulary, options["entropy"], options.get("extra", False)
-    )
+    outputs = row_results(hidden, count, vocabulary, rows, options["entropy"], options.get("extra", False))
     with offline_triton.compile_only(capability) as compiled:
         backend.forward_into(hidden, weight, rows, options["entropy"], tile, *outputs)
     return compiled, tile
@@ -91,9 +89,9 @@ def test_no_number_of_tokens_compiles_a_kernel_anew():
     for count in (65, 128, 300, 4096):
         hidden, weight = (torch.empty(n, 64, dtype=torch.bfloat16) for n in (count, 1000))
         targets = torch.zeros(count, dtype=torch.int64)
-        rows = ops.Rows(None, 1.0, 0.0, targets, None, 0.7, -100, 0, 1000)
+        rows = Rows(None, 1.0, 0.0, targets, None, 0.7, -100, 0, 1000)
         tile = tuning.choose("linear_forward", "", (9, 0), "plain", count)
-        outputs = rows_backend.empty_results(hidden, count, rows, 1000, False, False)
+        outputs = row_results(hidden, count, 1000, rows, False, False)
         with offline_triton.compile_only(90) as compiled:
             backend.forward_into(hidden, weight, rows, False, tile, *outputs)
         kernels += compiled

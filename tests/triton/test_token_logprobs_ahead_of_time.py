@@ -7,13 +7,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from r1kernels.logprob import ops
 from r1kernels.logprob import triton as backend
+from r1kernels.logprob.token import SEGMENT, Rows, Upstream, row_results
 from tests.support import offline_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-VOCABULARIES = (4096, 4099, 3 * backend.SEGMENT)  # rows on a vector's boundary, and not; rows in segments
-FEW = ((80, torch.float32, 4099), (90, torch.bfloat16, 3 * backend.SEGMENT))
+VOCABULARIES = (4096, 4099, 3 * SEGMENT)  # rows on a vector's boundary, and not; rows in segments
+FEW = ((80, torch.float32, 4099), (90, torch.bfloat16, 3 * SEGMENT))
 MATRIX = [
     pytest.param(*variant, marks=[] if variant in FEW else pytest.mark.slow)
     for variant in itertools.product(offline_triton.SHARED_BYTES, DTYPES, VOCABULARIES)
@@ -22,21 +22,21 @@ HEAD = {"bias": torch.zeros(1), "logit_scale": 0.5, "softcap": 30.0}
 
 
 def rows_of(vocabulary, count=6, **given):
-    plain = ops.Rows(None, 1.0, 0.0, torch.zeros(count, dtype=torch.int64), None, 1.0, -100, 0, vocabulary)
+    plain = Rows(None, 1.0, 0.0, torch.zeros(count, dtype=torch.int64), None, 1.0, -100, 0, vocabulary)
     return plain._replace(**given)
 
 
 def forward(logits, rows, entropy, extra):
     count = logits.shape[0] * logits.shape[1]
-    outputs = backend.empty_results(logits, count, rows, logits.shape[2], entropy, extra)
+    outputs = row_results(logits, count, logits.shape[2], rows, entropy, extra)
     backend.forward_into(logits, rows, entropy, *outputs)
 
 
 def backward(logits, rows, grad_logp, grad_entropy, sequences=None, dtype=None):
     count = logits.shape[0] * logits.shape[1]
     grad = torch.empty_like(logits, dtype=dtype)
-    saved = (torch.zeros(count), torch.zeros(3, count))
-    backend.backward_into(grad, logits, rows, *saved, grad_logp, grad_entropy, sequences)
+    upstream = Upstream(torch.zeros(count), torch.zeros(3, count), grad_logp, grad_entropy, sequences)
+    backend.backward_into(grad, logits, rows, upstream)
 
 
 @pytest.mark.parametrize(("capability", "dtype", "vocabulary"), MATRIX)

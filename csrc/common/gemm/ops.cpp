@@ -1,4 +1,4 @@
-// The torch op gemm_bf16_cpu; its schema stands in r1kernels/logprob/gemm.py.
+// The torch op gemm_bf16_cpu; its schema stands in r1kernels/logprob/cpu.py.
 #include "common/gemm/bf16.h"
 
 #include <memory>

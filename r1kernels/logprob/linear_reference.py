@@ -1,0 +1,120 @@
+"""linear_logprobs in plain PyTorch, chunk by chunk over the tokens: the oracle, differentiable by autograd.
+
+Shapes: N tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .. import transforms
+from . import sharded, token
+from .completions import EACH_TOKEN
+
+if TYPE_CHECKING:
+    from .linear import Head, LogprobsCall
+
+_CHUNK_BYTES = 64 << 20
+_SAVED_BYTES = 256 << 20
+_MIN_CHUNK = 256
+# a library GEMM of few rows differs in the last bits from a large one; all tiles of this many rows agree
+_INVARIANT_ROWS = 64
+
+
+def run(call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, rows, shard = call.hidden, call.rows, call.shard
+    # float32 (float64 stays), once for all chunks
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    # 0 times NaN would reach the head
+    hidden = hidden.to(dtype).masked_fill((rows.targets == rows.ignore_index).unsqueeze(-1), 0.0)
+    bias = None if rows.bias is None else rows.bias.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if shard is not None:
+            hidden = sharded.copy_to_group(hidden, shard)
+        call = call._replace(hidden=hidden, weight=call.weight.to(dtype), rows=rows._replace(bias=bias))
+        tokens, vocabulary = hidden.shape[0], call.weight.shape[0]
+        if not call.chunk_size and torch.compiler.is_compiling():
+            pieces = [slice(None)]  # a loop whose length is N would be compiled again for every N
+        else:
+            step = call.chunk_size or max(_CHUNK_BYTES // (4 * vocabulary), _MIN_CHUNK)
+            pieces = [slice(start, start + step) for start in range(0, max(tokens, 1), step)]
+        save_logits = call.save_logits
+        if save_logits is None:
+            save_logits = torch.compiler.is_compiling() or tokens * vocabulary * 4 <= _SAVED_BYTES
+        keep = save_logits or not torch.is_grad_enabled() or transforms.active()
+        chunks = []
+        for piece in pieces:
+            chunk = _part(call, piece)
+            if keep:
+                chunks.append(_chunk(chunk))
+            else:
+                chunks.append(checkpoint(_chunk, chunk, use_reentrant=False, preserve_rng_state=False))
+    if len(chunks) == 1:
+        logp, entropy, extra = chunks[0]
+    else:
+        logp, entropy, extra = (torch.cat(values, dim=-1) for values in zip(*chunks, strict=True))
+    reduce = call.completions.reduce
+    return reduce(logp), reduce(entropy) if call.with_entropy else entropy, extra
+
+
+def _part(call: LogprobsCall, piece: slice) -> LogprobsCall:
+    """The call of some tokens."""
+    rows = call.rows
+    temperatures = None if rows.temperatures is None else rows.temperatures[piece]
+    rows = rows._replace(targets=rows.targets[piece], temperatures=temperatures)
+    return call._replace(hidden=call.hidden[piece], rows=rows)
+
+
+def _chunk(call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
+    rows, targets = call.rows, call.rows.targets
+    head = (call.weight, rows.bias, rows.softcap, rows.logit_scale)
+    logits = _logits(call.hidden, *head, call.batch_invariant)
+    extra = logits.new_empty((0, targets.shape[0]))
+    if call.with_extra:
+        with torch.no_grad():
+            divisor = rows.temperature if rows.temperatures is None else rows.temperatures.unsqueeze(-1)
+            extra = _stats(logits / divisor, targets - rows.first)
+    rows = token.Rows(None, 1.0, 0.0, *rows[3:])  # the head is in the logits
+    if call.shard is not None:
+        return sharded.logprobs(logits, rows, call.with_entropy, extra, call.shard)
+    of_logits = token.TokenCall(logits.unsqueeze(0), rows, call.with_entropy, False, EACH_TOKEN)
+    logp, entropy = token.on_reference(of_logits)
+    return logp, entropy, extra.masked_fill(targets == rows.ignore_index, 0)
+
+
+def head_logits(hidden: Tensor, head: Head) -> Tensor:
+    """The logits (N, V) of hidden states (N, H), all in one dtype."""
+    return _logits(hidden, *head)
+
+
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    batch_invariant: bool = False,
+) -> Tensor:
+    if batch_invariant and hidden.shape[0] > 0:
+        tokens = hidden.shape[0]
+        padded = F.pad(hidden, (0, 0, 0, -tokens % _INVARIANT_ROWS))
+        tiles = [F.linear(tile, weight, bias) for tile in padded.split(_INVARIANT_ROWS)]
+        logits = torch.cat(tiles)[:tokens]
+    else:
+        logits = F.linear(hidden, weight, bias)
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def _stats(x: Tensor, targets: Tensor) -> Tensor:
+    """STATS (3, N) of scaled logits (N, V), is_top1 as 1 or 0."""
+    largest, position = x.max(dim=-1, keepdim=True)
+    exponentials = (x - largest).exp()
+    log_sum_sq = exponentials.square().sum(-1).log() - 2 * exponentials.sum(-1).log()
+    return torch.stack((log_sum_sq, x.mean(-1), (position.squeeze(-1) == targets).to(x.dtype)))

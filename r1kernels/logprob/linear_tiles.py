@@ -1,0 +1,140 @@
+"""The kernels of linear_logprobs by tiles, written once for all backends that have an engine (tiles.py).
+
+Shapes: N tokens, H hidden, V vocabulary.
+
+Tiles are taken slab by slab of the vocabulary, or block by block of the tokens. Slab by slab, a slab of dW is complete at
+once and dX (N, H) is accumulated; block by block it is the other way round. Inputs of 16 bits need a float32 accumulator
+for what is not complete at once, so the order follows from what needs a gradient and from which one is smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import frozen, linear, parts, tiles
+from .token import Upstream
+
+
+def implement(engine: tiles.Engine, key: str) -> None:
+    """The kernels of linear_logprobs for tensors of one dispatch key, by an engine."""
+    backend = engine.backend
+    linear.FORWARD.implement(backend, key)(partial(forward, engine))
+    linear.BACKWARD.implement(backend, key)(partial(backward, engine))
+    linear.BACKWARD_OF_SAVED.implement(backend, key)(partial(backward_of_saved, engine))
+    linear.FROZEN.implement(backend, key)(partial(frozen.forward, engine))
+
+
+def forward(engine: tiles.Engine, call: linear.LinearCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, stats, extra) as the row kernels give them, and the raw logits (N, V) or (0,)."""
+    shape = (call.hidden.shape[0], call.weight.shape[0]) if call.save_logits else (0,)
+    logits = engine.empty(call.hidden, shape, torch.float32)
+    if engine.forward is not None and (call.batch_invariant or not call.save_logits):
+        results = engine.forward(call)
+        if results is not None:
+            # tiles beside it: whether they are kept must move no bit of a batch-invariant result
+            if call.save_logits:
+                _save_logits(tiles.problem_of(engine, call), logits)
+            return *results, logits
+    problem = tiles.problem_of(engine, call, call.batch_invariant)
+    saved = logits if call.save_logits else None
+    return *_forward_by_tiles(problem, call.with_entropy, call.with_extra, saved), logits
+
+
+def _forward_by_tiles(
+    problem: tiles.Problem, with_entropy: bool, with_extra: bool, saved: Tensor | None
+) -> tiles.RowResults:
+    """The raw logits are left in ``saved`` (N, V), if given."""
+    rows, tokens = problem.rows, problem.hidden.shape[0]
+    vocabulary = problem.weight.shape[0]
+    slabs, blocks = problem.tiling.slabs(vocabulary), problem.tiling.blocks(tokens)
+    results = []
+    for slab in slabs:
+        of_slab = [_forward_tile(problem, block, slab, with_entropy, with_extra, saved) for block in blocks]
+        results.append(tuple(torch.cat(blocks, dim=-1) for blocks in zip(*of_slab, strict=True)))
+    if len(slabs) == 1:
+        return results[0]  # type: ignore[return-value]
+    slab_parts = [parts.Part(chosen, stats, extra) for chosen, _, stats, extra in results]
+    merged = parts.merge(slab_parts, [rows.first + slab.start for slab in slabs], vocabulary, rows)
+    if rows.vocabulary != vocabulary:
+        return (
+            merged.chosen.float(),
+            merged.chosen.new_empty(0).float(),
+            merged.stats.float(),
+            merged.extra.float(),
+        )
+    return parts.finish(merged, rows, with_entropy)
+
+
+def _save_logits(problem: tiles.Problem, saved: Tensor) -> None:
+    """All raw logits, into ``saved`` (N, V)."""
+    for slab in problem.tiling.slabs(problem.weight.shape[0]):
+        for block in problem.tiling.blocks(problem.hidden.shape[0]):
+            tiles.raw_logits(problem, block, slab, saved[block, slab])
+
+
+def _forward_tile(
+    problem: tiles.Problem,
+    block: slice,
+    slab: slice,
+    with_entropy: bool,
+    with_extra: bool,
+    saved: Tensor | None,
+) -> tiles.RowResults:
+    tile = tiles.tile_of(problem, block, slab, saved)
+    tiles.raw_logits(problem, block, slab, tile)
+    return tiles.row_sums(problem, tile, tiles.rows_of(problem, block, slab), with_entropy, with_extra)
+
+
+def backward(engine: tiles.Engine, call: linear.LinearBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits are computed once more."""
+    return _gradients(tiles.problem_of(engine, call), call, None)
+
+
+def backward_of_saved(engine: tiles.Engine, call: linear.SavedBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    """From the logits of the forward, which are overwritten."""
+    return _gradients(tiles.problem_of(engine, call.backward), call.backward, call.logits)
+
+
+def _gradients(
+    problem: tiles.Problem, call: linear.LinearBackwardCall, saved: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = problem.hidden, problem.weight
+    logp, stats, grad_logp, grad_entropy, sequences = call.upstream
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    slabs, blocks = problem.tiling.slabs(vocabulary), problem.tiling.blocks(tokens)
+    by_slab = call.need_weight and (not call.need_hidden or tokens <= vocabulary)
+    dtype = linear.hidden_gradient_dtype(call)
+    grad_hidden = tiles.Sum(problem, hidden, call.need_hidden, blocks, complete=not by_slab, dtype=dtype)
+    grad_weight = tiles.Sum(problem, weight, call.need_weight, slabs, complete=by_slab, dtype=weight.dtype)
+    grad_bias = hidden.new_zeros(vocabulary if call.need_bias else 0, dtype=torch.float32)
+    for block, slab in _in_turn(blocks, slabs, by_slab):
+        tile = tiles.tile_of(problem, block, slab, saved)
+        if saved is None:
+            tiles.raw_logits(problem, block, slab, tile)
+        by_sequence = sequences is not None
+        upstream = Upstream(
+            logp[block],
+            stats[:, block].contiguous(),
+            grad_logp if by_sequence or grad_logp is None else grad_logp[block],
+            grad_entropy if by_sequence or grad_entropy is None else grad_entropy[block],
+            sequences[block] if sequences is not None else None,
+        )
+        engine = problem.engine
+        gradient = engine.gradient(engine, tile, tiles.rows_of(problem, block, slab), hidden.dtype, upstream)
+        grad_hidden.add(block, gradient, weight[slab], last=slab is slabs[-1])
+        if call.need_weight:
+            grad_weight.add(slab, gradient.t(), tiles.counted(problem, block), last=block is blocks[-1])
+        if call.need_bias:
+            grad_bias[slab] += gradient.sum(0, dtype=torch.float32)
+    return grad_hidden.result, grad_weight.result, grad_bias
+
+
+def _in_turn(blocks: list[slice], slabs: list[slice], by_slab: bool) -> Iterator[tuple[slice, slice]]:
+    if by_slab:
+        yield from ((block, slab) for slab in slabs for block in blocks)
+    else:
+        yield from ((block, slab) for block in blocks for slab in slabs)

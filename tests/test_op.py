@@ -1,0 +1,48 @@
+"""Argument lists as NamedTuples that hold one another."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from r1kernels.op import Fields
+
+
+class Inner(NamedTuple):
+    scale: float
+    bias: Tensor | None
+
+
+class Outer(NamedTuple):
+    first: Tensor
+    inner: Inner
+    flag: bool
+
+
+class Around(NamedTuple):
+    outer: Outer
+    last: Tensor
+
+
+class Twice(NamedTuple):
+    scale: float
+    inner: Inner
+
+
+def test_the_fields_of_a_call_in_a_row_and_back():
+    fields = Fields(Around)
+    assert list(fields.types) == ["first", "scale", "bias", "flag", "last"]
+    first, last = torch.ones(2), torch.zeros(1)
+    call = Around(Outer(first, Inner(0.5, None), True), last)
+    row = tuple(fields.of(call))
+    assert row[0] is first and row[1:4] == (0.5, None, True) and row[4] is last
+    again = fields.back(row)
+    assert again.outer.first is first and again.outer.inner == Inner(0.5, None) and again.last is last
+
+
+def test_a_name_stands_once_in_a_row():
+    with pytest.raises(TypeError, match="Twice: expected names that occur once, got inner again"):
+        Fields(Twice)
