@@ -61,21 +61,15 @@ class Fields:
             if not self.types.keys().isdisjoint(found):
                 raise TypeError(f"{arguments.__name__}: expected names that occur once, got {name} again")
             self.types |= found
-        # one expression, as namedtuple makes its methods: a loop costs as much as the rest of a small call
-        self.of: Callable[[Any], Sequence[Any]] = eval(f"lambda call: {self._row('call')}")
-        """The fields of a call in a row."""
 
-    def _row(self, call: str) -> str:
-        """The expression for ``of``."""
-        if not self._nested:
-            return call
-        nested = dict(self._nested)
-        count = len(self.types) - sum(len(inner.types) - 1 for inner in nested.values())
-        items = (
-            f"*{nested[place]._row(f'{call}[{place}]')}" if place in nested else f"{call}[{place}]"
-            for place in range(count)
-        )
-        return f"({', '.join(items)})"
+    def of(self, call: Any) -> tuple[Any, ...]:
+        """The fields of ``call`` in a row."""
+        row: tuple[Any, ...] = ()
+        start = 0
+        for place, inner in self._nested:
+            row += call[start:place] + inner.of(call[place])
+            start = place + 1
+        return row + call[start:] if start else call
 
     def back(self, values: Sequence[Any]) -> Any:
         """The NamedTuple of fields in a row."""
@@ -141,9 +135,9 @@ def recorded(
     differentiable: Sequence[str],
     save: Callable[[Any, Any], tuple[Sequence[Tensor | None], Any]],
     backward: Callable[..., Sequence[Tensor | None]],
-    again: Callable[..., Sequence[Tensor | None]] | None = None,
     give: Callable[[Any, Any], Any] = lambda call, results: results,
     constant: Sequence[int] = (),
+    again: Callable[..., Sequence[Tensor | None]] | None = None,
 ) -> Callable[[str, Any], Any]:
     """(backend, call) -> results, with the gradient that autograd asks for.
 
@@ -159,52 +153,56 @@ def recorded(
         give: (call, results) -> what is handed out; the places in ``constant`` have no gradient.
     """
     fields = Fields(arguments)
-    row = list(fields.types)
-    places = [row.index(field) for field in differentiable]
+    names = list(fields.types)
+    places = [names.index(field) for field in differentiable]
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, backend: str, *values: Any) -> Any:
-            call = fields.back(values)
+        def forward(ctx: Any, backend: str, call: Any, *inputs: Tensor | None) -> Any:
             results = forward(backend, call)
             tensors, ctx.others = save(call, results)
-            ctx.save_for_backward(*(values[place] for place in places), *tensors)
+            ctx.save_for_backward(*inputs, *tensors)
             ctx.backend, ctx.ran = backend, False
             ctx.set_materialize_grads(False)
             given = give(call, results)
             if constant:
-                ctx.mark_non_differentiable(*(given[place] for place in constant))
+                ctx.mark_non_differentiable(*[given[place] for place in constant])
             return given
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            answer: list[Tensor | None] = [None] * (1 + len(row))
+            answer: list[Tensor | None] = [None] * (2 + len(places))
             if all(grad is None for grad in grads):
                 return tuple(answer)
             saved = ctx.saved_tensors
             inputs, tensors = saved[: len(places)], saved[len(places) :]
-            needs = tuple(ctx.needs_input_grad[1 + place] for place in places)
-            with torch.no_grad():
-                found = (again if again and ctx.ran else backward)(
-                    ctx.backend, inputs, tensors, ctx.others, grads, needs
-                )
+            needs = ctx.needs_input_grad[2:]
+            gradients = again if again is not None and ctx.ran else backward
             ctx.ran = True
-            for place, grad, needed in zip(places, found, needs, strict=True):
-                if needed and grad is not None:
-                    answer[1 + place] = checks.first_derivative_only(
-                        name, grad, *(x for x in inputs if x is not None)
-                    )
+            if not torch.is_grad_enabled():
+                found = gradients(ctx.backend, inputs, tensors, ctx.others, grads, needs)
+            else:  # create_graph=True
+                with torch.no_grad():
+                    found = gradients(ctx.backend, inputs, tensors, ctx.others, grads, needs)
+                given = [x for x in inputs if x is not None]
+                found = [
+                    grad if grad is None else checks.first_derivative_only(name, grad, *given)
+                    for grad in found
+                ]
+            for place, needed in enumerate(needs):
+                if needed:
+                    answer[2 + place] = found[place]
             return tuple(answer)
 
     Function.__name__ = Function.__qualname__ = "".join(part.capitalize() for part in name.split("_"))
 
     def run(backend: str, call: Any) -> Any:
         if torch.is_grad_enabled():
-            values = fields.of(call)
-            for place in places:
-                value = values[place]
+            row = fields.of(call)
+            inputs = [row[place] for place in places]
+            for value in inputs:
                 if value is not None and value.requires_grad:
-                    return Function.apply(backend, *values)
+                    return Function.apply(backend, call, *inputs)
         return give(call, forward(backend, call))
 
     return run
@@ -231,15 +229,16 @@ class Op:
         *,
         decides: str = "",
         dtypes: Sequence[torch.dtype] = devices.FLOATS,
-        limits: Callable[[str, Any], Sequence[str]] = lambda backend, call: (),
+        limits: Callable[[str, Any], Sequence[str]] | None = None,
     ) -> None:
         self.name = name
         backends.register(name, "reference", reference)
         if kernels is None:
             return
 
-        def reasons(backend: str, of_device: Callable[..., list[str]], call: Any) -> tuple[str, ...]:
-            return (*of_device(decides, getattr(call, decides), dtypes), *limits(backend, call))
+        def reasons(backend: str, of_device: Callable[..., list[str]], call: Any) -> Sequence[str]:
+            found = of_device(decides, getattr(call, decides), dtypes)
+            return found if limits is None else [*found, *limits(backend, call)]
 
         for backend in BACKENDS:
             asked = partial(reasons, backend, getattr(devices, backend))

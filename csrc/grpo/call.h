@@ -1,6 +1,6 @@
 // One call of grpo_loss, as the kernels of the CPU and of CUDA see it. Plain C types only.
 //
-// Arrays are described in r1kernels/grpo/ops.py; they are contiguous. B sequences; tokens are (B, T), or packed (N,).
+// Arrays are described in r1kernels/grpo/loss.py; they are contiguous. B sequences; tokens are (B, T), or packed (N,).
 // The orders of the enumerations are those of the tuples of names there.
 #pragma once
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .. import backends, checks
-from . import ops
+from .. import checks, devices
+from ..op import Kernel, Op
+from . import reference
+from .casts import numbers_tensor
+from .reference import SCALES
 
-SCALES = ("group", "batch", "none")
 DEFAULT_EPS = 1e-4
 _REWARDS = (*checks.FLOATS, torch.int64, torch.int32, torch.bool)
 
@@ -80,40 +84,11 @@ def group_advantages(
             raise ValueError(
                 f"rewards: expected finite numbers, got {float(rewards[position])} at position {position}"
             )
-    return backends.dispatch(
-        "group_advantages",
-        backend,
-        rewards,
-        group_size=group_size,
-        group_ids=group_ids,
-        valid=valid,
-        scale=scale,
-        eps=eps,
-        leave_one_out=leave_one_out,
+    number = numbers_tensor((eps,), torch.float64)
+    call = AdvantagesCall(
+        rewards, group_size or 0, group_ids, valid, SCALES.index(scale), number, leave_one_out
     )
-
-
-def run(
-    backend: str,
-    rewards: Tensor,
-    *,
-    group_size: int | None,
-    group_ids: Tensor | None,
-    valid: Tensor | None,
-    scale: str,
-    eps: float,
-    leave_one_out: bool,
-) -> Tensor:
-    """The advantages from a kernel backend, for checked arguments."""
-    return getattr(ops.namespace, f"group_advantages_{backend}")(
-        rewards.detach().float().contiguous(),
-        0 if group_size is None else group_size,
-        None if group_ids is None else group_ids.contiguous(),
-        None if valid is None else valid.contiguous(),
-        SCALES.index(scale),
-        ops.numbers_tensor((eps,)),
-        leave_one_out,
-    )
+    return GROUP_ADVANTAGES(backend, call)
 
 
 def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> None:
@@ -126,3 +101,41 @@ def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | N
         raise ValueError(
             f"group_size: expected a divisor of the {rewards.shape[0]} rewards, got {group_size}"
         )
+
+
+class AdvantagesCall(NamedTuple):
+    rewards: Tensor  # kernels take float32
+    group_size: int  # of runs that are the groups; 0: group_ids say which those are
+    group_ids: Tensor | None
+    valid: Tensor | None
+    scale: int  # the place in SCALES
+    eps: Tensor  # float64 (1,) on the CPU; kernels take float32
+    leave_one_out: bool
+
+
+def _shapes(call: AdvantagesCall) -> Tensor:
+    return torch.empty_like(call.rewards)
+
+
+FORWARD = Kernel("group_advantages", AdvantagesCall, _shapes)
+
+
+def _on_kernels(backend: str, call: AdvantagesCall) -> Tensor:
+    rewards, group_size, group_ids, valid, scale, eps, leave_one_out = call
+    if group_ids is not None:
+        group_ids = group_ids.contiguous()
+    if valid is not None:
+        valid = valid.contiguous()
+    rewards = rewards.detach().float().contiguous()
+    return FORWARD(
+        backend, AdvantagesCall(rewards, group_size, group_ids, valid, scale, eps.float(), leave_one_out)
+    )
+
+
+GROUP_ADVANTAGES = Op(
+    "group_advantages",
+    reference.group_advantages,
+    _on_kernels,
+    decides="rewards",
+    dtypes=(*devices.FLOATS, torch.bool),
+)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .layout import layout_of
+from .layout import advantages_of, layout_of
 
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
@@ -100,19 +100,12 @@ def off_policy_mask(
     tokens = tuple(logp.shape)
     checks.tensor("sampler_logp", sampler_logp, dtypes=checks.FLOATS, shape=tokens, like=logp)
     checks.tensor("mask", mask, shape=tokens, like=logp)
-    checks.tensor("advantages", advantages, dtypes=checks.FLOATS, like=logp)
     checks.number("threshold", threshold)
     layout = layout_of(mask, cu_seqlens)
-    sequences = layout.num_sequences
-    if tuple(advantages.shape) not in ((sequences,), (sequences, 1), tokens):
-        raise ValueError(
-            f"advantages: expected shape ({sequences},), ({sequences}, 1) or {tokens}, got {tuple(advantages.shape)}"
-        )
+    advantages = advantages_of(advantages, layout.num_sequences, logp)
     drift = layout.total(torch.where(sampler_logp.isnan(), 0.0, _drift(logp, sampler_logp)))
     far = drift / layout.lengths(drift.dtype).clamp(min=1) > threshold
-    if advantages.shape == (sequences,):
-        advantages = advantages.unsqueeze(1)
-    if advantages.shape == (sequences, 1):
+    if advantages.shape == (layout.num_sequences, 1):
         return ~((advantages < 0) & far.unsqueeze(1))
     return ~((advantages < 0) & layout.spread(far))
 

@@ -89,6 +89,19 @@ def layout_of(mask: Tensor, cu_seqlens: Tensor | None) -> Layout:
     )
 
 
+def advantages_of(advantages: Tensor, num_sequences: int, like: Tensor) -> Tensor:
+    """Checked advantages: (B,) as (B, 1), one per sequence; (B, 1) and those shaped like the tokens ``like`` as they are."""
+    checks.tensor("advantages", advantages, dtypes=checks.FLOATS, like=like)
+    if advantages.shape == (num_sequences,):
+        return advantages.unsqueeze(1)
+    if advantages.shape not in ((num_sequences, 1), like.shape):
+        raise ValueError(
+            f"advantages: expected shape ({num_sequences},), ({num_sequences}, 1) or {tuple(like.shape)}, "
+            f"got {tuple(advantages.shape)}"
+        )
+    return advantages
+
+
 def _check_boundaries(cu_seqlens: list[int], num_tokens: int) -> None:
     first, last = cu_seqlens[0], cu_seqlens[-1]
     if first != 0 or last != num_tokens:

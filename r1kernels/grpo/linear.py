@@ -1,22 +1,38 @@
-"""linear_grpo_loss: from hidden states and the output head to the GRPO loss, without keeping the logits."""
+"""linear_grpo_loss: from hidden states and the output head to the GRPO loss, without keeping the logits.
+
+N tokens, H hidden, V vocabulary. The two ops in a row, or one pass over the logits where the slope of a token is known from
+the token: 6 N V H instead of 8, and the gradients are kept in place of the logits. The pass is the tile loop of the log-prob
+ops; this file alone of the family knows what is inside of those.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends, checks
-from ..logprob.linear import check_linear
+from .. import checks
+from ..logprob import cpu, cuda, linear_logprobs, tiles, triton_linear
+from ..logprob.linear import Head, cast_as_linear_would, check_linear
+from ..logprob.ops import Rows
 from ..logprob.sharded import shard_of
 from ..logprob.token import check_temperature
-from .layout import layout_of
-from .metrics import GRPOOutput
-from .options import LossOptions, check_tensors, resolve
+from ..op import Kernel, Op, Size, recorded
+from . import loss
+from .layout import advantages_of, layout_of
+from .loss import GRPO_LOSS, KernelCall, LossCall, Tokens
+from .metrics import NAMES, GRPOOutput, Metrics, measured_names
+from .objective import Numbers, Objective, check_call, has_clip, resolved, terms_are_of_tokens
+from .reductions import ONE, Totals, token_weights
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+IGNORED = -100
+CHUNK_BYTES = 1 << 30  # of logits, float32
+FEWEST = 256  # tokens a chunk: with fewer the head is read too often
 
 
 def linear_grpo_loss(
@@ -89,56 +105,340 @@ def linear_grpo_loss(
     checks.boolean("entropy", entropy)
     if entropy_weights is not None and not entropy and entropy_coef == 0:
         raise ValueError("entropy_weights: needs entropy=True or an entropy_coef, got neither")
-    options = resolve(
-        LossOptions(
-            variant=variant,
-            ratio=ratio,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            delta=delta,
-            dual_bound=dual_bound,
-            tau=tau,
-            vespo=vespo,
-            ref_logp=ref_logp,
-            kl_coef=kl_coef,
-            kl=kl,
-            policy_weights=policy_weights,
-            entropy_coef=entropy_coef,
-            entropy_weights=entropy_weights,
-            reduction=reduction,
-            weights=weights,
-            num_sequences=num_sequences,
-            num_tokens=num_tokens,
-            max_length=max_length,
-            cu_seqlens=cu_seqlens,
-        )
+    objective = resolved(
+        Objective(
+            variant,
+            ratio,
+            clip_low,
+            clip_high,
+            delta,
+            dual_bound,
+            tau,
+            vespo,
+            kl,
+            kl_coef,
+            entropy_coef,
+        ),
+        ref_logp is not None,
     )
     checks.tensor("targets", targets, dtypes=(torch.int64,))
     checks.tensor("mask", mask, shape=tuple(targets.shape), like=targets)
     layout = layout_of(mask, cu_seqlens)
     checks.tensor("hidden", hidden, shape=(*targets.shape, None), like=targets)
     head = check_linear(hidden, weight, targets, bias, softcap, logit_scale)
-    check_tensors(options, layout.num_sequences, old_logp, advantages, targets)
+    tokens = Tokens(
+        hidden.new_empty(0, dtype=torch.float32),
+        old_logp,
+        advantages_of(advantages, layout.num_sequences, targets),
+        mask,
+        ref_logp,
+        policy_weights,
+        None,
+        entropy_weights,
+        weights,
+        cu_seqlens,
+    )
+    loss_call = LossCall(tokens, objective, reduction, Totals(num_sequences, num_tokens, max_length))
+    check_call(loss_call, layout.num_sequences, targets)
     temperature = check_temperature(temperature, targets, layout.mask, hidden.dtype)
     if chunk_size is not None:
         chunk_size = checks.integer("chunk_size", chunk_size, minimum=1)
     if checks.values_visible(targets):
         vocabulary = weight.shape[0] if group is None else shard_of(weight, group).vocabulary
         checks.in_range("targets", layout.keep(targets, 0), 0, vocabulary)
-    return backends.dispatch(
-        "linear_grpo_loss",
-        backend,
-        hidden,
-        weight,
-        targets,
-        old_logp,
-        advantages,
-        mask,
-        options._replace(entropy=entropy),
-        bias=bias,
+    with_entropy = entropy or entropy_coef != 0
+    call = LinearCall(hidden, head, targets, temperature, chunk_size, group, with_entropy, loss_call)
+    return LINEAR_GRPO_LOSS(backend, call)
+
+
+class LinearCall(NamedTuple):
+    hidden: Tensor
+    head: Head
+    targets: Tensor
+    temperature: float | Tensor
+    chunk_size: int | None
+    group: ProcessGroup | None
+    with_entropy: bool  # asked for, or part of the loss
+    loss: LossCall  # its log-probs are empty and its entropies None: this op computes them
+
+
+class OnePassCall(NamedTuple):
+    """For terms of tokens. hidden and weight are of one dtype: float32, bfloat16 or float16."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # float32 (V,)
+    softcap: float  # 0: none
+    logit_scale: float
+    targets: Tensor  # (N,)
+    temperatures: Tensor | None  # float32 (N,); None: ``temperature`` holds for all
+    temperature: float
+    chunk_size: Size  # tokens whose logits are computed at a time; 0: chosen
+    with_entropy: bool
+    loss: KernelCall  # of tokens (1, N), each with a weight; only those that count are read
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+
+
+class Results(NamedTuple):
+    """Gradients are float32, and (0,) where not needed. They are those for an upstream gradient of ``unit``, a power of two:
+    whoever knows the real one multiplies and rounds once, for a small weight (one token of many) is below what 16 bits hold."""
+
+    loss: Tensor
+    metrics: Tensor
+    grad_hidden: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+    unit: Tensor
+
+
+def _shapes(call: OnePassCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def empty(*shape: int) -> Tensor:
+        return call.hidden.new_empty(shape, dtype=torch.float32)
+
+    vocabulary = call.weight.shape[0]
+    return Results(
+        empty(),
+        empty(len(NAMES)),
+        empty(*call.hidden.shape) if call.need_hidden else empty(0),
+        empty(*call.weight.shape) if call.need_weight else empty(0),
+        empty(vocabulary if call.need_bias else 0),
+        empty(),
+    )
+
+
+FORWARD = Kernel("linear_grpo_loss", OnePassCall, _shapes)
+
+
+def _save(call: OnePassCall, results: Any) -> Any:
+    _, _, *grads, unit = results
+    return (*grads, unit), None
+
+
+def _gradients(backend: str, inputs: Any, saved: Any, _: Any, grads: Any, needs: Any) -> list[Tensor | None]:
+    *held, unit = saved
+    return [
+        (grad * (grads[0] / unit)).to(tensor.dtype) if needed else None
+        for grad, tensor, needed in zip(held, inputs, needs, strict=True)
+    ]
+
+
+_recorded = recorded(
+    "linear_grpo_loss",
+    OnePassCall,
+    FORWARD,
+    differentiable=("hidden", "weight", "bias"),
+    save=_save,
+    backward=_gradients,
+    give=lambda call, results: results[:2],
+    constant=(1,),
+)
+
+
+def _two_ops(backend: str, call: LinearCall) -> GRPOOutput:
+    """linear_logprobs, then grpo_loss, whose gradient the former's backward turns into that of the logits."""
+    given, head, temperature = call.loss.tokens, call.head, call.temperature
+    counted = layout_of(given.mask, given.cu_seqlens).mask
+    if isinstance(temperature, Tensor):
+        temperature = torch.where(counted, temperature, 1.0)
+    result = linear_logprobs(
+        torch.where(counted.unsqueeze(-1), call.hidden, 0.0),
+        head.weight,
+        torch.where(counted, call.targets, IGNORED),
+        bias=head.bias,
         temperature=temperature,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
-        chunk_size=chunk_size,
-        group=group,
+        return_entropy=call.with_entropy,
+        ignore_index=IGNORED,
+        chunk_size=call.chunk_size,
+        group=call.group,
+        backend=backend,
     )
+    logp, entropy = result if call.with_entropy else (result, None)
+    tokens = given._replace(logp=logp, entropy=entropy)
+    return GRPO_LOSS(backend, call.loss._replace(tokens=tokens))
+
+
+def _on_kernels(backend: str, call: LinearCall) -> GRPOOutput:
+    objective = call.loss.objective
+    inputs = (call.hidden, call.head.weight, call.head.bias)
+    needs = [x is not None and x.requires_grad for x in inputs]
+    differentiable = torch.is_grad_enabled() and any(needs)
+    if (
+        not differentiable
+        or call.group is not None
+        or not terms_are_of_tokens(objective.variant, objective.ratio)
+    ):
+        return _two_ops(backend, call)
+    hidden, head = cast_as_linear_would(call.hidden, call.head)
+    temperatures, temperature = None, call.temperature
+    if isinstance(temperature, Tensor):
+        temperatures, temperature = temperature.float().reshape(-1).contiguous(), 1.0
+    one_pass = OnePassCall(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head.weight,
+        None if head.bias is None else head.bias.float().contiguous(),
+        head.softcap or 0.0,
+        head.logit_scale,
+        call.targets.reshape(-1).contiguous(),
+        temperatures,
+        float(temperature),
+        call.chunk_size or 0,
+        call.with_entropy,
+        loss.kernel_call_of(_in_a_row(call.loss), objective, ONE, True, objective.entropy_coef != 0),
+        *needs,
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        value, metrics = _recorded(backend, one_pass)
+    names = measured_names(
+        call.loss.tokens.ref_logp is not None, call.with_entropy, has_clip(objective.variant)
+    )
+    return GRPOOutput(value, Metrics(metrics, names))
+
+
+def _in_a_row(call: LossCall) -> Tokens:
+    """All tokens as one sequence (1, N), each with its weight."""
+    given = call.tokens
+    layout = layout_of(given.mask, given.cu_seqlens)
+
+    def row(values: Any) -> Any:
+        if values is None:
+            return None
+        return layout.to_tokens(values.detach()).float().reshape(1, -1).contiguous()
+
+    weights = given.weights
+    if weights is None:
+        weights = token_weights(layout, call.reduction, call.totals, given.cu_seqlens, torch.float32)
+    return Tokens(
+        given.logp,
+        row(given.old_logp),
+        row(given.advantages),
+        layout.mask.reshape(1, -1),
+        row(given.ref_logp),
+        row(given.policy_weights),
+        None,
+        row(given.entropy_weights),
+        row(weights),
+        None,
+    )
+
+
+LINEAR_GRPO_LOSS = Op("linear_grpo_loss", partial(_two_ops, "reference"), _on_kernels, decides="hidden")
+
+
+def one_pass_of_counted(engine: tiles.Engine, call: OnePassCall) -> Results:
+    """``one_pass``; the tokens that do not count cost nothing."""
+    counted = call.loss.tokens.mask.squeeze(0).nonzero().squeeze(1)
+    if counted.shape[0] == call.hidden.shape[0]:
+        return one_pass(engine, call)
+    results = one_pass(
+        engine,
+        call._replace(
+            hidden=call.hidden[counted],
+            targets=call.targets[counted],
+            temperatures=None if call.temperatures is None else call.temperatures[counted],
+            loss=call.loss._replace(tokens=_some(call.loss.tokens, counted)),
+        ),
+    )
+    if not call.need_hidden:
+        return results
+    grad_hidden = results.grad_hidden.new_zeros(call.hidden.shape)
+    return results._replace(grad_hidden=grad_hidden.index_copy_(0, counted, results.grad_hidden))
+
+
+def one_pass_of_all(engine: tiles.Engine, call: OnePassCall) -> Results:
+    """``one_pass`` on a GPU: which tokens count is not known on the host."""
+    mask = call.loss.tokens.mask.squeeze(0)
+    hidden = call.hidden.masked_fill(~mask.unsqueeze(1), 0)
+    return one_pass(engine, call._replace(hidden=hidden, targets=call.targets.where(mask, IGNORED)))
+
+
+def one_pass(engine: tiles.Engine, call: OnePassCall) -> Results:
+    """Forward and backward of the head together, a few tokens at a time."""
+    hidden, weight, tokens = call.hidden, call.weight, call.loss.tokens
+    unit = hidden.new_ones((), dtype=torch.float32)
+    if hidden.dtype == torch.float16:
+        unit = tiles.unit_of(_largest_slope(call.loss))
+    scaled = tokens._replace(
+        weights=_times(tokens.weights, unit), entropy_weights=_times(tokens.entropy_weights, unit)
+    )
+
+    def loss_of(kernel_call: KernelCall, given: Tokens, logp: Tensor, entropy: Tensor) -> loss.Results:
+        entropies = entropy.unsqueeze(0) if call.with_entropy else None
+        given = given._replace(logp=logp.unsqueeze(0), entropy=entropies)
+        return loss.Results(*loss.FORWARD(engine.backend, kernel_call._replace(tokens=given)))
+
+    def slopes(block: slice, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = loss_of(call.loss, _some(scaled, block), logp, entropy)
+        bonus = call.loss.entropy_gradient
+        return found.grad_logp.squeeze(0), found.grad_entropy.squeeze(0) if bonus else None
+
+    rows = Rows(
+        call.bias,
+        call.logit_scale,
+        call.softcap,
+        call.targets,
+        call.temperatures,
+        call.temperature,
+        IGNORED,
+        0,
+        weight.shape[0],
+    )
+    chunk = call.chunk_size or _chunk_size(engine, hidden.shape[0], weight.shape[0])
+    tiling = tiles.Tiling(chunk, weight.shape[0], gemm_tokens=0)
+    problem = tiles.Problem(engine, hidden, weight, rows, tiling)
+    needs = (call.need_hidden, call.need_weight, call.need_bias)
+    logp, entropy, grad_hidden, grad_weight, grad_bias = tiles.one_pass(
+        problem, call.with_entropy, slopes, needs
+    )
+    without_gradients = call.loss._replace(logp_gradient=False, entropy_gradient=False)
+    found = loss_of(without_gradients, tokens, logp, entropy)
+    return Results(found.loss, found.metrics, grad_hidden, grad_weight, grad_bias, unit)
+
+
+def _some(tokens: Tokens, places: slice | Tensor) -> Tokens:
+    """What stands at some of the tokens (1, N)."""
+    given = tokens._asdict()
+    del given["logp"]
+    return tokens._replace(
+        **{name: values[:, places] for name, values in given.items() if values is not None}
+    )
+
+
+def _times(weights: Any, unit: Tensor) -> Any:
+    return None if weights is None else weights * unit
+
+
+def _largest_slope(call: KernelCall) -> Tensor:
+    """An upper bound of |dL/dlogp| and |dL/dentropy| of any token, for ratios near 1."""
+    tokens: Any = call.tokens
+    kl_coef, entropy_coef = (
+        call.numbers[Numbers._fields.index(name)].abs() for name in ("kl_coef", "entropy_coef")
+    )
+    policy = tokens.advantages
+    if tokens.policy_weights is not None:
+        policy = policy * tokens.policy_weights
+    slopes = tokens.weights.abs() * policy.abs().maximum(kl_coef)
+    if call.entropy_gradient:
+        of_entropy = tokens.weights if tokens.entropy_weights is None else tokens.entropy_weights
+        slopes = slopes.maximum(entropy_coef * of_entropy.abs())
+    kept = torch.where(tokens.mask & slopes.isfinite(), slopes, 0.0)
+    return torch.cat((kept.squeeze(0), kept.new_zeros(1))).amax()
+
+
+def _chunk_size(engine: tiles.Engine, tokens: int, vocabulary: int) -> int:
+    """As many tokens as the engine likes and memory allows, in chunks of equal size."""
+    most = max(min(engine.tokens, CHUNK_BYTES // (4 * vocabulary)), FEWEST)
+    chunks = max(-(-tokens // most), 1)
+    return max(-(-tokens // chunks), 1)
+
+
+for _run, _key, _engine in (
+    (one_pass_of_counted, "CPU", cpu.ENGINE),
+    (one_pass_of_all, "CUDA", cuda.ENGINE),
+    (one_pass_of_all, "CUDA", triton_linear.ENGINE),
+    (one_pass_of_counted, "CPU", triton_linear.INTERPRETED_ENGINE),
+):
+    FORWARD.implement(_engine.backend, _key)(partial(_run, _engine))

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 
-from .. import backends, checks
-from .layout import num_sequences_of
-from .metrics import GRPOOutput
-from .options import LossOptions, check_tensors, resolve
+from .. import checks
+from ..op import Kernel, Op, recorded
+from . import reference
+from .casts import floats
+from .layout import advantages_of, num_sequences_of
+from .metrics import NAMES, GRPOOutput, Metrics, measured_names
+from .objective import RATIOS, Objective, check_call, constants_of, has_clip, resolved
+from .reductions import COUNTS, ONE, Divisor, Totals, divisor_of
 
 
 def grpo_loss(
@@ -117,30 +125,21 @@ def grpo_loss(
     (2507.18071), CISPO (2506.13585), SAPO (2511.20347), LUSPO (2602.05261), VESPO (2602.10693), GMPO (2507.20673),
     DeepSeek-V3.2 (2512.02556).
     """
-    options = resolve(
-        LossOptions(
-            variant=variant,
-            ratio=ratio,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            delta=delta,
-            dual_bound=dual_bound,
-            tau=tau,
-            vespo=vespo,
-            ref_logp=ref_logp,
-            kl_coef=kl_coef,
-            kl=kl,
-            policy_weights=policy_weights,
-            entropy=entropy,
-            entropy_coef=entropy_coef,
-            entropy_weights=entropy_weights,
-            reduction=reduction,
-            weights=weights,
-            num_sequences=num_sequences,
-            num_tokens=num_tokens,
-            max_length=max_length,
-            cu_seqlens=cu_seqlens,
-        )
+    objective = resolved(
+        Objective(
+            variant,
+            ratio,
+            clip_low,
+            clip_high,
+            delta,
+            dual_bound,
+            tau,
+            vespo,
+            kl,
+            kl_coef,
+            entropy_coef,
+        ),
+        ref_logp is not None,
     )
     if entropy is None:
         for name, unused in (
@@ -151,5 +150,194 @@ def grpo_loss(
                 raise ValueError(f"{name}: needs entropy, got None")
     checks.tensor("logp", logp, dtypes=checks.FLOATS)
     checks.tensor("mask", mask, shape=tuple(logp.shape), like=logp)
-    check_tensors(options, num_sequences_of(mask, cu_seqlens), old_logp, advantages, logp)
-    return backends.dispatch("grpo_loss", backend, logp, old_logp, advantages, mask, options)
+    sequences = num_sequences_of(mask, cu_seqlens)
+    call = LossCall(
+        Tokens(
+            logp,
+            old_logp,
+            advantages_of(advantages, sequences, logp),
+            mask,
+            ref_logp,
+            policy_weights,
+            entropy,
+            entropy_weights,
+            weights,
+            cu_seqlens,
+        ),
+        objective,
+        reduction,
+        Totals(num_sequences, num_tokens, max_length),
+    )
+    check_call(call, sequences, logp)
+    return GRPO_LOSS(backend, call)
+
+
+class Tokens(NamedTuple):
+    """What stands at every token, (B, T), or packed (N,) with cu_seqlens. Kernels take it contiguous, floats in float32."""
+
+    logp: Tensor
+    old_logp: Tensor | None  # None: the policy itself
+    advantages: Tensor  # one per token, or (B, 1): one per sequence
+    mask: Tensor  # bool or integer
+    ref_logp: Tensor | None
+    policy_weights: Tensor | None  # one per token, or (B, 1)
+    entropy: Tensor | None
+    entropy_weights: Tensor | None
+    weights: Tensor | None  # None: see KernelCall
+    cu_seqlens: Tensor | None  # int32 or int64 (B + 1,); None: padded
+
+
+class LossCall(NamedTuple):
+    tokens: Tokens
+    objective: Objective
+    reduction: str
+    totals: Totals
+
+    @property
+    def logp(self) -> Tensor:
+        return self.tokens.logp
+
+
+class KernelCall(NamedTuple):
+    """Without ``tokens.weights`` the weight of a token is 1 / (divisor * total * count)."""
+
+    tokens: Tokens
+    numbers: Tensor  # objective.Numbers, float32 on the CPU; a tensor, for torch.compile specialises on float arguments
+    total: Tensor | None  # float32 (1,) on the device; None: 1
+    variant: int  # its place in VARIANTS, and so on: RATIOS, ESTIMATORS (any without ref_logp), COUNTS
+    ratio: int
+    kl: int
+    counted: int
+    logp_gradient: bool  # whether to write the gradient; it is empty (0,) otherwise
+    entropy_gradient: bool
+
+
+class Results(NamedTuple):
+    """Where the ratio is one per sequence, dL/dx of a counted token is its grad_logp plus grad_of_ratio of the sequence."""
+
+    loss: Tensor  # float32 ()
+    metrics: Tensor  # float32: metrics.NAMES; 0 where something was not given
+    grad_logp: Tensor  # float32 tokens
+    grad_of_ratio: Tensor  # float32 (B,), or (0,) for ratios of tokens
+    grad_entropy: Tensor  # float32 tokens
+
+
+class BackwardCall(NamedTuple):
+    grad_loss: Tensor  # float32 (), read on the device
+    grad_logp: Tensor  # and so on: results of the forward (empty: not needed)
+    grad_of_ratio: Tensor
+    grad_entropy: Tensor
+    mask: Tensor
+    cu_seqlens: Tensor | None
+
+
+def shapes(call: KernelCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logp, cu_seqlens = call.tokens.logp, call.tokens.cu_seqlens
+    sequences = logp.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shared = call.logp_gradient and RATIOS[call.ratio] != "token"
+    return Results(
+        logp.new_empty(()),
+        logp.new_empty(len(NAMES)),
+        logp.new_empty(logp.shape if call.logp_gradient else (0,)),
+        logp.new_empty(sequences if shared else 0),
+        logp.new_empty(logp.shape if call.entropy_gradient else (0,)),
+    )
+
+
+def backward_shapes(call: BackwardCall) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(call.grad_logp), torch.empty_like(call.grad_entropy)
+
+
+FORWARD = Kernel("grpo_loss", KernelCall, shapes)
+BACKWARD = Kernel("grpo_loss", BackwardCall, backward_shapes, suffix="_backward")
+
+
+def _save(call: KernelCall, results: tuple[Tensor, ...]) -> Any:
+    _, _, *grads = results
+    return (*grads, call.tokens.mask, call.tokens.cu_seqlens), None
+
+
+def _gradients(
+    backend: str, inputs: Any, saved: Any, _: Any, grads: Any, needs: Any
+) -> tuple[Tensor, Tensor]:
+    """The loss is a scalar: the forward wrote the gradients for an upstream gradient of 1, which scales them here."""
+    call = BackwardCall(grads[0], *saved)
+    if _are_final(call):
+        return call.grad_logp, call.grad_entropy
+    return BACKWARD(backend, call)
+
+
+# unknown to torch: kept, so that nothing is handed out twice
+_graph_is_kept: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+
+
+def _are_final(call: BackwardCall) -> bool:
+    """Whether the gradients that the forward wrote are those of the inputs already, and no one will ask for them again.
+
+    Then the backward hands them out as they are, without a pass over the tokens. It never writes to them: whoever else
+    holds them (a saved-tensor hook) finds them unchanged.
+    """
+    return (
+        checks.values_visible(call.grad_loss)  # a GPU is not waited for
+        and call.grad_of_ratio.numel() == 0
+        and not _graph_is_kept()
+        and call.grad_loss.item() == 1
+    )
+
+
+_recorded = recorded(
+    "grpo_loss",
+    KernelCall,
+    FORWARD,
+    differentiable=("logp", "entropy"),
+    save=_save,
+    backward=_gradients,
+    give=lambda call, results: results[:2],
+    constant=(1,),
+)
+
+
+def _on_kernels(backend: str, call: LossCall) -> GRPOOutput:
+    given, objective = call.tokens, call.objective
+    cu_seqlens = given.cu_seqlens
+    tokens = Tokens(
+        floats(given.logp, differentiable=True),
+        floats(given.old_logp),
+        floats(given.advantages),
+        given.mask.contiguous(),
+        floats(given.ref_logp),
+        floats(given.policy_weights),
+        floats(given.entropy, differentiable=objective.entropy_coef != 0),
+        floats(given.entropy_weights),
+        floats(given.weights),
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
+    )
+    divisor = ONE
+    if given.weights is None:
+        divisor = divisor_of(call.reduction, call.totals, given.mask, cu_seqlens)
+    gradients = torch.is_grad_enabled()
+    logp_gradient = gradients and tokens.logp.requires_grad
+    entropy_gradient = gradients and tokens.entropy is not None and tokens.entropy.requires_grad
+    loss, metrics = _recorded(
+        backend, kernel_call_of(tokens, objective, divisor, logp_gradient, entropy_gradient)
+    )
+    names = measured_names(
+        tokens.ref_logp is not None, tokens.entropy is not None, has_clip(objective.variant)
+    )
+    return GRPOOutput(loss, Metrics(metrics, names))
+
+
+def kernel_call_of(
+    tokens: Tokens, objective: Objective, divisor: Divisor, logp_gradient: bool, entropy_gradient: bool
+) -> KernelCall:
+    """The call of a kernel for tokens as kernels take them."""
+    numbers, variant, ratio, kl = constants_of(objective, divisor.number)
+    counted = COUNTS.index(divisor.counted)
+    return KernelCall(
+        tokens, numbers, divisor.total, variant, ratio, kl, counted, logp_gradient, entropy_gradient
+    )
+
+
+GRPO_LOSS = Op("grpo_loss", reference.grpo_loss, _on_kernels, decides="logp")

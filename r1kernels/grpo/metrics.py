@@ -104,24 +104,24 @@ def measure(measured: Measured, mask: Tensor, units: Tensor, kl_units: Tensor) -
     low, high = measured.clipped or (mask & ~mask, mask & ~mask)
     kl = zero if measured.kl is None else _mean(measured.kl, mask, kl_units)
     entropy = zero if measured.entropy is None else _mean(measured.entropy, mask, tokens)
-    values = (
-        measured.loss,
-        measured.policy_loss,
-        kl,
-        entropy,
-        _mean(measured.ratio, mask, units),
-        _largest(measured.ratio, mask),
-        _mean(low.to(units.dtype), mask, units),
-        _mean(high.to(units.dtype), mask, units),
-        _mean((low | high).to(units.dtype), mask, units),
-        _mean(measured.approx_kl, mask, tokens),
-        _effective_share(measured.ratio, mask, units),
-        tokens.sum(),
-    )
+    values = {
+        "loss": measured.loss,
+        "policy_loss": measured.policy_loss,
+        "kl": kl,
+        "entropy": entropy,
+        "ratio/mean": _mean(measured.ratio, mask, units),
+        "ratio/max": _largest(measured.ratio, mask),
+        "clip_ratio/low_mean": _mean(low.to(units.dtype), mask, units),
+        "clip_ratio/high_mean": _mean(high.to(units.dtype), mask, units),
+        "clip_ratio/region_mean": _mean((low | high).to(units.dtype), mask, units),
+        "approx_kl": _mean(measured.approx_kl, mask, tokens),
+        "ess": _effective_share(measured.ratio, mask, units),
+        "num_tokens": tokens.sum(),
+    }
     names = measured_names(
         measured.kl is not None, measured.entropy is not None, measured.clipped is not None
     )
-    return Metrics(torch.stack(values), names)
+    return Metrics(torch.stack([values[name] for name in NAMES]), names)
 
 
 def _mean(values: Tensor, mask: Tensor, units: Tensor) -> Tensor:

@@ -19,6 +19,11 @@ REDUCTIONS: dict[str, tuple[str, ...]] = {
 """For each reduction the totals that it uses."""
 
 
+COUNTS = ("one", "sequence", "batch", "longest")
+"""What the divisor of a weight is multiplied by: 1; the counted tokens of the sequence, or of the call (at least 1 each);
+the length of the longest packed sequence."""
+
+
 class Totals(NamedTuple):
     """The totals of an optimizer step, see ``reduction_weights``."""
 
@@ -100,8 +105,10 @@ class Divisor(NamedTuple):
     total: Tensor | None
     """float32 (1,), or None for 1: what was given as tensors."""
     counted: str
-    """"one" is 1; "sequence" the counted tokens of the sequence and "batch" those of the call, at least 1 each; "longest"
-    the length of the longest packed sequence."""
+    """A name of COUNTS."""
+
+
+ONE = Divisor(1.0, None, "one")
 
 
 def divisor_of(reduction: str, totals: Totals, mask: Tensor, cu_seqlens: Tensor | None) -> Divisor:

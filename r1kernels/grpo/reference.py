@@ -9,7 +9,7 @@ value nor a gradient; where a term leaves, the mask is applied again.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,52 +17,55 @@ from torch import Tensor
 from .kl import kl_estimate
 from .layout import Layout, layout_of
 from .metrics import GRPOOutput, Measured, measure
-from .options import DEFAULTS, LossOptions
+from .objective import has_clip
 from .reductions import token_weights
 from .terms import Inputs, clipped_tokens, policy_term
 
+if TYPE_CHECKING:
+    from .advantages import AdvantagesCall
+    from .loss import LossCall
+
 LARGEST_LOG_RATIO = 20.0
+SCALES = ("group", "batch", "none")
 
 
-def grpo_loss(
-    logp: Tensor, old_logp: Tensor | None, advantages: Tensor, mask: Tensor, options: LossOptions
-) -> GRPOOutput:
-    """The loss for checked arguments and resolved options."""
-    layout = layout_of(mask, options.cu_seqlens)
-    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+def grpo_loss(call: LossCall) -> GRPOOutput:
+    tokens, objective = call.tokens, call.objective
+    layout = layout_of(tokens.mask, tokens.cu_seqlens)
+    dtype = torch.float64 if tokens.logp.dtype == torch.float64 else torch.float32
 
     def constant(values: Tensor) -> Tensor:
         return layout.keep(values.detach().to(dtype))
 
-    x = layout.keep(logp.to(dtype))
-    old = x.detach() if old_logp is None else constant(old_logp)
-    ref = None if options.ref_logp is None else constant(options.ref_logp)
-    entropy = None if options.entropy is None else layout.keep(options.entropy.to(dtype))
-    per_sequence = advantages.unsqueeze(1) if advantages.shape == (layout.num_sequences,) else advantages
-    policy_weights = None if options.policy_weights is None else options.policy_weights.detach().to(dtype)
+    x = layout.keep(tokens.logp.to(dtype))
+    old = x.detach() if tokens.old_logp is None else constant(tokens.old_logp)
+    ref = None if tokens.ref_logp is None else constant(tokens.ref_logp)
+    entropy = None if tokens.entropy is None else layout.keep(tokens.entropy.to(dtype))
+    policy_weights = None if tokens.policy_weights is None else tokens.policy_weights.detach().to(dtype)
     weights = (
-        token_weights(layout, options.reduction, options.totals, options.cu_seqlens, dtype)
-        if options.weights is None
-        else constant(options.weights)
+        token_weights(layout, call.reduction, call.totals, tokens.cu_seqlens, dtype)
+        if tokens.weights is None
+        else constant(tokens.weights)
     )
 
     log_ratio = x - old
-    ratio = importance_ratio(layout, log_ratio, options.ratio)
-    if options.ratio == "output":
+    ratio = importance_ratio(layout, log_ratio, objective.ratio)
+    if objective.ratio == "output":
         x = layout.spread(layout.total(x))
         ref = None if ref is None else layout.spread(layout.total(ref))
-    inputs = Inputs(layout, x, log_ratio, ratio, constant(layout.to_tokens(per_sequence)), policy_weights)
+    advantages = constant(layout.to_tokens(tokens.advantages))
+    inputs = Inputs(layout, x, log_ratio, ratio, advantages, policy_weights)
 
-    policy_loss = layout.keep(weights * policy_term(inputs, options)).sum()
+    policy_loss = layout.keep(weights * policy_term(inputs, objective)).sum()
     loss = policy_loss
     kl = None
     if ref is not None:
-        kl = kl_estimate(options.kl, x, ref, ratio, of_token=options.ratio == "token")
-        if options.kl_coef != 0:
-            loss = loss + options.kl_coef * layout.keep(weights * kl).sum()
-    if entropy is not None and options.entropy_coef != 0:
-        bonus_weights = weights if options.entropy_weights is None else constant(options.entropy_weights)
-        loss = loss - options.entropy_coef * (bonus_weights * entropy).sum()
+        kl = kl_estimate(objective.kl, x, ref, ratio, of_token=objective.ratio == "token")
+        if objective.kl_coef != 0:
+            loss = loss + objective.kl_coef * layout.keep(weights * kl).sum()
+    if entropy is not None and objective.entropy_coef != 0:
+        bonus_weights = weights if tokens.entropy_weights is None else constant(tokens.entropy_weights)
+        loss = loss - objective.entropy_coef * (bonus_weights * entropy).sum()
 
     measured = Measured(
         loss=loss.detach(),
@@ -71,15 +74,15 @@ def grpo_loss(
         entropy=None if entropy is None else entropy.detach(),
         ratio=ratio.detach(),
         approx_kl=-log_ratio.detach(),
-        clipped=clipped_tokens(inputs, options) if "clip_high" in DEFAULTS[options.variant] else None,
+        clipped=clipped_tokens(inputs, objective) if has_clip(objective.variant) else None,
     )
-    tokens = layout.mask.to(dtype)
-    once = layout.keep(tokens / layout.spread(layout.lengths(dtype).clamp(min=1)))
+    counted = layout.mask.to(dtype)
+    once = layout.keep(counted / layout.spread(layout.lengths(dtype).clamp(min=1)))
     metrics = measure(
         measured,
         layout.mask,
-        units=tokens if options.ratio == "token" else once,
-        kl_units=once if options.ratio == "output" else tokens,
+        units=counted if objective.ratio == "token" else once,
+        kl_units=once if objective.ratio == "output" else counted,
     )
     return GRPOOutput(loss, metrics)
 
@@ -104,19 +107,11 @@ def _exp(log_ratio: Tensor) -> Tensor:
     return torch.where(overflows, root * root, torch.where(overflows, 0.0, log_ratio).exp())
 
 
-def group_advantages(
-    rewards: Tensor,
-    *,
-    group_size: int | None,
-    group_ids: Tensor | None,
-    valid: Tensor | None,
-    scale: str,
-    eps: float,
-    leave_one_out: bool,
-) -> Tensor:
-    """Advantages for checked arguments, computed in float64 (they are few)."""
+def group_advantages(call: AdvantagesCall) -> Tensor:
+    """Computed in float64 (the rewards are few)."""
+    rewards, valid, scale, eps = call.rewards, call.valid, SCALES[call.scale], call.eps.squeeze(0)
     size = rewards.shape[0]
-    group, num_groups = _groups(rewards, group_size, group_ids)
+    group, num_groups = _groups(rewards, call.group_size, call.group_ids)
     valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
     values = torch.where(valid, rewards.detach().double(), 0.0)
 
@@ -127,7 +122,7 @@ def group_advantages(
     count = total(valid.double())
     sums = total(values)
     centred = torch.where(valid, values - sums / count.clamp(min=1), 0.0)
-    if leave_one_out:
+    if call.leave_one_out:
         advantages = values - (sums - values) / (count - 1).clamp(min=1)
     elif scale == "group":
         std = (total(centred.square()) / (count - 1).clamp(min=1)).sqrt()
@@ -150,10 +145,10 @@ def group_advantages(
     return torch.where(valid & ~equal, advantages, 0.0).to(dtype)
 
 
-def _groups(rewards: Tensor, group_size: int | None, group_ids: Any) -> tuple[Tensor, int]:
+def _groups(rewards: Tensor, group_size: int, group_ids: Tensor | None) -> tuple[Tensor, int]:
     """The number of each entry's group, counted from 0, and how many groups there are at most."""
     size = rewards.shape[0]
-    if group_size is not None:
+    if group_ids is None:
         return torch.arange(size, device=rewards.device) // group_size, size // group_size
     ordered, order = group_ids.sort(stable=True)
     # A new group starts where the sorted ids change; the first entry is compared with the last one.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
-from .options import LossOptions
+from .objective import Objective
 
 LOWEST_LOG_WEIGHT = math.log(1e-8)
 HIGHEST_LOG_WEIGHT = 20.0
@@ -36,48 +36,48 @@ class Inputs(NamedTuple):
     """As given: one a token, or (B, 1)."""
 
 
-def policy_term(inputs: Inputs, options: LossOptions) -> Tensor:
-    """l_t of ``options.variant``, times the policy weights (which VESPO has inside its own weight)."""
-    term = TERMS[options.variant](inputs, options)
-    if inputs.policy_weights is None or options.variant == "vespo":
+def policy_term(inputs: Inputs, objective: Objective) -> Tensor:
+    """l_t of ``objective.variant``, times the policy weights (which VESPO has inside its own weight)."""
+    term = TERMS[objective.variant](inputs, objective)
+    if inputs.policy_weights is None or objective.variant == "vespo":
         return term
     return term * inputs.layout.keep(inputs.layout.to_tokens(inputs.policy_weights))
 
 
-def grpo(inputs: Inputs, options: LossOptions) -> Tensor:
+def grpo(inputs: Inputs, objective: Objective) -> Tensor:
     """PPO's clip: -min(min(c, delta) A, clip(c, 1 - low, 1 + high) A); delta bounds the unclipped branch alone."""
-    return -_lesser_branch(inputs, options)
+    return -_lesser_branch(inputs, objective)
 
 
-def dual_clip(inputs: Inputs, options: LossOptions) -> Tensor:
+def dual_clip(inputs: Inputs, objective: Objective) -> Tensor:
     """As ``grpo``; for A < 0 the term is at most -bound A."""
-    term = -_lesser_branch(inputs, options)
-    bound = -options.dual_bound * inputs.advantages
+    term = -_lesser_branch(inputs, objective)
+    bound = -objective.dual_bound * inputs.advantages
     return torch.where((inputs.advantages < 0) & (term > bound), bound, term)
 
 
-def cispo(inputs: Inputs, options: LossOptions) -> Tensor:
+def cispo(inputs: Inputs, objective: Objective) -> Tensor:
     """REINFORCE weighted by the ratio, bounded from above and held constant: -sg(min(c, high)) A x."""
     # dx: -min(c, high) A
     return (
-        -inputs.ratio.clamp(max=_scalar(options.clip_high, inputs.ratio)).detach()
+        -inputs.ratio.clamp(max=_scalar(objective.clip_high, inputs.ratio)).detach()
         * inputs.advantages
         * inputs.logp
     )
 
 
-def sapo(inputs: Inputs, options: LossOptions) -> Tensor:
+def sapo(inputs: Inputs, objective: Objective) -> Tensor:
     """A sigmoid gate in place of the clip: -A sigma(tau (c - 1)) 4 / tau, tau by the sign of A."""
-    for_gain, for_loss = options.tau
+    for_gain, for_loss = objective.tau
     tau = _by_sign(inputs.advantages > 0, for_gain, for_loss, like=inputs.ratio)
     # dx: -A 4 sigma (1 - sigma) dc/dx
     return -inputs.advantages * torch.sigmoid(tau * (inputs.ratio - 1)) * 4 / tau
 
 
-def vespo(inputs: Inputs, options: LossOptions) -> Tensor:
+def vespo(inputs: Inputs, objective: Objective) -> Tensor:
     """REINFORCE weighted by phi of the whole sequence: -sg(phi) A x, log phi = lam + k log w - lam w."""
     layout = inputs.layout
-    (k_up, lam_up), (k_down, lam_down) = options.vespo
+    (k_up, lam_up), (k_down, lam_down) = objective.vespo
     log_weight = layout.total(inputs.log_ratio.detach().clamp(-HIGHEST_LOG_WEIGHT, HIGHEST_LOG_WEIGHT))
     if inputs.policy_weights is not None:
         log_weight = log_weight + _log_policy_weight(layout, inputs.policy_weights)
@@ -90,11 +90,11 @@ def vespo(inputs: Inputs, options: LossOptions) -> Tensor:
     return -phi * inputs.advantages * inputs.logp
 
 
-def gmpo(inputs: Inputs, options: LossOptions) -> Tensor:
+def gmpo(inputs: Inputs, objective: Objective) -> Tensor:
     """The geometric mean of clipped ratios: -A G, G = exp(mean_t sgn(A) min(sgn(A) l, sgn(A) clamp(l, -low, high)))."""
     layout = inputs.layout
     sign = inputs.advantages.sign()
-    low, high = _scalar(-options.clip_low, inputs.log_ratio), _scalar(options.clip_high, inputs.log_ratio)
+    low, high = _scalar(-objective.clip_low, inputs.log_ratio), _scalar(objective.clip_high, inputs.log_ratio)
     clipped = inputs.log_ratio.clamp(low, high)
     bounded = sign * torch.minimum(sign * inputs.log_ratio, sign * clipped)
     # dG/dx_u: G a_u / sum m, with a_u = [l <= high] for A > 0 and [l >= -low] for A < 0
@@ -102,12 +102,12 @@ def gmpo(inputs: Inputs, options: LossOptions) -> Tensor:
     return -inputs.advantages * layout.spread(mean.exp())
 
 
-def reinforce(inputs: Inputs, options: LossOptions) -> Tensor:
+def reinforce(inputs: Inputs, objective: Objective) -> Tensor:
     """The plain policy gradient: -A x."""
     return -inputs.advantages * inputs.logp
 
 
-TERMS: dict[str, Callable[[Inputs, LossOptions], Tensor]] = {
+TERMS: dict[str, Callable[[Inputs, Objective], Tensor]] = {
     "grpo": grpo,
     "dual_clip": dual_clip,
     "cispo": cispo,
@@ -118,31 +118,31 @@ TERMS: dict[str, Callable[[Inputs, LossOptions], Tensor]] = {
 }
 
 
-def clipped_tokens(inputs: Inputs, options: LossOptions) -> tuple[Tensor, Tensor]:
+def clipped_tokens(inputs: Inputs, objective: Objective) -> tuple[Tensor, Tensor]:
     """Which tokens a clip bounds (bool, one a token): from below, and from above."""
     punished, rewarded = inputs.advantages < 0, inputs.advantages > 0
-    if options.variant in ("grpo", "dual_clip"):
-        low, high = inputs.ratio < 1 - options.clip_low, inputs.ratio > 1 + options.clip_high
-    elif options.variant == "gmpo":
-        low, high = inputs.log_ratio < -options.clip_low, inputs.log_ratio > options.clip_high
-    elif options.variant == "cispo":
-        high = inputs.ratio > options.clip_high
+    if objective.variant in ("grpo", "dual_clip"):
+        low, high = inputs.ratio < 1 - objective.clip_low, inputs.ratio > 1 + objective.clip_high
+    elif objective.variant == "gmpo":
+        low, high = inputs.log_ratio < -objective.clip_low, inputs.log_ratio > objective.clip_high
+    elif objective.variant == "cispo":
+        high = inputs.ratio > objective.clip_high
         low = torch.zeros_like(high)
     else:
         low = high = torch.zeros_like(punished)
     return low & punished, high & rewarded
 
 
-def _lesser_branch(inputs: Inputs, options: LossOptions) -> Tensor:
+def _lesser_branch(inputs: Inputs, objective: Objective) -> Tensor:
     """min(min(c, delta) A, clip(c) A)."""
     ratio = (
         inputs.ratio
-        if options.delta is None
-        else inputs.ratio.clamp(max=_scalar(options.delta, inputs.ratio))
+        if objective.delta is None
+        else inputs.ratio.clamp(max=_scalar(objective.delta, inputs.ratio))
     )
     # an infinite ratio without advantage is nothing, not NaN
     unclipped = torch.where(inputs.advantages == 0, 0.0, ratio * inputs.advantages)
-    low, high = _scalar(1 - options.clip_low, inputs.ratio), _scalar(1 + options.clip_high, inputs.ratio)
+    low, high = _scalar(1 - objective.clip_low, inputs.ratio), _scalar(1 + objective.clip_high, inputs.ratio)
     clipped = inputs.ratio.clamp(low, high) * inputs.advantages
     # dx: A dc/dx where the unclipped branch is the lesser one and c <= delta, else 0
     return torch.minimum(unclipped, clipped)

@@ -1,4 +1,4 @@
-"""The Triton backend of grpo_loss and group_advantages: which calls it serves, and its ops.
+"""The Triton backend of grpo_loss and group_advantages: its ops.
 
 Triton is imported at the first launch, never before. B sequences, T or N tokens (padded or packed).
 """
@@ -8,105 +8,65 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import devices
-from . import ops
-from .advantages import SCALES
-from .cpu import DTYPES
-from .options import DEFAULTS
+from . import advantages, loss
+from .kl import ESTIMATORS
+from .objective import RATIOS, VARIANTS, Numbers, has_clip, terms_are_of_tokens
+from .reductions import COUNTS
+from .reference import SCALES
 
 TILES = {"block": 512, "sequences": 32, "slots": 8, "many": 1024}  # see triton_sums.Call
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-def reasons(values: Tensor, *unused: object, **keywords: object) -> tuple[str, ...]:
-    """Why this call can not be served; ``values`` are the log-probs, or the rewards."""
-    return tuple(devices.triton("tensors", values, DTYPES))
-
-
-def loss_forward(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    ref_logp: Tensor | None,
-    policy_weights: Tensor | None,
-    entropy: Tensor | None,
-    entropy_weights: Tensor | None,
-    weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    numbers: Tensor,
-    total: Tensor | None,
-    variant: int,
-    ratio: int,
-    kl: int,
-    count: int,
-    logp_gradient: bool,
-    entropy_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op ``grpo_loss_triton`` (see ops.py), in two launches."""
+@loss.FORWARD.implement("triton")
+def loss_forward(call: loss.KernelCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """In two launches."""
     from . import triton_kernels, triton_sums
 
-    outputs = ops.empty_outputs(logp, cu_seqlens, ratio, logp_gradient, entropy_gradient)
-    *sizes, slots = _sizes(logp, cu_seqlens)
-    sums = logp.new_empty(triton_sums.NUM_SUMS, slots)
-    given = triton_sums.Tokens(
-        logp,
-        old_logp,
-        advantages,
-        mask,
-        ref_logp,
-        policy_weights,
-        entropy,
-        entropy_weights,
-        weights,
-        cu_seqlens,
-    )
-    values = triton_sums.Numbers(*numbers.tolist())
-    name, level = ops.VARIANTS[variant], ops.RATIOS[ratio]
-    call = triton_sums.Call(
-        variant=name,
-        ratio=level,
-        kl=ops.ESTIMATORS[kl],
-        counted=ops.COUNTS[count],
-        token_terms=level == "token" and name not in ("vespo", "gmpo"),
-        clips="clip_high" in DEFAULTS[name],
-        sequence_advantages=_one_a_sequence(advantages),
-        sequence_weights=policy_weights is not None and _one_a_sequence(policy_weights),
+    given = call.tokens
+    results = loss.shapes(call)
+    *sizes, slots = _sizes(given.logp, given.cu_seqlens)
+    sums = given.logp.new_empty(triton_sums.NUM_SUMS, slots)
+    numbers = Numbers(*call.numbers.tolist())
+    variant, ratio = VARIANTS[call.variant], RATIOS[call.ratio]
+    compiled_for = triton_sums.Call(
+        variant=variant,
+        ratio=ratio,
+        kl=ESTIMATORS[call.kl],
+        counted=COUNTS[call.counted],
+        token_terms=terms_are_of_tokens(variant, ratio),
+        clips=has_clip(variant),
+        sequence_advantages=_one_per_sequence(given.advantages),
+        sequence_weights=given.policy_weights is not None and _one_per_sequence(given.policy_weights),
         **TILES,
     )
-    with torch.cuda.device_of(logp):
+    with torch.cuda.device_of(given.logp):
         if slots > 0:
-            triton_sums.sums_kernel[(slots,)](sums, given, values, *sizes, slots, call, **LAUNCH)
-        triton_kernels.loss_kernel[(1 + slots if logp_gradient or entropy_gradient else 1,)](
+            triton_sums.sums_kernel[(slots,)](sums, given, numbers, *sizes, slots, compiled_for, **LAUNCH)
+        triton_kernels.loss_kernel[(1 + slots if call.logp_gradient or call.entropy_gradient else 1,)](
             sums,
             given,
-            values,
-            triton_kernels.Outputs(*outputs[:2], *map(_none_if_empty, outputs[2:])),
-            total,
+            numbers,
+            loss.Results._make(map(_none_if_empty, results)),
+            call.total,
             *sizes,
             slots,
-            call,
+            compiled_for,
             **LAUNCH,
         )
-    return outputs
+    return results
 
 
-def loss_backward(
-    grad_loss: Tensor,
-    grad_logp: Tensor,
-    grad_of_ratio: Tensor,
-    grad_entropy: Tensor,
-    mask: Tensor,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The op ``grpo_loss_triton_backward``, in one launch."""
+@loss.BACKWARD.implement("triton")
+def loss_backward(call: loss.BackwardCall) -> tuple[Tensor, Tensor]:
+    """In one launch."""
     from . import triton_kernels, triton_sums
 
-    results = torch.empty_like(grad_logp), torch.empty_like(grad_entropy)
+    grad_loss, *grads, mask, cu_seqlens = call
+    results = loss.backward_shapes(call)
     *sizes, slots = _sizes(mask, cu_seqlens)
     if slots > 0:
-        grads = map(_none_if_empty, (grad_logp, grad_of_ratio, grad_entropy))
-        call = triton_sums.Call(
+        compiled_for = triton_sums.Call(
             variant="",
             ratio="",
             kl="",
@@ -119,41 +79,41 @@ def loss_backward(
         )
         with torch.cuda.device_of(mask):
             triton_kernels.backward_kernel[(slots,)](
-                grad_loss, *grads, mask, cu_seqlens, *results, *sizes, call, **LAUNCH
+                grad_loss,
+                *map(_none_if_empty, grads),
+                mask,
+                cu_seqlens,
+                *results,
+                *sizes,
+                compiled_for,
+                **LAUNCH,
             )
     return results
 
 
-def group_advantages(
-    rewards: Tensor,
-    group_size: int,
-    group_ids: Tensor | None,
-    valid: Tensor | None,
-    scale: int,
-    eps: Tensor,
-    leave_one_out: bool,
-) -> Tensor:
-    """The op ``group_advantages_triton``, in one launch."""
+@advantages.FORWARD.implement("triton")
+def group_advantages(call: advantages.AdvantagesCall) -> Tensor:
+    """In one launch."""
     from . import triton_advantages as kernels
 
-    advantages = torch.empty_like(rewards)
-    size = rewards.shape[0]
+    result = torch.empty_like(call.rewards)
+    size = call.rewards.shape[0]
     if size > 0:
-        with torch.cuda.device_of(rewards):
+        with torch.cuda.device_of(call.rewards):
             kernels.advantages_kernel[(size,)](
-                rewards,
-                group_ids,
-                valid,
-                advantages,
-                eps.item(),
+                call.rewards,
+                call.group_ids,
+                call.valid,
+                result,
+                call.eps.item(),
                 size,
-                max(group_size, 1),
-                SCALE=SCALES[scale],
-                LEAVE_ONE_OUT=leave_one_out,
+                max(call.group_size, 1),
+                SCALE=SCALES[call.scale],
+                LEAVE_ONE_OUT=call.leave_one_out,
                 OTHERS=kernels.OTHERS,
                 num_warps=LAUNCH["num_warps"],
             )
-    return advantages
+    return result
 
 
 def _sizes(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
@@ -166,16 +126,10 @@ def _sizes(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, in
     return tokens.numel(), 0, sequences, tokens.numel() // block + sequences if sequences else 0
 
 
-def _one_a_sequence(values: Tensor) -> bool:
+def _one_per_sequence(values: Tensor) -> bool:
     """Whether values are (B, 1)."""
     return values.ndim == 2 and values.shape[1] == 1
 
 
 def _none_if_empty(values: Tensor) -> Tensor | None:
     return values if values.numel() else None
-
-
-for _key in ("CUDA", "CPU"):  # on the CPU, in Triton's interpreter
-    ops.library.impl("grpo_loss_triton", loss_forward, _key)
-    ops.library.impl("grpo_loss_triton_backward", loss_backward, _key)
-    ops.library.impl("group_advantages_triton", group_advantages, _key)

@@ -7,11 +7,10 @@ in all. No program waits for another, and every sum has a fixed order.
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads annotations of a kernel as its own types)
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
+from .metrics import NAMES
 from .triton_sums import LARGEST, RATIO, SIZES, SQUARES, sums_of, weight_of_all
 from .triton_terms import (
     first_slot_of,
@@ -30,15 +29,7 @@ from .triton_terms import (
     token_term,
 )
 
-
-class Outputs(NamedTuple):
-    """Pointers; the gradients are None where they are not wanted."""
-
-    loss: Any
-    metrics: Any
-    grad_logp: Any
-    grad_of_ratio: Any
-    grad_entropy: Any
+PLACES = {name: place for place, name in enumerate(NAMES)}  # of the metrics
 
 
 @triton.jit
@@ -155,20 +146,29 @@ def store_loss(sums, given, numbers, out, total_given, length, sequences, slots,
             quotient(tl.sum(highs, axis=0), unit_sum),
         )
     tl.store(out.loss, whole)
-    # the order of metrics.NAMES
-    tl.store(out.metrics, whole)
-    tl.store(out.metrics + 1, policy)
-    tl.store(out.metrics + 2, kl_mean)
-    tl.store(out.metrics + 3, entropy_mean)
-    tl.store(out.metrics + 4, quotient(ratio_sum * top, unit_sum))
-    tl.store(out.metrics + 5, tl.where(ratio_sum == ratio_sum, top, ratio_sum))
-    tl.store(out.metrics + 6, low_mean)
-    tl.store(out.metrics + 7, high_mean)
-    tl.store(out.metrics + 8, low_mean + high_mean)
-    tl.store(out.metrics + 9, quotient(-tl.sum(drifts, axis=0), token_sum))
+    store_metric(out, "loss", whole)
+    store_metric(out, "policy_loss", policy)
+    store_metric(out, "kl", kl_mean)
+    store_metric(out, "entropy", entropy_mean)
+    store_metric(out, "ratio/mean", quotient(ratio_sum * top, unit_sum))
+    store_metric(out, "ratio/max", tl.where(ratio_sum == ratio_sum, top, ratio_sum))
+    store_metric(out, "clip_ratio/low_mean", low_mean)
+    store_metric(out, "clip_ratio/high_mean", high_mean)
+    store_metric(out, "clip_ratio/region_mean", low_mean + high_mean)
+    store_metric(out, "approx_kl", quotient(-tl.sum(drifts, axis=0), token_sum))
     share = quotient(ratio_sum * ratio_sum, square_sum * unit_sum)
-    tl.store(out.metrics + 10, tl.where(top < float("inf"), share, float("nan")))
-    tl.store(out.metrics + 11, token_sum)
+    store_metric(out, "ess", tl.where(top < float("inf"), share, float("nan")))
+    store_metric(out, "num_tokens", token_sum)
+
+
+@triton.constexpr_function
+def place_of_metric(name):
+    return PLACES[name]
+
+
+@triton.jit
+def store_metric(out, NAME: tl.constexpr, value):
+    tl.store(out.metrics + place_of_metric(NAME), value)
 
 
 @triton.jit
@@ -256,9 +256,9 @@ def store_gradients(
 @triton.jit(do_not_specialize=SIZES)
 def loss_kernel(
     sums,  # (NUM_SUMS, slots) float32
-    given,  # Tokens
-    numbers,  # Numbers
-    out,  # Outputs
+    given,  # loss.Tokens
+    numbers,  # objective.Numbers
+    out,  # loss.Results, whose gradients are None where they are not wanted
     total_given,  # (1,) float32 or None
     tokens: tl.int64,
     length: tl.int64,

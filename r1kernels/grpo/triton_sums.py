@@ -7,7 +7,7 @@ value a sequence, its term is that of the sum of its A >= 0 plus that of the sum
 # mypy: disable-error-code="no-untyped-def"
 # (Triton reads annotations of a kernel as its own types)
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -46,50 +46,17 @@ RATIO = tl.constexpr(12)  # sum c / max c
 SQUARES = tl.constexpr(13)  # sum (c / max c)^2
 
 
-class Tokens(NamedTuple):
-    """Pointers to what stands at every token, None where it was not given."""
-
-    logp: Any
-    old_logp: Any
-    advantages: Any  # one a token or, with Call.sequence_advantages, (B,)
-    mask: Any
-    ref_logp: Any
-    policy_weights: Any  # one a token or, with Call.sequence_weights, (B,)
-    entropy: Any
-    entropy_weights: Any
-    weights: Any
-    cu_seqlens: Any
-
-
-class Numbers(NamedTuple):
-    """``ops.NUMBERS``."""
-
-    low: Any
-    high: Any
-    delta: Any
-    dual_bound: Any
-    tau_positive: Any
-    tau_other: Any
-    k_positive: Any
-    lam_positive: Any
-    k_negative: Any
-    lam_negative: Any
-    kl_coef: Any
-    entropy_coef: Any
-    divisor: Any
-
-
 class Call(NamedTuple):
     """What the kernels are compiled for."""
 
     variant: str
     ratio: str
     kl: str
-    counted: str  # of ``ops.COUNTS``
+    counted: str  # of ``reductions.COUNTS``
     token_terms: bool  # the term of a token depends on that token alone
     clips: bool  # the variant has a clip
-    sequence_advantages: bool
-    sequence_weights: bool
+    sequence_advantages: bool  # one per sequence, (B,)
+    sequence_weights: bool  # policy weights likewise
     block: int  # tokens of a slot
     sequences: int  # that the loss is added up of at a time
     slots: int  # of each
@@ -104,8 +71,8 @@ def store_sum(sums, slots, slot, PLACE: tl.constexpr, values):
 @triton.jit(do_not_specialize=SIZES)
 def sums_kernel(
     sums,  # (NUM_SUMS, slots) float32
-    given,  # Tokens
-    numbers,  # Numbers
+    given,  # loss.Tokens
+    numbers,  # objective.Numbers
     tokens: tl.int64,
     length: tl.int64,
     sequences: tl.int64,

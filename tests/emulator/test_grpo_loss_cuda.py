@@ -9,8 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from r1kernels.grpo import advantages as group_advantages_module
-from r1kernels.grpo import group_advantages, ops
+from r1kernels.grpo import group_advantages
+from r1kernels.grpo.loss import FORWARD, shapes
+from r1kernels.grpo.objective import Numbers
+from tests.support.forced import public_on
 from tests.support.grpo_loss_kernel import GrpoLossKernel, gradients, on_backend, random_call
 from tests.support.numerics import same_bits
 
@@ -35,33 +37,18 @@ class EmulatedOps:
             "cu_seqlens_bytes": cu_seqlens.element_size() if packed else 0,
         }
 
-    def forward(
-        self, logp, old_logp, advantages, mask, ref_logp, policy_weights, entropy, entropy_weights, weights,
-        cu_seqlens, numbers, total, variant, ratio, kl, count, logp_gradient, entropy_gradient,
-    ):  # fmt: skip
-        outputs = ops.empty_outputs(logp, cu_seqlens, ratio, logp_gradient, entropy_gradient)
+    def forward(self, *row):
+        call = FORWARD.fields.back(row)
+        given, outputs = call.tokens, shapes(call)
         for output in outputs:
             output.fill_(torch.nan)
-        fields = self.layout(mask, cu_seqlens)
+        fields = self.layout(given.mask, given.cu_seqlens)
         one_each = (fields["sequences"], 1)
-        tensors = {
-            "logp": logp,
-            "old_logp": old_logp,
-            "ref_logp": ref_logp,
-            "advantages": advantages,
-            "policy_weights": policy_weights,
-            "entropy": entropy,
-            "entropy_weights": entropy_weights,
-            "weights": weights,
-            "total": total,
-            "numbers": numbers,
-            **dict(
-                zip(("loss", "metrics", "grad_logp", "grad_of_ratio", "grad_entropy"), outputs, strict=True)
-            ),
-        }
+        tensors = given._asdict() | {"total": call.total, "numbers": call.numbers} | outputs._asdict()
         fields |= {name: address(tensor) for name, tensor in tensors.items()}
-        fields |= {"variant": variant, "ratio": ratio, "kl": kl, "count": count}
-        fields["advantages_per_token"] = advantages.shape != one_each
+        fields |= {"variant": call.variant, "ratio": call.ratio, "kl": call.kl, "count": call.counted}
+        fields["advantages_per_token"] = given.advantages.shape != one_each
+        policy_weights = given.policy_weights
         fields["policy_weights_per_token"] = policy_weights is not None and policy_weights.shape != one_each
         workspace = torch.full((self.module.workspace_bytes(fields),), 255, dtype=torch.uint8)
         assert self.module.forward(fields | {"workspace": workspace.data_ptr()}) == 0
@@ -74,7 +61,7 @@ class EmulatedOps:
             "advantages_per_token policy_weights_per_token variant ratio kl count"
         )
         fields = self.layout(mask, cu_seqlens) | dict.fromkeys(absent.split(), 0)
-        numbers = torch.zeros(len(ops.NUMBERS))
+        numbers = torch.zeros(len(Numbers._fields))
         fields |= {
             "numbers": address(numbers),
             "grad_logp": address(grad_logp),
@@ -155,5 +142,5 @@ def test_group_advantages(backend, scale, leave_one_out):
         for valid in (None, torch.rand(150, generator=generator) > 0.3):
             keywords = {"group_size": None, "group_ids": None, **groups, "valid": valid, "scale": scale}
             keywords |= {"leave_one_out": leave_one_out, "eps": 1e-4}
-            ours = group_advantages_module.run(backend, rewards, **keywords)
+            ours = public_on(backend, group_advantages, rewards, **keywords)
             torch.testing.assert_close(ours, group_advantages(rewards, **keywords, backend="reference"))

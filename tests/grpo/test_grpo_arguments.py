@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from r1kernels.grpo import grpo_loss, grpo_preset, linear_grpo_loss, reduction_weights
-from r1kernels.grpo.options import DEFAULTS
+from r1kernels.grpo.objective import DEFAULTS
 
 VALUES = {
     "ratio": "sequence",

@@ -5,8 +5,6 @@ N tokens, H hidden, V vocabulary. The oracle is the reference in float64, itself
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,8 +12,9 @@ import torch.multiprocessing as mp
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from r1kernels import extension
-from r1kernels.grpo import grpo_loss, grpo_preset, linear_autograd, linear_grpo_loss, linear_ops, ops
+from r1kernels import explain, extension
+from r1kernels.grpo import grpo_loss, grpo_preset, linear_grpo_loss
+from r1kernels.grpo.linear import FORWARD, one_pass_of_all
 from r1kernels.logprob import cpu, linear_logprobs
 from tests.support.host_reads import NoHostReads
 from tests.support.numerics import assert_as_exact_as, same_bits
@@ -283,7 +282,7 @@ def arguments_of_the_op(leaves, targets, tensors, keywords):
 
     class Recorded(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is ops.namespace.linear_grpo_loss_cpu.default:
+            if function is torch.ops.r1kernels.linear_grpo_loss_cpu.default:
                 seen.append(args)
             return function(*args, **(kwargs or {}))
 
@@ -296,15 +295,18 @@ def arguments_of_the_op(leaves, targets, tensors, keywords):
 def test_the_op_keeps_its_schema(batch_of):
     leaves, targets, tensors, keywords = call_of(batch_of(seed=14, num_sequences=2, num_tokens=5))
     arguments = arguments_of_the_op(leaves, targets, tensors, keywords)
-    torch.library.opcheck(ops.namespace.linear_grpo_loss_cpu.default, arguments)
-    assert linear_autograd.reasons(lambda *_: ("a",), lambda *_: ("a", "b"), *leaves[:2]) == (
-        "a",
-        "b",
-    )
+    torch.library.opcheck(torch.ops.r1kernels.linear_grpo_loss_cpu.default, arguments)
+
+
+def test_no_reason_is_given_twice(batch_of):
+    leaves, targets, tensors, _ = call_of(batch_of(seed=14), dtype=torch.float64)
+    for line in explain(linear_grpo_loss, *leaves[:2], targets, *tensors).splitlines()[1:]:
+        reasons = line.partition("can not run: ")[2].split("; ")
+        assert len(set(reasons)) == len(reasons)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])
-def test_on_a_gpu_nothing_asks_which_tokens_count(batch_of, monkeypatch, chunk_size):
+def test_on_a_gpu_nothing_asks_which_tokens_count(batch_of, chunk_size):
     """The implementation for GPUs on the engine of the CPU: all tokens are computed, and nothing of what is masked stays."""
     batch = batch_of(seed=17)
     temperature = torch.full((5, 9), 0.9)
@@ -312,15 +314,11 @@ def test_on_a_gpu_nothing_asks_which_tokens_count(batch_of, monkeypatch, chunk_s
     leaves, targets, (old, advantages, mask), keywords = call
     leaves[0] = torch.where(mask.unsqueeze(-1), leaves[0], torch.nan)
     keywords |= {name: torch.where(mask, keywords[name], torch.nan) for name in ("ref_logp", "temperature")}
-    tensors, run_of = (torch.where(mask, old, torch.inf), advantages, mask), []
+    tensors = (torch.where(mask, old, torch.inf), advantages, mask)
     arguments = arguments_of_the_op(leaves, torch.where(mask, targets, -7), tensors, keywords)
-    monkeypatch.setattr(
-        ops, "library", SimpleNamespace(impl=lambda name, function, key: run_of.append(function))
-    )
-    linear_ops.implement(cpu.ENGINE, "CUDA")
     with NoHostReads():
-        results = run_of[0](*arguments)
-    for ours, expected in zip(results, ops.namespace.linear_grpo_loss_cpu(*arguments), strict=True):
+        results = one_pass_of_all(cpu.ENGINE, FORWARD.fields.back(arguments))
+    for ours, expected in zip(results, torch.ops.r1kernels.linear_grpo_loss_cpu(*arguments), strict=True):
         torch.testing.assert_close(ours, expected)
 
 

@@ -11,8 +11,8 @@ import itertools
 import pytest
 import torch
 
-from r1kernels.grpo import autograd, grpo_loss
-from r1kernels.grpo.options import LossOptions, resolve
+from r1kernels.grpo import grpo_loss
+from tests.support.forced import public_on
 from tests.support.numerics import same_bits
 
 RATIO_VARIANTS = ("grpo", "dual_clip", "cispo", "sapo")
@@ -25,8 +25,7 @@ GARBAGE = (torch.nan, torch.inf, -torch.inf)
 
 def on_backend(backend, logp, old_logp, advantages, mask, **keywords):
     """``grpo_loss`` on a backend that may not serve such tensors outside of a test."""
-    options = resolve(LossOptions(**keywords))
-    return autograd.run(backend, logp, old_logp, advantages, mask, options)
+    return public_on(backend, grpo_loss, logp, old_logp, advantages, mask, **keywords)
 
 
 def random_call(seed, sequences=4, tokens=37, packed=False, per_token=False, policy=None, drift=0.3):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from r1kernels import group_advantages, linear_grpo_loss
+from r1kernels import group_advantages, grpo_loss, linear_grpo_loss
 from r1kernels.grpo import grpo_preset, triton_advantages
 from r1kernels.grpo import triton as kernels
 from tests.support import interpreter_bfloat16
@@ -202,8 +202,10 @@ def test_a_small_weight_of_a_token_costs_no_digits_of_float16_gradients(entropy_
 
 def test_a_compiled_call_holds_the_op():
     arguments, keywords = random_call(5)
-    compiled = torch.compile(on_backend, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(grpo_loss, fullgraph=True, backend="aot_eager")
     expected, gradient = gradients(lambda *v, **o: on_backend("triton", *v, **o), arguments, keywords)
-    output, compiled_gradient = gradients(lambda *v, **o: compiled("triton", *v, **o), arguments, keywords)
+    output, compiled_gradient = gradients(
+        lambda *v, **o: compiled(*v, **o, backend="triton"), arguments, keywords
+    )
     assert same_bits(output.metrics.tensor, expected.metrics.tensor)
     assert all(itertools.starmap(same_bits, zip(compiled_gradient, gradient, strict=True)))

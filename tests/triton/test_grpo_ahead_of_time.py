@@ -7,8 +7,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from r1kernels.grpo import ops
 from r1kernels.grpo import triton as backend
+from r1kernels.grpo.advantages import AdvantagesCall
+from r1kernels.grpo.kl import ESTIMATORS
+from r1kernels.grpo.loss import BackwardCall, KernelCall, Tokens
+from r1kernels.grpo.objective import RATIOS, VARIANTS, Numbers
+from r1kernels.grpo.reductions import COUNTS
 from tests.support import offline_triton
 
 CALLS = (  # variant, ratio, KL, count, packed
@@ -32,33 +36,33 @@ def launch(variant, ratio, kl, count, packed, sequences=3, length=700, factor=1.
     """Forward and backward with everything given (padded), or with as little as may be and values for tokens (packed)."""
     shape = (sequences * length,) if packed else (sequences, length)
     tokens, per_sequence = torch.zeros(shape), torch.zeros(sequences, 1)
-    given = None if packed else tokens
     mask = torch.zeros(shape, dtype=torch.int64 if packed else torch.bool)
     cu_seqlens = torch.zeros(sequences + 1, dtype=torch.int32) if packed else None
-    arguments = (
-        tokens,
-        given,
-        tokens if packed else per_sequence,
-        mask,
-        tokens,
-        tokens if packed else per_sequence,
+    given = Tokens(
+        logp=tokens,
+        old_logp=None if packed else tokens,
+        advantages=tokens if packed else per_sequence,
+        mask=mask,
+        ref_logp=tokens,
+        policy_weights=tokens if packed else per_sequence,
+        entropy=tokens,
+        entropy_weights=None if packed else tokens,
+        weights=None,
+        cu_seqlens=cu_seqlens,
     )
-    arguments += (
-        tokens,
-        given,
-        None,
-        cu_seqlens,
-        torch.full((13,), factor),
-        torch.ones(1) if packed else None,
+    call = KernelCall(
+        tokens=given,
+        numbers=torch.full((len(Numbers._fields),), factor),
+        total=torch.ones(1) if packed else None,
+        variant=VARIANTS.index(variant),
+        ratio=RATIOS.index(ratio),
+        kl=ESTIMATORS.index(kl),
+        counted=COUNTS.index(count),
+        logp_gradient=True,
+        entropy_gradient=True,
     )
-    places = (
-        ops.VARIANTS.index(variant),
-        ops.RATIOS.index(ratio),
-        ops.ESTIMATORS.index(kl),
-        ops.COUNTS.index(count),
-    )
-    _, _, *grads = backend.loss_forward(*arguments, *places, True, True)
-    backend.loss_backward(torch.ones(()), *grads, mask, cu_seqlens)
+    _, _, *grads = backend.loss_forward(call)
+    backend.loss_backward(BackwardCall(torch.ones(()), *grads, mask, cu_seqlens))
 
 
 def assert_light(compiled, folder, capability):
@@ -85,8 +89,9 @@ def test_the_kernel_of_the_advantages_fits_and_does_not_spill(tmp_path, capabili
     rewards, ids = torch.zeros(64), torch.zeros(64, dtype=torch.int64)
     with offline_triton.compile_only(capability) as compiled:
         for scale in range(3):
-            backend.group_advantages(rewards, 4, None, rewards > 0, scale, torch.tensor(1e-4), False)
-            backend.group_advantages(rewards, 0, ids, None, scale, torch.tensor(1e-4), False)
+            eps = torch.tensor(1e-4)
+            backend.group_advantages(AdvantagesCall(rewards, 4, None, rewards > 0, scale, eps, False))
+            backend.group_advantages(AdvantagesCall(rewards, 0, ids, None, scale, eps, False))
     assert len(compiled) == 6
     assert_light(compiled, tmp_path, capability)
 
@@ -100,6 +105,6 @@ def test_no_size_and_no_number_compiles_a_kernel_anew():
             launch("grpo", "sequence", "k3", count, packed, sequences, length, factor)
         for size in (1, 16, 33):
             eps = torch.tensor(1e-4 * size)
-            backend.group_advantages(torch.zeros(size), size, None, None, 0, eps, False)
+            backend.group_advantages(AdvantagesCall(torch.zeros(size), size, None, None, 0, eps, False))
     assert len(compiled) == 2 * 3 * len(sizes) + 3
     assert len({kernel.hash for kernel in compiled}) == 2 * 3 + 1

@@ -1,0 +1,33 @@
+"""What the kernels of this family take: values as contiguous float32, numbers in a small tensor on the CPU."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Values = TypeVar("Values", Tensor, Tensor | None)
+
+
+def floats(values: Values, differentiable: bool = False) -> Values:
+    """Values, or None, as kernels read them: float32, contiguous, without gradient unless ``differentiable``."""
+    if values is None:
+        return values
+    if values.requires_grad and not differentiable:
+        values = values.detach()
+    # asked first: each call that would change nothing costs as much as the kernel of a small batch
+    if values.dtype is torch.float32 and values.is_contiguous():
+        return values
+    return values.float().contiguous()
+
+
+def numbers_tensor(numbers: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers as a tensor, for torch.compile specialises on float arguments of kernels."""
+    if not torch.compiler.is_compiling():
+        return torch.frombuffer(array("f" if dtype == torch.float32 else "d", numbers), dtype=dtype)
+    # a constructor would fix them, a product does not
+    one = torch.ones((), dtype=dtype, device="cpu")
+    return torch.stack([one * number for number in numbers])
