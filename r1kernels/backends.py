@@ -23,7 +23,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +50,7 @@ class Backend:
     op: str
     name: str
     run: Callable[..., Any]
-    reasons: Callable[..., tuple[str, ...]] | None = None
+    reasons: Callable[..., Sequence[str]] | None = None
 
     def refuses(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
         if self.reasons is None:
@@ -85,7 +85,7 @@ _strict = False
 
 
 def register(
-    op: str, name: str, run: Callable[..., Any], reasons: Callable[..., tuple[str, ...]] | None = None
+    op: str, name: str, run: Callable[..., Any], reasons: Callable[..., Sequence[str]] | None = None
 ) -> None:
     """Make ``run`` the backend ``name`` of ``op``; ``reasons`` (same arguments) says why it can not serve a call."""
     if name not in NAMES:
@@ -136,7 +136,7 @@ def choose(op: str, backend: str | None, /, *args: Any, **kwargs: Any) -> Backen
         if not refusal:
             return chosen
         _fall_back(chosen, refusal)
-    device = _device_type(args, kwargs)
+    device = _device_type((*args, *kwargs.values()))
     for chosen in _candidates(op, device):
         refusal = chosen.refuses(*args, **kwargs)
         if not refusal:
@@ -257,12 +257,12 @@ def _preference(op: str) -> str:
     return _preferred.get(op) or _preferred.get(EVERY_OP) or AUTO
 
 
-def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    for value in (*args, *kwargs.values()):
+def _device_type(values: tuple[Any, ...]) -> str:
+    for value in values:
+        if isinstance(value, tuple):  # a call
+            return _device_type(value)
         if isinstance(value, torch.Tensor):
             return value.device.type
-        if isinstance(value, tuple):  # a call
-            return _device_type(value, {})
     return ""
 
 

@@ -28,10 +28,10 @@ def values_visible(*tensors: Tensor | None) -> bool:
     """Whether values inside the tensors may be looked at now: eager, and on the CPU or with ``debug_checks(True)``."""
     if torch.compiler.is_compiling():
         return False
-    given = [tensor for tensor in tensors if tensor is not None]
-    if any(_is_symbolic(tensor) for tensor in given):
-        return False
-    return _debug or all(tensor.device.type == "cpu" for tensor in given)
+    for tensor in tensors:
+        if tensor is not None and (_is_symbolic(tensor) or not (tensor.is_cpu or _debug)):
+            return False
+    return True
 
 
 def tensor(

@@ -1,5 +1,5 @@
 // What the torch ops of grpo_loss and group_advantages share on all devices: they check what the kernels trust, and
-// allocate. Schemas and fakes stand in r1kernels/grpo/ops.py, where the arguments are explained.
+// allocate. Schemas and fakes stand in r1kernels/grpo/loss.py, where the arguments are explained.
 #pragma once
 
 #include <optional>
