@@ -24,9 +24,17 @@ def floats(values: Values, differentiable: bool = False) -> Values:
     return values.float().contiguous()
 
 
+def without_values() -> bool:
+    """Whether tensors that are made here have no values: inside torch.compile, or a FakeTensorMode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    )
+
+
 def numbers_tensor(numbers: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
     """Numbers as a tensor, for torch.compile specialises on float arguments of kernels."""
-    if not torch.compiler.is_compiling():
+    if not without_values():
         return torch.frombuffer(array("f" if dtype == torch.float32 else "d", numbers), dtype=dtype)
     # a constructor would fix them, a product does not
     one = torch.ones((), dtype=dtype, device="cpu")

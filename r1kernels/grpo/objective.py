@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .casts import numbers_tensor
+from .casts import numbers_tensor, without_values
 from .kl import ESTIMATORS
 from .reductions import REDUCTIONS, Totals, check_totals
 
@@ -189,7 +189,7 @@ class Numbers(NamedTuple):
 
 def constants_of(objective: Objective, divisor: float) -> tuple[Tensor, int, int, int]:
     """What kernels take of the hyper-parameters: Numbers, and the places of variant, ratio and kl."""
-    constants = _constants if torch.compiler.is_compiling() else _kept_constants
+    constants = _constants if without_values() else _kept_constants
     return constants(objective, divisor)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 
 from r1kernels.grpo import (
     group_advantages,
@@ -171,3 +172,29 @@ def test_the_guard_against_host_reads_sees_them():
         torch.ones(1).item()
     with pytest.raises(AssertionError, match="depends on values"), NoHostReads():
         torch.ones(3)[torch.tensor([True, False, True])]
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_fake_tensors_go_through_and_leave_nothing_behind(batch_of, backend):
+    """What is kept from call to call must not be made of them."""
+    batch = batch_of(seed=35, dtype=torch.float32)
+    arguments, keywords = everything(batch, "grpo", clip_low=0.123, backend=backend)
+
+    def run(logp, others, keywords):
+        output = grpo_loss(logp, *others, **keywords)
+        return output.loss, torch.autograd.grad(output.loss, logp)[0]
+
+    fake = FakeTensorMode(allow_non_fake_inputs=False)
+
+    def faked(value):
+        return fake.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+    with fake:
+        logp, *others = map(faked, arguments)
+        loss, grad = run(logp, others, {name: faked(value) for name, value in keywords.items()})
+        assert loss.shape == () and grad.shape == batch.logp.shape
+        assert group_advantages(fake.from_tensor(batch.advantages), group_size=5, backend=backend).shape == (
+            5,
+        )
+    loss, grad = run(arguments[0], arguments[1:], keywords)
+    assert loss.isfinite() and grad.isfinite().all()
