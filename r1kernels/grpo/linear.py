@@ -360,7 +360,7 @@ def one_pass(engine: tiles.Engine, call: OnePassCall) -> Results:
     hidden, weight, tokens = call.hidden, call.weight, call.loss.tokens
     unit = hidden.new_ones((), dtype=torch.float32)
     if hidden.dtype == torch.float16:
-        unit = tiles.unit_of(_largest_slope(call.loss))
+        unit = tiles.unit_of(_largest_slope(call.loss), exponent=6)  # ratios far from 1 make larger slopes
     scaled = tokens._replace(
         weights=_times(tokens.weights, unit), entropy_weights=_times(tokens.entropy_weights, unit)
     )

@@ -44,7 +44,7 @@ def _block(problem: tiles.Problem, block: slice, with_extra: bool, slope: Tensor
     zeros = slope.new_zeros(slope.shape[0])
     unit = torch.ones_like(zeros)
     if weight.dtype == torch.float16:
-        unit = tiles.unit_of((inverse * rows.logit_scale + zeros).abs())
+        unit = tiles.unit_of((inverse * rows.logit_scale + zeros).abs(), exponent=14)
     found, top = [], zeros
     for slab in slabs:
         tile, of_slab = tiles.tile_of(problem, block, slab, None), tiles.rows_of(problem, block, slab)

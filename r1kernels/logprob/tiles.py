@@ -61,13 +61,13 @@ def scratch(
     return engine.empty(like, (tokens, -(-columns // 64) * 64), dtype)[:, :columns]
 
 
-def unit_of(largest: Tensor) -> Tensor:
+def unit_of(largest: Tensor, exponent: int) -> Tensor:
     """The power of two to take for the upstream gradient in place of 1, where the ``largest`` gradient of a logit is known.
 
-    For float16, to which engines may round the gradient of a tile, and which holds nothing below 6e-8: the largest one is then
-    near 2^6, far from either end.
+    For float16, to which engines may round the gradient of a tile, and which holds nothing below 6e-8 and above 65504: the largest
+    one is then near 2^exponent.
     """
-    return torch.ldexp(torch.ones_like(largest), 6 - largest.frexp().exponent)
+    return torch.ldexp(torch.ones_like(largest), exponent - largest.frexp().exponent)
 
 
 class Tiling(NamedTuple):
