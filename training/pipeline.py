@@ -219,9 +219,9 @@ def _refuse_changed(
     changed = stage.changed_output()
     if changed:
         raise UserError(f"{changed} is missing or not what stage {name} wrote: {force}")
-    differs = difference(record["config"], stage_config(recipe, name))
+    differs = _changed(record["config"], stage_config(recipe, name))
     if differs:
-        raise UserError(f"stage {name} was made with {differs}: {force}; or use another --run folder")
+        raise UserError(f"stage {name} {differs}: {force}; or use another --run folder")
     if certain and record["inputs"] != inputs_of(run_dir, parents):
         which = difference(record["inputs"], inputs_of(run_dir, parents), shorten=8)
         raise UserError(f"stage {name} was made from other inputs ({which}): {force}")
@@ -230,6 +230,16 @@ def _refuse_changed(
 def inputs_of(run_dir: RunDir, parents: Sequence[str]) -> dict[str, str]:
     """Parent -> hash of what it made; the parents must be done."""
     return {parent: (run_dir.stage(parent).record() or {})["hash"] for parent in parents}
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What a stage was made with that is otherwise by now; "" where all is the same."""
+    files = before.get("files", {})
+    found = difference({**before, "files": {}}, {**after, "files": {}})
+    if found:
+        return f"was made with {found}"
+    edited = [each for each, digest in after.get("files", {}).items() if files.get(each) != digest]
+    return f"read {edited[0]}, whose content has changed since" if edited else ""
 
 
 def difference(before: Any, after: Any, place: str = "", shorten: int | None = None) -> str:
@@ -244,7 +254,8 @@ def difference(before: Any, after: Any, place: str = "", shorten: int | None = N
         return ""
     if before == after:
         return ""
-    return f"{place} = {str(before)[:shorten]} and now it is {str(after)[:shorten]}"
+    was, now = ("left out" if value is None else str(value)[:shorten] for value in (before, after))
+    return f"{place} = {was} and now it is {now}"
 
 
 def _run_stage(
