@@ -22,7 +22,7 @@ from training.loops.loss import loss_arguments
 from training.model import deepseek_config
 from training.needs import check_needs
 from training.pipeline import POLICIES, STAGES, Stage, plan
-from training.pretrained import pretrained_config
+from training.pretrained import check_pretrained
 from training.recipe import Base, Distill, Evaluate, Grpo, NextToken, Recipe, RlAll, Zero, start_of
 from training.tasks import names as task_names
 from training.tasks.problem import KINDS
@@ -113,12 +113,16 @@ def _check_folders(name: str, recipe: Recipe) -> None:
             f"{name}.{key}: expected one of {', '.join(ANSWERING)}, or the folder of a checkpoint, got {start!r}"
             + (f": did you mean {likely!r}?" if likely else "")
         )
+    if start and start not in ANSWERING:
+        check_pretrained(start, f"{name}.{key}")
+    if name == "base" and recipe.model.pretrained:
+        check_pretrained(recipe.model.pretrained, "model.pretrained")
     if getattr(config, "data", ""):
         with named(f"{name}.data"):
             traces.read(config.data)
     for student, sizes in getattr(config, "students", {}).items():
         if sizes.pretrained:
-            pretrained_config(sizes.pretrained, f"distill.students.{student}.pretrained")
+            check_pretrained(sizes.pretrained, f"distill.students.{student}.pretrained")
 
 
 def _check_grpo(name: str, config: Grpo) -> None:

@@ -239,7 +239,8 @@ def _distillation(recipe: Recipe, model: Parameters, parents: list[str]) -> Iter
     for name, student in recipe.distill.students.items():
         in_folder = student.pretrained and recipe.model.sizes == "folder"
         sizes = count(pretrained_config(student.pretrained) if in_folder else config_of(student, vocabulary))
-        length = _length(student.max_length or DOCUMENT_TOKENS)
+        longest = DOCUMENT_TOKENS if recipe.distill.data else recipe.distill.max_new_tokens
+        length = _length(student.max_length or longest)
         tokens = (student.steps * student.batch_size or student.epochs * documents) * length
         flops = 3 * tokens * sizes.forward(length / 2)
         work = f"{_count(student.steps)} steps" if student.steps else f"{student.epochs} epochs"

@@ -14,7 +14,7 @@ from typing import Any
 import huggingface_hub
 import transformers
 
-from training.checkpoint import load_config, load_model
+from training.checkpoint import TOKENIZER_FILES, load_config, load_model
 from training.config import nearest
 from training.errors import UserError
 from training.model import check_head
@@ -59,6 +59,20 @@ def pretrained_config(spec: str, key: str = "model.pretrained") -> Any:
         _require_gguf()
         return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     return load_config(pretrained_folder(spec, key, CONFIG_FILES))
+
+
+def check_pretrained(spec: str, key: str) -> None:
+    """Raises a UserError where `load_pretrained` would miss a file, without reading weights; of the hub only the config is seen."""
+    pretrained_config(spec, key)
+    folder = Path(spec)
+    if spec == SMOLLM2 or not folder.is_dir():
+        return
+    for what, patterns in (
+        ("tokenizer.json", TOKENIZER_FILES),
+        ("weights in safetensors", ("*.safetensors",)),
+    ):
+        if not any(path for pattern in patterns for path in folder.glob(pattern)):
+            raise UserError(f"{key}: {spec} holds no {what}")
 
 
 def pretrained_folder(spec: str, key: str, files: Sequence[str] = HUB_FILES) -> Path:

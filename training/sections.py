@@ -360,6 +360,8 @@ class Student(NextToken):
     layers: int = setting(2, "layers", minimum=1)
     heads: int = setting(4, "attention heads", minimum=1)
     intermediate_size: int = setting(192, "width of the MLP", minimum=1)
+    # the teacher's responses are as long as distill.max_new_tokens lets them be
+    max_length: int = setting(0, "tokens a document; 0: as many as the model reads", minimum=0)
 
 
 def _students() -> dict[str, Student]:

@@ -71,6 +71,38 @@ def test_distill_teaches_a_student_what_the_teacher_said(brought, capsys, monkey
     assert main(["chat", "--run", "run", "--max-new-tokens", "4"]) == 0
 
 
+def test_students_from_random_weights_read_responses_to_their_end(brought):
+    words = ["samples=1", "max_new_tokens=160", "filters=[]"]
+    words += [f"distill.students.{name}.steps=1" for name in ("qwen2", "llama")]
+    assert train("distill", *words) == 0
+    stage = RunDir("run").stage("distill")
+    told = [row["text"] for row in read_jsonl(stage.path / "warnings.jsonl")]
+    assert any("did not end within 160 tokens" in text for text in told)
+    assert not any("documents were cut" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"), [("tokenizer.json", "tokenizer.json"), ("model.safetensors", "weights")]
+)
+@pytest.mark.parametrize("folder", ["own", "pupil"])
+def test_a_folder_that_lacks_a_file_is_named_before_the_first_stage(brought, capsys, folder, missing, said):
+    write_folder(brought / "pupil", "llama", seed=1)
+    (brought / folder / missing).unlink()
+    for word in ("--dry-run", "steps=1"):
+        assert train("distill", "--student", "pupil", word.replace("steps", "samples")) == 2
+        assert f"{folder} holds no {said}" in capsys.readouterr().err
+    assert not (brought / "run" / "distill").exists()
+
+
+def test_a_run_is_evaluated_when_what_it_began_with_is_gone(brought, capsys):
+    assert train("grpo", "steps=1", *SHORT[1:]) == 0
+    (brought / "own").rename(brought / "elsewhere")
+    words = ["problems=2", "k_problems=1", "k=1", "max_new_tokens=4"]
+    options = "task_options={'jsonl:q.jsonl': {test_share: 0.5}}"
+    assert main(["evaluate", "--run", "run", options, *words]) == 0
+    assert "zero (in %" in capsys.readouterr().out
+
+
 def test_evaluate_asks_every_row_of_the_file(brought, capsys):
     words = ["k_problems=2", "k=1", "evaluate.max_new_tokens=8"]
     assert main(["evaluate", "--model", "own", "--data", "q.jsonl", "--out", "marks.jsonl", *words]) == 0
