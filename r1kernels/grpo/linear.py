@@ -16,9 +16,8 @@ from torch import Tensor
 from .. import checks
 from ..logprob import cpu, cuda, linear_logprobs, tiles, triton_linear
 from ..logprob.linear import Head, cast_as_linear_would, check_linear
-from ..logprob.ops import Rows
 from ..logprob.sharded import shard_of
-from ..logprob.token import check_temperature
+from ..logprob.token import Rows, check_temperature
 from ..op import Kernel, Op, Size, recorded
 from . import loss
 from .layout import advantages_of, layout_of

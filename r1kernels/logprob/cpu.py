@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import devices, extension
+from .. import extension
 from ..op import Kernel, Written
 from . import linear_tiles, tiles, token
 
@@ -76,7 +76,3 @@ ENGINE = tiles.Engine(
     invariant_tokens=lambda dtype: 0 if is_ours(dtype) else 64,
 )
 linear_tiles.implement(ENGINE, "CPU")
-
-
-def linear_reasons(hidden: Tensor, *unused: object) -> tuple[str, ...]:
-    return tuple(devices.cpu("hidden", hidden))

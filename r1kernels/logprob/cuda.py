@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import devices
 from . import linear_tiles, tiles, token
 
 
@@ -60,7 +59,3 @@ ENGINE = tiles.Engine(
     gradient=_gradient,
 )
 linear_tiles.implement(ENGINE, "CUDA")
-
-
-def linear_reasons(hidden: Tensor, *unused: object) -> tuple[str, ...]:
-    return tuple(devices.cuda("hidden", hidden))

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import devices
 from . import cuda, linear_tiles, tiles, tuning
 from . import triton as row_kernels
 from .linear import LinearCall
@@ -141,7 +140,3 @@ def _add_wide_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> No
 INTERPRETED_ENGINE = ENGINE._replace(logits=_wide_logits, add_product=_add_wide_product)
 linear_tiles.implement(ENGINE, "CUDA")
 linear_tiles.implement(INTERPRETED_ENGINE, "CPU")
-
-
-def reasons(hidden: Tensor, *unused: object) -> tuple[str, ...]:
-    return tuple(devices.triton("hidden", hidden))
