@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from r1kernels.moe import triton_experts as backend
 from r1kernels.moe import tuning
+from r1kernels.moe.experts import ExpertsBackwardCall, ExpertsCall, GemmBackwardCall, GemmCall
 from tests.support import offline_triton
 
 TABLES = sorted(Path(tuning.__file__).parent.glob("*.json"))
@@ -50,7 +51,8 @@ def forward(rows, dtype, size, keep=True, activation=0):
     hidden = torch.empty(rows // TOP_K, size, dtype=dtype)
     indices = torch.zeros(rows // TOP_K, TOP_K, dtype=torch.int64)
     weights = torch.empty(EXPERTS, 2 * size, size, dtype=dtype), torch.empty(EXPERTS, size, size, dtype=dtype)
-    backend.moe_experts(hidden, indices, torch.empty(rows // TOP_K, TOP_K), *weights, activation, keep)
+    shares = torch.empty(rows // TOP_K, TOP_K)
+    backend.moe_experts(ExpertsCall(hidden, indices, shares, *weights, activation, keep))
 
 
 def backward(rows, dtype, size, activation=0):
@@ -60,7 +62,9 @@ def backward(rows, dtype, size, activation=0):
     pre_activation = torch.empty(rows, 2 * size, dtype=dtype)
     scores = torch.empty(rows // TOP_K, TOP_K)
     backend.moe_experts_backward(
-        hidden, hidden, scores, *weights, pre_activation, *order, activation, *(True,) * 4
+        ExpertsBackwardCall(
+            hidden, hidden, scores, *weights, pre_activation, *order, activation, *(True,) * 4
+        )
     )
 
 
@@ -110,8 +114,8 @@ def test_grouped_gemm_of_many_experts_fits(tmp_path, table_of, capability, exper
     x, weight = torch.empty(64, 64, dtype=torch.bfloat16), torch.empty(experts, 64, 64, dtype=torch.bfloat16)
     offsets = torch.zeros(experts + 1, dtype=torch.int32)
     with offline_triton.compile_only(capability) as compiled:
-        backend.grouped_gemm(x, weight, offsets)
-        backend.grouped_gemm_backward(x, x, weight, offsets, True, True)
+        backend.grouped_gemm(GemmCall(x, weight, offsets))
+        backend.grouped_gemm_backward(GemmBackwardCall(x, x, weight, offsets, True, True))
     names = {kernel.name for kernel in compiled}
     assert names == {"ascend_kernel", "schedule_kernel", "rows_kernel", "weight_gradient_kernel"}
     for kernel in compiled:

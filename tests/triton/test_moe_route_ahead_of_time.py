@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from r1kernels.moe import triton_routing as backend
 from r1kernels.moe import triton_sort
+from r1kernels.moe.routing import RouteBackwardCall, RouteCall
 from tests.support import offline_triton
 
 ROUTERS = (  # experts, top_k, softmax, n_group, normalize
@@ -29,9 +30,10 @@ MATRIX = [
 def launch(experts, top_k, softmax, n_group, normalize, tokens=3, dtype=torch.bfloat16):
     logits, bias = torch.zeros(tokens, experts, dtype=dtype), torch.zeros(experts)
     groups = (n_group, (n_group + 1) // 2)
-    weights, indices, _ = backend.route(logits, top_k, softmax, bias, *groups, normalize, 2.5, None)
-    backend.route(logits, top_k, softmax, None, *groups, normalize, 2.5, indices)
-    backend.route_backward(weights, logits, indices, softmax, normalize, 2.5)
+    choice = RouteCall(logits, top_k, softmax, bias, *groups, normalize, 2.5, None)
+    weights, indices, _ = backend.route(choice)
+    backend.route(choice._replace(bias=None, indices=indices))
+    backend.route_backward(RouteBackwardCall(weights, logits, indices, softmax, normalize, 2.5))
 
 
 def assert_light(compiled, folder, capability):
