@@ -68,21 +68,21 @@ def choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
 
 def integer(name: str, value: Any, minimum: int | None = None) -> int:
     """Check that ``value`` is an int (a bool is not), of Python or NumPy, and at least ``minimum``; the result is one of Python."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not isinstance(value, (int, torch.SymInt)) and isinstance(value, numbers.Integral):  # NumPy's
         value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
-    return value
+    return value  # type: ignore[return-value]
 
 
 def number(name: str, value: Any) -> float:
     """Check that ``value`` is a finite number, of Python or NumPy; the result is one of Python."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's numbers are
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not isinstance(value, (int, float)) and isinstance(value, numbers.Real):  # NumPy's
         value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return value

@@ -307,16 +307,18 @@ def split_temperature(
     temperature: float | Tensor, targets: Tensor, ignore_index: int, dtype: torch.dtype
 ) -> tuple[Tensor | None, float]:
     """A temperature as (one per token (N,) or None, the number that holds for all), checked; dtype: that of the inputs."""
-    checked = check_temperature(temperature, targets, targets != ignore_index, dtype)
+    # of a number nothing is looked at
+    counted = targets != ignore_index if isinstance(temperature, Tensor) else None
+    checked = check_temperature(temperature, targets, counted, dtype)
     return (checked.reshape(-1).contiguous(), 1.0) if isinstance(checked, Tensor) else (None, checked)
 
 
 def check_temperature(
-    temperature: float | Tensor, targets: Tensor, counted: Tensor, dtype: torch.dtype
+    temperature: float | Tensor, targets: Tensor, counted: Tensor | None, dtype: torch.dtype
 ) -> float | Tensor:
     """A number that holds for all tokens, or one per token in the shape of ``targets``, in float32 (float64 for that dtype).
 
-    What stands where ``counted`` (...) is False is not looked at.
+    What stands where ``counted`` (...) is False is not looked at; None: everything counts.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if not isinstance(temperature, Tensor):
@@ -332,7 +334,8 @@ def check_temperature(
     if temperature.requires_grad:
         raise ValueError("temperature: expected a tensor without gradient, got one that requires it")
     if checks.values_visible(temperature, counted):
-        checks.all_positive("temperature", torch.where(counted, temperature, 1.0))
+        looked_at = temperature if counted is None else torch.where(counted, temperature, 1.0)
+        checks.all_positive("temperature", looked_at)
     return temperature.to(wide)
 
 
