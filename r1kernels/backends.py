@@ -43,8 +43,8 @@ _log = logging.getLogger("r1kernels")
 class Backend:
     """One implementation of one op.
 
-    ``run(*args, **kwargs)`` computes; ``reasons(*args, **kwargs)``, called with the same arguments, returns sentences that
-    say why this call can not be served (none: it can).
+    ``run(*call)`` computes; ``reasons(*call)``, called with the same arguments, returns sentences that say why this call can
+    not be served (none: it can).
     """
 
     op: str
@@ -52,10 +52,10 @@ class Backend:
     run: Callable[..., Any]
     reasons: Callable[..., Sequence[str]] | None = None
 
-    def refuses(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+    def refuses(self, *call: Any) -> tuple[str, ...]:
         if self.reasons is None:
             return ()
-        return (*transforms.reasons(args, kwargs), *self.reasons(*args, **kwargs))
+        return (*transforms.reasons(call), *self.reasons(*call))
 
 
 class BackendError(RuntimeError):
@@ -69,11 +69,8 @@ class _Scopes(threading.local):
     explaining: bool = False
 
 
-class _Arguments(Exception):
+class _Call(Exception):
     """What a public function would have given to the backends; raised instead of running one."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
 
 
 _registry: dict[str, dict[str, Backend]] = {}
@@ -108,14 +105,14 @@ def registered(op: str) -> tuple[str, ...]:
     return tuple(_backends_of(op))
 
 
-def dispatch(op: str, backend: str | None, /, *args: Any, **kwargs: Any) -> Any:
+def dispatch(op: str, backend: str | None, /, *call: Any) -> Any:
     """Run ``op`` on the backend that serves this call; ``backend`` is what the caller of the public op gave."""
     if _scoped.explaining:
-        raise _Arguments(args, kwargs)
-    return choose(op, backend, *args, **kwargs).run(*args, **kwargs)
+        raise _Call(*call)
+    return choose(op, backend, *call).run(*call)
 
 
-def choose(op: str, backend: str | None, /, *args: Any, **kwargs: Any) -> Backend:
+def choose(op: str, backend: str | None, /, *call: Any) -> Backend:
     """The backend that serves this call (see the order at the top of this file).
 
     Raises:
@@ -125,20 +122,20 @@ def choose(op: str, backend: str | None, /, *args: Any, **kwargs: Any) -> Backen
     available = _backends_of(op)
     if backend is not None and backend != AUTO:
         chosen = _named(op, backend)
-        refusal = chosen.refuses(*args, **kwargs)
+        refusal = chosen.refuses(*call)
         if refusal:
             raise BackendError(_refusal_text(chosen, refusal))
         return chosen
     wanted = _preference(op)
     if wanted != AUTO and wanted in available:
         chosen = available[wanted]
-        refusal = chosen.refuses(*args, **kwargs)
+        refusal = chosen.refuses(*call)
         if not refusal:
             return chosen
         _fall_back(chosen, refusal)
-    device = _device_type((*args, *kwargs.values()))
+    device = _device_type(call)
     for chosen in _candidates(op, device):
-        refusal = chosen.refuses(*args, **kwargs)
+        refusal = chosen.refuses(*call)
         if not refusal:
             return chosen
         if devices.SERVED[chosen.name][0] == device:
@@ -196,21 +193,21 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         return "\n".join([*lines, *(f"  {backend}" for backend in backends)])
     if function is None:
         function = getattr(sys.modules["r1kernels"], name)
-    inner = _arguments_of(function, args, kwargs)
-    chosen = choose(name, kwargs.get("backend"), *inner.args, **inner.kwargs).name
+    call = _call_of(function, args, kwargs)
+    chosen = choose(name, kwargs.get("backend"), *call).name
     for backend in backends.values():
-        refusal = backend.refuses(*inner.args, **inner.kwargs)
+        refusal = backend.refuses(*call)
         state = "can not run: " + "; ".join(refusal) if refusal else "could run"
         lines.append(f"  {backend.name:<10} {'runs' if backend.name == chosen else state}")
     return "\n".join(lines)
 
 
-def _arguments_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+def _call_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     _scoped.explaining = True
     try:
         function(*args, **kwargs)
-    except _Arguments as arguments:
-        return arguments
+    except _Call as raised:
+        return raised.args
     finally:
         _scoped.explaining = False
     raise ValueError(f"op: {function.__name__} chose no backend for these arguments")

@@ -22,12 +22,12 @@ def active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def reasons(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+def reasons(call: tuple[Any, ...]) -> tuple[str, ...]:
     """Why no kernel can serve a call with these arguments."""
     forward_mode = forward_ad._current_level >= 0
     if not (forward_mode or active()):
         return ()
-    tensors = list(_tensors((*args, *kwargs.values())))
+    tensors = list(_tensors(call))
     if forward_mode and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         return ("an argument has a forward-mode derivative, which the reference alone computes",)
     if torch.compiler.is_exporting():
