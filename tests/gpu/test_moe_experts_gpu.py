@@ -50,7 +50,7 @@ class TestMoeExpertsGpu(MoeExpertsKernel):
         ids=str,
     )
     def test_every_tile(self, backend, shape, dtype):
-        self.check_exactness(Case(*shape, dtype=dtype), dtype)
+        self.check_exactness(Case(*shape, dtype=dtype), dtype=dtype)
 
     @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
     def test_tensors_that_begin_between_vectors(self, backend, dtype):

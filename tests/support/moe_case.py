@@ -35,19 +35,27 @@ class Case:
         top_k: int,
         dtype: torch.dtype = torch.float64,
         indices: Tensor | None = None,
+        draw: int = 0,
     ) -> None:
-        self.hidden = normal(tokens, hidden, seed=1, dtype=dtype).requires_grad_()
-        routing = route(normal(tokens, experts, seed=2, dtype=torch.float32), top_k, backend="reference")
+        """draw: which of many random calls of these sizes."""
+        self.hidden = normal(tokens, hidden, seed=1 + 10 * draw, dtype=dtype).requires_grad_()
+        routing = route(
+            normal(tokens, experts, seed=2 + 10 * draw, dtype=torch.float32), top_k, backend="reference"
+        )
         self.indices = routing.indices if indices is None else indices
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.weights = routing.weights.to(wide).requires_grad_()
         self.gate_up = (
-            (normal(experts, 2 * intermediate, hidden, seed=3) / hidden**0.5).to(dtype).requires_grad_()
+            (normal(experts, 2 * intermediate, hidden, seed=3 + 10 * draw) / hidden**0.5)
+            .to(dtype)
+            .requires_grad_()
         )
         self.down = (
-            (normal(experts, hidden, intermediate, seed=4) / intermediate**0.5).to(dtype).requires_grad_()
+            (normal(experts, hidden, intermediate, seed=4 + 10 * draw) / intermediate**0.5)
+            .to(dtype)
+            .requires_grad_()
         )
-        self.grad = normal(tokens, hidden, seed=5, dtype=dtype)
+        self.grad = normal(tokens, hidden, seed=5 + 10 * draw, dtype=dtype)
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
