@@ -6,6 +6,7 @@ stand in for the teacher.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,14 +33,13 @@ def run(context: StageContext) -> dict[str, Any]:
         counts: dict[str, Any] = {"asked": len(documents), "rejections": {}}
     else:
         documents, counts = _taught(context)
-    start = start_of(context.recipe, context.name)
+    of_teacher = functools.cache(
+        lambda: _tokenizer_and_positions(context)
+    )  # once for all students that are left
 
     def train(part: StageContext, name: str) -> dict[str, Any]:
         sizes = config.students[name]
-        teacher, teacher_tokenizer = (
-            checkpoint.load_model(context.checkpoint(start)) if start else (None, None)
-        )
-        positions = Encoder(teacher, teacher_tokenizer).positions or context.recipe.model.max_length
+        teacher_tokenizer, positions = of_teacher()
         model, tokenizer = student.build(sizes, teacher_tokenizer, seed, positions)
         metrics = next_token.train(model, tokenizer, documents, sizes, part)
         folder = context.stage.path / f"checkpoint-{name}"
@@ -54,6 +54,16 @@ def run(context: StageContext) -> dict[str, Any]:
         "kept": len(documents),
         **{f"{name}/{key}": value for name, metrics in trained.items() for key, value in metrics.items()},
     }
+
+
+def _tokenizer_and_positions(context: StageContext) -> tuple[Any, int]:
+    """The teacher's tokenizer, or None without a teacher, and how many tokens it reads; its weights are let go."""
+    longest = context.recipe.model.max_length
+    start = start_of(context.recipe, context.name)
+    if not start:
+        return None, longest
+    teacher, tokenizer = checkpoint.load_model(context.checkpoint(start))
+    return tokenizer, Encoder(teacher, tokenizer).positions or longest
 
 
 def _taught(context: StageContext) -> tuple[list[Document], dict[str, Any]]:
