@@ -10,11 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import r1kernels
 from r1kernels import backends, examples, extension
+from tests.support.sample_calls import differentiable_call, first
 
 DOCS = "\n".join(page.read_text() for page in Path(__file__).parents[1].joinpath("docs").glob("*.md"))
 EVERY = sorted(examples.calls("cpu"))
-LEADING = {"grpo_loss": 1, "linear_grpo_loss": 2, "group_advantages": 0}
-"""How many of the first arguments have a gradient, where not all have."""
 KERNELS = [op for op in EVERY if "cpu" in backends.registered(op)]
 
 
@@ -48,18 +47,11 @@ def test_an_op_has_a_reference_an_explanation_and_a_page(op):
 @pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 @pytest.mark.parametrize("op", KERNELS)
 def test_the_torch_ops_of_a_call_keep_their_schemas_and_shapes(op):
-    args, kwargs = examples.calls("cpu")[op]
-    differentiable = LEADING.get(op, len(args))
-    leaves = [
-        x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for x in args[:differentiable]
-    ]
-    leaves += args[differentiable:]
+    function, leaves = differentiable_call(op)
     with Recorder() as recorder:
-        result = getattr(r1kernels, op)(*leaves, **kwargs)
-        first = result if isinstance(result, torch.Tensor) else result[0]
-        if first.requires_grad:
-            first.sum().backward()
+        result = first(function(*leaves))
+        if result.requires_grad:
+            result.sum().backward()
     assert recorder.calls
     for function, arguments in recorder.calls:
         torch.library.opcheck(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import r1kernels
-from r1kernels import examples
+from tests.support.sample_calls import differentiable_call, first
 
 OPS = (
     "token_logprobs",
@@ -35,24 +35,10 @@ OPTIONS = {
 CALLS = [(op, options) for op in OPS for options in OPTIONS.get(op, [{}])]
 
 
-def first(result) -> Tensor:
-    """The result that has a gradient."""
-    return result if isinstance(result, Tensor) else result[0]
-
-
 def problem(op: str, options: dict):
-    """(the op as a function of its differentiable arguments, these arguments)"""
-    args, kwargs = examples.calls("cpu")[op]
-    places = [i for i, value in enumerate(args) if isinstance(value, Tensor) and value.is_floating_point()]
-    places = places[: {"grpo_loss": 1, "linear_grpo_loss": 2}.get(op)]  # then come advantages
-
-    def function(*leaves: Tensor) -> Tensor:
-        given = list(args)
-        for place, leaf in zip(places, leaves, strict=True):
-            given[place] = leaf
-        return first(getattr(r1kernels, op)(*given, **{**kwargs, **options}))
-
-    return function, [args[place].clone().requires_grad_() for place in places]
+    """(the op as a function of its differentiable arguments that gives one tensor, these arguments)"""
+    function, leaves = differentiable_call(op, **options)
+    return lambda *given: first(function(*given)), leaves
 
 
 @pytest.mark.parametrize(("op", "options"), CALLS)

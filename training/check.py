@@ -20,7 +20,7 @@ from training.config import nearest, unknown
 from training.errors import UserError, named
 from training.loops.loss import loss_arguments
 from training.model import deepseek_config
-from training.needs import check_needs
+from training.needs import check_needs, kinds_of
 from training.pipeline import POLICIES, STAGES, Stage, plan
 from training.pretrained import check_pretrained
 from training.recipe import Base, Distill, Evaluate, Grpo, NextToken, Recipe, RlAll, Zero, start_of
@@ -138,8 +138,7 @@ def _check_grpo(name: str, config: Grpo) -> None:
             )
     with named(f"{name}.rewards"):
         rewards.check_terms(config.rewards)
-    kinds = [kind for kind, share in getattr(config, "mix", {"reasoning": 1.0}).items() if share]
-    for kind in kinds:
+    for kind in kinds_of(config):
         live = rewards.live_terms(kind, config.rewards)
         if not any(config.rewards.get(term) for term in live):
             raise UserError(

@@ -41,14 +41,17 @@ def check_needs(recipe: Recipe, order: list[str]) -> list[str]:
     for name in order:
         config = getattr(recipe, name)
         if isinstance(config, Grpo):
-            kinds = [kind for kind, share in getattr(config, "mix", {"reasoning": 1.0}).items() if share]
-            rewards.check_languages(
-                f"{name}.rewards", config.rewards, [each for kind in kinds for each in pools["train"][kind]]
-            )
+            asked = [each for kind in kinds_of(config) for each in pools["train"][kind]]
+            rewards.check_languages(f"{name}.rewards", config.rewards, asked)
     unmet = [need for need in _needs(recipe, order) if not _fed(need, pools)]
     if unmet:
         raise UserError(_unmet_text(recipe, order, unmet, pools))
     return [remark for name in order for remark in _remarks(name, recipe, pools)]
+
+
+def kinds_of(config: Grpo) -> list[str]:
+    """The kinds of problems that a stage of reinforcement learning asks."""
+    return [kind for kind, share in getattr(config, "mix", {"reasoning": 1.0}).items() if share]
 
 
 def _remarks(name: str, recipe: Recipe, pools: Pools) -> Iterator[str]:

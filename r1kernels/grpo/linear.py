@@ -217,8 +217,9 @@ def _save(call: OnePassCall, results: Any) -> Any:
 
 def _gradients(backend: str, inputs: Any, saved: Any, _: Any, grads: Any, needs: Any) -> list[Tensor | None]:
     *held, unit = saved
+    upstream = grads[0] / unit
     return [
-        (grad * (grads[0] / unit)).to(tensor.dtype) if needed else None
+        (grad * upstream).to(tensor.dtype) if needed else None
         for grad, tensor, needed in zip(held, inputs, needs, strict=True)
     ]
 

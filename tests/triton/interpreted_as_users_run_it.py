@@ -8,6 +8,7 @@ import torch
 
 import r1kernels
 from r1kernels import examples
+from tests.support.sample_calls import first
 
 REFUSED = "bfloat16, whose raw bits Triton's interpreter multiplies"
 OPS = (
@@ -19,10 +20,6 @@ OPS = (
     "grouped_gemm",
     "route",
 )
-
-
-def first(result):
-    return result if isinstance(result, torch.Tensor) else result[0]
 
 
 @pytest.mark.parametrize("op", OPS)
