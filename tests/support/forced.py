@@ -16,5 +16,5 @@ def run_on(backend: str, op: Op, *call: Any) -> Any:
 
 def public_on(backend: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What the public ``function`` gives to a backend, run on this one without a look at what it says."""
-    call = backends._arguments_of(function, args, kwargs).args
+    call = backends._call_of(function, args, kwargs)
     return backends._named(function.__name__, backend).run(*call)
