@@ -19,6 +19,7 @@ import torch
 import r1kernels
 from training import prompts, rewards
 from training.context import StageContext
+from training.engines.transformers import TransformersEngine
 from training.loops import batch as batches
 from training.loops import grpo
 from training.loops.sample import Prompt, sample
@@ -127,8 +128,7 @@ class _Bench:
         chosen = self.problems[:2]
         texts = [Prompt(problem, prompts.chat(problem)) for problem in chosen]
         completions = sample(
-            self.policy,
-            self.tokenizer,
+            TransformersEngine(self.policy, self.tokenizer),
             texts,
             samples=GROUP,
             max_new_tokens=self.config.max_new_tokens,

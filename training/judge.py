@@ -15,16 +15,18 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from training import notices, prompts, seeding
+from training import engines, notices, prompts, seeding
 from training.context import StageContext
 from training.encoder import Encoder
 from training.loops.next_token import Document
 from training.loops.sample import Prompt, room
 from training.pieces import sample_in_pieces
+from training.recipe import Rollout
 from training.rewards import Sample
 
 if TYPE_CHECKING:
@@ -133,17 +135,18 @@ def judge(
             "long verdicts",
             f"{len(candidates) - len(asked)} of {len(candidates)} responses are too long for the judge, and count as wrong",
         )
-    written = sample_in_pieces(
-        context,
-        [each.text for each in candidates],
-        model,
-        tokenizer,
-        list(asked.values()),
-        temperature=0.0,
-        max_new_tokens=longest_verdict(encoder, opening, candidates),
-        seed_parts=("judge",),
-        batch_size=BATCH_SIZE,
-    )
+    rollout = Rollout() if context is None else context.recipe.rollout
+    with closing(engines.connect(rollout, model, tokenizer)) as engine:
+        written = sample_in_pieces(
+            context,
+            [each.text for each in candidates],
+            engine,
+            list(asked.values()),
+            temperature=0.0,
+            max_new_tokens=longest_verdict(encoder, opening, candidates),
+            seed_parts=("judge",),
+            batch_size=BATCH_SIZE,
+        )
     read = dict(zip(asked, (parse_verdict(completion.text) for completion in written), strict=True))
     return [read.get(i, Verdict(False, "", False)) for i in range(len(candidates))]
 

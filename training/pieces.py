@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from training import files
 from training.context import StageContext
+from training.engines import Engine
 from training.loops.sample import Completion, Prompt, sample
 from training.progress import Progress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCHES = 4  # full batches in a piece: prompts of one length still share a batch, and a kill costs little
 KEPT = [field.name for field in fields(Completion) if field.name not in ("problem", "routing")]
@@ -26,8 +24,7 @@ KEPT = [field.name for field in fields(Completion) if field.name not in ("proble
 def sample_in_pieces(
     context: StageContext | None,
     identity: Any,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
     prompts: Sequence[Prompt],
     *,
     samples: int = 1,
@@ -42,7 +39,7 @@ def sample_in_pieces(
             None keeps and shows nothing.
         identity: JSON value that tells this call from others of the stage with the same seed_parts, problems and
             settings, such as the hash of the checkpoint.
-        model, tokenizer, prompts, samples, batch_size, seed_parts, settings: as in `sample`, without routing.
+        engine, prompts, samples, batch_size, seed_parts, settings: as in `sample`, without routing.
     """
     size = max(1, BATCHES * batch_size // samples)
     call = files.value_hash([identity, samples, list(seed_parts), settings])
@@ -58,8 +55,7 @@ def sample_in_pieces(
                 drawn = _read(path, asked, samples)
             else:
                 drawn = sample(
-                    model,
-                    tokenizer,
+                    engine,
                     asked,
                     samples=samples,
                     batch_size=batch_size,

@@ -32,6 +32,7 @@ from training.sections import (
     RewardModels,
     RlAll,
     RlReasoning,
+    Rollout,
     Sampling,
     Sft1,
     Sft2,
@@ -55,6 +56,7 @@ __all__ = [
     "RewardModels",
     "RlAll",
     "RlReasoning",
+    "Rollout",
     "Sampling",
     "Sft1",
     "Sft2",
@@ -84,6 +86,8 @@ def stage_config(recipe: Recipe, stage: str) -> dict[str, Any]:
         UserError: such a file cannot be read.
     """
     shared = {name: _plain(getattr(recipe, name)) for name in SHARED}
+    if stage not in WITHOUT_PROBLEMS:
+        shared["rollout"] = _plain(recipe.rollout, keep_operational=False)
     config = {**shared, stage: _plain(getattr(recipe, stage), keep_operational=False)}
     brought = sources.hashes(_brought(recipe, stage))
     if brought:

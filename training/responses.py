@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training import checkpoint, notices, prompts, seeding, sources
+from training import checkpoint, engines, notices, prompts, seeding, sources
 from training.context import StageContext
 from training.encoder import Encoder
 from training.errors import UserError
@@ -21,7 +22,7 @@ from training.loops.sample import Completion, Prompt, room
 from training.model import load
 from training.pieces import sample_in_pieces
 from training.prompts import Prompter
-from training.recipe import Recipe
+from training.recipe import Recipe, Rollout
 from training.response import parse
 from training.rewards import Sample
 from training.tasks import get_task
@@ -38,7 +39,7 @@ BATCH_SIZE = 256  # sequences in flight
 @dataclass
 class Source:
     """A checkpoint to sample from: the stage that made it, its model and tokenizer, the hash of its files, the prompt that it
-    answers and the name of that, and where its answers stand."""
+    answers and the name of that, where its answers stand, and who draws them."""
 
     stage: str
     model: PreTrainedModel
@@ -47,6 +48,7 @@ class Source:
     prompt: Prompter
     style: str = "chat"
     response_format: str = "answer_tags"
+    rollout: Rollout = field(default_factory=Rollout)
 
 
 def load_source(stage: str, path: Path, recipe: Recipe, style: str | None = None) -> Source:
@@ -59,7 +61,9 @@ def load_source(stage: str, path: Path, recipe: Recipe, style: str | None = None
     prompt = prompts.style(**_arguments(noted))
     model, tokenizer = load(path)
     made = checkpoint.checkpoint_hash(path)
-    return Source(stage, model, tokenizer, made, prompt, noted["prompt"], recipe.response_format)
+    return Source(
+        stage, model, tokenizer, made, prompt, noted["prompt"], recipe.response_format, recipe.rollout
+    )
 
 
 def tasks(recipe: Recipe) -> dict[str, Task]:
@@ -160,19 +164,20 @@ def draw(
     context: of the stage that asks, whose folder keeps what is drawn until it is done; None keeps nothing.
     """
     write = prompt or source.prompt
-    return sample_in_pieces(
-        context,
-        source.hash,
-        source.model,
-        source.tokenizer,
-        [Prompt(each, write(each)) for each in fitting(source.model, source.tokenizer, asked, write)],
-        samples=samples,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        seed_parts=(*seed_parts, source.stage),
-        batch_size=batch_size,
-    )
+    fit = fitting(source.model, source.tokenizer, asked, write)
+    with closing(engines.connect(source.rollout, source.model, source.tokenizer)) as engine:
+        return sample_in_pieces(
+            context,
+            source.hash,
+            engine,
+            [Prompt(each, write(each)) for each in fit],
+            samples=samples,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            seed_parts=(*seed_parts, source.stage),
+            batch_size=batch_size,
+        )
 
 
 def as_sample(completion: Completion, response_format: str) -> Sample:

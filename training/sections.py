@@ -190,6 +190,15 @@ class Grpo:
 
 
 @dataclass
+class Rollout:
+    """Who draws responses, in every stage that asks a model."""
+
+    engine: Literal["transformers"] = setting(
+        "transformers", "transformers: the model itself, in the process of the run"
+    )
+
+
+@dataclass
 class Example:
     """A worked example: a question and a response in the form that is asked for."""
 
@@ -443,6 +452,7 @@ class Recipe:
         "answer_tags", "where the answer stands"
     )
     model: Model = field(default_factory=Model)
+    rollout: Rollout = field(default_factory=Rollout)
     base: Base = field(default_factory=Base)
     zero: Zero = field(default_factory=Zero)
     cold_start: ColdStart = field(default_factory=ColdStart)

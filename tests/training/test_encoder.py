@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.support.own_models import edit_json, write_folder
 from training import prompts
 from training.encoder import Encoder
+from training.engines.transformers import TransformersEngine
 from training.errors import UserError
 from training.loops.next_token import Document, _encode
 from training.loops.sample import Prompt, sample
@@ -45,7 +46,7 @@ def folder(tmp_path_factory):
 def test_sft_learns_behind_the_prompt_that_a_rollout_reads(folder, template, prompt):
     model, tokenizer = load(folder(template))
     asked = [Prompt(each, prompt(each)) for each in (problem(), problem(ODD))]
-    drawn = sample(model, tokenizer, asked, max_new_tokens=3, seed_parts=(0,))
+    drawn = sample(TransformersEngine(model, tokenizer), asked, max_new_tokens=3, seed_parts=(0,))
     documents = [Document(RESPONSE, each.turns) for each in asked]
     rows, truncated = _encode(Encoder(model, tokenizer), documents, 0, "sft1")
     assert truncated == 0
@@ -95,8 +96,7 @@ def test_every_eos_of_tokenizer_and_generation_config_and_the_end_of_a_turn_stop
     model, tokenizer = load(path)
     ids = tokenizer.convert_tokens_to_ids(token)
     (completion,) = sample(
-        always(model, ids),
-        tokenizer,
+        TransformersEngine(always(model, ids), tokenizer),
         [Prompt(problem(), prompts.chat(problem()))],
         max_new_tokens=4,
         seed_parts=(0,),
@@ -154,15 +154,14 @@ def test_behind_an_opened_tag_every_form_is_read_as_it_was_meant(folder, text, e
 def test_a_sampled_response_behind_an_opened_tag_is_parsed_with_it(folder):
     model, tokenizer = load(folder("chatml_think"))
     (completion,) = sample(
-        always(model, tokenizer.convert_tokens_to_ids("</think>")),
-        tokenizer,
+        TransformersEngine(always(model, tokenizer.convert_tokens_to_ids("</think>")), tokenizer),
         [Prompt(problem(), [*prompts.chat(problem())])],
         max_new_tokens=1,
         seed_parts=(0,),
     )
     assert completion.text == ""  # opened by the prompt, closed at once: no thinking and nothing said
     (completion,) = sample(
-        load(folder("chatml_think"))[0], tokenizer, [Prompt(problem(), prompts.chat(problem()))],
+        TransformersEngine(load(folder("chatml_think"))[0], tokenizer), [Prompt(problem(), prompts.chat(problem()))],
         max_new_tokens=4, seed_parts=(0,),
     )  # fmt: skip
     assert completion.text.startswith("<think>\n")

@@ -14,6 +14,7 @@ from training import notices, prompts, responses, reward_model
 from training.checkpoint import load_model, save_model
 from training.cli import main
 from training.context import StageContext
+from training.engines.transformers import TransformersEngine
 from training.errors import UserError
 from training.estimate import count
 from training.judge import judge
@@ -76,7 +77,9 @@ def heard(work):
 def test_greedy_sampling_is_what_transformers_generates(tmp_path, family):
     model, tokenizer = load(write_folder(tmp_path / "own", family))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "own")
-    for completion in sample(model, tokenizer, ASKED, temperature=0.0, max_new_tokens=8, seed_parts=(0,)):
+    for completion in sample(
+        TransformersEngine(model, tokenizer), ASKED, temperature=0.0, max_new_tokens=8, seed_parts=(0,)
+    ):
         ids = torch.tensor([completion.prompt_ids])
         expected = plain.generate(
             input_ids=ids,
@@ -139,7 +142,14 @@ def test_models_without_a_cache_of_keys_and_values_are_refused_by_name(tmp_path,
 def test_the_routing_of_a_rollout_is_replayed_in_every_mixture(tmp_path, family):
     model, tokenizer = load(write_folder(tmp_path / "own", family))
     assert is_patched(model) and has_bias(model) == (family == "deepseek_v3")
-    drawn = sample(model, tokenizer, ASKED, samples=2, max_new_tokens=6, seed_parts=(0,), record_routing=True)
+    drawn = sample(
+        TransformersEngine(model, tokenizer),
+        ASKED,
+        samples=2,
+        max_new_tokens=6,
+        seed_parts=(0,),
+        record_routing=True,
+    )
     live = logprobs(model, collate(drawn, 0, torch.device("cpu"), replay=False), 1.0)
     replayed = logprobs(model, collate(drawn, 0, torch.device("cpu"), replay=True), 1.0)
     assert replayed.agreement == 1.0
@@ -279,8 +289,13 @@ def test_a_prompt_that_is_too_long_is_named_and_a_response_ends_with_the_positio
         UserError, match=r"problem long of test: its prompt has \d+ tokens, .* no more than 40"
     ):
         long = Problem("long", "test", "reasoning", "en", "What is 1 plus 1? " * 9, "2")
-        sample(model, tokenizer, [Prompt(long, prompts.chat(long))], max_new_tokens=4, seed_parts=(0,))
-    drawn = sample(model, tokenizer, ASKED, max_new_tokens=64, seed_parts=(0,))
+        sample(
+            TransformersEngine(model, tokenizer),
+            [Prompt(long, prompts.chat(long))],
+            max_new_tokens=4,
+            seed_parts=(0,),
+        )
+    drawn = sample(TransformersEngine(model, tokenizer), ASKED, max_new_tokens=64, seed_parts=(0,))
     assert all(len(c.prompt_ids) + len(c.token_ids) <= 41 for c in drawn)
     assert any(not c.finished for c in drawn)
     logprobs(model, collate(drawn, 0, torch.device("cpu"), replay=False), 1.0)  # fits, too
@@ -327,7 +342,9 @@ def test_documents_and_responses_that_are_cut_are_warned_of(tmp_path):
 
     (said,) = heard(train)
     assert said.startswith("1 of 2 documents were cut at 40 tokens") and "zero.max_length" in said
-    (said,) = heard(lambda: sample(model, tokenizer, ASKED, max_new_tokens=2, seed_parts=(0,)))
+    (said,) = heard(
+        lambda: sample(TransformersEngine(model, tokenizer), ASKED, max_new_tokens=2, seed_parts=(0,))
+    )
     assert said.startswith("3 of 3 responses did not end within 2 tokens") and "'<|im_end|>' ends one" in said
 
 

@@ -11,6 +11,7 @@ from training import pipeline, prompts, responses, reward_model, rewards
 from training.checkpoint import load_model, save_model
 from training.cli import main
 from training.context import StageContext
+from training.engines.transformers import TransformersEngine
 from training.errors import UserError
 from training.loops import next_token
 from training.loops.next_token import Document
@@ -52,7 +53,9 @@ def test_what_sft_teaches_is_what_the_model_then_says(tmp_path, template):
     save_model(model, tokenizer, tmp_path / "checkpoint")
     model, tokenizer = load(tmp_path / "checkpoint")
     asked = [Prompt(problem, prompts.chat(problem)) for problem in PROBLEMS]
-    drawn = sample(model, tokenizer, asked, temperature=0.0, max_new_tokens=60, seed_parts=(0,))
+    drawn = sample(
+        TransformersEngine(model, tokenizer), asked, temperature=0.0, max_new_tokens=60, seed_parts=(0,)
+    )
     for completion in drawn:
         said = responses.as_sample(completion, "answer_tags")
         assert completion.finished

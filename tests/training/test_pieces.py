@@ -7,6 +7,7 @@ import pytest
 
 from training import pieces
 from training.context import StageContext
+from training.engines.transformers import TransformersEngine
 from training.loops.sample import Prompt
 from training.model import build_model
 from training.pieces import sample_in_pieces
@@ -37,7 +38,7 @@ def context(path):
 
 def draw(context, prompts=PROMPTS, identity="a", **settings):
     settings = {"samples": 2, "batch_size": 1, "max_new_tokens": 5, "seed_parts": (0, "x"), **settings}
-    return sample_in_pieces(context, identity, MODEL, TOKENIZER, prompts, **settings)
+    return sample_in_pieces(context, identity, TransformersEngine(MODEL, TOKENIZER), prompts, **settings)
 
 
 @pytest.fixture
@@ -45,11 +46,11 @@ def calls(monkeypatch):
     """The prompts of every call of the sampler; `calls.die_at` kills that one."""
     real, calls = pieces.sample, SimpleNamespace(sizes=[], die_at=None)
 
-    def counted(model, tokenizer, prompts, **settings):
+    def counted(engine, prompts, **settings):
         if len(calls.sizes) == calls.die_at:
             raise Killed
         calls.sizes.append(len(prompts))
-        return real(model, tokenizer, prompts, **settings)
+        return real(engine, prompts, **settings)
 
     monkeypatch.setattr(pieces, "sample", counted)
     return calls

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from training import prompts
+from training.engines.transformers import TransformersEngine, choose_tokens, uniforms
 from training.loops.batch import collate, logprobs
-from training.loops.sample import Prompt, choose_tokens, sample, uniforms
+from training.loops.sample import Prompt, sample
 from training.model import build_model
 from training.sections import Model, Student
 from training.student import build
@@ -28,7 +29,9 @@ def model():
 
 def draw(model, asked=ASKED, **options):
     return sample(
-        model, TOKENIZER, asked, **{"samples": 3, "max_new_tokens": 12, "seed_parts": (0, "test"), **options}
+        TransformersEngine(model, TOKENIZER),
+        asked,
+        **{"samples": 3, "max_new_tokens": 12, "seed_parts": (0, "test"), **options},
     )
 
 
@@ -52,28 +55,28 @@ def test_splitmix64_known_values():
 def test_the_choice_is_the_inverse_of_the_cumulated_probabilities():
     logits = torch.log(torch.tensor([[0.2, 0.5, 0.0, 0.3]])).expand(6, 4)
     uniform = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 0.9999999], dtype=torch.float64)
-    assert choose_tokens(logits, uniform, 1.0, 1.0).tolist() == [0, 0, 1, 1, 3, 3]
+    assert choose_tokens(logits, uniform, 1.0, 1.0)[0].tolist() == [0, 0, 1, 1, 3, 3]
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     # 0.5 + 0.3 reach 0.75; the token of 0.2 is out, and what is left is 5/8 and 3/8.
     logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).expand(4, 3)
     uniform = torch.tensor([0.0, 0.62, 0.63, 0.99], dtype=torch.float64)
-    assert choose_tokens(logits, uniform, 1.0, 0.75).tolist() == [1, 1, 2, 2]
+    assert choose_tokens(logits, uniform, 1.0, 0.75)[0].tolist() == [1, 1, 2, 2]
 
 
 def test_top_p_keeps_the_likeliest_token_however_small_it_is():
     logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).expand(3, 3)
     uniform = torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64)
-    assert choose_tokens(logits, uniform, 1.0, 0.0).tolist() == [1, 1, 1]
+    assert choose_tokens(logits, uniform, 1.0, 0.0)[0].tolist() == [1, 1, 1]
 
 
 def test_temperature_sharpens_and_zero_is_greedy():
     # At T = 0.5 the probabilities are squared: 0.4^2 : 0.6^2 = 4 : 9, so the first token ends at 4/13 = 0.3077.
     logits = torch.log(torch.tensor([[0.4, 0.6]])).expand(2, 2)
     uniform = torch.tensor([0.307, 0.308], dtype=torch.float64)
-    assert choose_tokens(logits, uniform, 0.5, 1.0).tolist() == [0, 1]
-    assert choose_tokens(logits, torch.zeros(2, dtype=torch.float64), 0.0, 1.0).tolist() == [1, 1]
+    assert choose_tokens(logits, uniform, 0.5, 1.0)[0].tolist() == [0, 1]
+    assert choose_tokens(logits, torch.zeros(2, dtype=torch.float64), 0.0, 1.0)[0].tolist() == [1, 1]
 
 
 def test_samples_follow_the_distribution_of_the_model(model):

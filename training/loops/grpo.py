@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from statistics import fmean
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import r1kernels
-from training import checkpoint, rewards, seeding
+from training import checkpoint, engines, rewards, seeding
 from training.context import StageContext
 from training.encoder import Encoder
+from training.engines import Engine
 from training.loops.batch import Batch, collate, logprobs, micro_batches, routed
 from training.loops.loss import policy_loss
 from training.loops.optim import Optimizer, learning_rate, save_due
@@ -72,10 +74,24 @@ def train(
         if reference is not None and config.reference_every:
             checkpoint.load_model_tensors(reference, state.tensors, "reference.")
     watch = Watch(context.stage.metrics())
-    with context.progress.grpo_bar(config.steps, start, context.name) as bar:
+    with (
+        closing(engines.connect(context.recipe.rollout, policy, tokenizer, start)) as engine,
+        context.progress.grpo_bar(config.steps, start, context.name) as bar,
+    ):
         for step in range(start, config.steps):
+            engine.update(policy, step)
             metrics = _step(
-                policy, reference, tokenizer, optimizer, problems, prompt, reward, config, context, step
+                engine,
+                policy,
+                reference,
+                tokenizer,
+                optimizer,
+                problems,
+                prompt,
+                reward,
+                config,
+                context,
+                step,
             )
             context.stage.log(step=step, **metrics)
             watch.see(metrics)
@@ -95,6 +111,7 @@ def train(
 
 
 def _step(
+    engine: Engine,
     policy: PreTrainedModel,
     reference: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -115,8 +132,7 @@ def _step(
         # further rounds ask the questions of steps that never come
         asked = problems(step + number * config.steps)
         drawn = sample(
-            policy,
-            tokenizer,
+            engine,
             [Prompt(problem, prompt(problem)) for problem in asked],
             samples=config.group_size,
             temperature=config.temperature,

@@ -1,0 +1,97 @@
+"""Who draws the responses of a policy: one interface, an engine in the process and a server behind it.
+
+An engine turns requests (the token ids of a prompt and a key) into outputs (the token ids of a response). What stands
+around it, from turns to token ids and from token ids to text, is `training.loops.sample`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from training.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from training.encoder import Encoder
+    from training.sections import Rollout
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to draw.
+
+    key: of its draws (training.seeding.key); max_new_tokens: at most so many tokens, at least 1, and they fit the model.
+    """
+
+    prompt_ids: tuple[int, ...]
+    key: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the responses of a call are drawn.
+
+    temperature: 0 takes the most probable token. top_p: from the smallest set of most probable tokens with at least this
+    probability. top_k: from that many most probable tokens, 0 from all. stop_ids: tokens that end a response.
+    batch_size: at most so many responses in flight. record_routing: keep the experts that the routers chose.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_ids: tuple[int, ...] = ()
+    batch_size: int = 384
+    record_routing: bool = False
+
+
+@dataclass(frozen=True)
+class Output:
+    """One response. Where it is `finished`, token_ids ends with one of the stop ids; else it was cut at max_new_tokens.
+
+    logp: log-prob of each token under the distribution that it was drawn from, renormalised over what top_p and top_k
+    left; 0 at temperature 0. version: of the weights that drew it. routing: with record_routing, the experts chosen for
+    every token of prompt and response but the last, (layers, tokens, experts per token) int16; None for a dense model, and
+    from an engine that does not tell.
+    """
+
+    token_ids: tuple[int, ...]
+    logp: tuple[float, ...]
+    finished: bool
+    version: int
+    routing: Tensor | None = None
+
+
+class Engine(Protocol):
+    """Draws responses from the model that it was given last. Several engines may live at once, each with its own model."""
+
+    encoder: Encoder  # of that model and its tokenizer
+    version: int  # of its weights
+
+    def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Output]:
+        """One output a request, in order. What is drawn depends on a request's prompt and key, on no other request."""
+
+    def update(self, model: PreTrainedModel, version: int) -> None:
+        """Draws with the weights and buffers of `model` from now on: the same model at a later version, its weights changed."""
+
+    def close(self) -> None:
+        """Gives back what the engine holds; it is not used again."""
+
+
+def connect(
+    rollout: Rollout, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, version: int = 0
+) -> Engine:
+    """The engine that the recipe's section `rollout` names, with the weights of `model` at `version`.
+
+    Raises:
+        UserError: the engine cannot serve the model, or cannot be reached.
+    """
+    if rollout.engine == "transformers":
+        from training.engines.transformers import TransformersEngine
+
+        return TransformersEngine(model, tokenizer, version)
+    raise UserError(f"rollout.engine: expected transformers, got {rollout.engine!r}")
