@@ -4,6 +4,9 @@
 
     logp = r1.fused_logprobs(model, input_ids, attention_mask, labels)      # without the logits
 
+    tree = r1.prefix_tree(prompt_ids, completion_ids)                       # lists of token ids
+    logp = r1.shared_prefix_logprobs(model, tree)                           # each shared token once
+
     with r1.patch(model):                              # or r1.patch(model) ... r1.unpatch(model)
         with r1.record_routing(model) as record:
             sequences = model.generate(...)
@@ -27,26 +30,33 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..moe import update_router_bias
+from .prefix_tree import PrefixTree, prefix_tree
 from .routing_record import ExpertLoad, RoutingRecord, RoutingReplay, pad_routing
 from .transformers_experts import NAME, experts_forward, register
 from .transformers_logprobs import fused_logprobs, head_inputs, output_head
+from .transformers_prefix import explain_shared_prefix, shared_prefix_logprobs, shared_prefix_states
 from .transformers_routers import ROUTERS, Control, check_router, install
 
 __all__ = [
     "ExpertLoad",
     "Patch",
+    "PrefixTree",
     "RoutingRecord",
     "RoutingReplay",
     "collect_load",
     "experts_forward",
+    "explain_shared_prefix",
     "fused_logprobs",
     "head_inputs",
     "output_head",
     "pad_routing",
     "patch",
+    "prefix_tree",
     "record_routing",
     "register",
     "replay_routing",
+    "shared_prefix_logprobs",
+    "shared_prefix_states",
     "unpatch",
     "update_bias",
 ]

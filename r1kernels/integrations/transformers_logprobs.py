@@ -138,7 +138,7 @@ def output_head(model: Any) -> Head:
             one that is sharded or partitioned (FSDP, DeepSpeed ZeRO-3), or a model that makes other logits of it.
     """
     module = _linear_head(model)
-    config = _unwrapped(model).config.get_text_config()
+    config = unwrapped(model).config.get_text_config()
     scale = 1.0
     for name, divides in _FACTORS:
         factor = getattr(config, name, None)
@@ -154,7 +154,7 @@ def output_head(model: Any) -> Head:
     return head
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """The model inside the wrappers of torch, which have no method or attribute of it."""
     while isinstance(model, (DistributedDataParallel, torch._dynamo.OptimizedModule)):
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
@@ -162,7 +162,7 @@ def _unwrapped(model: Any) -> Any:
 
 
 def _linear_head(model: Any) -> nn.Linear:
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     module = inner.get_output_embeddings()
     if (
         not isinstance(module, nn.Linear)
@@ -204,7 +204,7 @@ def _path_to_head(model: Any, head: nn.Module) -> list[nn.Module]:
 
 def _what_logits_depend_on(model: Any, head: Head) -> tuple[Any, ...]:
     """What tells that the same hidden states may give other logits than before, as far as anyone can see from outside."""
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     # Falcon-H1 keeps the factor beneath
     modules = [*_path_to_head(model, inner.get_output_embeddings()), inner.base_model]
     parts = [
@@ -226,7 +226,7 @@ def _run(model: Any, replace: Callable[[Tensor], Tensor], inputs: dict[str, Any]
     """The model's own forward with ``replace(states)`` at its head in place of the states: (states, its outputs)."""
     while isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod
-    path = _path_to_head(model, _unwrapped(model).get_output_embeddings())
+    path = _path_to_head(model, unwrapped(model).get_output_embeddings())
     # compiled code does not look for hooks, or keeps those that it was compiled with
     if any(isinstance(one, torch._dynamo.OptimizedModule) or one._compiled_call_impl for one in path[1:]):
         raise ValueError(
@@ -263,7 +263,7 @@ def _try(model: Any, head: Head) -> None:
     hidden = hidden * (_TRIAL_LOGIT / (hidden @ weight.T).abs().amax().clamp(min=1e-6))
     expected = head_logits(hidden, head).float()
     ids = torch.zeros(1, 2, dtype=torch.int64, device=weight.device)
-    name = type(_unwrapped(model)).__name__
+    name = type(unwrapped(model)).__name__
     devices = [] if weight.device.type == "cpu" else [weight.device]
     inputs = {"input_ids": ids, "use_cache": False, "return_dict": True}
     try:
