@@ -8,8 +8,8 @@ import numpy as np
 
 from training import prompts, seeding
 from training.config import unknown
+from training.document import Document
 from training.errors import UserError
-from training.loops.next_token import Document
 from training.prompts import Turns
 from training.tasks import arithmetic, general
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 
 from training import engines, notices, prompts, seeding
 from training.context import StageContext
+from training.document import Document
 from training.encoder import Encoder
-from training.loops.next_token import Document
 from training.loops.sample import Prompt, room
 from training.pieces import sample_in_pieces
 from training.recipe import Rollout

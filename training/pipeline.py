@@ -1,7 +1,4 @@
-"""The stages of the pipeline, and which of them runs next.
-
-    base -> zero -> cold_start -> sft1 -> rl_reasoning -> judge -> rejection -> sft2 -> reward_models -> rl_all
-         -> distill -> evaluate
+"""The stages of the pipeline, in the order of the recipe's sections, and which of them runs next.
 
 A stage runs when it is not done. It is done when its outputs are what it wrote and it was made with these settings
 from these inputs, all by hash. Finished or half-finished work that does not fit is never thrown away unasked: the
@@ -12,7 +9,7 @@ again runs again by itself where its input changed.
 import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,27 +20,24 @@ from training.errors import UserError
 from training.placement import device_of, placed
 from training.progress import Progress
 from training.recipe import STAGE_NAMES, Recipe, remarks, stage_config, start_of
-from training.run_dir import RunDir, StageDir
+from training.run_dir import RunDir
 
-POLICIES = ("base", "zero", "sft1", "rl_reasoning", "sft2", "rl_all", "distill")
+Made = Literal["policy", "data", "critic", "marks"]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: what it does in a few words, what it is made from, and where its `run(context)` is."""
+    """A stage: what it does in a few words, what it is made from, where its `run(context)` is, and what it makes."""
 
     title: str
     parents: Callable[[Recipe], Sequence[str]]
     module: str
+    makes: Made = "policy"
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Does the work of the stage (its module is imported only now) and returns its final metrics."""
         metrics: dict[str, Any] = importlib.import_module(self.module).run(context)
         return metrics
-
-
-def _stage(name: str, title: str, parents: Callable[[Recipe], Sequence[str]]) -> Stage:
-    return Stage(title, parents, f"training.stages.{name}")
 
 
 def _evaluated(recipe: Recipe) -> Sequence[str]:
@@ -79,28 +73,40 @@ def _learning(stage: str, data: str) -> Callable[[Recipe], Sequence[str]]:
     return lambda recipe: _starting(stage, *([] if getattr(recipe, stage).data else [data]))(recipe)
 
 
-STAGES: Mapping[str, Stage] = {
+def _stage(
+    module: str, title: str, parents: Callable[[Recipe], Sequence[str]], makes: Made = "policy"
+) -> Stage:
+    return Stage(title, parents, f"training.stages.{module}", makes)
+
+
+_BY_NAME = {
     "base": _stage("base", "pretraining, or a pretrained model as it is", lambda recipe: ()),
     "zero": _stage("zero", "R1-Zero: GRPO with rule rewards only", _starting("zero")),
-    "cold_start": _stage("cold_start", "cold-start data by three routes", lambda recipe: ("base", "zero")),
     "sft1": _stage("sft", "SFT on the cold-start data, or on a file", _learning("sft1", "cold_start")),
     "rl_reasoning": _stage("rl_reasoning", "GRPO with the language reward", _starting("rl_reasoning")),
-    "judge": _stage(
-        "judge",
-        "the generative judge",
-        lambda recipe: (*_starting("judge")(recipe), *recipe.judge.samples_from),
+    "sft2": _stage("sft", "SFT on the mix, or on a file", _learning("sft2", "rejection")),
+    "rl_all": _stage("rl_all", "GRPO over all scenarios", _rl_all),
+    "distill": _stage("distill", "distillation to dense students", _distill),
+    "cold_start": _stage(
+        "cold_start", "cold-start data by three routes", lambda recipe: ("base", "zero"), "data"
     ),
     "rejection": _stage(
         "rejection",
         "rejection sampling",
         lambda recipe: ("rl_reasoning", "judge", recipe.rejection.general_from),
+        "data",
     ),
-    "sft2": _stage("sft", "SFT on the mix, or on a file", _learning("sft2", "rejection")),
-    "reward_models": _stage("reward_models", "helpful and safety reward models", _reward_models),
-    "rl_all": _stage("rl_all", "GRPO over all scenarios", _rl_all),
-    "distill": _stage("distill", "distillation to dense students", _distill),
-    "evaluate": _stage("evaluate", "marks of every checkpoint", _evaluated),
+    "judge": _stage(
+        "judge",
+        "the generative judge",
+        lambda recipe: (*_starting("judge")(recipe), *recipe.judge.samples_from),
+        "critic",
+    ),
+    "reward_models": _stage("reward_models", "helpful and safety reward models", _reward_models, "critic"),
+    "evaluate": _stage("evaluate", "marks of every checkpoint", _evaluated, "marks"),
 }
+STAGES: Mapping[str, Stage] = {name: _BY_NAME[name] for name in STAGE_NAMES}
+POLICIES = tuple(name for name, stage in STAGES.items() if stage.makes == "policy")
 
 
 def parents_of(name: str, recipe: Recipe, stages: Mapping[str, Stage] = STAGES) -> list[str]:
@@ -322,9 +328,3 @@ def _prepare(recipe: Recipe) -> None:
     torch.set_num_threads(recipe.threads)
     if recipe.deterministic:
         torch.use_deterministic_algorithms(True)
-
-
-def stage_dirs(run_dir: RunDir, recipe: Recipe) -> dict[str, StageDir]:
-    """The folders of the stages of a run that are done, in order."""
-    found = {name: run_dir.stage(name) for name in STAGES if name in recipe.stages}
-    return {name: stage for name, stage in found.items() if stage.record() is not None}

@@ -19,7 +19,6 @@ import contextlib
 import fcntl
 import os
 import resource
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -333,18 +332,6 @@ class StageDir:
                 return str(path)
         return None
 
-    @property
-    def done(self) -> bool:
-        """Whether the stage is finished, its outputs are intact, and the inputs it used are those of its parents."""
-        record = self.record()
-        if record is None or self.changed_output() is not None:
-            return False
-        for parent, digest in record["inputs"].items():
-            made = StageDir(self.path.parent / parent).record()
-            if made is None or made["hash"] != digest:
-                return False
-        return True
-
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Detached contiguous CPU tensors of which no two share memory (safetensors refuses shared memory)."""
@@ -413,7 +400,3 @@ class RunDir:
             file.write(str(os.getpid()))
             file.flush()
             yield
-
-    def free_bytes(self) -> int:
-        """Free space on the disk of the run."""
-        return shutil.disk_usage(self.path).free

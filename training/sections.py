@@ -7,22 +7,7 @@ and lengths have a second default, for a pretrained model (`model.pretrained`): 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from training.config import about, setting
-
-STAGE_NAMES = (
-    "base",
-    "zero",
-    "cold_start",
-    "sft1",
-    "rl_reasoning",
-    "judge",
-    "rejection",
-    "sft2",
-    "reward_models",
-    "rl_all",
-    "distill",
-    "evaluate",
-)
+from training.config import about, field_types, is_section, setting
 
 
 @dataclass
@@ -465,3 +450,9 @@ class Recipe:
     rl_all: RlAll = field(default_factory=RlAll)
     distill: Distill = field(default_factory=Distill)
     evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+STAGE_NAMES: tuple[str, ...] = tuple(
+    name for name, kind in field_types(Recipe).items() if is_section(kind) and kind not in (Model, Rollout)
+)
+"""The stages in the order of the pipeline: the sections of a recipe but for model and rollout."""

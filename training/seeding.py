@@ -42,13 +42,6 @@ def numpy_rng(*parts: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(key(*parts)))
 
 
-def torch_rng(*parts: int | str) -> torch.Generator:
-    """A CPU torch generator keyed by `parts`; see `key`."""
-    generator = torch.Generator(device="cpu")
-    generator.manual_seed(key(*parts))
-    return generator
-
-
 @contextmanager
 def torch_seed(*parts: int | str) -> Iterator[None]:
     """Inside the block, torch's global generators are keyed by `parts`, for what draws from nothing else: dropout."""

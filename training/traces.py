@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from training import prompts
+from training.document import Document
 from training.errors import UserError
-from training.loops.next_token import Document
 from training.prompts import Turn
 from training.tasks.jsonl import json_lines, json_object, text_of, turns_of
 from training.tasks.problem import DataError

@@ -7,6 +7,7 @@ import pytest
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from r1kernels import backends, extension, use_backend
+from tests.support.finished import is_done
 from training.checkpoint import save_model
 from training.cli import main, table
 from training.estimate import CPU, count, estimate, parameters
@@ -306,7 +307,7 @@ def test_a_review_keeps_edits_and_drops(with_base, capsys, monkeypatch):
     edited = "<|special_token|> 1 plus 2 <|special_token|> <answer> 3 </answer>"
     assert review(with_base, monkeypatch, "a", "?", "e", "no answer", "e", edited, "q") == 0
     assert stage.record()["hash"] == before  # nothing changes until every row is decided
-    assert stage.done
+    assert is_done(stage)
     out, _ = lines(capsys)
     assert "not a well-formed response" in out
     assert "2 of 4 decided" in out
@@ -320,7 +321,7 @@ def test_a_review_keeps_edits_and_drops(with_base, capsys, monkeypatch):
     tokenizer = build_tokenizer()
     assert tokenizer.decode(rows[1]["response_ids"][:-1]) == edited
     assert rows[1]["response_ids"][-1] == tokenizer.eos_token_id
-    assert stage.done
+    assert is_done(stage)
     assert stage.record()["hash"] != before
     assert stage.record()["changed_by_hand"] is True
 
@@ -330,7 +331,7 @@ def test_a_review_that_rejects_everything_changes_nothing(with_base, capsys, mon
     stage.finish({})
     assert review(with_base, monkeypatch, "r") == 2
     assert "everything was rejected" in lines(capsys)[1]
-    assert stage.done
+    assert is_done(stage)
     assert len(stage.read_data("data.jsonl")) == 1
 
 

@@ -6,10 +6,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.own_models import edit_json, write_folder
 from training import prompts
+from training.document import Document
 from training.encoder import Encoder
 from training.engines.transformers import TransformersEngine
 from training.errors import UserError
-from training.loops.next_token import Document, _encode
+from training.loops.next_token import _encode
 from training.loops.sample import Prompt, sample
 from training.model import load
 from training.prompts import Turn

@@ -10,10 +10,10 @@ import torch
 import r1kernels
 from training import prompts, rewards
 from training.context import StageContext
+from training.document import Document
 from training.errors import UserError
 from training.loops import grpo, next_token
 from training.loops.loss import loss_arguments
-from training.loops.next_token import Document
 from training.loops.optim import MAX_BAD_STEPS, Optimizer, learning_rate, save_due
 from training.model import build_model
 from training.progress import Progress
@@ -412,6 +412,18 @@ def test_an_option_that_the_loss_does_not_use_is_refused(changes, text):
     )
     with pytest.raises(ValueError, match=text):
         r1kernels.grpo_loss(logp, logp, torch.ones(2), torch.ones(2, 3, dtype=torch.bool), **arguments)
+
+
+@pytest.mark.parametrize("variant", ["grpo", "dual_clip", "gmpo"])
+def test_the_clip_and_the_ratio_of_a_recipe_that_sets_none_are_those_of_settings(variant):
+    """The op's own defaults are left to it: they must be what the settings say."""
+    logp, old = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 4)
+    advantages, mask = torch.tensor([1.0, -1.0]), torch.ones(2, 4, dtype=torch.bool)
+    totals = {"num_sequences": 2, "num_tokens": 8, "max_length": 4}
+    left = loss_arguments(Grpo(variant=variant, kl_coef=0.0), totals)
+    said = {"clip_low": Grpo.clip, "clip_high": Grpo.clip, "ratio": None if variant == "gmpo" else Grpo.ratio}
+    expected = r1kernels.grpo_loss(logp, old, advantages, mask, **{**left, **said})
+    assert torch.equal(r1kernels.grpo_loss(logp, old, advantages, mask, **left).loss, expected.loss)
 
 
 def test_routing_replay_can_be_turned_off(tmp_path):

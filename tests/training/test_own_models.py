@@ -14,13 +14,13 @@ from training import notices, prompts, responses, reward_model
 from training.checkpoint import load_model, save_model
 from training.cli import main
 from training.context import StageContext
+from training.document import Document
 from training.engines.transformers import TransformersEngine
 from training.errors import UserError
 from training.estimate import count
 from training.judge import judge
 from training.loops import grpo, next_token
 from training.loops.batch import collate, logprobs
-from training.loops.next_token import Document
 from training.loops.sample import Prompt, sample
 from training.model import has_bias, is_patched, load
 from training.placement import placed

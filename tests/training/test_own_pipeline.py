@@ -10,6 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.finished import is_done
 from tests.support.own_models import write_folder
 from training import prompts
 from training.checkpoint import load_model
@@ -147,7 +148,7 @@ def run(tmp_path_factory):
 
 
 def test_every_stage_is_done(run):
-    assert [name for name in STAGE_NAMES if run.stage(name).done] == list(STAGE_NAMES)
+    assert [name for name in STAGE_NAMES if is_done(run.stage(name))] == list(STAGE_NAMES)
     assert (run.path / "report.html").is_file()
 
 
@@ -228,5 +229,5 @@ def test_the_words_of_the_check_run_what_reasoning_problems_alone_can_feed(tmp_p
     assert main(["run", "own.yaml"]) == 2
     words = shlex.split(capsys.readouterr().err.partition("run without: ")[2])
     assert main(["run", "own.yaml", *words]) == 0
-    done = [name for name in STAGE_NAMES if RunDir(tmp_path / "runs/own").stage(name).done]
+    done = [name for name in STAGE_NAMES if is_done(RunDir(tmp_path / "runs/own").stage(name))]
     assert done == [name for name in STAGE_NAMES if name != "reward_models"]

@@ -11,10 +11,10 @@ from training import pipeline, prompts, responses, reward_model, rewards
 from training.checkpoint import load_model, save_model
 from training.cli import main
 from training.context import StageContext
+from training.document import Document
 from training.engines.transformers import TransformersEngine
 from training.errors import UserError
 from training.loops import next_token
-from training.loops.next_token import Document
 from training.loops.sample import Prompt, sample
 from training.model import load
 from training.progress import Progress

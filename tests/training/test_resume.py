@@ -33,10 +33,13 @@ from training.progress import Progress
 from training.recipe import load
 from training.run_dir import RunDir
 
+def _generator(*key):
+    return torch.Generator().manual_seed(seeding.key(*key))
+
 def work(context):
     layer = torch.nn.Linear(8, 8)
     with torch.no_grad():
-        layer.weight.copy_(torch.randn(8, 8, generator=seeding.torch_rng(context.recipe.seed, context.name)))
+        layer.weight.copy_(torch.randn(8, 8, generator=_generator(context.recipe.seed, context.name)))
         layer.bias.zero_()
     state = context.stage.load_state()
     start = 0
@@ -44,7 +47,7 @@ def work(context):
         start = state.step
         layer.load_state_dict({name: state.tensors[name] for name in ("weight", "bias")})
     for step in range(start, 40):
-        x = torch.randn(4, 8, generator=seeding.torch_rng(context.recipe.seed, context.name, step))
+        x = torch.randn(4, 8, generator=_generator(context.recipe.seed, context.name, step))
         loss = (layer(x) - x).square().mean()
         loss.backward()
         with torch.no_grad():

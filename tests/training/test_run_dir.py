@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 
+from tests.support.finished import is_done
 from training import files
 from training.errors import UserError
 from training.recipe import load
@@ -179,7 +180,7 @@ def test_finish_records_hashes_and_lineage(stage):
     stage.write_data("data.jsonl", [{"a": 1}])
     stage.save_state(3, tensors(1), {})
     stage.log(step=3)
-    assert not stage.done
+    assert not is_done(stage)
     stage.finish({"accuracy": 0.5})
     record = stage.record()
     assert set(record["outputs"]) == {"checkpoint/config.json", "data.jsonl"}
@@ -201,20 +202,20 @@ def test_done_means_outputs_intact_and_inputs_those_of_the_parents(tmp_path):
     zero.begin({}, {"base": base.record()["hash"]})
     zero.write_data("data.jsonl", [2])
     zero.finish({})
-    assert base.done
-    assert zero.done
+    assert is_done(base)
+    assert is_done(zero)
 
     (zero.path / "data.jsonl").write_text("3\n")
-    assert not zero.done
+    assert not is_done(zero)
     assert zero.changed_output() == str(zero.path / "data.jsonl")
     (zero.path / "data.jsonl").write_text("2\n")
-    assert zero.done
+    assert is_done(zero)
 
     base.begin({}, {})
     base.write_data("data.jsonl", [9])
     base.finish({})
-    assert base.done
-    assert not zero.done
+    assert is_done(base)
+    assert not is_done(zero)
 
 
 def test_missing_and_broken_data_is_named(stage):

@@ -152,15 +152,17 @@ def test_logprobs_are_those_of_log_softmax_one_response_at_a_time(model):
     drawn = draw(model, samples=2)
     batch = collate(drawn, 0, torch.device("cpu"), replay=False)
     found = logprobs(model, batch, temperature=0.7, entropy=True)
-    for row, c in enumerate(drawn):
+    lengths = [len(c.token_ids) for c in drawn]
+    assert batch.lengths == lengths and found.logp.shape == found.entropy.shape == (sum(lengths),)
+    for c, logp, entropies in zip(
+        drawn, found.logp.split(lengths), found.entropy.split(lengths), strict=True
+    ):
         logits = model(input_ids=torch.tensor([c.prompt_ids + c.token_ids])).logits[0].double() / 0.7
         start = len(c.prompt_ids) - 1
         expected = logits[start:-1].log_softmax(-1)[torch.arange(len(c.token_ids)), torch.tensor(c.token_ids)]
         entropy = torch.distributions.Categorical(logits=logits[start:-1]).entropy()
-        here = slice(start, start + len(c.token_ids))
-        torch.testing.assert_close(found.logp[row, here].double(), expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found.entropy[row, here].double(), entropy, rtol=1e-4, atol=1e-4)
-        assert found.logp[row, :start].eq(0).all() and found.logp[row, here.stop :].eq(0).all()
+        torch.testing.assert_close(logp.double(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(entropies.double(), entropy, rtol=1e-4, atol=1e-4)
 
 
 def test_a_dense_model_samples_without_routing():

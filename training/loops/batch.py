@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,25 +18,30 @@ from r1kernels.integrations import transformers as integration
 from r1kernels.integrations.routing_record import RoutingReplay
 from training.loops.sample import Completion
 from training.model import StepLoad, recomputed
+from training.recipe import Grpo
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Responses right behind their prompts, padded on the right.
+    """B responses right behind their prompts, padded on the right, with N tokens in all.
 
-    ids, mask (B, L): the last token of a response is no input, for nothing follows it. targets (B, L): at the place that
-    predicts it, each token of the response; -100 elsewhere. routing: recorded experts (layers, B * L, K), or None.
+    ids, mask (B, L): the last token of a response is no input, for nothing follows it. predicting (B, L) bool: the places whose
+    states predict a token of the response. targets (N,): those tokens, response after response. cu_seqlens (B + 1,): their
+    boundaries. routing: recorded experts (layers, B * L, K), or None.
     """
 
     ids: Tensor
     mask: Tensor
+    predicting: Tensor
     targets: Tensor
+    cu_seqlens: Tensor
     routing: Tensor | None
 
     @property
-    def response_mask(self) -> Tensor:
-        """(B, L) bool, True where a token of the response is predicted."""
-        return self.targets != -100
+    def lengths(self) -> list[int]:
+        """Tokens of every response."""
+        found: list[int] = self.cu_seqlens.diff().tolist()
+        return found
 
 
 def collate(completions: Sequence[Completion], pad: int, device: torch.device, replay: bool) -> Batch:
@@ -43,16 +49,30 @@ def collate(completions: Sequence[Completion], pad: int, device: torch.device, r
     length = max(len(c.prompt_ids) + len(c.token_ids) - 1 for c in completions)
     ids = torch.full((len(completions), length), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    targets = torch.full_like(ids, -100)
+    predicting = torch.zeros(ids.shape, dtype=torch.bool)
     for row, completion in enumerate(completions):
         tokens = torch.tensor(completion.prompt_ids + completion.token_ids)
         end = len(tokens) - 1
         ids[row, :end] = tokens[:-1]
         mask[row, :end] = 1
-        targets[row, len(completion.prompt_ids) - 1 : end] = tokens[len(completion.prompt_ids) :]
+        predicting[row, len(completion.prompt_ids) - 1 : end] = True
+    targets = torch.tensor([token for c in completions for token in c.token_ids])
+    ends = torch.tensor([0, *accumulate(len(c.token_ids) for c in completions)])
     recorded = [c.routing for c in completions if c.routing is not None]
     routing = integration.pad_routing(recorded, mask).to(device) if replay and recorded else None
-    return Batch(ids.to(device), mask.to(device), targets.to(device), routing)
+    return Batch(
+        ids.to(device), mask.to(device), predicting.to(device), targets.to(device), ends.to(device), routing
+    )
+
+
+def batches(
+    completions: Sequence[Completion], rows: Sequence[int], config: Grpo, pad: int, device: torch.device
+) -> Iterator[tuple[list[int], Batch]]:
+    """The completions `rows` in batches of config.micro_batch_tokens, each with the numbers of its completions."""
+    lengths = [len(completions[i].prompt_ids) + len(completions[i].token_ids) for i in rows]
+    for piece in micro_batches(lengths, config.micro_batch_tokens):
+        chosen = [rows[i] for i in piece]
+        yield chosen, collate([completions[i] for i in chosen], pad, device, config.replay)
 
 
 def micro_batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
@@ -68,8 +88,8 @@ def micro_batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 class Logprobs(NamedTuple):
-    """logp and entropy (B, L) at the places of Batch.targets, float32, 0 elsewhere (the entropy everywhere where it was not
-    asked for); agreement: the share of replayed choices that the live router would have made too, nan without replay."""
+    """logp and entropy (N,) of the tokens of Batch.targets, float32 (no entropy where it was not asked for); agreement: the share
+    of replayed choices that the live router would have made too, nan without replay."""
 
     logp: Tensor
     entropy: Tensor
@@ -91,32 +111,24 @@ def routed(
 
 
 def states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Hidden states (N, H) of the model that predict the N response tokens of a batch, row by row."""
+    """Hidden states (N, H) of the model that predict the N tokens of the responses."""
     # Padding stands on the right, where causal attention never sees it: no attention mask is needed.
-    return integration.head_inputs(model, input_ids=batch.ids)[batch.response_mask]
+    return integration.head_inputs(model, input_ids=batch.ids)[batch.predicting]
 
 
 def logprobs(model: PreTrainedModel, batch: Batch, temperature: float, entropy: bool = False) -> Logprobs:
     """Log-prob and, with `entropy`, the entropy of every response token at `temperature`, with the routing replayed."""
     with routed(model, batch) as replay:
-        logp, value = head_logprobs(model, batch, states(model, batch), temperature, entropy)
+        results = head_logprobs(model, batch, states(model, batch), temperature, return_entropy=entropy)
+    logp, value = results if entropy else (results, results.new_empty(0))
     return Logprobs(logp, value, math.nan if replay is None else replay.agreement)
 
 
 def head_logprobs(
-    model: PreTrainedModel, batch: Batch, hidden: Tensor, temperature: float, entropy: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy (0 where it is not asked for), (B, L) each, from the hidden states of `states`."""
-    results = r1kernels.linear_logprobs(
-        hidden,
-        targets=batch.targets[batch.response_mask],
-        temperature=temperature,
-        return_entropy=entropy,
-        **integration.output_head(model)._asdict(),
-    )
-    logp, value = results if entropy else (results, None)
-    empty = torch.zeros(batch.targets.shape, dtype=logp.dtype, device=logp.device)
-    return (
-        empty.masked_scatter(batch.response_mask, logp),
-        empty if value is None else empty.masked_scatter(batch.response_mask, value),
+    model: PreTrainedModel, batch: Batch, hidden: Tensor, temperature: float, **options: Any
+) -> Any:
+    """r1kernels.linear_logprobs, with its options, of the states that `states` gives."""
+    head = integration.output_head(model)._asdict()
+    return r1kernels.linear_logprobs(
+        hidden, targets=batch.targets, temperature=temperature, **head, **options
     )

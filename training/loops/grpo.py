@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -23,7 +24,7 @@ from training import checkpoint, engines, rewards, seeding
 from training.context import StageContext
 from training.encoder import Encoder
 from training.engines import Engine
-from training.loops.batch import Batch, collate, logprobs, micro_batches, routed
+from training.loops.batch import Batch, batches, logprobs, routed
 from training.loops.loss import policy_loss
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.loops.sample import Completion, Prompt, sample
@@ -165,7 +166,8 @@ def _step(
         valid &= torch.tensor([c.finished for c in completions], dtype=torch.bool)
     pad = Encoder(policy, tokenizer).pad_id
     policy.eval()  # no dropout: the policy that samples and the one that learns are the same function
-    old, ref, measured = _fixed_logprobs(policy, reference, completions, pad, config, clock)
+    work = _Work(policy, reference, optimizer, completions, advantages, pad, config, clock)
+    old, ref, measured = _fixed_logprobs(work)
     order = seeding.numpy_rng(*key, "minibatches", step).permutation(len(completions))
     parts: list[dict[str, float]] = []
     lr = learning_rate(
@@ -179,9 +181,7 @@ def _step(
     for chosen in torch.from_numpy(order).tensor_split(config.minibatches):
         rows = [int(i) for i in chosen if valid[i]]
         if rows:
-            parts.append(
-                _update(policy, optimizer, completions, rows, old, ref, advantages, pad, config, lr, clock)
-            )
+            parts.append(_update(work, rows, old, ref, lr))
     return {
         **metrics,
         **measured,
@@ -223,103 +223,96 @@ def max_new_tokens(config: Grpo, step: int) -> int:
     return config.max_new_tokens_from[max(reached)] if reached else config.max_new_tokens
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What the log-prob passes and the updates of one step share."""
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
+    optimizer: Optimizer
+    completions: list[Completion]
+    advantages: Tensor  # one per completion
+    pad: int
+    config: Grpo
+    clock: _Clock
+
+    def batches(self, rows: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
+        """The completions `rows` in batches, each with the numbers of its completions."""
+        return batches(self.completions, rows, self.config, self.pad, self.policy.device)
+
+
 @torch.no_grad()
-def _fixed_logprobs(
-    policy: PreTrainedModel,
-    reference: PreTrainedModel | None,
-    completions: list[Completion],
-    pad: int,
-    config: Grpo,
-    clock: _Clock,
-) -> tuple[list[Tensor], list[Tensor] | None, dict[str, float]]:
+def _fixed_logprobs(work: _Work) -> tuple[list[Tensor], list[Tensor] | None, dict[str, float]]:
     """Log-probs of every response under the policy as it is now and under the reference; means over the tokens: the entropy
     and, where the routing of the rollout is replayed, its agreement with that of either model."""
+    completions, temperature = work.completions, work.config.temperature
     if not completions:
         return [], None, {}
     old: dict[int, Tensor] = {}
     ref: dict[int, Tensor] = {}
     tokens = sum(len(c.token_ids) for c in completions)
     means: dict[str, float] = {"entropy": 0.0}
-    for rows in micro_batches(_lengths(completions), config.micro_batch_tokens):
-        batch = collate([completions[i] for i in rows], pad, policy.device, config.replay)
-        found = logprobs(policy, batch, config.temperature, entropy=True)
+    everything = range(len(completions))
+    for rows, batch in work.batches(everything):
+        found = logprobs(work.policy, batch, temperature, entropy=True)
         means["entropy"] += float(found.entropy.sum()) / tokens
         _add_agreement(means, "replay_agreement_old", batch, found.agreement, tokens)
-        old.update(zip(rows, found.logp, strict=True))
-        clock.mark("old_logprob")
-        if reference is not None:
-            found = logprobs(reference, batch, config.temperature)
+        old.update(zip(rows, found.logp.split(batch.lengths), strict=True))
+        work.clock.mark("old_logprob")
+        if work.reference is not None:
+            found = logprobs(work.reference, batch, temperature)
             _add_agreement(means, "replay_agreement_reference", batch, found.agreement, tokens)
-            ref.update(zip(rows, found.logp, strict=True))
-            clock.mark("reference_logprob")
-    everything = range(len(completions))
+            ref.update(zip(rows, found.logp.split(batch.lengths), strict=True))
+            work.clock.mark("reference_logprob")
     return [old[i] for i in everything], [ref[i] for i in everything] if ref else None, means
-
-
-def _lengths(completions: list[Completion]) -> list[int]:
-    return [len(c.prompt_ids) + len(c.token_ids) for c in completions]
 
 
 def _add_agreement(means: dict[str, float], name: str, batch: Batch, agreement: float, tokens: int) -> None:
     """Adds the share of a replayed batch to a mean over all `tokens`."""
     if batch.routing is not None:
-        share = int(batch.response_mask.sum()) / tokens
-        means[name] = means.get(name, 0.0) + share * agreement
+        means[name] = means.get(name, 0.0) + len(batch.targets) / tokens * agreement
 
 
 def _update(
-    policy: PreTrainedModel,
-    optimizer: Optimizer,
-    completions: list[Completion],
-    rows: list[int],
-    old: list[Tensor],
-    ref: list[Tensor] | None,
-    advantages: Tensor,
-    pad: int,
-    config: Grpo,
-    lr: float,
-    clock: _Clock,
+    work: _Work, rows: list[int], old: list[Tensor], ref: list[Tensor] | None, lr: float
 ) -> dict[str, float]:
     """One optimizer step on the responses `rows`, in micro-batches whose losses add up to that of the minibatch."""
-    chosen = [completions[i] for i in rows]
     totals = {
         "num_sequences": len(rows),
-        "num_tokens": sum(len(c.token_ids) for c in chosen),
-        "max_length": max_new_tokens(config, 0),
+        "num_tokens": sum(len(work.completions[i].token_ids) for i in rows),
+        "max_length": max_new_tokens(work.config, 0),
     }
     loss = 0.0
     sums: dict[str, float] = {}
     maxima = 0.0
-    load = StepLoad(policy)
-    for piece in micro_batches(_lengths(chosen), config.micro_batch_tokens):
-        batch = collate([chosen[i] for i in piece], pad, policy.device, config.replay)
-        ids = [rows[i] for i in piece]
-        with routed(policy, batch, load) as replay:
+    load = StepLoad(work.policy)
+    for ids, batch in work.batches(rows):
+        with routed(work.policy, batch, load) as replay:
             output = policy_loss(
-                policy,
+                work.policy,
                 batch,
                 [old[i] for i in ids],
                 None if ref is None else [ref[i] for i in ids],
-                advantages[ids],
-                config,
+                work.advantages[ids],
+                work.config,
                 totals,
             )
-            clock.mark("new_logprob")
+            work.clock.mark("new_logprob")
             output.loss.backward()
             agreement = math.nan if replay is None else replay.agreement
         loss += float(output.loss.detach())
-        share = int(batch.response_mask.sum()) / totals["num_tokens"]
+        share = len(batch.targets) / totals["num_tokens"]
         measured = output.metrics.floats()
         for name, source in METRICS.items():
             if source in measured:
                 sums[name] = sums.get(name, 0.0) + share * measured[source]
         _add_agreement(sums, "replay_agreement", batch, agreement, totals["num_tokens"])
         maxima = max(maxima, measured.get("ratio/max", 0.0))
-        clock.mark("update")
-    norm, taken = optimizer.step(loss, lr)
+        work.clock.mark("update")
+    norm, taken = work.optimizer.step(loss, lr)
     if taken:
-        load.update_bias(config.bias_rate)
-    clock.mark("update")
+        load.update_bias(work.config.bias_rate)
+    work.clock.mark("update")
     return {"loss": loss, **sums, "ratio_max": maxima, "grad_norm": norm, "expert_load": load.max_over_mean()}
 
 

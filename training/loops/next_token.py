@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,22 +15,13 @@ import r1kernels
 from r1kernels.integrations import transformers as integration
 from training import notices, seeding
 from training.context import StageContext
+from training.document import Document
 from training.encoder import Encoder
 from training.errors import UserError
 from training.loops.batch import micro_batches
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.model import StepLoad
-from training.prompts import Turns
 from training.recipe import NextToken
-
-
-@dataclass(frozen=True)
-class Document:
-    """A training text. Without a prompt it is learnt whole, as in pretraining. Behind the turns of a prompt it is a response:
-    the prompt carries no loss, and the end of the turn is learnt."""
-
-    text: str
-    prompt: Turns = ()
 
 
 class Row(NamedTuple):

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from html import escape
 
-from training.pipeline import parents_of, plan
+from training.pipeline import STAGES, parents_of, plan
 from training.recipe import Recipe, start_of
 
 WIDTH, HEIGHT, GAP, TOP, LANE = 110, 44, 10, 68, 90
-LANES = {"cold_start": 1, "rejection": 1, "judge": 2, "reward_models": 2}  # 0: policies, 1: data, 2: critics
-KINDS = {0: "policy", 1: "data", 2: "critic"}
+LANES = ("policy", "data", "critic")  # what a stage makes, from above; its marks are not drawn
 
 
 def starts_from(stage: str, recipe: Recipe) -> str | None:
@@ -26,7 +25,7 @@ def drawing(recipe: Recipe, notes: Mapping[str, str]) -> str:
     shown = [name for name in plan(recipe) if name != "evaluate"]
     column = _columns(shown)
     x = {name: 10 + column[name] * (WIDTH + GAP) for name in shown}
-    y = {name: TOP + LANES.get(name, 0) * LANE for name in shown}
+    y = {name: TOP + LANES.index(STAGES[name].makes) * LANE for name in shown}
     parts = []
     for name in shown:
         for parent in parents_of(name, recipe):
@@ -34,7 +33,7 @@ def drawing(recipe: Recipe, notes: Mapping[str, str]) -> str:
             parts.append(_edge(x[parent], y[parent], x[name], y[name], column[name] - column[parent], solid))
     for name in shown:
         note = notes.get(name)
-        kind = KINDS[LANES.get(name, 0)] + ("" if note is not None else " pending")
+        kind = STAGES[name].makes + ("" if note is not None else " pending")
         parts.append(
             f'<g class="{kind}"><rect x="{x[name]}" y="{y[name]}" width="{WIDTH}" height="{HEIGHT}" rx="8"/>'
             f'<text x="{x[name] + WIDTH / 2}" y="{y[name] + 19}">{escape(name)}</text>'

@@ -12,10 +12,10 @@ from typing import Any
 
 from training import checkpoint, filters, prompts, responses, rewards, student, traces
 from training.context import StageContext
+from training.document import Document
 from training.encoder import Encoder
 from training.errors import UserError
 from training.loops import next_token
-from training.loops.next_token import Document
 from training.parts import run_parts
 from training.recipe import start_of
 from training.responses import Source, as_sample

@@ -13,9 +13,9 @@ from typing import Any
 
 from training import checkpoint, notices, responses, rewards
 from training.context import StageContext
+from training.document import Document
 from training.judge import Verdict, balance, document, is_hard, judge
 from training.loops import next_token
-from training.loops.next_token import Document
 from training.model import load
 from training.prompts import Turn
 from training.response import parse

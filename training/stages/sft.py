@@ -9,8 +9,8 @@ from typing import Any
 
 from training import checkpoint, prompts, responses, traces
 from training.context import StageContext
+from training.document import Document
 from training.loops import next_token
-from training.loops.next_token import Document
 from training.model import load
 
 DATA = {"sft1": "cold_start", "sft2": "rejection"}

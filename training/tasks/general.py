@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 
 from training import prompts
-from training.loops.next_token import Document
+from training.document import Document
 from training.seeding import key
 from training.tasks.general_facts import (
     DOUBT,
