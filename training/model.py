@@ -8,6 +8,7 @@ mixture that it does not serve keeps its own. Dense models have no routers, and 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,14 +126,16 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     checkpoint.widen(model)
     model = model.to(current_device())
     if has_experts(model):
-        try:
-            integration.patch(model, experts=current_experts())
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).removeprefix("model: ")
-            notices.warn(
-                "experts",
-                f"{type(model).__name__}: transformers' own routers and experts are used, without routing replay: {reason}",
-            )
+        said = ""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                integration.patch(model, experts=current_experts())
+            except (ValueError, RuntimeError) as error:
+                said = f"transformers' own routers and experts are used, without routing replay: {error}"
+        for text in (said, *(str(one.message) for one in caught)):
+            if text:
+                notices.warn("experts", f"{type(model).__name__}: {text.removeprefix('model: ')}")
     if recomputes():
         # the new name where transformers has it, for the old one warns there
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -193,7 +196,7 @@ def has_experts(model: PreTrainedModel) -> bool:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether the routers of the model run on r1kernels: then their choices can be counted, recorded and replayed."""
-    return any(hasattr(module, "_r1kernels") for module in model.modules())
+    return integration.routes(model)
 
 
 def has_bias(model: nn.Module) -> bool:

@@ -20,6 +20,7 @@ T tokens of one forward, H hidden size, E experts, K experts per token.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,14 +29,23 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from .. import checks
+from .. import backends, checks
 from ..moe import update_router_bias
 from .prefix_tree import PrefixTree, prefix_tree
 from .routing_record import ExpertLoad, RoutingRecord, RoutingReplay, pad_routing
-from .transformers_experts import NAME, experts_forward, register
+from .transformers_experts import NAME, experts_forward, fallen_back, gate_of, register, unsupported
 from .transformers_logprobs import fused_logprobs, head_inputs, output_head
+from .transformers_match import Match
 from .transformers_prefix import explain_shared_prefix, shared_prefix_logprobs, shared_prefix_states
-from .transformers_routers import ROUTERS, Control, check_router, install
+from .transformers_routers import (
+    Block,
+    Control,
+    PatchedRouter,
+    UnservedRouter,
+    find_blocks,
+    install,
+    selection_bias,
+)
 
 __all__ = [
     "ExpertLoad",
@@ -45,6 +55,7 @@ __all__ = [
     "RoutingReplay",
     "collect_load",
     "experts_forward",
+    "explain",
     "explain_shared_prefix",
     "fused_logprobs",
     "head_inputs",
@@ -55,6 +66,7 @@ __all__ = [
     "record_routing",
     "register",
     "replay_routing",
+    "routes",
     "shared_prefix_logprobs",
     "shared_prefix_states",
     "unpatch",
@@ -84,13 +96,15 @@ class Patch:
 def patch(model: Any, experts: str = NAME) -> Patch:
     """Let a transformers model route with ``r1kernels.route`` and compute its experts with ``r1kernels.moe_experts``.
 
-    Served routers: DeepSeek-V3, GLM-4-MoE (sigmoid with selection bias), DeepSeek-V2, Mixtral, OLMoE, Qwen2-MoE and
-    Qwen3-MoE (softmax). Router logits, weights and indices come out as the model's own router gives them, except that
-    ties go to the lowest index and that routers which ask for float32 get it under autocast too.
+    A router is served when it does what ``route`` does: a trial with random weights, once for each class and config, compares
+    logits, weights, indices and gradients; ``explain(model)`` says what it found. Router logits, weights and indices then
+    come out as the model's own router gives them, except that ties go to the lowest index and that routers which ask for
+    float32 get it under autocast too. What is not served stays as transformers has it, with one warning that says why;
+    in strict mode (``r1kernels.set_strict``) that is an error.
 
     Args:
-        model: a ``PreTrainedModel``, on its device and with its weights; adapters of PEFT and ``fully_shard`` may come before
-            or after. Under ``fully_shard`` every rank must call it.
+        model: a ``PreTrainedModel``, on any device, the meta device too; adapters of PEFT and ``fully_shard`` may come before
+            or after.
         experts: another experts implementation of transformers ("eager", "grouped_mm", ...) in the place of ours.
 
     Returns:
@@ -98,21 +112,80 @@ def patch(model: Any, experts: str = NAME) -> Patch:
         patched too, for itself: ``unpatch`` undoes that.
 
     Raises:
-        ValueError: the model has no experts that transformers' experts interface serves, is already patched, or has a
-            router that is not known or asks for what ``route`` does not compute (more experts per token than its groups hold).
-        RuntimeError: this version of transformers has another router under a known name (attributes, signature, or
-            other weights on random tokens). Nothing is changed then.
+        ValueError: the model has no experts that transformers' experts interface serves, or is already patched.
+        BackendError: strict mode is on, and a router or experts are not served. Nothing is changed then.
     """
-    routers = _find_routers(model)
-    for block, router in routers.items():
-        check_router(block, router)
+    for name, module in model.named_modules():
+        if hasattr(module, "_r1kernels"):
+            raise ValueError(
+                f"model: expected a model that is not patched yet, got one whose {name} is (a copy of a patched model is "
+                "patched too); unpatch(model) undoes it"
+            )
+    blocks = find_blocks(model)
+    if not blocks:
+        raise ValueError(f"model: expected a model with experts, got {type(model).__name__} without any")
+    _tell_unserved(model, blocks, experts)
     register()
     previous = model.get_experts_implementation()
     model.set_experts_implementation(experts)
     control = Control(previous)
-    for layer, router in enumerate(routers.values()):
-        install(router, layer, control)
+    for layer, block in enumerate(blocks):
+        if isinstance(block.match, str):
+            block.experts._r1kernels = UnservedRouter(block.match, control)
+        else:
+            install(block.router, layer, block.match, control)
     return Patch(model)
+
+
+def _tell_unserved(model: Any, blocks: list[Block], experts: str) -> None:
+    """One warning, or in strict mode an error, that names what transformers goes on computing."""
+    where: dict[str, list[str]] = {}
+    for block in blocks:
+        if isinstance(block.match, str):
+            router = type(block.router).__name__ if block.router is not None else "its router"
+            said = f"{router} routes itself, without routing replay and load, since {block.match}"
+            where.setdefault(said, []).append(block.name)
+        if experts == NAME and (why := unsupported(block.experts)):
+            said = fallen_back(type(block.experts), why)
+            where.setdefault(said, []).append(block.name)
+    if not where:
+        return
+    parts = [
+        f"{said} ({names[0]}{f' and {len(names) - 1} more' if names[1:] else ''})"
+        for said, names in where.items()
+    ]
+    text = f"model: r1kernels serves {type(model).__name__} in part: {'; '.join(parts)}"
+    if backends.strict():
+        raise backends.BackendError(text + " (strict mode: no fallback)")
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def explain(model: nn.Module) -> str:
+    """A table of the mixtures of a transformers model, patched or not: whether r1kernels serves each router and its experts,
+    as what, or why not. A line for all layers that have the same answer.
+
+    Raises:
+        ValueError: the model has no experts that transformers' experts interface serves.
+    """
+    blocks = find_blocks(model)
+    if not blocks:
+        raise ValueError(f"model: expected a model with experts, got {type(model).__name__} without any")
+    where: dict[str, list[str]] = {}
+    for block in blocks:
+        router = type(block.router).__name__ if block.router is not None else "its router"
+        served = isinstance(block.match, Match)
+        where.setdefault(
+            f"{router}: {f'route, {block.match}' if served else f'transformers, since {block.match}'}", []
+        ).append(f"{block.name}.{block.router_name}" if block.router is not None else block.name)
+        why = unsupported(block.experts)
+        where.setdefault(
+            f"{type(block.experts).__name__}: {f'grouped_mm, since {why}' if why else f'moe_experts, {gate_of(block.experts)}'}",
+            [],
+        ).append(f"{block.name}.{block.experts_name}")
+    return "\n".join(
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {said}"
+        for said, names in where.items()
+    )
 
 
 def unpatch(model: Any) -> None:
@@ -121,41 +194,12 @@ def unpatch(model: Any) -> None:
     Raises:
         ValueError: the model is not patched.
     """
-    routers = _patched(model)
-    model.set_experts_implementation(routers[0]._r1kernels.control.experts_implementation)
-    for router in routers:
-        del router.forward, router._r1kernels
-
-
-def _find_routers(model: nn.Module) -> dict[str, nn.Module]:
-    """The routers in module order, one beside each experts module; each under the name of the block that holds both."""
-    routers = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "_r1kernels"):
-            raise ValueError(
-                f"model: expected a model that is not patched yet, got one whose {name} is (a copy of a patched model is "
-                "patched too); unpatch(model) undoes it"
-            )
-        children = [_inside_adapters(child) for child in module.children()]
-        if hasattr(module, "base_layer") or not any(hasattr(child, "_apply_gate") for child in children):
-            continue
-        known = [child for child in children if type(child).__name__ in ROUTERS]
-        if len(known) != 1:
-            found = ", ".join(type(child).__name__ for child in children)
-            raise ValueError(
-                f"model: expected a router among {', '.join(ROUTERS)} in {name} ({type(module).__name__}), got {found}"
-            )
-        routers[name] = known[0]
-    if not routers:
-        raise ValueError(f"model: expected a model with experts, got {type(model).__name__} without any")
-    return routers
-
-
-def _inside_adapters(module: Any) -> Any:
-    """The module in the layers that PEFT puts around it."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module
+    patched = _patched(model)
+    model.set_experts_implementation(patched[0]._r1kernels.control.experts_implementation)
+    for module in patched:
+        if isinstance(module._r1kernels, PatchedRouter):
+            del module.forward
+        del module._r1kernels
 
 
 @contextmanager
@@ -172,10 +216,10 @@ def collect_load(
     Yields:
         ExpertLoad, for ``update_bias`` and as a metric.
     """
-    routers = _patched(model)
+    routers = _routers(model)
     control = routers[0]._r1kernels.control
     if load is None:
-        load = ExpertLoad(len(routers), routers[0].weight.shape[0])
+        load = ExpertLoad(len(routers), max(router._r1kernels.match.experts for router in routers))
     with _set(control, load=load, attention_mask=attention_mask):
         yield load
 
@@ -192,19 +236,20 @@ def update_bias(
     Raises:
         ValueError: the model is not patched or no router has a selection bias; also what ``update_router_bias`` raises.
     """
-    routers = _patched(model)
-    if not any(hasattr(router, "e_score_correction_bias") for router in routers):
+    routers = _routers(model)
+    biases = [selection_bias(model, router) for router in routers]
+    if all(bias is None for bias in biases):
         raise ValueError(
             f"model: expected routers with a selection bias, got {type(routers[0]).__name__} without"
         )
     counts = load.counts
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        counts = counts.to(routers[0].weight.device, copy=True)
+        counts = counts.to(next(bias for bias in biases if bias is not None).device, copy=True)
         torch.distributed.all_reduce(counts, group=group)
-    for router in routers:
-        if hasattr(router, "e_score_correction_bias"):
-            bias = router.e_score_correction_bias
-            update_router_bias(bias, counts[router._r1kernels.layer].to(bias.device), rate)
+    for router, bias in zip(routers, biases, strict=True):
+        if bias is not None:
+            state = router._r1kernels
+            update_router_bias(bias, counts[state.layer, : state.match.experts].to(bias.device), rate)
 
 
 @contextmanager
@@ -214,7 +259,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
     Yields:
         RoutingRecord: ``forward()`` for one plain forward, ``sequences(attention_mask)`` for a generation.
     """
-    routers = _patched(model)
+    routers = _routers(model)
     record = RoutingRecord(len(routers))
     with _set(routers[0]._r1kernels.control, record=record):
         yield record
@@ -235,22 +280,40 @@ def replay_routing(model: nn.Module, routing: RoutingRecord | Tensor) -> Iterato
     Yields:
         RoutingReplay, whose ``agreement`` is the share of choices that the live router would have made too.
     """
-    routers = _patched(model)
+    routers = _routers(model)
     recorded = routing.forward() if isinstance(routing, RoutingRecord) else routing
-    shape = (len(routers), None, routers[0].top_k)
+    shape = (len(routers), None, routers[0]._r1kernels.match.experts_per_token(routers[0]))
     checks.tensor("routing", recorded, dtypes=(torch.int16, torch.int64), shape=shape)
     replay = RoutingReplay(recorded)
     with _set(routers[0]._r1kernels.control, replay=replay):
         yield replay
 
 
+def routes(model: nn.Module) -> bool:
+    """Whether a model is patched and all its routers run on r1kernels: then their choices are counted, recorded and replayed."""
+    states = [module._r1kernels for module in model.modules() if hasattr(module, "_r1kernels")]
+    return bool(states) and all(isinstance(state, PatchedRouter) for state in states)
+
+
 def _patched(model: nn.Module) -> list[Any]:
-    routers: list[Any] = [module for module in model.modules() if hasattr(module, "_r1kernels")]
-    if not routers:
+    """The modules that carry what ``patch`` knows of a mixture: its router, or its experts where the router is not served."""
+    patched: list[Any] = [module for module in model.modules() if hasattr(module, "_r1kernels")]
+    if not patched:
         raise ValueError("model: expected a model patched by r1kernels.integrations.transformers.patch")
-    if any(router._r1kernels.control is not routers[0]._r1kernels.control for router in routers):
+    if any(module._r1kernels.control is not patched[0]._r1kernels.control for module in patched):
         raise ValueError("model: expected one patched model, got a module that holds several")
-    return routers
+    return patched
+
+
+def _routers(model: nn.Module) -> list[Any]:
+    """The routers of a patched model, all of which ``route`` must serve: half a record would replay half a model."""
+    patched = _patched(model)
+    for module in patched:
+        if isinstance(module._r1kernels, UnservedRouter):
+            raise ValueError(
+                f"model: expected a model all of whose routers are served, got one where {module._r1kernels.why}; see explain(model)"
+            )
+    return patched
 
 
 @contextmanager

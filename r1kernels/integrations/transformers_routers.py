@@ -1,94 +1,25 @@
-"""The routers of transformers that r1kernels serves, and what runs in their place.
+"""The routers of a model, and what runs in the place of those that ``route`` serves.
 
 T tokens of one forward, H hidden size, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import __version__ as transformers_version
+from torch import Tensor, nn
 
-from .. import backends, checks
-from ..moe import Routing, route
+from ..moe import route
 from .routing_record import ExpertLoad, RoutingRecord, RoutingReplay
 from .transformers_experts import register
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a family of router classes computes; ``options`` are the arguments of ``route``, read at every forward."""
-
-    attributes: tuple[str, ...]
-    options: Callable[[Any], dict[str, Any]]
-    float32_logits: bool  # the linear layer runs in float32
-    float32_weights: bool  # routing weights are not cast to the dtype of the logits
-
-
-def _sigmoid_options(router: Any) -> dict[str, Any]:
-    return {
-        "score": "sigmoid",
-        "bias": router.e_score_correction_bias,
-        "n_group": router.num_group,
-        "topk_group": router.topk_group,
-        "normalize": router.norm_topk_prob,
-        "scale": router.routed_scaling_factor,
-    }
-
-
-def _group_limited_options(router: Any) -> dict[str, Any]:
-    checks.choice("topk_method", router.topk_method, ("greedy", "group_limited_greedy"))
-    grouped = router.topk_method == "group_limited_greedy"
-    return {
-        "score": "softmax",
-        "n_group": router.num_group if grouped else 1,
-        "topk_group": router.topk_group if grouped else 1,
-        "normalize": False,
-        "scale": router.routed_scaling_factor,
-    }
-
-
-_SIGMOID = Family(
-    ("e_score_correction_bias", "num_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
-    _sigmoid_options,
-    float32_logits=True,
-    float32_weights=True,
-)
-_GROUP_LIMITED = Family(
-    ("topk_method", "num_group", "topk_group", "routed_scaling_factor"),
-    _group_limited_options,
-    float32_logits=True,
-    float32_weights=True,
-)
-_SOFTMAX = Family(
-    ("norm_topk_prob",),
-    lambda router: {"score": "softmax", "normalize": router.norm_topk_prob},
-    float32_logits=False,
-    float32_weights=False,
-)
-_SOFTMAX_NORMALIZED = Family(
-    (), lambda router: {"score": "softmax", "normalize": True}, float32_logits=False, float32_weights=True
-)
-ROUTERS = {
-    "DeepseekV2TopkRouter": _GROUP_LIMITED,
-    "DeepseekV3TopkRouter": _SIGMOID,
-    "Glm4MoeTopkRouter": _SIGMOID,
-    "MixtralTopKRouter": _SOFTMAX_NORMALIZED,
-    "OlmoeTopKRouter": _SOFTMAX,
-    "Qwen2MoeTopKRouter": _SOFTMAX,
-    "Qwen3MoeTopKRouter": _SOFTMAX,
-}
+from .transformers_match import ARGUMENT, Match, rows_of_experts
+from .transformers_match import match as match_router
 
 
 @dataclass
@@ -107,12 +38,24 @@ class PatchedRouter:
     """What a patched router carries (as ``_r1kernels``; a copy of the model carries copies)."""
 
     layer: int
-    family: str  # a key of ROUTERS
+    match: Match
     control: Control
     replayed: bool = False  # its last forward in training was a replay
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         register()  # a model that was loaded from a file names our experts
+        self.__dict__.update(state)
+
+
+@dataclass
+class UnservedRouter:
+    """What the experts carry (as ``_r1kernels``) whose router stays as it is."""
+
+    why: str
+    control: Control
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        register()
         self.__dict__.update(state)
 
 
@@ -133,15 +76,15 @@ def unobserved() -> Iterator[None]:
         _trial.running = outer
 
 
-def _router_forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _router_forward(self: Any, hidden_states: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The forward of a patched router: (logits, weights, indices)."""
     state: PatchedRouter = self._r1kernels
-    family = ROUTERS[state.family]
-    logits = _logits(self, family, hidden_states)
-    options = {"top_k": self.top_k, **family.options(self)}
+    match = state.match
+    logits = match.logits(self, hidden_states)
+    options = match.options(self, *arguments)
     if _trial.running:
         routing = route(logits.float(), **options)
-        return logits, _weights(family, routing, logits), routing.indices
+        return logits, match.weights(routing, logits, hidden_states), routing.indices
     control, recomputing = state.control, _recomputing()
     if recomputing and state.replayed and control.replay is None:
         raise RuntimeError(
@@ -160,20 +103,7 @@ def _router_forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, T
             control.record.add(state.layer, routing.indices)
         if control.load is not None:
             control.load.add(state.layer, routing.indices, control.attention_mask)
-    return logits, _weights(family, routing, logits), routing.indices
-
-
-def _weights(family: Family, routing: Routing, logits: Tensor) -> Tensor:
-    return routing.weights if family.float32_weights else routing.weights.to(logits.dtype)
-
-
-def _logits(router: Any, family: Family, hidden_states: Tensor) -> Tensor:
-    hidden_states = hidden_states.reshape(-1, router.hidden_dim)
-    if not family.float32_logits:
-        return F.linear(hidden_states, router.weight)
-    # autocast would make bfloat16 of what the model asks for in float32
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        return F.linear(hidden_states.float(), router.weight.float())
+    return logits, match.weights(routing, logits, hidden_states), routing.indices
 
 
 def _recomputing() -> bool:
@@ -181,62 +111,71 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def install(router: Any, layer: int, control: Control) -> None:
-    """Let a checked router run ``_router_forward``; deleting ``forward`` and ``_r1kernels`` undoes it."""
-    router._r1kernels = PatchedRouter(layer, type(router).__name__, control)
+def install(router: Any, layer: int, match: Match, control: Control) -> None:
+    """Let a router run ``_router_forward``; deleting ``forward`` and ``_r1kernels`` undoes it."""
+    router._r1kernels = PatchedRouter(layer, match, control)
     router.forward = partial(_router_forward, router)  # which copies and pickles with the router
 
 
-def check_router(block: str, router: Any) -> None:
-    """Check that the router of ``block`` is what ROUTERS takes it for, down to its weights on random tokens.
+@dataclass
+class Block:
+    """Experts of transformers' experts interface and the router beside them."""
 
-    Raises:
-        ValueError: ``route`` does not compute what it asks for. RuntimeError: it is another router.
+    name: str  # of the module that holds both
+    experts_name: str
+    experts: Any
+    router_name: str = ""
+    router: Any = None
+    match: Match | str = "no module beside its experts has a row for each of them"  # or why there is none
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """The mixtures of a model in module order.
+
+    The router is the module beside the experts that ``match`` knows; where there is none, the first with a row for each
+    expert is named with the reason why it is not known.
     """
-    family, name = ROUTERS[type(router).__name__], type(router).__name__
-    refusal = f"{name} of transformers {transformers_version} is not the router that r1kernels knows: "
-    missing = [
-        attribute
-        for attribute in ("weight", "top_k", "hidden_dim", *family.attributes)
-        if not hasattr(router, attribute)
+    return [
+        _block(name, module, experts_name, _inside_adapters(child))
+        for name, module in model.named_modules()
+        if not hasattr(module, "base_layer")
+        for experts_name, child in module.named_children()
+        if hasattr(_inside_adapters(child), "_apply_gate")
     ]
-    if missing:
-        raise RuntimeError(refusal + f"it has no {', '.join(missing)}")
-    arguments = list(inspect.signature(router.forward).parameters)
-    if arguments != ["hidden_states"]:
-        raise RuntimeError(refusal + f"its forward takes {', '.join(arguments)}")
-    router = _whole(router)
-    weight, generator = router.weight, torch.Generator().manual_seed(0)
-    hidden = torch.randn(16, router.hidden_dim, generator=generator).to(weight)
-    with torch.no_grad(), backends.use_backend("reference"):
-        logits = weight.new_empty(16, weight.shape[0]) if weight.is_meta else _logits(router, family, hidden)
-        try:
-            ours = route(logits.float(), top_k=router.top_k, **family.options(router))
-        except ValueError as error:
-            raise ValueError(
-                f"model: {block} ({name}) asks for what r1kernels.route does not compute: {error}"
-            ) from error
-        if weight.is_meta:
-            return
-        logits, weights, _ = router.forward(hidden)
-    # sorted: transformers leaves the order of a token's experts open
-    same = torch.allclose(
-        weights.float().sort(dim=-1).values,
-        ours.weights.to(weights.dtype).float().sort(dim=-1).values,
-        rtol=1e-2 if weights.dtype != torch.float32 else 1e-4,
-        equal_nan=True,
-    )
-    if logits.shape != (16, weight.shape[0]) or not same:
-        raise RuntimeError(refusal + "it gives other weights")
 
 
-def _whole(router: Any) -> Any:
-    """The router, or where ``fully_shard`` holds its parameters a copy with the whole of them."""
-    if not any(isinstance(parameter, DTensor) for parameter in router.parameters()):
-        return router
-    copied = copy.copy(router)
-    copied._parameters = {
-        name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        for name, parameter in router.named_parameters()
-    }
-    return copied
+def _block(name: str, module: nn.Module, experts_name: str, experts: Any) -> Block:
+    found = Block(name, experts_name, experts)
+    children = sorted(module.named_children(), key=lambda named: named[0] not in ("gate", "router"))
+    for router_name, child in children:
+        router = _inside_adapters(child)
+        if router is experts or not rows_of_experts(router, experts.num_experts):
+            continue
+        known = match_router(router, experts.num_experts)
+        if isinstance(known, Match) or found.router is None:
+            found = Block(name, experts_name, experts, router_name, router, known)
+        if isinstance(known, Match):
+            break
+    return found
+
+
+def _inside_adapters(module: Any) -> Any:
+    """The module in the layers that PEFT puts around it."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
+def selection_bias(model: nn.Module, router: Any) -> Tensor | None:
+    """The selection bias (E,) of a patched router, which it holds itself or the block around it hands over."""
+    match: Match = router._r1kernels.match
+    if match.selection_bias != ARGUMENT:
+        return match.bias(router)
+    for block in model.modules():
+        if any(_inside_adapters(child) is router for child in block.children()) and not hasattr(
+            block, "base_layer"
+        ):
+            held = [*block.parameters(recurse=False), *block.buffers(recurse=False)]
+            found = [tensor for tensor in held if tensor.shape == (match.experts,)]
+            return found[0] if len(found) == 1 else None
+    return None

@@ -142,14 +142,13 @@ def moe_experts(call: ExpertsCall) -> Tensor:
 def _moe_experts(
     hidden: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: int
 ) -> Tensor:
-    (tokens, size), (experts, _, intermediate), top_k = hidden.shape, down.shape, indices.shape[1]
+    (tokens, size), experts, top_k = hidden.shape, down.shape[0], indices.shape[1]
     offsets, permutation, inverse = sorted_rows(indices.reshape(-1), experts)
     # Expanded before it is permuted: the backward is then one sum over K, with a float32 accumulator, and no
     # addition into rows that several experts share.
     rows = hidden.unsqueeze(1).expand(tokens, top_k, size).reshape(tokens * top_k, size)
     pre_activation = _gemm(rows.index_select(0, permutation), gate_up, offsets)
-    gate, up = pre_activation.to(_accumulator(hidden)).unflatten(-1, (2, intermediate)).unbind(-2)
-    activated = _activate(gate, activation) * up
+    activated = gated(pre_activation.to(_accumulator(hidden)), activation)
     out = _gemm(activated.to(hidden.dtype), down, offsets)
     out = out.index_select(0, inverse).view(tokens, top_k, size).to(_accumulator(hidden))
     inside = (indices >= 0) & (indices < experts)
@@ -194,9 +193,10 @@ def _keep_best_groups(
     return grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(1)
 
 
-def _activate(gate: Tensor, activation: int) -> Tensor:
-    """activation: the place in experts.ACTIVATIONS."""
-    return F.gelu(gate, approximate="tanh") if activation else F.silu(gate)
+def gated(pre_activation: Tensor, activation: int) -> Tensor:
+    """act(gate) * up of (..., 2 * I), the gate first; activation is the place in experts.ACTIVATIONS."""
+    gate, up = pre_activation.chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") if activation else F.silu(gate)) * up
 
 
 def _gemm_by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

@@ -229,9 +229,6 @@ def test_models_that_can_not_be_patched():
     config = transformers.LlamaConfig(**{key: SMALL[key] for key in SMALL if key != "moe_intermediate_size"})
     with pytest.raises(ValueError, match="expected a model with experts, got LlamaForCausalLM without"):
         r1.patch(transformers.LlamaForCausalLM(config))
-    unknown = transformers.GptOssConfig(**{**SMALL, "num_local_experts": 4, "head_dim": 8})
-    with pytest.raises(ValueError, match="expected a router among .* got GptOssTopKRouter, GptOssExperts"):
-        r1.patch(transformers.GptOssForCausalLM(unknown))
     model = build("Qwen3Moe")
     with r1.patch(model), pytest.raises(ValueError, match="not patched yet"):
         r1.patch(model)
@@ -239,16 +236,103 @@ def test_models_that_can_not_be_patched():
         pass
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_more_experts_per_token_than_its_groups_hold(device):
-    with torch.device(device):
-        model = build("DeepseekV3", n_group=2, topk_group=1, num_experts_per_tok=8)
+@pytest.fixture
+def strict():
+    r1kernels.set_strict(True)
+    yield
+    r1kernels.set_strict(False)
+
+
+def phimoe():
+    config = transformers.PhimoeConfig(**SMALL, num_local_experts=4)
+    torch.manual_seed(0)
+    return transformers.PhimoeForCausalLM(config).eval()
+
+
+def test_a_mixture_that_is_served_in_part():
+    # its router (sparsemixer) is its own, its experts are ours; evaluated, for it draws random numbers in training
+    model, ids = phimoe(), tokens()
+    own = step(model, ids)
+    with pytest.warns(RuntimeWarning, match="serves PhimoeForCausalLM in part") as said:
+        patch = r1.patch(model)
+    assert len(said) == 1 and "PhimoeTopKRouter" in str(said[0].message)
+    assert model.get_experts_implementation()[""] == "r1kernels" and not r1.routes(model)
+    with torch.profiler.profile() as profile:
+        assert_same_step(step(model, ids), own)
+    if extension.missing() is None:
+        assert "r1kernels::moe_experts_cpu" in {event.key for event in profile.key_averages()}
+    for block in (r1.record_routing(model), r1.collect_load(model), r1.replay_routing(model, torch.zeros(1))):
+        with (
+            pytest.raises(ValueError, match="all of whose routers are served, got one where it gives"),
+            block,
+        ):
+            pass
+    copied = copy.deepcopy(model)
+    patch.undo()
+    r1.unpatch(copied)
+    for one in (model, copied):
+        assert not any(hasattr(module, "_r1kernels") for module in one.modules())
+        assert torch.equal(step(one, ids)[0].logits, own[0].logits)
+
+
+def test_in_strict_mode_a_part_is_an_error(strict):
+    model = phimoe()
+    before = model.get_experts_implementation()
     with pytest.raises(
-        ValueError,
-        match=r"model.layers.1.mlp \(DeepseekV3TopkRouter\) asks for what .* does not compute: top_k.* 8",
+        BackendError, match=r"serves PhimoeForCausalLM in part: PhimoeTopKRouter .* other weights"
+    ):
+        r1.patch(model)
+    assert model.get_experts_implementation() == before
+    assert not any(hasattr(module, "_r1kernels") for module in model.modules())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_more_experts_per_token_than_its_groups_hold(device, strict):
+    with torch.device(device):
+        model = build("DeepseekV3", n_group=2, topk_group=1, num_experts_per_tok=6)
+    with pytest.raises(
+        BackendError,
+        match=r"DeepseekV3TopkRouter .* asks for what route does not compute: top_k.* 6 .*model.layers.1.mlp",
     ):
         r1.patch(model)
     assert not any(hasattr(module, "_r1kernels") for module in model.modules())
+
+
+def test_all_experts_whatever_their_groups():
+    model, ids = build("DeepseekV3", n_group=2, topk_group=1, num_experts_per_tok=8), tokens()
+    own = step(model, ids)
+    with r1.patch(model):
+        assert_same_step(step(model, ids), own)
+
+
+def test_a_model_is_patched_before_it_has_weights():
+    with torch.device("meta"):
+        model = build("DeepseekV3")
+    r1.patch(model)
+    plain, ids = build("DeepseekV3"), tokens()
+    model.to_empty(device="cpu").load_state_dict(plain.state_dict())
+    for module, other in zip(model.modules(), plain.modules(), strict=True):
+        module._buffers.update(other._buffers)  # some are not in the state
+    with r1.record_routing(model) as record:
+        assert_same_step(step(model, ids), step(plain, ids))
+    assert record.forward().shape == (1, ids.numel(), 2)
+
+
+def test_explain_names_every_router_and_experts_module():
+    model = build("DeepseekV3", num_hidden_layers=4)
+    said = r1.explain(model)
+    assert said.splitlines() == [
+        "model.layers.1.mlp.gate and 2 more: DeepseekV3TopkRouter: route, sigmoid of the chosen, selection bias "
+        "e_score_correction_bias, groups topk_group of num_group, scale routed_scaling_factor",
+        "model.layers.1.mlp.experts and 2 more: DeepseekV3Experts: moe_experts, silu",
+    ]
+    with r1.patch(model):
+        assert r1.explain(model) == said
+    router, experts = r1.explain(phimoe()).splitlines()
+    assert "PhimoeTopKRouter: transformers, since it gives other weights" in router
+    assert "PhimoeExperts: moe_experts, silu" in experts
+    experts_of(model).has_bias = True
+    assert "DeepseekV3Experts: grouped_mm, since has_bias is True" in r1.explain(model)
 
 
 def test_adapters_of_peft_before_and_after():
@@ -276,23 +360,31 @@ def test_adapters_of_peft_before_and_after():
         assert_same_step(step(later, ids), own)
 
 
-@pytest.mark.parametrize("change", ["other weights", "other arguments", "no attribute"])
-def test_a_router_that_changed_is_refused(change, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("other weights", "it gives other weights"),
+        ("other gradients", "its gradients are others"),
+        ("other arguments", "its forward takes hidden_states, input_ids"),
+        ("no attribute", "it does not run alone .*no attribute 'routed_scaling_factor'"),
+    ],
+)
+def test_a_router_that_changed_is_refused(change, reason, monkeypatch, strict):
     model = build("DeepseekV3")
     router = type(model.model.layers[1].mlp.gate)
     forward = router.forward
-    if change == "other weights":
+    if change in ("other weights", "other gradients"):
 
         def changed(self, hidden_states):
             logits, weights, indices = forward(self, hidden_states)
-            return logits, weights.sqrt(), indices
+            return logits, weights.detach() if change == "other gradients" else weights.sqrt(), indices
 
         monkeypatch.setattr(router, "forward", changed)
     elif change == "other arguments":
         monkeypatch.setattr(router, "forward", lambda self, hidden_states, input_ids: None)
     else:
         del model.model.layers[1].mlp.gate.routed_scaling_factor
-    with pytest.raises(RuntimeError, match="DeepseekV3TopkRouter of transformers .* is not the router"):
+    with pytest.raises(BackendError, match=f"DeepseekV3TopkRouter .*{reason}"):
         r1.patch(model)
     assert model.get_experts_implementation()[""] != "r1kernels"
 

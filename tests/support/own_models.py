@@ -101,6 +101,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {**_SIZES, **_EXPERTS},
     "mixtral": {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {**_SIZES, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v3": {
         **_SIZES,
         "num_key_value_heads": 4,

@@ -35,7 +35,7 @@ from training.tasks.problem import Problem
 
 UNSERVED = ("mamba", "qwen3_next")
 SERVED = [family for family in FAMILIES if family not in UNSERVED]
-MIXTURES = ["qwen3_moe", "olmoe", "mixtral", "deepseek_v3"]
+MIXTURES = ["qwen3_moe", "olmoe", "mixtral", "gpt_oss", "deepseek_v3"]
 PROBLEMS = [
     Problem(f"p{n}", "test", "reasoning", "en", f"What is {n} plus 34?", str(n + 34)) for n in (1, 12, 7)
 ]
@@ -114,7 +114,7 @@ def test_a_dry_run_counts_every_parameter(tmp_path, family):
     assert counted.total == sum(parameter.numel() for parameter in model.parameters())
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert counted.active == counted.total - experts // 2  # two of four experts
-    assert (counted.active < counted.total) == (family in (*MIXTURES, "gpt_oss"))
+    assert (counted.active < counted.total) == (family in (*MIXTURES, "phimoe"))
 
 
 @pytest.mark.parametrize("spec", ["nowhere", "./nowhere"])
@@ -175,10 +175,10 @@ def test_a_qwen3_moe_goes_through_the_zero_stage_with_replay(tmp_path):
 
 
 def test_a_mixture_that_cannot_be_patched_still_trains_and_says_so(tmp_path):
-    folder = write_folder(tmp_path / "own", "gpt_oss")
+    folder = write_folder(tmp_path / "own", "phimoe")
     loaded = []
     (said,) = heard(lambda: loaded.append(load(folder)))
-    assert "GptOssForCausalLM" in said and "without routing replay" in said and "\n" not in said
+    assert "PhimoeForCausalLM" in said and "without routing replay" in said and "\n" not in said
     metrics = one_step(*loaded[0], tmp_path / "zero")
     assert metrics["skipped"] == 0 and "replay_agreement" not in metrics
 
