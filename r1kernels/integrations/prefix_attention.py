@@ -396,6 +396,7 @@ def tree_attention(
         )
     running.windows.append(sliding_window)
     parts, window = running.parts(sliding_window)
+    query, key, value = _one_dtype(query, key, value)
     options = Options(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
     kernel = choose(query, value, options)
     running.kernels[kernel] = None
@@ -403,8 +404,21 @@ def tree_attention(
     if kernel != "plain PyTorch" and size < query.shape[-1]:
         value = nn.functional.pad(value, (0, query.shape[-1] - size))
     call = _Call(parts, window or 0, running.positions, KERNELS[kernel], options)
-    out = _TreeAttention.apply(query, key, value, s_aux, call)
+    with torch.autocast(query.device.type, enabled=False):
+        out = _TreeAttention.apply(query, key, value, s_aux, call)
     return out.transpose(1, 2)[..., :size], None
+
+
+def _one_dtype(*tensors: Tensor) -> list[Tensor]:
+    """As autocast does for torch's own attention; without it, what all of them can be."""
+    device = tensors[0].device.type
+    dtype = tensors[0].dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        for other in tensors[1:]:
+            dtype = torch.promote_types(dtype, other.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 AttentionInterface.register(NAME, tree_attention)

@@ -73,6 +73,11 @@ class PrefixTree:
         """How many tokens the B sequences have, each for itself."""
         return self.sequences.shape[0]
 
+    def paths(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+        """The packed positions of the tokens of each sequence."""
+        lengths = self.cu_seqlens.diff().tolist()
+        return self.sequences.to(device).split(lengths)
+
     def pad(self, values: Tensor) -> Tensor:
         """One value per completion token, (N,), as (B, R), 0 beyond a completion's end; keeps gradients."""
         lengths = torch.tensor(self.lengths, device=values.device)

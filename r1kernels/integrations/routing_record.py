@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..moe.reference import count_experts
+from .prefix_tree import PrefixTree
 
 NOT_RECORDED = -1
 
@@ -26,7 +27,7 @@ class ExpertLoad:
         self.counts = torch.zeros(layers, experts, dtype=torch.int64)
 
     def add(self, layer: int, indices: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Count indices (T, K); with a mask of T entries in any shape, only tokens where it is not 0."""
+        """Count indices (T, K); with a mask of T integers in any shape, each token that often (0: padding)."""
         keep = None
         if attention_mask is not None:
             if attention_mask.numel() != indices.shape[0]:
@@ -34,7 +35,7 @@ class ExpertLoad:
                     f"attention_mask: expected {indices.shape[0]} entries, one per token of the forward, "
                     f"got shape {tuple(attention_mask.shape)}"
                 )
-            keep = (attention_mask != 0).reshape(-1).to(indices.device, torch.int64)
+            keep = attention_mask.reshape(-1).to(indices.device, torch.int64)
         if self.counts.device != indices.device:
             self.counts = self.counts.to(indices.device)
         self.counts[layer] += count_experts(indices, self.counts.shape[1], keep)
@@ -68,7 +69,7 @@ class RoutingRecord:
             )
         return torch.stack([calls[0] for calls in self.calls])
 
-    def sequences(self, attention_mask: Tensor) -> list[Tensor]:
+    def sequences(self, attention_mask: Tensor | PrefixTree) -> list[Tensor]:
         """The choices for each sequence without padding, from a generation with a KV cache or from one forward.
 
         The forwards must have fed the same B sequences in the same order, one stretch of positions after another, as
@@ -78,11 +79,19 @@ class RoutingRecord:
         Args:
             attention_mask: (B, L), 1 for real tokens (prompt and response), 0 for padding on either side. L is the number of
                 positions fed to the model, or more: the last sampled token of a generation was never fed, so the mask of
-                the whole output has one column more, whose tokens have no record.
+                the whole output has one column more, whose tokens have no record. Or the tree of one forward over a
+                ``PrefixTree``.
 
         Returns:
             for each sequence (layers, tokens, K) int16, its recorded real tokens in order.
         """
+        if isinstance(attention_mask, PrefixTree):
+            tree, packed = attention_mask, self.forward()
+            if packed.shape[1] != tree.tokens:
+                raise ValueError(
+                    f"attention_mask: expected a tree of {packed.shape[1]} tokens, got one of {tree.tokens}"
+                )
+            return [packed[:, path] for path in tree.paths(packed.device)]
         batch, length = _check_mask(attention_mask)
         sizes = [call.shape[0] for call in self.calls[0]]
         if not sizes:
@@ -104,17 +113,21 @@ class RoutingRecord:
         return [positions[:, row, real[row]] for row in range(batch)]
 
 
-def pad_routing(sequences: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
-    """Lay recorded sequences out for a forward over a padded batch: the inverse of ``RoutingRecord.sequences``.
+def pad_routing(sequences: Sequence[Tensor], attention_mask: Tensor | PrefixTree) -> Tensor:
+    """Lay recorded sequences out for a forward over a padded batch or a tree: the inverse of ``RoutingRecord.sequences``.
 
     Args:
         sequences: B tensors (layers, tokens, K), int16 or int64. The tokens of a sequence are its first real tokens.
         attention_mask: (B, L) of the batch to be replayed, 1 for real tokens, padding on either side. A sequence may have
-            more real tokens than recorded ones (the last sampled token), never fewer.
+            more real tokens than recorded ones (the last sampled token), never fewer. Or the tree of these sequences:
+            a token that several share gets the experts that the first of them recorded for it.
 
     Returns:
-        (layers, B * L, K) int16 for ``replay_routing``, NOT_RECORDED at padding and at real tokens without record.
+        (layers, B * L, K), or (layers, tokens of the tree, K), int16 for ``replay_routing``, NOT_RECORDED at padding and at
+        real tokens without record.
     """
+    if isinstance(attention_mask, PrefixTree):
+        return _pack_routing(sequences, attention_mask)
     batch, length = _check_mask(attention_mask)
     if len(sequences) != batch:
         raise ValueError(f"sequences: expected {batch}, one per row of attention_mask, got {len(sequences)}")
@@ -130,6 +143,26 @@ def pad_routing(sequences: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
             )
         padded[:, row, real[:tokens]] = sequence.to(padded.device, torch.int16)
     return padded.flatten(1, 2)
+
+
+def _pack_routing(sequences: Sequence[Tensor], tree: PrefixTree) -> Tensor:
+    """``pad_routing`` over a tree."""
+    if len(sequences) != len(tree.lengths):
+        raise ValueError(
+            f"sequences: expected {len(tree.lengths)}, one per sequence of the tree, got {len(sequences)}"
+        )
+    layers, _, top_k = sequences[0].shape
+    packed = sequences[0].new_full((layers, tree.tokens, top_k), NOT_RECORDED, dtype=torch.int16)
+    paths = tree.paths(packed.device)
+    for row in reversed(range(len(paths))):  # the first of those that share a token comes last
+        tokens = sequences[row].shape[1]
+        if tokens > len(paths[row]):
+            raise ValueError(
+                f"sequences: expected at most {len(paths[row])} tokens in sequence {row}, the tokens of its path in the "
+                f"tree, got {tokens}"
+            )
+        packed[:, paths[row][:tokens]] = sequences[row].to(packed.device, torch.int16)
+    return packed
 
 
 class RoutingReplay:

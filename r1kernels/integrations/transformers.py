@@ -211,7 +211,8 @@ def collect_load(
     Args:
         model: a patched model, or one that contains it.
         load: where to add the counts (of other micro-batches of the same optimizer step); a new one if None.
-        attention_mask: any shape with one entry per token of each forward: tokens where it is 0 do not count.
+        attention_mask: any shape with one integer per token of each forward, how often it counts: 0 at padding. None: each
+            token once, and in a forward over a ``PrefixTree`` as often as sequences share it.
 
     Yields:
         ExpertLoad, for ``update_bias`` and as a metric.
@@ -275,7 +276,8 @@ def replay_routing(model: nn.Module, routing: RoutingRecord | Tensor) -> Iterato
     Args:
         model: a patched model with as many routers as the recorded one.
         routing: a record of one forward, or (layers, T, K) int16 or int64, for example of ``pad_routing``, with -1
-            in all K places of a token without a record. Each forward in the block must have these T tokens.
+            in all K places of a token without a record. Each forward in the block must have these T tokens (those of the
+            tree in a forward over a ``PrefixTree``).
 
     Yields:
         RoutingReplay, whose ``agreement`` is the share of choices that the live router would have made too.

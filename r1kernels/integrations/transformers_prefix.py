@@ -20,7 +20,6 @@ from .transformers_routers import unobserved
 
 _LAYERS = ("full_attention", "sliding_attention")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}  # other dtypes: 5e-2
 _tried: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
@@ -166,6 +165,8 @@ def _refusal(model: Any, inner: Any) -> str:
             repeated = head_inputs(model, torch.tensor(rows, device=states.device)).flatten(0, 1)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return f"its forward over a packed tree fails: {error}"
+    if not running.windows:
+        return "its attention does not go through transformers' attention interface"
     window = getattr(config, "sliding_window", None)
     if types:
         expected = [window if kind == "sliding_attention" else None for kind in types]
@@ -173,7 +174,8 @@ def _refusal(model: Any, inner: Any) -> str:
             return f"its layers attend with the windows {running.windows}, its configuration tells {expected}"
     elif window is not None and window not in running.windows:
         return f"its layers attend without the window of {window} tokens that its configuration tells"
-    tolerance = _TOLERANCES.get(states.dtype, 5e-2)
+    rounded = states.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(states.device.type)
+    tolerance = 5e-2 if rounded else 1e-3
     outside = torch.ones(tree.tokens, dtype=torch.bool, device=states.device)
     outside[branch.start : branch.end] = False
     changed, others = changed[outside], states[outside]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import route
+from .prefix_attention import current
 from .routing_record import ExpertLoad, RoutingRecord, RoutingReplay
 from .transformers_experts import register
 from .transformers_match import ARGUMENT, Match, rows_of_experts
@@ -102,7 +103,10 @@ def _router_forward(self: Any, hidden_states: Tensor, *arguments: Any) -> tuple[
         if control.record is not None:
             control.record.add(state.layer, routing.indices)
         if control.load is not None:
-            control.load.add(state.layer, routing.indices, control.attention_mask)
+            counts, tree = control.attention_mask, current()
+            if tree is not None and counts is None:
+                counts = tree.multiplicity  # as often as the repeated form computes each token
+            control.load.add(state.layer, routing.indices, counts)
     return logits, match.weights(routing, logits, hidden_states), routing.indices
 
 

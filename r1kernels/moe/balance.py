@@ -95,7 +95,8 @@ def load_balancing_loss(logits: Tensor, top_k: int, mask: Tensor | None = None) 
         logits: (T, E), float32, bfloat16, float16 or float64. For one loss over several layers, as transformers does,
             concatenate their logits (and repeat the mask).
         top_k: K, in [1, E].
-        mask: (T,), bool or numbers: tokens where it is False or 0 are left out (padding), of T too.
+        mask: (T,), bool or numbers: how often a token counts, in T too; False or 0 leaves it out (padding), 3 counts a token
+            that stands for three (``PrefixTree.multiplicity``).
 
     Returns:
         a scalar, float32 (float64 for float64 logits); 0 without tokens.

@@ -94,7 +94,7 @@ def load_balancing_loss(logits: Tensor, top_k: int, mask: Tensor | None) -> Tens
     logits = logits.to(_accumulator(logits))
     keep = torch.ones_like(logits[:, 0])
     if mask is not None:
-        keep = (mask != 0).to(logits.dtype)
+        keep = mask.to(logits.dtype)
         # 0 times NaN is NaN, in the gradient too: what is left out is replaced before it enters
         logits = torch.where((mask != 0).unsqueeze(1), logits, 0.0)
     probs = logits.softmax(dim=-1)
