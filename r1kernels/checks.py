@@ -24,6 +24,11 @@ def debug_checks(enabled: bool) -> None:
     _debug = boolean("enabled", enabled)
 
 
+def debugging() -> bool:
+    """Whether ``debug_checks(True)`` holds."""
+    return _debug
+
+
 def values_visible(*tensors: Tensor | None) -> bool:
     """Whether values inside the tensors may be looked at now: eager, and on the CPU or with ``debug_checks(True)``."""
     if torch.compiler.is_compiling():

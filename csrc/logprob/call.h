@@ -37,4 +37,20 @@ struct R1kernelsLogprobGradients {
     const int32_t* sequences;                    // (B * T): the entry of the gradients that a row takes; null: its own
 };
 
+// Products of hidden states and the rows of the head that were kept, for kept sets (r1kernels/logprob/kept_head.py). An
+// entry is a pair of a token and a row of the head.
+struct R1kernelsKeptProducts {
+    const void* hidden;                          // (N, H) of `element`
+    const void* weight;                          // (V, H): the rows [first, first + V) of the head
+    r1kernels::Element element;
+    int64_t tokens, width, vocabulary, first;    // N, H, V
+    int64_t entries;                             // Z
+    const int64_t* ids;                          // (Z), rows of the whole head; those elsewhere take no part
+    const int64_t* entry_tokens;                 // (Z), -1 for no part
+    const float* bias;                           // (V), or null; forward alone
+    const int64_t* offsets;                      // (N + 1): the entries of a token; backward alone, as what follows
+    const int64_t* order;                        // (Z): the entries by id, those of one id by token
+    const float* grad;                           // (Z); an entry at 0 takes no part
+};
+
 }  // extern "C"

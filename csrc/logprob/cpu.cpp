@@ -3,6 +3,7 @@
 
 #include "logprob/cpu_backward.h"
 #include "logprob/cpu_forward.h"
+#include "logprob/cpu_kept.h"
 
 namespace r1kernels::R1KERNELS_ISA {
 
@@ -30,8 +31,27 @@ void backward(const R1kernelsTokenLogprobs& call, const R1kernelsLogprobGradient
     });
 }
 
+void kept_products(const R1kernelsKeptProducts& call, float* to, int64_t begin, int64_t end) {
+    with_element(call.element, [&](auto zero) { products<decltype(zero)>(call, to, begin, end); });
+}
+
+void kept_gradient_of_hidden(const R1kernelsKeptProducts& call, void* to, bool float32, int64_t begin, int64_t end) {
+    with_element(call.element, [&](auto zero) {
+        typedef decltype(zero) T;
+        if (float32) return gradient_of_hidden<T>(call, static_cast<float*>(to), begin, end);
+        gradient_of_hidden<T>(call, static_cast<T*>(to), begin, end);
+    });
+}
+
+void kept_gradient_of_weight(const R1kernelsKeptProducts& call, void* to, float* bias, int64_t begin, int64_t end) {
+    with_element(call.element, [&](auto zero) {
+        gradient_of_weight(call, static_cast<decltype(zero)*>(to), bias, begin, end);
+    });
+}
+
 }  // namespace
 
+const KeptKernels kept_kernels = {kept_products, kept_gradient_of_hidden, kept_gradient_of_weight};
 const LogprobKernels logprob_kernels = {reduce, finish, backward};
 
 }  // namespace r1kernels::R1KERNELS_ISA

@@ -49,6 +49,18 @@ struct LogprobKernels {
                      int64_t grad_batch_stride, int64_t grad_token_stride, int64_t begin, int64_t end);
 };
 
+// Products of kept rows of the head: over entries, tokens, and places in the order of the entries.
+struct KeptKernels {
+    void (*products)(const R1kernelsKeptProducts& call, float* to, int64_t begin, int64_t end);
+
+    // to (N, H) of call.element, or of float32
+    void (*gradient_of_hidden)(const R1kernelsKeptProducts& call, void* to, bool float32, int64_t begin, int64_t end);
+
+    // to (V, H) of call.element and bias (V), both 0 before, or null where not wanted
+    void (*gradient_of_weight)(const R1kernelsKeptProducts& call, void* to, float* bias, int64_t begin, int64_t end);
+};
+
 R1KERNELS_DECLARE_TABLES(LogprobKernels, logprob_kernels)
+R1KERNELS_DECLARE_TABLES(KeptKernels, kept_kernels)
 
 }  // namespace r1kernels

@@ -5,13 +5,13 @@ Shapes: B completions, N tokens in all; padded, T = N / B tokens each, or packed
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import extension
-from ..op import Kernel, Size
+from .. import extension, transforms
+from ..op import Kernel, Size, recorded
 
 # read once: torch.compile cannot trace a call into the extension
 _CUDA_KERNELS = extension.cuda_missing() is None
@@ -36,6 +36,12 @@ class Completions(NamedTuple):
         else:
             sums = torch.segment_reduce(values, "sum", offsets=self.cu_seqlens, initial=0.0)
         return sums if self.divisor is None else sums / self.divisor
+
+    def reduced(self, values: Tensor) -> Tensor:
+        """``reduce`` with a gradient in the token values."""
+        if self.size is None or transforms.active():
+            return self.reduce(values)
+        return _recorded(values.device.type, ReduceCall(values, self.size, self.cu_seqlens, self.divisor))
 
     def gradient(self, grad: Tensor | None) -> Tensor | None:
         """The gradient that every token of a completion gets, (B,), from that of the sum or mean."""
@@ -89,3 +95,25 @@ def _numbers_shape(call: NumbersCall) -> Tensor:
 
 SUMS = Kernel("completion_sums", SumsCall, _sums_shape, backends=("cuda",))
 NUMBERS = Kernel("completion_numbers", NumbersCall, _numbers_shape, backends=("cuda",))
+
+
+class ReduceCall(NamedTuple):
+    values: Tensor  # (N,)
+    size: Size
+    cu_seqlens: Tensor | None
+    divisor: Tensor | None
+
+
+def _gradients(backend: str, inputs: Any, saved: Any, size: int, grads: Any, needs: Any) -> tuple[Tensor]:
+    (values,), (cu_seqlens, divisor) = inputs, saved
+    return (Completions(size, cu_seqlens, divisor).of_tokens(grads[0], values.shape[0]),)
+
+
+_recorded = recorded(
+    "grouped_logprobs",
+    ReduceCall,
+    lambda _, call: Completions(*call[1:]).reduce(call.values),
+    differentiable=("values",),
+    save=lambda call, _: ((call.cu_seqlens, call.divisor), call.size),
+    backward=_gradients,
+)

@@ -14,6 +14,7 @@ from .. import checks
 from ..op import Op
 from . import linear, linear_reference, token
 from .completions import EACH_TOKEN, Completions
+from .kept import check_kept
 
 REDUCTIONS = ("sum", "mean", "none")
 
@@ -36,6 +37,7 @@ def grouped_logprobs(
     temperature: float | Tensor = 1.0,
     reduce: str = "sum",
     return_entropy: bool = False,
+    kept: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> GroupedLogprobs:
     """Sum or mean over each completion of the log-probs of its tokens.
@@ -49,6 +51,7 @@ def grouped_logprobs(
         temperature: a number above 0 or a tensor, () or one per token; no gradient.
         reduce: "sum", "mean" (0 for an empty completion) or "none" (token values, 0 where masked).
         return_entropy: also give the entropy, reduced like logp.
+        kept: as in ``token_logprobs``: one set for each of the B * T or N tokens, masked ones counted.
         backend: forces one (see r1kernels.backends); None chooses.
 
     Returns:
@@ -65,12 +68,13 @@ def grouped_logprobs(
     checks.tensor("targets", targets, dtypes=(torch.int64,), shape=logits.shape[:-1], like=logits)
     group_size = checks.integer("group_size", group_size, minimum=1)
     _check_groups(targets, mask, cu_seqlens, group_size, reduce, return_entropy)
-    kept, ignored = _masked_targets(targets, mask, logits.shape[-1])
-    temperatures, scalar = token.split_temperature(temperature, kept, ignored, logits.dtype)
-    counts = _counts(kept != ignored, cu_seqlens)
-    rows = token.plain_rows(logits, kept.reshape(-1).contiguous(), temperatures, scalar, ignored)
+    counted, ignored = _masked_targets(targets, mask, logits.shape[-1])
+    temperatures, scalar = token.split_temperature(temperature, counted, ignored, logits.dtype)
+    counts = _counts(counted != ignored, cu_seqlens)
+    rows = token.plain_rows(logits, counted.reshape(-1).contiguous(), temperatures, scalar, ignored)
     completions = _completions(counts, cu_seqlens, reduce)
-    call = token.TokenCall(token.in_rows(logits), rows, return_entropy, False, completions)
+    sets = check_kept(kept, counted, logits.shape[-1], ignored)
+    call = token.TokenCall(token.in_rows(logits), rows, return_entropy, False, completions, sets)
     logp, entropy = GROUPED_LOGPROBS(backend, call)
     return _shaped(logp, entropy, counts, targets.shape, group_size, reduce, return_entropy)
 
@@ -95,6 +99,7 @@ def linear_grouped_logprobs(
     save_logits: bool | None = None,
     batch_invariant: bool = False,
     group: Any = None,
+    kept: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> GroupedLogprobs | tuple[GroupedLogprobs, dict[str, Tensor]]:
     """``grouped_logprobs`` from hidden states (B, T, H) or (N, H) and the head, without all logits at once.
@@ -110,12 +115,12 @@ def linear_grouped_logprobs(
         raise ValueError(f"hidden: expected {dimensions} dimensions, got shape {tuple(hidden.shape)}")
     group_size = checks.integer("group_size", group_size, minimum=1)
     _check_groups(targets, mask, cu_seqlens, group_size, reduce, return_entropy)
-    kept = targets if mask is None else torch.where(mask != 0, targets, ignore_index)
-    counts = _counts(kept != ignore_index, cu_seqlens)
+    counted = targets if mask is None else torch.where(mask != 0, targets, ignore_index)
+    counts = _counts(counted != ignore_index, cu_seqlens)
     call = linear.call_of(
         hidden,
         head,
-        kept,
+        counted,
         _completions(counts, cu_seqlens, reduce),
         temperature=temperature,
         ignore_index=ignore_index,
@@ -125,6 +130,7 @@ def linear_grouped_logprobs(
         save_logits=save_logits,
         batch_invariant=batch_invariant,
         group=group,
+        kept=kept,
     )
     logp, entropy, extra = LINEAR_GROUPED_LOGPROBS(backend, call)
     grouped = _shaped(logp, entropy, counts, targets.shape, group_size, reduce, return_entropy)

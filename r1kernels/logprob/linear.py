@@ -5,6 +5,7 @@ Shapes: N tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from .. import checks
 from ..op import Kernel, Op, Size, Written, recorded
-from . import linear_reference, parts, sharded
+from . import kept_head, linear_reference, parts, sharded
 from .completions import EACH_TOKEN, Completions
+from .kept import Kept, check_kept
 from .token import Rows, Upstream, row_results, split_temperature, upstream_of
 
 STATS = ("log_sum_sq_probs", "mean_logits", "is_top1")
@@ -46,6 +48,7 @@ def linear_logprobs(
     save_logits: bool | None = None,
     batch_invariant: bool = False,
     group: dist.ProcessGroup | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Any:
     r"""Log-prob (and entropy) of each target under the head's distribution.
@@ -72,6 +75,10 @@ def linear_logprobs(
         group: a process group over which the vocabulary is sharded: ``weight`` and ``bias`` are this rank's rows, in rank
             order; everything else is the same on every rank, and so are the results and the gradient of ``hidden``. Every
             call waits once for the sizes of the shards.
+        kept: (ids, offsets), the sets that a truncated sampler kept, as in ``token_logprobs``: such a token costs the kept rows of
+            the head alone, forward and backward, and ``stats`` are those of the kept distribution. Tokens with an empty set go
+            through the whole head, whose logits are then kept or recomputed as ``save_logits`` says; in a compiled graph, where
+            their number is not known, all tokens do.
         backend: forces one (see r1kernels.backends); None chooses.
 
     Returns:
@@ -98,6 +105,7 @@ def linear_logprobs(
         save_logits=save_logits,
         batch_invariant=batch_invariant,
         group=group,
+        kept=kept,
     )
     logp, entropy, extra = LINEAR_LOGPROBS(backend, call)
     results: tuple[Any, ...] = (logp.view(targets.shape),)
@@ -150,6 +158,7 @@ def call_of(
     save_logits: bool | None,
     batch_invariant: bool,
     group: dist.ProcessGroup | None,
+    kept: tuple[Tensor, Tensor] | None,
 ) -> LogprobsCall:
     """The call for N tokens; the options are checked here."""
     checks.boolean("return_entropy", return_entropy)
@@ -191,6 +200,7 @@ def call_of(
         batch_invariant,
         shard,
         completions,
+        check_kept(kept, targets, vocabulary, ignore_index),
     )
 
 
@@ -310,10 +320,11 @@ class LogprobsCall(NamedTuple):
     batch_invariant: bool
     shard: sharded.Shard | None
     completions: Completions
+    kept: Kept | None = None
 
 
 def _forward(backend: str, call: LogprobsCall) -> tuple[Tensor, ...]:
-    *linear, shard, _ = call
+    *linear, shard, _, _ = call
     logp, entropy, stats, extra, logits = FORWARD(backend, LinearCall._make(linear))
     if shard is not None:
         part = parts.Part(logp, stats, extra)
@@ -413,6 +424,8 @@ _recorded_frozen = recorded(
 
 
 def on_kernels(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
+    if call.kept is not None:
+        return kept_head.on_kernels(backend, call, partial(on_kernels, backend))
     hidden, weight, rows, save_logits = call.hidden, call.weight, call.rows, call.save_logits
     trained = weight.requires_grad or (rows.bias is not None and rows.bias.requires_grad)
     differentiable = torch.is_grad_enabled() and (trained or hidden.requires_grad)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import transforms
-from . import sharded, token
+from . import kept, kept_reference, sharded, token
 from .completions import EACH_TOKEN
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ _INVARIANT_ROWS = 64
 
 def run(call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
     hidden, rows, shard = call.hidden, call.rows, call.shard
+    verdict = None
+    if call.kept is not None:
+        rows, verdict = kept_reference.among_kept(call.kept, rows)
     # float32 (float64 stays), once for all chunks
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     # 0 times NaN would reach the head
@@ -58,6 +61,8 @@ def run(call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
         logp, entropy, extra = chunks[0]
     else:
         logp, entropy, extra = (torch.cat(values, dim=-1) for values in zip(*chunks, strict=True))
+    if verdict is not None:
+        logp, entropy, extra = kept.with_verdict(verdict, logp, entropy, extra)
     reduce = call.completions.reduce
     return reduce(logp), reduce(entropy) if call.with_entropy else entropy, extra
 
@@ -67,13 +72,18 @@ def _part(call: LogprobsCall, piece: slice) -> LogprobsCall:
     rows = call.rows
     temperatures = None if rows.temperatures is None else rows.temperatures[piece]
     rows = rows._replace(targets=rows.targets[piece], temperatures=temperatures)
-    return call._replace(hidden=call.hidden[piece], rows=rows)
+    sets = None if call.kept is None else call.kept.part(piece)
+    return call._replace(hidden=call.hidden[piece], rows=rows, kept=sets)
 
 
 def _chunk(call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
     rows, targets = call.rows, call.rows.targets
     head = (call.weight, rows.bias, rows.softcap, rows.logit_scale)
     logits = _logits(call.hidden, *head, call.batch_invariant)
+    mask = None
+    if call.kept is not None:
+        mask = kept.allowed(call.kept, rows.first, logits.shape[1])
+        logits = torch.where(mask, logits, -torch.inf)
     extra = logits.new_empty((0, targets.shape[0]))
     if call.with_extra:
         with torch.no_grad():
@@ -81,9 +91,12 @@ def _chunk(call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
             extra = _stats(logits / divisor, targets - rows.first)
     rows = token.Rows(None, 1.0, 0.0, *rows[3:])  # the head is in the logits
     if call.shard is not None:
-        return sharded.logprobs(logits, rows, call.with_entropy, extra, call.shard)
-    of_logits = token.TokenCall(logits.unsqueeze(0), rows, call.with_entropy, False, EACH_TOKEN)
-    logp, entropy = token.on_reference(of_logits)
+        logp, entropy, extra = sharded.logprobs(logits, rows, call.with_entropy, extra, call.shard)
+    else:
+        of_logits = token.TokenCall(logits.unsqueeze(0), rows, call.with_entropy, False, EACH_TOKEN)
+        logp, entropy = token.on_reference(of_logits)
+    if call.with_extra and mask is not None:
+        extra[1] = _mean_of(logits.detach() / divisor, mask, call.shard)
     return logp, entropy, extra.masked_fill(targets == rows.ignore_index, 0)
 
 
@@ -118,3 +131,10 @@ def _stats(x: Tensor, targets: Tensor) -> Tensor:
     exponentials = (x - largest).exp()
     log_sum_sq = exponentials.square().sum(-1).log() - 2 * exponentials.sum(-1).log()
     return torch.stack((log_sum_sq, x.mean(-1), (position.squeeze(-1) == targets).to(x.dtype)))
+
+
+def _mean_of(x: Tensor, mask: Tensor, shard: sharded.Shard | None) -> Tensor:
+    """The mean (N,) of the columns (N, V) that the mask keeps, over all ranks."""
+    sums = torch.stack((torch.where(mask, x, 0.0).sum(1), mask.sum(1).to(x.dtype)))
+    total, count = sums if shard is None else sharded.sum_over_ranks_(sums, shard)
+    return total / count

@@ -5,6 +5,7 @@ B, T leading dimensions, V vocabulary, N = B * T rows.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from .. import checks, transforms
 from ..op import Kernel, Op, Size, Written, recorded
-from . import reference
+from . import kept_reference, kept_rows, reference
 from .completions import EACH_TOKEN, Completions
+from .kept import Kept, check_kept
 
 MOST_PROGRAMS = 2**31 - 1  # in the first dimension of a GPU's grid
 SEGMENT = 1 << 15  # logits that a program of Triton reads; few rows of a large vocabulary still fill a GPU
@@ -27,6 +29,7 @@ def token_logprobs(
     return_entropy: bool = False,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    kept: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Log-prob of each target and, on request, the entropy of its distribution, in one pass over the logits.
@@ -41,6 +44,11 @@ def token_logprobs(
         ignore_index: tokens with this target give log-prob 0, entropy 0 and a zero gradient row.
         inplace_backward: write the gradient over the logits, which must not be a leaf or a view of one, expanded or
             overlapping. A later reader of the logits, a second backward among them, gets autograd's error.
+        kept: (ids, offsets), the sets that a truncated sampler kept (top-k, top-p, min-p): that of the n-th of the flattened targets,
+            ignored ones counted, is ids[offsets[n] : offsets[n + 1]], int32 or int64; an empty one is the whole vocabulary.
+            Log-prob and entropy are those of the distribution renormalised over the set. A target outside its set has log-prob
+            -inf, without a gradient; an id that is there twice counts once (with ``debug_checks`` both are errors). Not together
+            with ``inplace_backward``. On CUDA every call reads a few counts on the host.
         backend: "cuda", "triton", "cpu" or "reference": that one or an error; None chooses (see r1kernels.backends).
 
     Returns:
@@ -65,11 +73,14 @@ def token_logprobs(
         refusal = why_not_overwritable(logits)
         if refusal:
             raise ValueError(f"inplace_backward: expected logits {refusal}")
+        if kept is not None:
+            raise ValueError("inplace_backward: expected False together with kept, got True")
     temperatures, scalar = split_temperature(temperature, targets, ignore_index, logits.dtype)
     if checks.values_visible(targets):
         checks.in_range("targets", targets, 0, logits.shape[-1], allow=ignore_index)
     rows = plain_rows(logits, targets.reshape(-1).contiguous(), temperatures, scalar, ignore_index)
-    call = TokenCall(in_rows(logits), rows, return_entropy, inplace_backward, EACH_TOKEN)
+    sets = check_kept(kept, targets, logits.shape[-1], ignore_index)
+    call = TokenCall(in_rows(logits), rows, return_entropy, inplace_backward, EACH_TOKEN, sets)
     logp, entropy = TOKEN_LOGPROBS(backend, call)
     logp = logp.view(targets.shape)
     return (logp, entropy.view(targets.shape)) if return_entropy else logp
@@ -198,6 +209,7 @@ class TokenCall(NamedTuple):
     with_entropy: bool
     inplace_backward: bool
     completions: Completions
+    kept: Kept | None = None
 
 
 def _forward(backend: str, call: TokenCall) -> tuple[Tensor, ...]:
@@ -266,12 +278,16 @@ _recorded = recorded(
 
 def on_reference(call: TokenCall) -> tuple[Tensor, Tensor]:
     """Its own gradient is exact where that of autograd loses digits; transforms of PyTorch follow the latter."""
+    if call.kept is not None:
+        return kept_reference.of_logits(call, on_reference)
     tokens = TokenCall(call.logits, call.rows, call.with_entropy, call.inplace_backward, EACH_TOKEN)
     results = _forward("reference", tokens) if transforms.active() else _recorded("reference", tokens)
     return _give(call, results)
 
 
 def on_kernels(backend: str, call: TokenCall) -> tuple[Tensor, Tensor]:
+    if call.kept is not None:
+        return kept_rows.on_kernels(backend, call, partial(on_kernels, backend))
     logits = call.logits
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         # kernels read rows of stride 1, of an empty tensor too, which contiguous() gives back as it is

@@ -1,0 +1,106 @@
+"""The kernels of kept_rows.py on every backend: sets of similar size, padded by -inf, are rows for its row kernels.
+
+A set of n entries becomes a row of the smallest power of two that is at least n and 16: at most twice the work, and a token's
+bits depend on nothing but its set. How many sets there are of each width is read on the host, the one sync of kept sets on CUDA.
+
+N tokens, Z entries, n rows of w columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import kept_rows, token
+from .kept import NO_SET
+from .token import Rows, RowsBackwardCall, RowsCall, Upstream
+
+WIDTHS = (0, *(16 << i for i in range(27)))
+
+
+class Block(NamedTuple):
+    """The sets of one width."""
+
+    tokens: Tensor  # (n,)
+    entries: Tensor  # (n, w), 0 where a row is padded
+    valid: Tensor  # (n, w) bool
+
+    def rows_of(self, call: kept_rows.SetsCall | kept_rows.SetsBackwardCall) -> tuple[Tensor, Rows]:
+        """(logits (1, n, w), what the row kernels are told about them)"""
+        logits = torch.where(self.valid, call.logits[self.entries], -torch.inf)
+        temperatures = None if call.temperatures is None else call.temperatures[self.tokens]
+        rows = token.plain_rows(logits, call.places[self.tokens], temperatures, call.temperature, NO_SET)
+        return logits.unsqueeze(0), rows
+
+
+def _blocks(offsets: Tensor, places: Tensor) -> Iterator[Block]:
+    lengths = torch.where(places == NO_SET, 0, offsets.diff())
+    widths = torch.tensor(WIDTHS, device=offsets.device)
+    kind = torch.bucketize(lengths, widths)
+    order = kind.argsort(stable=True)
+    counts = torch.bincount(kind, minlength=len(WIDTHS)).tolist()
+    for width, tokens in zip(WIDTHS, order.split(counts), strict=True):
+        if width == 0 or tokens.shape[0] == 0:
+            continue
+        column = torch.arange(width, device=offsets.device)
+        valid = column < lengths[tokens].unsqueeze(1)
+        entries = torch.where(valid, offsets[tokens].unsqueeze(1) + column, 0)
+        yield Block(tokens, entries, valid)
+
+
+def forward(backend: str, call: kept_rows.SetsCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count = call.places.shape[0]
+    results = (
+        call.logits.new_zeros(count),
+        call.logits.new_zeros(count if call.with_entropy else 0),
+        call.logits.new_zeros((3, count)),
+        call.logits.new_zeros((3 if call.with_extra else 0, count)),
+    )
+    for block in _blocks(call.offsets, call.places):
+        logits, rows = block.rows_of(call)
+        found = token.FORWARD(backend, RowsCall(logits, rows, call.with_entropy, call.with_extra))
+        if call.with_extra:
+            _finish_extra(call, block, logits[0], rows, *found[2:])
+        for result, values in zip(results, found, strict=True):
+            if result.numel():
+                result[..., block.tokens] = values
+    return results
+
+
+def _finish_extra(
+    call: kept_rows.SetsCall, block: Block, logits: Tensor, rows: Rows, stats: Tensor, extra: Tensor
+) -> None:
+    """The mean is over the kept logits alone; of equal logits the lowest id is top, as in the whole vocabulary."""
+    taken = block.valid & (call.tokens[block.entries] >= 0)
+    temperature = rows.temperature if rows.temperatures is None else rows.temperatures
+    extra[1] = torch.where(taken, logits, 0.0).sum(1) / taken.sum(1) / temperature
+    ids = call.ids[block.entries]
+    largest = torch.where(logits == stats[0].unsqueeze(1), ids, torch.iinfo(ids.dtype).max).amin(1)
+    extra[2] = largest == ids.gather(1, rows.targets.unsqueeze(1)).squeeze(1)
+
+
+def backward(backend: str, call: kept_rows.SetsBackwardCall) -> Tensor:
+    count = call.logits.shape[0]
+    # padding goes to the place after the last entry
+    grads = call.logits.new_zeros(count + 1)
+    for block in _blocks(call.offsets, call.places):
+        logits, rows = block.rows_of(call)
+        upstream = Upstream(
+            call.logp[block.tokens],
+            call.stats[:, block.tokens],
+            None if call.grad_logp is None else call.grad_logp[block.tokens],
+            None if call.grad_entropy is None else call.grad_entropy[block.tokens],
+            None,
+        )
+        grad = token.BACKWARD(backend, RowsBackwardCall(logits, rows, upstream))
+        grads[torch.where(block.valid, block.entries, count)] = grad[0]
+    return grads[:count].clone()
+
+
+for _backend in ("cpu", "cuda", "triton"):
+    kept_rows.FORWARD.implement(_backend)(partial(forward, _backend))
+    kept_rows.BACKWARD.implement(_backend)(partial(backward, _backend))
