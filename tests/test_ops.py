@@ -14,6 +14,10 @@ from tests.support.sample_calls import differentiable_call, first
 
 DOCS = "\n".join(page.read_text() for page in Path(__file__).parents[1].joinpath("docs").glob("*.md"))
 EVERY = sorted(examples.calls("cpu"))
+KEPT = (
+    torch.tensor([3, 0, 9, 5]),
+    torch.tensor([0, 2, 2, 4, 4, 4, 4]),
+)  # two sets, and tokens that keep everything
 KERNELS = [op for op in EVERY if "cpu" in backends.registered(op)]
 
 
@@ -45,9 +49,12 @@ def test_an_op_has_a_reference_an_explanation_and_a_page(op):
 
 
 @pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
-@pytest.mark.parametrize("op", KERNELS)
-def test_the_torch_ops_of_a_call_keep_their_schemas_and_shapes(op):
-    function, leaves = differentiable_call(op)
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [(op, {}) for op in KERNELS] + [(op, {"kept": KEPT}) for op in KERNELS if op.endswith("_logprobs")],
+)
+def test_the_torch_ops_of_a_call_keep_their_schemas_and_shapes(op, options):
+    function, leaves = differentiable_call(op, **options)
     with Recorder() as recorder:
         result = first(function(*leaves))
         if result.requires_grad:

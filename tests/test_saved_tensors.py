@@ -26,8 +26,16 @@ OPS = (
     "grouped_gemm",
     "moe_experts",
 )
+KEPT = (torch.tensor([3, 0, 9, 1, 5]), torch.tensor([0, 2, 2, 5, 5, 5, 5]))
 OPTIONS = {
-    "linear_logprobs": [{}, {"return_entropy": False, "save_logits": True}, {"save_logits": False}],
+    "token_logprobs": [{}, {"kept": KEPT}],
+    "linear_grouped_logprobs": [{}, {"kept": KEPT}],
+    "linear_logprobs": [
+        {},
+        {"kept": KEPT},
+        {"return_entropy": False, "save_logits": True},
+        {"save_logits": False},
+    ],
     "grpo_loss": [{}, {"variant": "gmpo"}, {"ratio": "sequence"}],
     "linear_grpo_loss": [{}, {"ratio": "sequence"}],
     "moe_experts": [{}, {"save": "nothing"}],

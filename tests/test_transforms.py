@@ -26,6 +26,9 @@ def noise(*shape: int) -> Tensor:
 TARGETS = torch.randint(0, V, (2, T), generator=GENERATOR)
 MASK = torch.ones(2, T, dtype=torch.bool)
 EXPERTS = torch.stack((torch.arange(T) % E, (torch.arange(T) + 1) % E), -1)
+# every token's target with one or two others, and two tokens that keep everything
+SETS = [[int(y), (int(y) + 3) % V, (int(y) + n) % V][: n % 4] for n, y in enumerate(TARGETS.flatten())]
+KEPT = (torch.tensor([v for ids in SETS for v in ids]), torch.tensor([0, *map(len, SETS)]).cumsum(0))
 HEAD = {"hidden": noise(2, T, H), "weight": noise(V, H), "bias": noise(V)}
 
 
@@ -59,6 +62,11 @@ CALLS = {
     ),
     "linear_logprobs": (_linear("linear_logprobs"), HEAD),
     "recomputed": (_linear("linear_logprobs", save_logits=False), HEAD),
+    "kept tokens": (
+        lambda logits: r1kernels.token_logprobs(logits, TARGETS, kept=KEPT),
+        {"logits": noise(2, T, V)},
+    ),
+    "kept rows": (_linear("linear_logprobs", kept=KEPT), HEAD),
     "grouped_logprobs": (
         lambda logits: r1kernels.grouped_logprobs(logits, TARGETS, mask=MASK, group_size=2).logp,
         {"logits": noise(2, T, V)},
