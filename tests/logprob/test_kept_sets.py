@@ -406,7 +406,8 @@ def test_it_compiles_in_one_graph(place):
     def tokens(z, y, ids, offsets):
         return token_logprobs(z, y, kept=(ids, offsets), return_entropy=True, backend=backend)
 
-    for function, inputs in ((head, (x, w, b)), (tokens, (logits,))):
+    both = ((head, (x, w, b)), (tokens, (logits,)))
+    for function, inputs in both if backend != "reference" else both[1:]:
         others = (targets.to(device), *kept)
         plain = results_and_gradients(*function(*inputs, *others), inputs)
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
