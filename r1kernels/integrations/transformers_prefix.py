@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..logprob import linear_logprobs
-from .prefix_attention import Running, packed
 from .prefix_tree import PrefixTree, build
 from .transformers_logprobs import head_inputs, output_head, unwrapped
+from .transformers_prefix_attention import Running, packed
 from .transformers_routers import unobserved
 
 _LAYERS = ("full_attention", "sliding_attention")

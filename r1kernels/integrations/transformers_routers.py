@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import route
-from .prefix_attention import current
 from .routing_record import ExpertLoad, RoutingRecord, RoutingReplay
 from .transformers_experts import register
 from .transformers_match import ARGUMENT, Match, rows_of_experts
 from .transformers_match import match as match_router
+from .transformers_prefix_attention import current
 
 
 @dataclass

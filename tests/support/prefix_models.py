@@ -66,7 +66,7 @@ def repeated(
     """(log-probs, entropies) (B, R) in float64, from the logits of transformers' own forward of each sequence alone."""
     rows = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        ids = torch.tensor([prompt + completion])
+        ids = torch.tensor([prompt + completion], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double() / temperature
         logp = logits.log_softmax(-1)
         rows.append(
