@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from training import prompts
-from training.engines.transformers import TransformersEngine, choose_tokens, uniforms
+from training.engines.choice import choose_tokens, uniforms
+from training.engines.transformers import TransformersEngine
 from training.loops.batch import collate, logprobs
 from training.loops.sample import Prompt, sample
 from training.model import build_model

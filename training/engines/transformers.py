@@ -1,26 +1,49 @@
 """The engine in the process: the policy itself draws, through transformers' model.
 
-Every response has one key; its n-th token is chosen by the n-th number of a counter-based generator of that key, as the
-token at which the cumulated probability passes that number. So nothing has to be saved for a resume, and any number of
-machines draw the same responses.
+Every response has one key; its n-th token is chosen by the n-th number of a counter-based generator of that key
+(training.engines.choice). So nothing has to be saved for a resume, any number of machines draw the same responses, and
+rows may come and go: a response that has ended makes room for the next one (continuous batching). Prompts are read in
+packed passes without padding, each once, and what all begin with once in all (training.engines.cache).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.integrations import transformers as integration
+from r1kernels.integrations.routing_record import RoutingRecord
+from training import notices
 from training.encoder import Encoder
-from training.engines import Output, Request, SamplingParams
+from training.engines import Output, Request, SamplingParams, equal_lengths
+from training.engines.cache import (
+    Level,
+    Pass,
+    PromptPass,
+    Read,
+    Segment,
+    Share,
+    TokenPass,
+    attention,
+    forward,
+)
+from training.engines.choice import choose_tokens, uniforms
 from training.model import is_patched
+
+PROMPT_TOKENS = 4096  # of one pass over prompts
+SHORTEST_HEAD = 16  # a common head of fewer tokens costs more than it saves
+SAME = 1e-2  # most that two ways of one log-prob may differ
+FIRST_ROOM = 128  # tokens of a response that the cache has room for at first
+STEPS_UNSEEN = {
+    "cuda": 8
+}  # tokens that a device draws before the host looks which responses have ended; others 1
 
 
 class TransformersEngine:
@@ -40,135 +63,380 @@ class TransformersEngine:
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Output]:
         """One output a request, in order."""
+        if not requests:
+            return []
         was_training = self.model.training
         self.model.eval()
-        # Prompts of one length share a batch, so that nothing is padded. Keyed draws make the order irrelevant.
-        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i, request in enumerate(requests):
-            alike[len(request.prompt_ids), request.max_new_tokens].append(i)
-        found: dict[int, Output] = {}
-        for (_, most), group in alike.items():
-            for first in range(0, len(group), params.batch_size):
-                chosen = group[first : first + params.batch_size]
-                keys = [requests[i].key for i in chosen]
-                choose = _Choice(uniforms(keys, most), params.temperature, params.top_p)
-                drawn = _generate(
-                    self.model,
-                    [list(requests[i].prompt_ids) for i in chosen],
-                    choose,
-                    params.stop_ids,
-                    params.record_routing,
-                )
-                for i, (token_ids, logp, routing) in zip(chosen, drawn, strict=True):
-                    finished = token_ids[-1] in params.stop_ids
-                    found[i] = Output(tuple(token_ids), tuple(logp), finished, self.version, routing)
-        self.model.train(was_training)
-        return [found[i] for i in range(len(requests))]
+        with ExitStack() as stack:
+            stack.callback(self.model.train, was_training)
+            stack.enter_context(_weights_cast_once())
+            if not _served(self.model):
+                return equal_lengths.draw(self.model, requests, params, self.version)
+            stack.enter_context(attention(self.model))
+            record = None
+            if params.record_routing and is_patched(self.model):
+                record = stack.enter_context(integration.record_routing(self.model))
+            return _Flight(self.model, requests, params, record, self.version).run()
 
 
-def uniforms(keys: Sequence[int], count: int) -> Tensor:
-    """(len(keys), count) float64 in [0, 1): number n of a key is SplitMix64's output at counter key + n * golden ratio."""
-    with np.errstate(over="ignore"):
-        counter = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z = np.array(keys, dtype=np.uint64)[:, None] + counter
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+@contextmanager
+def _weights_cast_once() -> Iterator[None]:
+    """Inside the block autocast keeps its copies of the weights, which do not change while responses are drawn."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
 
 
-def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """The token of each row at which the cumulated probability passes `uniform`, and its log-prob.
-
-    logits (B, V); uniform (B,) float64 in [0, 1). With top_p < 1 only the most probable tokens whose probabilities sum
-    to at least top_p stay. temperature 0: the most probable token (the lowest index among equals), log-prob 0.
-    """
-    if temperature == 0:
-        chosen = logits.argmax(dim=-1)
-        return chosen, torch.zeros(chosen.shape, dtype=torch.float64, device=logits.device)
-    probs = torch.softmax(logits.double() / temperature, dim=-1)
-    if top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        probs = torch.zeros_like(probs).scatter(
-            -1, order, ordered.masked_fill((before >= top_p) & (before > 0), 0.0)
+def _served(model: PreTrainedModel) -> bool:
+    """Whether the passes of this engine compute what the model does, seen once a model; a warning where they do not."""
+    if model not in _SERVED:
+        _SERVED[model] = _reason(model)
+    if _SERVED[model]:
+        notices.warn(
+            "rollout",
+            f"{type(model).__name__} {_SERVED[model]}: only prompts of one length share a batch, which takes longer",
         )
-    cumulated = probs.cumsum(dim=-1)
-    # Scaled by the total, which is 1 but for rounding, so that a token of probability 0 is never chosen.
-    passed = cumulated > (uniform.to(probs.device) * cumulated[:, -1]).unsqueeze(-1)
-    chosen = passed.int().argmax(dim=-1)
-    return chosen, (probs.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) / cumulated[:, -1]).log()
+    return not _SERVED[model]
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """How the tokens of a batch are chosen: uniform (rows, max_new_tokens), temperature and top_p."""
-
-    uniform: Tensor
-    temperature: float
-    top_p: float
-
-    def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        return choose_tokens(logits, self.uniform[rows.cpu(), step], self.temperature, self.top_p)
+_SERVED: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
-def _generate(
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    choose: _Choice,
-    stop_ids: tuple[int, ...],
-    record_routing: bool,
-) -> list[tuple[list[int], list[float], Tensor | None]]:
-    """Token ids (the one that ends it included), their log-probs and routing of a response to every prompt; all have the same length.
+def _reason(model: PreTrainedModel) -> str:
+    """Why the passes of this engine cannot serve a model; "" where they can.
 
-    Equal prompts are read once, and a response that has ended leaves the batch.
+    Two short prompts with a common head are drawn from, and the model as it is scores what was drawn: an attention that does
+    more than this engine shows there. What shows in long texts alone is known by name.
     """
-    distinct = list({tuple(prompt): None for prompt in prompts})
-    position = {prompt: i for i, prompt in enumerate(distinct)}
-    source = torch.tensor([position[tuple(prompt)] for prompt in prompts], device=model.device)
-    rows = torch.arange(len(prompts), device=model.device)  # the prompts whose responses are still growing
-    ids = torch.tensor(distinct, device=model.device)
-    cache = DynamicCache(config=model.config)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    logps: list[list[float]] = [[] for _ in prompts]
-    growing = [rows]
-    stops = torch.tensor(stop_ids, dtype=torch.int64, device=model.device)
-    recording = integration.record_routing(model) if record_routing and is_patched(model) else nullcontext()
-    with recording as record:
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
-            source, -1
-        ]
-        cache.batch_select_indices(source)
-        for step in range(choose.uniform.shape[1]):
-            chosen, logp = choose(logits, rows, step)
-            for row, token, value in zip(rows.tolist(), chosen.tolist(), logp.tolist(), strict=True):
-                tokens[row].append(token)
-                logps[row].append(value)
-            going = (~torch.isin(chosen, stops)).nonzero().squeeze(1)
-            if len(going) == 0 or step + 1 == choose.uniform.shape[1]:
-                break
-            if len(going) < len(rows):
-                cache.batch_select_indices(going)
-                rows, chosen = rows[going], chosen[going]
-            growing.append(rows)
-            logits = model(input_ids=chosen.unsqueeze(1), past_key_values=cache, use_cache=True).logits[:, -1]
-    if record is None:
-        return [(*row, None) for row in zip(tokens, logps, strict=True)]
-    routing = _by_row(record.calls, source.cpu(), growing, tokens)
-    return list(zip(tokens, logps, routing, strict=True))
+    config = model.config.get_text_config()
+    if not model._supports_attention_backend:
+        return "does not ask transformers' attention interface"
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return "attends in chunks"
+    longest = min(SHORTEST_HEAD + 5, (getattr(config, "max_position_embeddings", None) or 64) - 3)
+    ids = torch.randint(
+        config.vocab_size, (longest + 1,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    requests = [Request(tuple(ids[:longest]), 1, 3), Request((*ids[: longest - 3], ids[-1]), 2, 3)]
+    with torch.autocast(model.device.type, enabled=False):
+        try:
+            with attention(model):
+                drawn = _Flight(model, requests, SamplingParams(), None, 0).run()
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            return f"cannot be asked for its attention ({str(error).splitlines()[0]})"
+        for request, output in zip(requests, drawn, strict=True):
+            first = len(request.prompt_ids)
+            text = torch.tensor([request.prompt_ids + output.token_ids], device=model.device)
+            logits = model(input_ids=text, use_cache=False).logits[0, first - 1 : -1].float()
+            logp = logits.log_softmax(-1).gather(1, text[0, first:, None]).squeeze(1).cpu()
+            if not torch.allclose(logp, torch.tensor(output.logp).float(), rtol=0, atol=SAME):
+                return "has an attention of its own"
+    return ""
 
 
-def _by_row(
-    calls: list[list[Tensor]], source: Tensor, growing: list[Tensor], tokens: list[list[int]]
-) -> list[Tensor]:
-    """The recorded experts of every response, (layers, tokens of prompt and response but the last, experts per token).
+@dataclass
+class _Prompt:
+    """A distinct prompt, without the common head. waiting: requests that are not drawn yet; node: of the level of prompts,
+    once it is read; rows: its responses in flight; logits (V,) behind it; routing (layers, tokens, K)."""
 
-    calls[layer]: the prompts' (distinct prompts * length, K), then one (rows still growing, K) for every further token.
-    """
-    prompts = torch.stack([layer[0] for layer in calls]).cpu().unflatten(1, (int(source.max()) + 1, -1))
-    layers, _, length, top_k = prompts.shape
-    routing = prompts.new_zeros((layers, len(tokens), length + len(growing) - 1, top_k))
-    routing[:, :, :length] = prompts[:, source]
-    for step, rows in enumerate(growing[1:]):
-        routing[:, rows.cpu(), length + step] = torch.stack([layer[step + 1] for layer in calls]).cpu()
-    return [routing[:, row, : length + len(ids) - 1].clone() for row, ids in enumerate(tokens)]
+    ids: tuple[int, ...]
+    waiting: deque[int] = field(default_factory=deque)
+    node: int = -1
+    rows: int = 0
+    logits: Tensor | None = None
+    routing: Tensor | None = None
+
+
+@dataclass
+class _Row:
+    """A response in flight. drawn: its tokens so far, or more of them where it has ended and nobody has looked yet."""
+
+    request: int
+    prompt: _Prompt
+    drawn: int = 0
+
+
+class _Flight:
+    """All responses of one call. Row b, slot b of every tensor and node b of the level `own` are one response."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        record: RoutingRecord | None,
+        version: int,
+    ) -> None:
+        self.model, self.requests, self.params = model, requests, params
+        self.record, self.version = record, version
+        self.device = model.device
+        prompts: dict[tuple[int, ...], _Prompt] = {}
+        head = _common_head([request.prompt_ids for request in requests])
+        for i, request in enumerate(requests):
+            prompt = prompts.setdefault(request.prompt_ids, _Prompt(request.prompt_ids[head:]))
+            prompt.waiting.append(i)
+        self.head_ids = requests[0].prompt_ids[:head]
+        # Longest first: rows in flight at a time have prompts of much the same length, and none is left for the end.
+        self.queue = deque(sorted(prompts.values(), key=lambda prompt: -len(prompt.ids)))
+        self.head, self.shared, self.own = Level(), Level(), Level()
+        self.head_routing: Tensor | None = None
+        self.rows: list[_Row] = []
+        self.nodes: list[_Prompt] = []  # of the level `shared`, by node
+        slots, most = min(params.batch_size, len(requests)), max(r.max_new_tokens for r in requests)
+        self.slots = slots
+        self.tokens = self._zeros((slots, most), torch.int64)
+        self.logp = self._zeros((slots, most), torch.float64)
+        self.uniform = self._zeros((slots, most), torch.float64)
+        self.count = self._zeros((slots,), torch.int64)
+        self.limit = self._zeros((slots,), torch.int64)
+        self.done = self._zeros((slots,), torch.bool)
+        self.start = self._zeros((slots,), torch.int64)  # tokens of head and prompt
+        self.routing: Tensor | None = None  # (slots, tokens of a response, layers, K)
+        self.stops = torch.tensor(params.stop_ids, dtype=torch.int64, device=self.device)
+        self.outputs: dict[int, Output] = {}
+        self.reads: list[Read] = []  # of head and prompts, until rows come or go
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def run(self) -> list[Output]:
+        """The outputs of all requests, in order."""
+        unseen = STEPS_UNSEEN.get(self.device.type, 1)
+        enough = max(1, self.slots // 8)  # free slots, so that a pass over prompts is worth it
+        if self.head_ids:
+            self._read_head()
+        while self.queue or self.rows:
+            if self.queue and (not self.rows or self.slots - len(self.rows) >= enough):
+                self._admit()
+            else:
+                for _ in range(unseen):
+                    self._step()
+            self._leave()
+        return [self.outputs[i] for i in range(len(self.requests))]
+
+    def _read_head(self) -> None:
+        length = len(self.head_ids)
+        self.head.make_room(1, length)
+        current = PromptPass(self.head, [Segment(0, 0, length)])
+        _, self.head_routing = self._forward(current, self.head_ids, range(length), [length - 1])
+
+    def _forward(
+        self, current: Pass, ids: Sequence[int], positions: Sequence[int], keep: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of the tokens `keep` and the routing of all, (layers, T, K)."""
+        logits = forward(
+            self.model,
+            current,
+            torch.tensor(ids, device=self.device),
+            torch.tensor(positions, device=self.device),
+            torch.tensor(keep, device=self.device),
+        )
+        return logits, self._recorded()
+
+    def _recorded(self) -> Tensor | None:
+        """The experts chosen in the last pass, (layers, T, K)."""
+        if self.record is None:
+            return None
+        return torch.stack([calls.pop() for calls in self.record.calls])
+
+    def _admit(self) -> None:
+        """Fills the free slots with waiting requests, whose prompts are read and whose first tokens are drawn."""
+        first = len(self.rows)
+        fresh: list[_Prompt] = []
+        while self.queue and len(self.rows) < self.slots:
+            prompt = self.queue[0]
+            if prompt.node < 0:
+                prompt.node = len(self.nodes)
+                self.nodes.append(prompt)
+                fresh.append(prompt)
+            while prompt.waiting and len(self.rows) < self.slots:
+                self.rows.append(_Row(prompt.waiting.popleft(), prompt))
+                prompt.rows += 1
+            if not prompt.waiting:
+                self.queue.popleft()
+        self._read(fresh)
+        new = self.rows[first:]
+        asked = [self.requests[row.request] for row in new]
+        here = slice(first, len(self.rows))
+        self.uniform[here] = uniforms([r.key for r in asked], self.uniform.shape[1]).to(self.device)
+        self.limit[here] = torch.tensor([r.max_new_tokens for r in asked], device=self.device)
+        self.start[here] = torch.tensor([len(r.prompt_ids) for r in asked], device=self.device)
+        self.count[here] = 0
+        self.done[here] = False
+        logits = []
+        for row in new:
+            assert row.prompt.logits is not None
+            logits.append(row.prompt.logits)
+        self._draw(here, torch.stack(logits))
+        for row in new:
+            if not row.prompt.waiting:
+                row.prompt.logits = None
+        self.reads = []
+
+    def _read(self, prompts: list[_Prompt]) -> None:
+        """Reads prompts, several in a pass."""
+        if not prompts:
+            return
+        offset = len(self.head_ids)
+        self.shared.make_room(len(self.nodes), max(len(prompt.ids) for prompt in prompts))
+        pieces: list[list[_Prompt]] = [[]]
+        for prompt in prompts:
+            if pieces[-1] and sum(len(p.ids) for p in pieces[-1]) + len(prompt.ids) > PROMPT_TOKENS:
+                pieces.append([])
+            pieces[-1].append(prompt)
+        for piece in pieces:
+            ids: list[int] = []
+            positions: list[int] = []
+            segments = []
+            for prompt in piece:
+                segments.append(Segment(prompt.node, len(ids), len(ids) + len(prompt.ids)))
+                ids += prompt.ids
+                positions += range(offset, offset + len(prompt.ids))
+            current = PromptPass(self.shared, segments, self.head if offset else None, offset)
+            logits, routing = self._forward(current, ids, positions, [s.end - 1 for s in segments])
+            for prompt, segment, last in zip(piece, segments, logits, strict=True):
+                prompt.logits = last
+                if routing is not None:
+                    prompt.routing = routing[:, segment.first : segment.end].clone()
+
+    def _step(self) -> None:
+        """Reads the last token of every row, and draws the next one."""
+        n = len(self.rows)
+        if not self.reads:
+            self.reads = self._shared_reads()
+        longest = max(row.drawn for row in self.rows)
+        # A row that has ended reads its last token again and again until somebody looks: nothing of it changes.
+        at = self.count[:n] - 1
+        self.own.make_room(self.slots, min(max(longest, FIRST_ROOM), self.tokens.shape[1]))
+        places = torch.arange(longest, device=self.device)
+        own = Read(
+            self.own,
+            Share(range(n), self.device),
+            longest,
+            self.start[:n, None] + places,
+            places <= at[:, None],
+        )
+        positions = self.start[:n] + at
+        ids = self.tokens[:n].gather(1, at[:, None]).squeeze(1)
+        logits = forward(self.model, TokenPass([*self.reads, own], positions, at), ids, positions)
+        self._keep_routing(self._recorded(), at, longest)
+        self._draw(slice(0, n), logits)
+
+    def _shared_reads(self) -> list[Read]:
+        """What the rows in flight read of the head and of their prompts."""
+        reads = []
+        offset = len(self.head_ids)
+        if offset:
+            share = Share([0] * len(self.rows), self.device)
+            reads.append(Read(self.head, share, offset, torch.arange(offset, device=self.device), None))
+        lengths = [len(row.prompt.ids) for row in self.rows]
+        places = torch.arange(max(lengths), device=self.device)
+        alike = min(lengths) == max(lengths)
+        visible = None if alike else places < torch.tensor(lengths, device=self.device)[:, None]
+        share = Share([row.prompt.node for row in self.rows], self.device)
+        return [*reads, Read(self.shared, share, max(lengths), offset + places, visible)]
+
+    def _draw(self, here: slice, logits: Tensor) -> None:
+        """Chooses the next token of the rows `here` from logits (rows, V)."""
+        count, done = self.count[here], self.done[here]
+        at = (count - done.long()).unsqueeze(1)  # a row that has ended draws its last token again
+        uniform = self.uniform[here].gather(1, at).squeeze(1)
+        chosen, logp = choose_tokens(
+            logits, uniform, self.params.temperature, self.params.top_p, self.params.top_k
+        )
+        last = self.tokens[here].gather(1, at).squeeze(1)
+        self.tokens[here].scatter_(1, at, torch.where(done, last, chosen).unsqueeze(1))
+        last_logp = self.logp[here].gather(1, at).squeeze(1)
+        self.logp[here].scatter_(1, at, torch.where(done, last_logp, logp).unsqueeze(1))
+        count = count + (~done).long()
+        self.count[here] = count
+        self.done[here] = done | torch.isin(chosen, self.stops) | (count >= self.limit[here])
+        for row in self.rows[here]:
+            row.drawn = min(row.drawn + 1, self.requests[row.request].max_new_tokens)
+
+    def _keep_routing(self, routing: Tensor | None, at: Tensor, longest: int) -> None:
+        """Keeps the experts (layers, rows, K) of the tokens `at` of the rows in flight."""
+        if routing is None:
+            return
+        layers, n, top_k = routing.shape
+        held = 0 if self.routing is None else self.routing.shape[1]
+        if held < longest:
+            grown = routing.new_zeros((self.slots, max(longest, 2 * held), layers, top_k))
+            if self.routing is not None:
+                grown[:, :held] = self.routing
+            self.routing = grown
+        assert self.routing is not None
+        self.routing[torch.arange(n, device=self.device), at] = routing.transpose(0, 1)
+
+    def _leave(self) -> None:
+        """Takes the responses that have ended out of the batch, and puts the last ones into their places."""
+        n = len(self.rows)
+        ended = self.done[:n].nonzero().squeeze(1)
+        leaving = ended.tolist()
+        if not leaving:
+            return
+        tokens, logp = self.tokens[ended].tolist(), self.logp[ended].tolist()
+        counts = self.count[ended].tolist()
+        routing = None if self.routing is None else self.routing[ended].cpu()
+        for i, slot in enumerate(leaving):
+            row, count = self.rows[slot], counts[i]
+            ids = tuple(tokens[i][:count])
+            self.outputs[row.request] = Output(
+                ids,
+                tuple(logp[i][:count]),
+                ids[-1] in self.params.stop_ids,
+                self.version,
+                self._routing_of(row, None if routing is None else routing[i, : count - 1]),
+            )
+            row.prompt.rows -= 1
+        stay = n - len(leaving)
+        targets = [slot for slot in leaving if slot < stay]
+        gone = set(leaving)
+        sources = [slot for slot in range(stay, n) if slot not in gone]
+        if sources:
+            for held in (self.tokens, self.logp, self.uniform, self.count, self.limit, self.done, self.start):
+                held[targets] = held[sources]
+            self.own.move(sources, targets, max(self.rows[slot].drawn for slot in sources))
+            if self.routing is not None:
+                self.routing[targets] = self.routing[sources]
+            for source, target in zip(sources, targets, strict=True):
+                self.rows[target] = self.rows[source]
+        del self.rows[stay:]
+        self._drop_nodes()
+        self.reads = []
+
+    def _routing_of(self, row: _Row, response: Tensor | None) -> Tensor | None:
+        """(layers, tokens, K) of head, prompt and `response` (tokens, layers, K)."""
+        if self.record is None:
+            return None
+        assert row.prompt.routing is not None
+        parts = [self.head_routing, row.prompt.routing]
+        if response is not None:
+            parts.append(response.transpose(0, 1))
+        return torch.cat([part.cpu() for part in parts if part is not None], dim=1)
+
+    def _drop_nodes(self) -> None:
+        """Gives back the nodes of prompts that no row reads and no request waits for."""
+        for node in reversed(range(len(self.nodes))):
+            if self.nodes[node].rows or self.nodes[node].waiting:
+                continue
+            last = self.nodes.pop()
+            if last.node != node:
+                self.shared.move([last.node], [node], len(last.ids))
+                self.nodes[node], last.node = last, node
+
+
+def _common_head(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all prompts begin with, each keeping one of its own; 0 where it is not worth a pass of its own."""
+    distinct = sorted(set(prompts))
+    if len(distinct) < 2:
+        return 0
+    first, last = distinct[0], distinct[-1]  # of sorted texts, those that differ earliest
+    head = 0
+    while head < min(len(prompt) for prompt in distinct) - 1 and first[head] == last[head]:
+        head += 1
+    return head if head >= SHORTEST_HEAD else 0

@@ -1,0 +1,94 @@
+"""Choosing a token: keyed uniform numbers, and the inverse of the cumulated probabilities at them.
+
+B rows, V entries of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK = 256  # entries of the vocabulary that are summed before anything is cumulated
+
+
+def uniforms(keys: Sequence[int], count: int) -> Tensor:
+    """(len(keys), count) float64 in [0, 1): number n of a key is SplitMix64's output at counter key + n * golden ratio."""
+    with np.errstate(over="ignore"):
+        counter = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = np.array(keys, dtype=np.uint64)[:, None] + counter
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def choose_tokens(
+    logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The token of each row at which the cumulated probability passes `uniform`, and its log-prob.
+
+    Args:
+        logits: (B, V).
+        uniform: (B,) float64 in [0, 1).
+        temperature: 0: the most probable token (the lowest index among equals).
+        top_p: below 1, only the most probable tokens whose probabilities sum to at least top_p stay.
+        top_k: above 0, only that many most probable tokens stay, and those as probable as the last of them; before top_p.
+
+    Returns:
+        Tokens (B,) int64 and their log-probs (B,) float64 among what stays; 0 at temperature 0.
+
+    Precision: probabilities are float32, their sums float64; a token of probability 0 is never chosen. A row depends on
+    itself alone, bitwise. No host sync on CUDA.
+    """
+    if temperature == 0:
+        chosen = logits.argmax(dim=-1)
+        return chosen, torch.zeros(chosen.shape, dtype=torch.float64, device=logits.device)
+    scaled = logits.float() / temperature
+    scaled -= scaled.amax(dim=-1, keepdim=True)
+    weights = scaled.exp()
+    if 0 < top_k < weights.shape[-1]:
+        last = weights.topk(top_k).values[:, -1:]
+        weights = weights.masked_fill(weights < last, 0.0)
+    if top_p < 1:
+        weights = _likeliest(weights, top_p)
+    # Sums of blocks first: cumulating a large vocabulary in float64 costs more than all the rest.
+    missing = -weights.shape[-1] % BLOCK
+    blocks = torch.nn.functional.pad(weights, (0, missing)) if missing else weights
+    blocks = blocks.unflatten(-1, (-1, BLOCK))
+    sums = blocks.sum(dim=-1, dtype=torch.float64)
+    ends = sums.cumsum(dim=-1)
+    target = uniform.unsqueeze(-1) * ends[:, -1:]
+    block = (ends > target).int().argmax(dim=-1, keepdim=True)
+    inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(dim=-1)
+    behind = target - (ends - sums).gather(1, block)
+    # Where rounding lets the block end before the number, its last token that has a probability.
+    passed = (inside > behind) | (inside == inside[:, -1:])
+    chosen = block * BLOCK + passed.int().argmax(dim=-1, keepdim=True)
+    logp = scaled.gather(1, chosen).double() - ends[:, -1:].log()
+    return chosen.squeeze(1), logp.squeeze(1)
+
+
+def _likeliest(weights: Tensor, top_p: float) -> Tensor:
+    """`weights` (B, V), at least 0, with 0 behind the largest ones that sum to top_p of their row; the first stays always."""
+    total = weights.sum(dim=-1, dtype=torch.float64, keepdim=True)
+    columns = None
+    ranked = weights
+    if weights.device.type == "cpu":
+        # Weights below (1 - top_p) / V of the total sum to less than 1 - top_p of it: none stays, and the rest is soon sorted.
+        rows, places = (weights >= 0.5 * (1 - top_p) / weights.shape[-1] * total).nonzero(as_tuple=True)
+        counts = rows.bincount(minlength=len(weights))
+        rank = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+        columns = weights.new_zeros((len(weights), int(counts.max())), dtype=torch.int64)
+        columns[rows, rank] = places
+        ranked = weights.new_zeros(columns.shape)
+        ranked[rows, rank] = weights[rows, places]
+    ordered, order = ranked.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
+    kept = ordered.masked_fill((before >= top_p * total) & (before > 0), 0.0)
+    if columns is not None:
+        order = columns.gather(1, order)
+    # Entries that stand for nothing have weight 0 and column 0: adding them changes nothing.
+    return torch.zeros_like(weights).scatter_add(-1, order, kept)
