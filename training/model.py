@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from r1kernels.integrations import transformers as integration
 from r1kernels.integrations.transformers import ExpertLoad
+from r1kernels.integrations.transformers_prefix import check_model
 from training import checkpoint, notices, seeding
 from training.errors import UserError
 from training.placement import current_device, current_experts, recomputes
@@ -194,6 +195,20 @@ def has_experts(model: PreTrainedModel) -> bool:
     )
 
 
+def shares_prefixes(model: PreTrainedModel) -> bool:
+    """Whether what sequences have in common goes through the model once; where it cannot, a warning says why."""
+    try:
+        check_model(model)
+    except ValueError as error:
+        reason = str(error).removeprefix("model: ")
+        notices.warn(
+            "shared_prefix",
+            f"shared_prefix: each prompt is computed once for each of its responses: {reason}",
+        )
+        return False
+    return True
+
+
 def is_patched(model: nn.Module) -> bool:
     """Whether the routers of the model run on r1kernels: then their choices can be counted, recorded and replayed."""
     return integration.routes(model)
@@ -212,12 +227,13 @@ class StepLoad:
         self.load: ExpertLoad | None = None
 
     @contextmanager
-    def counting(self, attention_mask: Tensor) -> Iterator[None]:
-        """Counts the tokens of a forward pass whose attention_mask (any shape, one entry a token) is not 0."""
+    def counting(self, counts: Tensor | None) -> Iterator[None]:
+        """Counts each token of a forward pass as often as `counts` says (any shape, one number a token, 0 at padding); None: as
+        often as sequences share it."""
         if not is_patched(self.model):
             yield
             return
-        with integration.collect_load(self.model, self.load, attention_mask) as self.load:
+        with integration.collect_load(self.model, self.load, counts) as self.load:
             yield
 
     def update_bias(self, rate: float) -> None:

@@ -61,7 +61,10 @@ class NextToken:
         128, "tokens a document; 0: as many as the model reads", minimum=0, pretrained=0
     )
     micro_batch_tokens: int = setting(
-        4096, "padded tokens in one forward and backward pass", minimum=1, rounding=True
+        4096,
+        "tokens in one forward and backward pass: padded ones, or those of a tree of shared prefixes",
+        minimum=1,
+        rounding=True,
     )
     bias_rate: float = setting(1e-3, "step of the router bias towards an even load of the experts", minimum=0)
     save_every: int = setting(
@@ -140,7 +143,10 @@ class Grpo:
         384, "sequences in flight while sampling", minimum=1, pretrained=64, rounding=True
     )
     micro_batch_tokens: int = setting(
-        4096, "padded tokens in one forward and backward pass", minimum=1, rounding=True
+        4096,
+        "tokens in one forward and backward pass: padded ones, or those of a tree of shared prefixes",
+        minimum=1,
+        rounding=True,
     )
     reference_every: int = setting(0, "steps until the reference becomes the policy; 0: never", minimum=0)
     variant: str = setting("grpo", "of the loss, as in r1kernels.grpo_loss")
@@ -415,6 +421,11 @@ class Recipe:
     )
     gradient_checkpointing: bool = setting(
         False, "layers recompute activations in the backward pass: less memory", rounding=True
+    )
+    shared_prefix: bool = setting(
+        True,
+        "what sequences have in common, as the prompt of a group, is computed once in log-prob passes and SFT",
+        rounding=True,
     )
     stages: list[str] = field(
         default_factory=lambda: list(STAGE_NAMES), metadata=about("what is run", filled=True)

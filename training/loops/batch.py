@@ -1,12 +1,15 @@
-"""Batches of sampled responses: micro-batches, padding, the forward pass, routing replay and log-probs."""
+"""Forward passes over responses: which of them stand in one, how they are laid out, routing replay, states and log-probs.
+
+B rows, L the longest of them, N tokens to predict, H hidden.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -15,64 +18,124 @@ from transformers import PreTrainedModel
 
 import r1kernels
 from r1kernels.integrations import transformers as integration
+from r1kernels.integrations.prefix_tree import LEAST_SAVED
 from r1kernels.integrations.routing_record import RoutingReplay
+from r1kernels.integrations.transformers import PrefixTree
 from training.loops.sample import Completion
 from training.model import StepLoad, recomputed
-from training.recipe import Grpo
+
+Ids = tuple[int, ...]
+
+
+class Row(NamedTuple):
+    """What the model reads of a prompt and its response, and what it is to predict: the tokens of the response.
+
+    ids: prompt, at least one token, and response; its last token may be left out, for nothing follows it.
+    """
+
+    ids: Ids
+    prompt: int  # tokens of it
+    targets: Ids
+
+    @property
+    def prompt_ids(self) -> Ids:
+        return self.ids[: self.prompt]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """B responses right behind their prompts, padded on the right, with N tokens in all.
+class Padded:
+    """Rows side by side, each token of each row computed.
 
-    ids, mask (B, L): the last token of a response is no input, for nothing follows it. predicting (B, L) bool: the places whose
-    states predict a token of the response. targets (N,): those tokens, response after response. cu_seqlens (B + 1,): their
-    boundaries. routing: recorded experts (layers, B * L, K), or None.
+    ids, mask (B, L): padded on the right. predicting (B, L) bool: the places whose states predict a target.
     """
 
     ids: Tensor
     mask: Tensor
     predicting: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows with N tokens to predict.
+
+    inputs: how the model reads them, side by side or as a tree, in which they share what they have in common. targets (N,): row
+    after row. cu_seqlens (B + 1,): where those of each row begin. routing: recorded experts (layers, tokens read, K), or None.
+    """
+
+    inputs: Padded | PrefixTree
     targets: Tensor
     cu_seqlens: Tensor
-    routing: Tensor | None
+    routing: Tensor | None = None
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of every response."""
+        """Targets of every row."""
         found: list[int] = self.cu_seqlens.diff().tolist()
         return found
 
+    @property
+    def counts(self) -> Tensor | None:
+        """How often each token that is read counts for the load of the experts; None: as often as rows share it."""
+        return self.inputs.mask if isinstance(self.inputs, Padded) else None
 
-def collate(completions: Sequence[Completion], pad: int, device: torch.device, replay: bool) -> Batch:
-    """Puts completions into one batch; with `replay`, their recorded routing too."""
-    length = max(len(c.prompt_ids) + len(c.token_ids) - 1 for c in completions)
-    ids = torch.full((len(completions), length), pad, dtype=torch.int64)
+
+def row_of(completion: Completion) -> Row:
+    """A response behind its prompt; the sampler has not read its last token either."""
+    ids = (*completion.prompt_ids, *completion.token_ids[:-1])
+    return Row(ids, len(completion.prompt_ids), completion.token_ids)
+
+
+def lay_out(rows: Sequence[Row], pad: int, device: torch.device, shared: bool = False) -> Batch:
+    """Puts rows into one batch; `shared`: as a tree."""
+    targets = torch.tensor([token for row in rows for token in row.targets])
+    ends = torch.tensor([0, *accumulate(len(row.targets) for row in rows)])
+    inputs = _tree(rows, targets) if shared else _padded(rows, pad, device)
+    return Batch(inputs, targets.to(device), ends.to(device))
+
+
+def _padded(rows: Sequence[Row], pad: int, device: torch.device) -> Padded:
+    ids = torch.full((len(rows), max(len(row.ids) for row in rows)), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     predicting = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, completion in enumerate(completions):
-        tokens = torch.tensor(completion.prompt_ids + completion.token_ids)
-        end = len(tokens) - 1
-        ids[row, :end] = tokens[:-1]
-        mask[row, :end] = 1
-        predicting[row, len(completion.prompt_ids) - 1 : end] = True
-    targets = torch.tensor([token for c in completions for token in c.token_ids])
-    ends = torch.tensor([0, *accumulate(len(c.token_ids) for c in completions)])
-    recorded = [c.routing for c in completions if c.routing is not None]
-    routing = integration.pad_routing(recorded, mask).to(device) if replay and recorded else None
-    return Batch(
-        ids.to(device), mask.to(device), predicting.to(device), targets.to(device), ends.to(device), routing
-    )
+    for place, row in enumerate(rows):
+        ids[place, : len(row.ids)] = torch.tensor(row.ids)
+        mask[place, : len(row.ids)] = 1
+        predicting[place, row.prompt - 1 : row.prompt - 1 + len(row.targets)] = True
+    return Padded(ids.to(device), mask.to(device), predicting.to(device))
 
 
-def batches(
-    completions: Sequence[Completion], rows: Sequence[int], config: Grpo, pad: int, device: torch.device
-) -> Iterator[tuple[list[int], Batch]]:
-    """The completions `rows` in batches of config.micro_batch_tokens, each with the numbers of its completions."""
-    lengths = [len(completions[i].prompt_ids) + len(completions[i].token_ids) for i in rows]
-    for piece in micro_batches(lengths, config.micro_batch_tokens):
-        chosen = [rows[i] for i in piece]
-        yield chosen, collate([completions[i] for i in chosen], pad, device, config.replay)
+def _tree(rows: Sequence[Row], targets: Tensor) -> PrefixTree:
+    tree = _tree_of(rows)
+    predicts = [
+        path[row.prompt - 1 : row.prompt - 1 + len(row.targets)]
+        for row, path in zip(rows, tree.paths(), strict=True)
+    ]
+    lengths = tuple(len(row.targets) for row in rows)
+    # the last target of a row may be one that is not read
+    return replace(tree, predicts=torch.cat(predicts), targets=targets, lengths=lengths)
+
+
+def _tree_of(rows: Sequence[Row]) -> PrefixTree:
+    return integration.prefix_tree([row.prompt_ids for row in rows], [row.ids[row.prompt :] for row in rows])
+
+
+def collate(
+    completions: Sequence[Completion], pad: int, device: torch.device, replay: bool, shared: bool = False
+) -> Batch:
+    """Puts completions into one batch; with `replay`, their recorded routing too; `shared`: as a tree."""
+    batch = lay_out([row_of(each) for each in completions], pad, device, shared)
+    recorded = [each.routing for each in completions if each.routing is not None]
+    if not (replay and recorded):
+        return batch
+    places = batch.inputs.mask if isinstance(batch.inputs, Padded) else batch.inputs
+    return replace(batch, routing=integration.pad_routing(recorded, places).to(device))
+
+
+def pieces(rows: Sequence[Row], most: int, shared: bool = False) -> Iterator[list[int]]:
+    """Indices of rows in pieces of at most `most` tokens that are computed: padded ones, or with `shared` those of trees."""
+    if shared:
+        return micro_trees(rows, most)
+    return micro_batches([row.prompt + len(row.targets) for row in rows], most)
 
 
 def micro_batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
@@ -85,6 +148,49 @@ def micro_batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
         piece.append(i)
     if piece:
         yield piece
+
+
+def worth_sharing(rows: Sequence[Row]) -> bool:
+    """Whether a tree of the rows saves a tenth of their tokens: it has a price of its own, in the attention."""
+    if len({row.prompt_ids for row in rows}) == len(rows):
+        return False
+    tree = _tree_of(rows)
+    return tree.tokens < 0.9 * tree.repeated_tokens
+
+
+def micro_trees(rows: Sequence[Row], most: int) -> Iterator[list[int]]:
+    """Indices of rows in pieces whose trees have at most `most` tokens, or a few more where a tree would save too little.
+
+    Rows of one prompt stand together, next to those of prompts that begin alike, and are parted only where their own tree is
+    too large.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].prompt_ids, rows[i].ids))
+    piece: list[int] = []
+    tokens = 0
+    before: Ids = ()
+    for prompt, group in groupby(order, key=lambda i: rows[i].prompt_ids):
+        members = {i: len(rows[i].ids) - len(prompt) for i in group}
+        new = len(prompt) - common(before, prompt)
+        if piece and tokens + new + sum(members.values()) > most:
+            yield piece
+            piece, tokens, new = [], 0, len(prompt)
+        tokens += new
+        for i, own in members.items():
+            if piece and tokens + own > most:
+                yield piece
+                piece, tokens = [], len(prompt)
+            piece.append(i)
+            tokens += own
+        before = prompt
+    if piece:
+        yield piece
+
+
+def common(one: Ids, other: Ids) -> int:
+    """How many tokens of their beginnings a tree shares between two prompts; a few are not worth it."""
+    pairs = zip(one, other, strict=False)
+    alike = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    return alike if alike >= LEAST_SAVED else 0
 
 
 class Logprobs(NamedTuple):
@@ -105,30 +211,29 @@ def routed(
     load: counts the tokens of every expert, where given.
     """
     replaying = nullcontext() if batch.routing is None else integration.replay_routing(model, batch.routing)
-    counting = nullcontext() if load is None else load.counting(batch.mask)
+    counting = nullcontext() if load is None else load.counting(batch.counts)
     with replaying as replay, counting, recomputed(model):
         yield replay
 
 
 def states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Hidden states (N, H) of the model that predict the N tokens of the responses."""
+    """Hidden states (N, H) of the model that predict the N targets."""
+    if isinstance(batch.inputs, PrefixTree):
+        return integration.shared_prefix_states(model, batch.inputs)
     # Padding stands on the right, where causal attention never sees it: no attention mask is needed.
-    return integration.head_inputs(model, input_ids=batch.ids)[batch.predicting]
+    return integration.head_inputs(model, input_ids=batch.inputs.ids)[batch.inputs.predicting]
 
 
 def logprobs(model: PreTrainedModel, batch: Batch, temperature: float, entropy: bool = False) -> Logprobs:
-    """Log-prob and, with `entropy`, the entropy of every response token at `temperature`, with the routing replayed."""
+    """Log-prob and, with `entropy`, the entropy of every target at `temperature`, with the routing replayed."""
     with routed(model, batch) as replay:
-        results = head_logprobs(model, batch, states(model, batch), temperature, return_entropy=entropy)
+        hidden = states(model, batch)
+        results = head_logprobs(model, batch, hidden, temperature=temperature, return_entropy=entropy)
     logp, value = results if entropy else (results, results.new_empty(0))
     return Logprobs(logp, value, math.nan if replay is None else replay.agreement)
 
 
-def head_logprobs(
-    model: PreTrainedModel, batch: Batch, hidden: Tensor, temperature: float, **options: Any
-) -> Any:
+def head_logprobs(model: PreTrainedModel, batch: Batch, hidden: Tensor, **options: Any) -> Any:
     """r1kernels.linear_logprobs, with its options, of the states that `states` gives."""
     head = integration.output_head(model)._asdict()
-    return r1kernels.linear_logprobs(
-        hidden, targets=batch.targets, temperature=temperature, **head, **options
-    )
+    return r1kernels.linear_logprobs(hidden, targets=batch.targets, **head, **options)

@@ -24,12 +24,12 @@ from training import checkpoint, engines, rewards, seeding
 from training.context import StageContext
 from training.encoder import Encoder
 from training.engines import Engine
-from training.loops.batch import Batch, batches, logprobs, routed
+from training.loops.batch import Batch, collate, logprobs, pieces, routed, row_of
 from training.loops.loss import policy_loss
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.loops.sample import Completion, Prompt, sample
 from training.loops.watch import Watch
-from training.model import StepLoad, frozen_copy
+from training.model import StepLoad, frozen_copy, shares_prefixes
 from training.prompts import Prompter
 from training.recipe import Grpo
 from training.response import parse
@@ -166,7 +166,9 @@ def _step(
         valid &= torch.tensor([c.finished for c in completions], dtype=torch.bool)
     pad = Encoder(policy, tokenizer).pad_id
     policy.eval()  # no dropout: the policy that samples and the one that learns are the same function
-    work = _Work(policy, reference, optimizer, completions, advantages, pad, config, clock)
+    models = [policy, *([] if reference is None else [reference])]
+    shared = context.recipe.shared_prefix and all(shares_prefixes(each) for each in models)
+    work = _Work(policy, reference, optimizer, completions, advantages, pad, config, shared, clock)
     old, ref, measured = _fixed_logprobs(work)
     order = seeding.numpy_rng(*key, "minibatches", step).permutation(len(completions))
     parts: list[dict[str, float]] = []
@@ -234,11 +236,16 @@ class _Work:
     advantages: Tensor  # one per completion
     pad: int
     config: Grpo
+    shared: bool  # a prompt is read once for its completions
     clock: _Clock
 
     def batches(self, rows: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
-        """The completions `rows` in batches, each with the numbers of its completions."""
-        return batches(self.completions, rows, self.config, self.pad, self.policy.device)
+        """The completions `rows` in batches of config.micro_batch_tokens, each with the numbers of its completions."""
+        read = [row_of(self.completions[i]) for i in rows]
+        for piece in pieces(read, self.config.micro_batch_tokens, self.shared):
+            ids = [rows[i] for i in piece]
+            chosen = [self.completions[i] for i in ids]
+            yield ids, collate(chosen, self.pad, self.policy.device, self.config.replay, self.shared)
 
 
 @torch.no_grad()

@@ -44,7 +44,9 @@ def policy_loss(
         **loss_arguments(config, totals),
     }
     if not config.fused_loss:
-        return r1kernels.grpo_loss(head_logprobs(policy, batch, hidden, config.temperature), **arguments)
+        return r1kernels.grpo_loss(
+            head_logprobs(policy, batch, hidden, temperature=config.temperature), **arguments
+        )
     return r1kernels.linear_grpo_loss(
         hidden,
         targets=batch.targets,

@@ -5,30 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import r1kernels
-from r1kernels.integrations import transformers as integration
 from training import notices, seeding
 from training.context import StageContext
 from training.document import Document
 from training.encoder import Encoder
 from training.errors import UserError
-from training.loops.batch import micro_batches
+from training.loops.batch import Row, head_logprobs, lay_out, pieces, states, worth_sharing
 from training.loops.optim import Optimizer, learning_rate, save_due
-from training.model import StepLoad
+from training.model import StepLoad, shares_prefixes
 from training.recipe import NextToken
-
-
-class Row(NamedTuple):
-    """Token ids of a document, and how many of them, at its head, carry no loss."""
-
-    ids: list[int]
-    prompt: int
 
 
 def train(
@@ -73,9 +61,9 @@ def train(
             began = time.perf_counter()
             chosen = _batch(len(rows), config.batch_size, step, (context.recipe.seed, context.name, title))
             with seeding.torch_seed(context.recipe.seed, context.name, title, "dropout", step):
-                metrics = _step(
-                    model, optimizer, [rows[i] for i in chosen], encoder.pad_id, config, step, steps
-                )
+                at_once = [rows[i] for i in chosen]
+                shared = context.recipe.shared_prefix and worth_sharing(at_once) and shares_prefixes(model)
+                metrics = _step(model, optimizer, at_once, encoder.pad_id, shared, config, step, steps)
             metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
             context.stage.log(step=step, **metrics)
             bar.advance(loss=metrics["loss"])
@@ -92,24 +80,21 @@ def _step(
     optimizer: Optimizer,
     rows: list[Row],
     pad: int,
+    shared: bool,
     config: NextToken,
     step: int,
     steps: int,
 ) -> dict[str, float]:
-    total = sum(len(ids) - max(1, prompt) for ids, prompt in rows)
-    loss, tokens = 0.0, 0
+    total = sum(len(row.targets) for row in rows)
+    loss = 0.0
     load = StepLoad(model)
-    for piece in micro_batches([len(row.ids) for row in rows], config.micro_batch_tokens):
-        ids, mask, targets = (part.to(model.device) for part in _pad([rows[i] for i in piece], pad))
-        with load.counting(mask):
-            # Padding stands on the right, where causal attention never sees it: no attention mask is needed.
-            hidden = integration.head_inputs(model, input_ids=ids)
-        head = integration.output_head(model)
-        logp = r1kernels.linear_logprobs(hidden[:, :-1], targets=targets, **head._asdict())
-        part = -logp.sum() / total
+    for piece in pieces(rows, config.micro_batch_tokens, shared):
+        batch = lay_out([rows[i] for i in piece], pad, model.device, shared)
+        with load.counting(batch.counts):
+            hidden = states(model, batch)
+        part = -head_logprobs(model, batch, hidden).sum() / total
         part.backward()
         loss += float(part.detach())
-        tokens += int(mask.sum())
     lr = learning_rate(
         step, steps, lr=config.lr, lr_end=config.lr_end, schedule="cosine", warmup=config.warmup
     )
@@ -120,7 +105,7 @@ def _step(
         "loss": loss,
         "lr": lr,
         "grad_norm": norm,
-        "tokens": tokens,
+        "tokens": sum(len(row.ids) for row in rows),
         "expert_load": load.max_over_mean(),
         "skipped": optimizer.skipped,
     }
@@ -135,19 +120,20 @@ def _encode(
     for document in documents:
         if document.prompt:
             prompt, opening = encoder.prompt(document.prompt)
-            row = Row(prompt + encoder.response(document.text, opening), len(prompt))
+            ids = prompt + encoder.response(document.text, opening)
+            first = max(1, len(prompt))
         else:
-            row = Row(encoder.document(document.text), 0)
-        truncated += len(row.ids) > most
-        longest = max(longest, len(row.ids))
-        rows.append(Row(row.ids[:most], row.prompt))
+            ids, first = encoder.document(document.text), 1  # nothing predicts the first token
+        truncated += len(ids) > most
+        longest = max(longest, len(ids))
+        rows.append(Row(tuple(ids[:most]), first, tuple(ids[first:most])))
     if truncated:
         notices.warn(
             "documents",
             f"{truncated} of {len(rows)} documents were cut at {most} tokens and never show how they end; the longest has "
             f"{longest}: raise {stage}.max_length or leave them out",
         )
-    rows = [row for row in rows if len(row.ids) > max(1, row.prompt)]
+    rows = [row for row in rows if row.targets]
     if not rows:
         raise UserError(f"max_length: {most} tokens leave nothing to learn of any document")
     return rows, truncated
@@ -162,17 +148,3 @@ def _batch(count: int, size: int, step: int, key: tuple[int | str, ...]) -> list
         order = seeding.numpy_rng(*key, "order", epoch).permutation(count)
         chosen += order[offset : offset + size - len(chosen)].tolist()
     return chosen
-
-
-def _pad(rows: list[Row], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids (B, L) padded on the right, mask (B, L), targets (B, L - 1) with -100 where there is no loss."""
-    length = max(len(ids) for ids, _ in rows)
-    ids = torch.full((len(rows), length), pad, dtype=torch.int64)
-    mask = torch.zeros((len(rows), length), dtype=torch.int64)
-    targets = torch.full((len(rows), length - 1), -100, dtype=torch.int64)
-    for row, (tokens, prompt) in enumerate(rows):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-        first = max(1, prompt)
-        targets[row, first - 1 : len(tokens) - 1] = ids[row, first : len(tokens)]
-    return ids, mask, targets
