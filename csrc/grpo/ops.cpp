@@ -32,15 +32,8 @@ int64_t items_of_thread(const R1kernelsGrpo& call, int64_t items) {
     return kTokensOfThread / tokens_of_item + 1;
 }
 
-Outputs forward(const Tensor& logp, const Optional& old_logp, const Tensor& advantages, const Tensor& mask,
-                const Optional& ref_logp, const Optional& policy_weights, const Optional& entropy,
-                const Optional& entropy_weights, const Optional& weights, const Optional& cu_seqlens,
-                const Tensor& numbers, const Optional& total, int64_t variant, int64_t ratio, int64_t kl,
-                int64_t count, bool logp_gradient, bool entropy_gradient) {
-    R1kernelsGrpo call = call_of(logp, old_logp, advantages, mask, ref_logp, policy_weights, entropy, entropy_weights,
-                                 weights, cu_seqlens, numbers, total, variant, ratio, kl, count);
+void run(const R1kernelsGrpo& call, const Tensor&) {
     check_boundaries(call);
-    Outputs outputs = outputs_of(call, kept_on, logp, logp_gradient, entropy_gradient);
     const GrpoKernels& kernels = chosen_grpo_kernels();
     const int64_t items = r1kernels_grpo_items(call, kGrpoChunk), grain = items_of_thread(call, items);
     const std::unique_ptr<double[]> memory(new double[kernels.workspace_bytes(call, items) / sizeof(double) + 1]);
@@ -56,7 +49,6 @@ Outputs forward(const Tensor& logp, const Optional& old_logp, const Tensor& adva
         kernels.second_pass(call, workspace, items, begin, end);
     });
     kernels.finish(call, workspace, items);
-    return outputs;
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& grad_logp, const Tensor& grad_of_ratio,
@@ -82,7 +74,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& grad_
 }
 
 STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, library) {
-    library.impl("grpo_loss_cpu", TORCH_BOX(&forward));
+    library.impl("grpo_loss_cpu", TORCH_BOX((&forward<run, kept_on>)));
     library.impl("grpo_loss_cpu_backward", TORCH_BOX(&backward));
 }
 

@@ -19,6 +19,8 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 constexpr int64_t kMetrics = 12;
 
+inline float* data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
 inline const void* values(const char* name, const Tensor& tensor, int64_t count, const Tensor& like) {
     STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count, name, ": expected ", count,
                     " contiguous values, got ", tensor.numel());
@@ -70,11 +72,16 @@ inline R1kernelsGrpo layout_of(const Tensor& mask, const Optional& cu_seqlens) {
     return call;
 }
 
-inline R1kernelsGrpo call_of(const Tensor& logp, const Optional& old_logp, const Tensor& advantages, const Tensor& mask,
-                             const Optional& ref_logp, const Optional& policy_weights, const Optional& entropy,
-                             const Optional& entropy_weights, const Optional& weights, const Optional& cu_seqlens,
-                             const Tensor& numbers, const Optional& total, int64_t variant, int64_t ratio, int64_t kl,
-                             int64_t count) {
+using Allocate = Tensor (*)(const Tensor& like, Shape shape, ScalarType dtype);
+using Run = void (*)(const R1kernelsGrpo& call, const Tensor& logp);
+
+// The op, by what a device has to run.
+template <Run run, Allocate allocate>
+Outputs forward(const Tensor& logp, const Optional& old_logp, const Tensor& advantages, const Tensor& mask,
+                const Optional& ref_logp, const Optional& policy_weights, const Optional& entropy,
+                const Optional& entropy_weights, const Optional& weights, const Optional& cu_seqlens,
+                const Tensor& numbers, const Optional& total, int64_t variant, int64_t ratio, int64_t kl, int64_t count,
+                bool logp_gradient, bool entropy_gradient) {
     R1kernelsGrpo call = layout_of(mask, cu_seqlens);
     call.logp = floats("logp", logp, call.tokens, mask);
     call.old_logp = floats("old_logp", old_logp, call.tokens, mask);
@@ -100,16 +107,6 @@ inline R1kernelsGrpo call_of(const Tensor& logp, const Optional& old_logp, const
     call.ratio = static_cast<int32_t>(ratio);
     call.kl = static_cast<int32_t>(kl);
     call.count = static_cast<int32_t>(count);
-    return call;
-}
-
-inline float* data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
-
-typedef Tensor (*Allocate)(const Tensor& like, Shape shape, ScalarType dtype);
-
-// Allocates the outputs and notes them in the call.
-inline Outputs outputs_of(R1kernelsGrpo& call, Allocate allocate, const Tensor& logp, bool logp_gradient,
-                          bool entropy_gradient) {
     const auto empty = [&](Shape shape) { return allocate(logp, shape, ScalarType::Float); };
     const bool of_ratio = logp_gradient && call.ratio != R1KERNELS_RATIO_TOKEN;
     Outputs outputs = {empty({}), empty({kMetrics}), logp_gradient ? empty(logp.sizes()) : empty({0}),
@@ -119,6 +116,7 @@ inline Outputs outputs_of(R1kernelsGrpo& call, Allocate allocate, const Tensor& 
     call.grad_logp = logp_gradient ? data(std::get<2>(outputs)) : nullptr;
     call.grad_of_ratio = of_ratio ? data(std::get<3>(outputs)) : nullptr;
     call.grad_entropy = entropy_gradient ? data(std::get<4>(outputs)) : nullptr;
+    run(call, logp);
     return outputs;
 }
 

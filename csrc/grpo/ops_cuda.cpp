@@ -9,18 +9,10 @@ namespace r1kernels {
 
 namespace {
 
-Outputs forward(const Tensor& logp, const Optional& old_logp, const Tensor& advantages, const Tensor& mask,
-                const Optional& ref_logp, const Optional& policy_weights, const Optional& entropy,
-                const Optional& entropy_weights, const Optional& weights, const Optional& cu_seqlens,
-                const Tensor& numbers, const Optional& total, int64_t variant, int64_t ratio, int64_t kl,
-                int64_t count, bool logp_gradient, bool entropy_gradient) {
-    R1kernelsGrpo call = call_of(logp, old_logp, advantages, mask, ref_logp, policy_weights, entropy, entropy_weights,
-                                 weights, cu_seqlens, numbers, total, variant, ratio, kl, count);
+void run(const R1kernelsGrpo& call, const Tensor& logp) {
     const CudaHost host(logp);
-    Outputs outputs = outputs_of(call, empty_on, logp, logp_gradient, entropy_gradient);
     const Tensor workspace = host.allocate(r1kernels_grpo_loss_cuda_workspace(&call));
     host.check(r1kernels_grpo_loss_cuda(&call, workspace.data_ptr(), host.stream));
-    return outputs;
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& grad_logp, const Tensor& grad_of_ratio,
@@ -51,7 +43,7 @@ Tensor advantages(const Tensor& rewards, int64_t group_size, const Optional& gro
 }
 
 STABLE_TORCH_LIBRARY_IMPL(r1kernels, CUDA, library) {
-    library.impl("grpo_loss_cuda", TORCH_BOX(&forward));
+    library.impl("grpo_loss_cuda", TORCH_BOX((&forward<run, empty_on>)));
     library.impl("grpo_loss_cuda_backward", TORCH_BOX(&backward));
     library.impl("group_advantages_cuda", TORCH_BOX(&advantages));
 }

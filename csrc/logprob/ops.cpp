@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <memory>
 
+#include "common/kept.h"
 #include "logprob/cpu.h"
 
 namespace r1kernels {
@@ -28,14 +29,8 @@ void check_values(const R1kernelsTokenLogprobs& call) {
 
 int64_t grain_of(int64_t elements_per_item) { return elements_per_item >= kGrain ? 1 : kGrain / elements_per_item; }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& logits, const Optional& bias, double logit_scale, double softcap, const Tensor& targets,
-    const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
-    bool entropy, bool extra) {
-    const R1kernelsTokenLogprobs call = call_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index,
-                                                first, whole);
+void sums_of_rows(const R1kernelsTokenLogprobs& call, const RowOutputs& outputs, bool entropy) {
     check_values(call);
-    const RowOutputs outputs(call, logits, entropy, extra);
     const LogprobOutputs to = {floats(outputs.logp), floats(outputs.entropy), floats(outputs.stats),
                                floats(outputs.extra)};
     const int64_t rows = call.batch * call.tokens, chunks = chunks_per_row(call.vocabulary), items = rows * chunks;
@@ -47,7 +42,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     parallel_for(0, rows, kGrain / 64, [&](int64_t begin, int64_t end) {
         kernels.finish(call, sums.get(), to, begin, end);
     });
-    return outputs.results();
 }
 
 void check_sequences(const RowsBackward& backward) {
@@ -71,35 +65,10 @@ void write_gradient(const RowsBackward& backward, const Tensor& grad) {
     });
 }
 
-// The gradient goes over the logits.
-void backward_(
-    const Tensor& logits, const Optional& bias, double logit_scale, double softcap, const Tensor& targets,
-    const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
-    const Tensor& logp, const Tensor& stats, const Optional& grad_logp, const Optional& grad_entropy,
-    const Optional& sequences) {
-    write_gradient(backward_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index,
-                               first, whole, logp, stats, grad_logp, grad_entropy, sequences),
-                   logits);
-}
-
-// The gradient goes to a tensor that Python gives: there the memory of large ones is kept between calls.
-void backward_into(
-    const Tensor& logits, const Optional& bias, double logit_scale, double softcap, const Tensor& targets,
-    const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
-    const Tensor& logp, const Tensor& stats, const Optional& grad_logp, const Optional& grad_entropy,
-    const Optional& sequences, const Tensor& grad) {
-    STD_TORCH_CHECK(grad.dim() == 3 && grad.is_contiguous() && grad.numel() == logits.numel() &&
-                        grad.scalar_type() == logits.scalar_type(),
-                    "grad: expected a contiguous tensor of the shape and dtype of the logits");
-    write_gradient(backward_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index,
-                               first, whole, logp, stats, grad_logp, grad_entropy, sequences),
-                   grad);
-}
-
 STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, library) {
-    library.impl("token_logprobs_cpu", TORCH_BOX(&forward));
-    library.impl("token_logprobs_cpu_backward_into", TORCH_BOX(&backward_into));
-    library.impl("token_logprobs_cpu_backward_", TORCH_BOX(&backward_));
+    library.impl("token_logprobs_cpu", TORCH_BOX(&forward<sums_of_rows>));
+    library.impl("token_logprobs_cpu_backward", TORCH_BOX((&backward<write_gradient, kept_on>)));
+    library.impl("token_logprobs_cpu_backward_", TORCH_BOX(&backward_<write_gradient>));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What the torch ops of the log-prob rows share on all devices: they check what the kernels trust, and allocate.
+// The torch ops of the log-prob rows, for what a device has to run: they check what the kernels trust, and allocate.
 // Schemas and fakes stand in r1kernels/logprob/token.py; B, T, V, and rows = B * T are explained there.
 #pragma once
 
@@ -104,6 +104,62 @@ inline RowsBackward backward_of(
     from.grad_logp = optional_values<float>("grad_logp", grad_logp, ScalarType::Float, entries, logits);
     from.grad_entropy = optional_values<float>("grad_entropy", grad_entropy, ScalarType::Float, entries, logits);
     return backward;
+}
+
+using Sums = void (*)(const R1kernelsTokenLogprobs& call, const RowOutputs& outputs, bool entropy);
+using Gradient = void (*)(const RowsBackward& backward, const Tensor& grad);
+using Allocate = Tensor (*)(const Tensor& like, Shape shape, ScalarType dtype);
+
+template <Sums sums>
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& logits, const Optional& bias, double logit_scale, double softcap, const Tensor& targets,
+    const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
+    bool entropy, bool extra) {
+    const R1kernelsTokenLogprobs call = call_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature,
+                                                ignore_index, first, whole);
+    const RowOutputs outputs(call, logits, entropy, extra);
+    sums(call, outputs, entropy);
+    return outputs.results();
+}
+
+template <Gradient write>
+void backward_into(
+    const Tensor& logits, const Optional& bias, double logit_scale, double softcap, const Tensor& targets,
+    const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
+    const Tensor& logp, const Tensor& stats, const Optional& grad_logp, const Optional& grad_entropy,
+    const Optional& sequences, const Tensor& grad) {
+    STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == logits.size(0) && grad.size(1) == logits.size(1) &&
+                        grad.size(2) == logits.size(2) && (grad.size(2) == 1 || grad.stride(2) == 1),
+                    "grad: expected the shape of the logits, and stride 1 on V");
+    STD_TORCH_CHECK(grad.device() == logits.device(), "grad: expected a tensor on the device of the logits");
+    STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float || grad.scalar_type() == logits.scalar_type(),
+                    "grad: expected the dtype of the logits, which are not float32");
+    write(backward_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index, first, whole,
+                      logp, stats, grad_logp, grad_entropy, sequences),
+          grad);
+}
+
+template <Gradient write, Allocate allocate>
+Tensor backward(
+    const Tensor& logits, const Optional& bias, double logit_scale, double softcap, const Tensor& targets,
+    const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
+    const Tensor& logp, const Tensor& stats, const Optional& grad_logp, const Optional& grad_entropy,
+    const Optional& sequences) {
+    const Tensor grad = allocate(logits, logits.sizes(), logits.scalar_type());
+    backward_into<write>(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index, first,
+                         whole, logp, stats, grad_logp, grad_entropy, sequences, grad);
+    return grad;
+}
+
+// The gradient goes over the logits.
+template <Gradient write>
+void backward_(
+    const Tensor& logits, const Optional& bias, double logit_scale, double softcap, const Tensor& targets,
+    const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
+    const Tensor& logp, const Tensor& stats, const Optional& grad_logp, const Optional& grad_entropy,
+    const Optional& sequences) {
+    backward_into<write>(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index, first,
+                         whole, logp, stats, grad_logp, grad_entropy, sequences, logits);
 }
 
 }  // namespace r1kernels

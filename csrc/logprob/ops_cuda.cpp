@@ -12,20 +12,13 @@ namespace {
 
 // --- rows ---
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& logits, const Optional& bias, double logit_scale, double softcap, const Tensor& targets,
-    const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
-    bool entropy, bool extra) {
-    const R1kernelsTokenLogprobs call = call_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index,
-                                                first, whole);
-    const CudaHost host(logits);
-    const RowOutputs outputs(call, logits, entropy, extra);
+void sums_of_rows(const R1kernelsTokenLogprobs& call, const RowOutputs& outputs, bool entropy) {
+    const CudaHost host(outputs.logp);
     const R1kernelsLogprobOutputs to = {floats(outputs.logp), floats(outputs.entropy), floats(outputs.stats),
                                         floats(outputs.extra), entropy};
     const Tensor workspace =
-        empty_on(logits, {r1kernels_token_logprobs_cuda_workspace(&call, &to)}, ScalarType::Float);
+        empty_on(outputs.logp, {r1kernels_token_logprobs_cuda_workspace(&call, &to)}, ScalarType::Float);
     host.check(r1kernels_token_logprobs_cuda(&call, &to, floats(workspace), host.stream));
-    return outputs.results();
 }
 
 void write_gradient(const RowsBackward& backward, const Tensor& grad) {
@@ -33,45 +26,6 @@ void write_gradient(const RowsBackward& backward, const Tensor& grad) {
     host.check(r1kernels_token_logprobs_cuda_backward(&backward.call, &backward.from, grad.data_ptr(),
                                                       element_of("grad", grad), grad.stride(0), grad.stride(1),
                                                       host.stream));
-}
-
-Tensor backward(
-    const Tensor& logits, const Optional& bias, double logit_scale, double softcap, const Tensor& targets,
-    const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
-    const Tensor& logp, const Tensor& stats, const Optional& grad_logp, const Optional& grad_entropy,
-    const Optional& sequences) {
-    const Tensor grad = empty_on(logits, logits.sizes(), logits.scalar_type());
-    write_gradient(backward_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index,
-                               first, whole, logp, stats, grad_logp, grad_entropy, sequences),
-                   grad);
-    return grad;
-}
-
-// The gradient goes over the logits.
-void backward_(
-    const Tensor& logits, const Optional& bias, double logit_scale, double softcap, const Tensor& targets,
-    const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
-    const Tensor& logp, const Tensor& stats, const Optional& grad_logp, const Optional& grad_entropy,
-    const Optional& sequences) {
-    write_gradient(backward_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index,
-                               first, whole, logp, stats, grad_logp, grad_entropy, sequences),
-                   logits);
-}
-
-void backward_into(
-    const Tensor& logits, const Optional& bias, double logit_scale, double softcap, const Tensor& targets,
-    const Optional& temperatures, double temperature, int64_t ignore_index, int64_t first, int64_t whole,
-    const Tensor& logp, const Tensor& stats, const Optional& grad_logp, const Optional& grad_entropy,
-    const Optional& sequences, const Tensor& grad) {
-    STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == logits.size(0) && grad.size(1) == logits.size(1) &&
-                        grad.size(2) == logits.size(2) && (grad.size(2) == 1 || grad.stride(2) == 1),
-                    "grad: expected the shape of the logits, and stride 1 on V");
-    STD_TORCH_CHECK(grad.device() == logits.device(), "grad: expected a tensor on the device of the logits");
-    STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float || grad.scalar_type() == logits.scalar_type(),
-                    "grad: expected the dtype of the logits, which are not float32");
-    write_gradient(backward_of(logits, bias, logit_scale, softcap, targets, temperatures, temperature, ignore_index,
-                               first, whole, logp, stats, grad_logp, grad_entropy, sequences),
-                   grad);
 }
 
 // --- completions ---
@@ -105,10 +59,10 @@ Tensor completion_numbers(const Tensor& cu_seqlens, int64_t tokens) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(r1kernels, CUDA, library) {
-    library.impl("token_logprobs_cuda", TORCH_BOX(&forward));
-    library.impl("token_logprobs_cuda_backward", TORCH_BOX(&backward));
-    library.impl("token_logprobs_cuda_backward_", TORCH_BOX(&backward_));
-    library.impl("token_logprobs_cuda_backward_into", TORCH_BOX(&backward_into));
+    library.impl("token_logprobs_cuda", TORCH_BOX(&forward<sums_of_rows>));
+    library.impl("token_logprobs_cuda_backward", TORCH_BOX((&backward<write_gradient, empty_on>)));
+    library.impl("token_logprobs_cuda_backward_", TORCH_BOX(&backward_<write_gradient>));
+    library.impl("token_logprobs_cuda_backward_into", TORCH_BOX(&backward_into<write_gradient>));
     library.impl("completion_sums_cuda", TORCH_BOX(&completion_sums));
     library.impl("completion_numbers_cuda", TORCH_BOX(&completion_numbers));
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import extension
 from ..op import Kernel, Written
-from . import linear_tiles, tiles, token
+from . import linear_tiles, tiles
 
 
 class GemmCall(NamedTuple):
@@ -55,14 +55,6 @@ def add_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 def is_ours(dtype: torch.dtype) -> bool:
     """Whether inputs of this dtype are multiplied by our own GEMM, whose rows have the same bits in any company."""
     return dtype == torch.bfloat16 and extension.chosen_isa() == "avx512_bf16"
-
-
-@token.BACKWARD.implement("cpu")
-def token_logprobs_backward(call: token.RowsBackwardCall) -> Tensor:
-    """The gradient in memory that the extension keeps, which a call does not pay for in page faults."""
-    grad = extension.empty(call.logits.shape, call.logits.dtype)
-    token.BACKWARD_INTO("cpu", token.RowsBackwardIntoCall(*call, grad))
-    return grad
 
 
 ENGINE = tiles.Engine(

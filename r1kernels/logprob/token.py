@@ -158,7 +158,7 @@ class RowsBackwardIntoCall(NamedTuple):
     logits: Tensor
     rows: Rows
     upstream: Upstream
-    grad: Written  # the shape of the logits, any strides on B and T; of float32 logits any dtype on a GPU
+    grad: Written  # the shape of the logits, any strides on B and T; of float32 logits any dtype
 
 
 def row_results(
@@ -197,7 +197,7 @@ FORWARD = Kernel("token_logprobs", RowsCall, _shapes)
 BACKWARD = Kernel("token_logprobs", RowsBackwardCall, _backward_shape, suffix="_backward")
 BACKWARD_OVER = Kernel("token_logprobs", RowsBackwardOverCall, _nothing, suffix="_backward_")
 BACKWARD_INTO = Kernel(
-    "token_logprobs", RowsBackwardIntoCall, _nothing, backends=("cpu", "cuda"), suffix="_backward_into"
+    "token_logprobs", RowsBackwardIntoCall, _nothing, backends=("cuda",), suffix="_backward_into"
 )
 
 

@@ -347,8 +347,6 @@ def test_opcheck_of_heads_and_slabs():
     grads = (torch.zeros(4), torch.ones(3, 4), torch.ones(2), None, torch.tensor([0, 0, 1, 1]).int())
     torch.library.opcheck(ops.token_logprobs_cpu_backward.default, (logits, *rows, *grads))
     torch.library.opcheck(ops.token_logprobs_cpu_backward_.default, (logits.clone(), *rows, *grads))
-    into = (logits, *rows, *grads, torch.empty_like(logits))
-    torch.library.opcheck(ops.token_logprobs_cpu_backward_into.default, into)
 
 
 def test_opcheck_of_the_linear_ops():
