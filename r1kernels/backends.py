@@ -53,9 +53,7 @@ class Backend:
     reasons: Callable[..., Sequence[str]] | None = None
 
     def refuses(self, *call: Any) -> tuple[str, ...]:
-        if self.reasons is None:
-            return ()
-        return (*transforms.reasons(call), *self.reasons(*call))
+        return () if self.reasons is None else (*transforms.reasons(call), *self.reasons(*call))
 
 
 class BackendError(RuntimeError):
@@ -256,10 +254,10 @@ def _preference(op: str) -> str:
 
 def _device_type(values: tuple[Any, ...]) -> str:
     for value in values:
-        if isinstance(value, tuple):  # a call
-            return _device_type(value)
         if isinstance(value, torch.Tensor):
             return value.device.type
+        if isinstance(value, tuple):  # a call
+            return _device_type(value)
     return ""
 
 

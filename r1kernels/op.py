@@ -50,14 +50,16 @@ class Fields:
 
     def __init__(self, arguments: type[Any]) -> None:
         self._make = arguments._make
-        hints = typing.get_type_hints(arguments, include_extras=True)
         self.types: dict[str, Any] = {}
-        self._nested: list[tuple[int, Fields]] = []
+        # of the NamedTuples among the fields: the place in a call, what it holds, the places in a row
+        self._nested: list[tuple[int, Fields, int, int]] = []
+        hints = typing.get_type_hints(arguments, include_extras=True)
         for place, name in enumerate(arguments._fields):
             found = {name: hints[name]}
             if hasattr(hints[name], "_fields"):
-                self._nested.append((place, Fields(hints[name])))
-                found = self._nested[-1][1].types
+                inner, begin = Fields(hints[name]), len(self.types)
+                found = inner.types
+                self._nested.append((place, inner, begin, begin + len(found)))
             if not self.types.keys().isdisjoint(found):
                 raise TypeError(f"{arguments.__name__}: expected names that occur once, got {name} again")
             self.types |= found
@@ -66,20 +68,20 @@ class Fields:
         """The fields of ``call`` in a row."""
         row: tuple[Any, ...] = ()
         start = 0
-        for place, inner in self._nested:
-            row += call[start:place] + inner.of(call[place])
+        for place, inner, _, _ in self._nested:
+            part = call[place]
+            row += call[start:place] + (inner.of(part) if inner._nested else part)
             start = place + 1
         return row + call[start:] if start else call
 
-    def back(self, values: Sequence[Any]) -> Any:
+    def back(self, row: tuple[Any, ...]) -> Any:
         """The NamedTuple of fields in a row."""
-        if not self._nested:
-            return self._make(values)
-        row = list(values)
-        for place, inner in self._nested:
-            end = place + len(inner.types)
-            row[place:end] = [inner.back(row[place:end])]
-        return self._make(row)
+        values: tuple[Any, ...] = ()
+        start = 0
+        for _, inner, begin, end in self._nested:
+            values += (*row[start:begin], inner.back(row[begin:end]))
+            start = end
+        return self._make(values + row[start:])
 
 
 class Kernel:
@@ -129,10 +131,9 @@ class Kernel:
 
 def recorded(
     name: str,
-    arguments: type[Any],
     forward: Callable[[str, Any], Any],
     *,
-    differentiable: Sequence[str],
+    differentiable: Callable[[Any], tuple[Tensor | None, ...]],
     save: Callable[[Any, Any], tuple[Sequence[Tensor | None], Any]],
     backward: Callable[..., Sequence[Tensor | None]],
     give: Callable[[Any, Any], Any] = lambda call, results: results,
@@ -143,18 +144,14 @@ def recorded(
 
     Args:
         name: of the public op, for errors.
-        arguments: the NamedTuple of the call.
         forward: (backend, call) -> the results of the kernel.
-        differentiable: the fields that have a gradient, tensors or None; they are saved for the backward.
+        differentiable: (call) -> its inputs that have a gradient, tensors or None; they are saved for the backward.
         save: (call, results) -> (further tensors, anything else) that the backward needs.
         backward: (backend, inputs, tensors, others, gradients of what is given, which inputs need one) -> gradients of the
-            inputs; inputs are the differentiable fields. It runs without autograd.
+            inputs. It runs without autograd.
         again: the same for a further backward through one graph, where the first overwrites what was saved; None: backward.
         give: (call, results) -> what is handed out; the places in ``constant`` have no gradient.
     """
-    fields = Fields(arguments)
-    names = list(fields.types)
-    places = [names.index(field) for field in differentiable]
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -171,12 +168,10 @@ def recorded(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            answer: list[Tensor | None] = [None] * (2 + len(places))
-            if all(grad is None for grad in grads):
-                return tuple(answer)
-            saved = ctx.saved_tensors
-            inputs, tensors = saved[: len(places)], saved[len(places) :]
-            needs = ctx.needs_input_grad[2:]
+            needs, saved = ctx.needs_input_grad[2:], ctx.saved_tensors
+            inputs, tensors = saved[: len(needs)], saved[len(needs) :]
+            if grads[0] is None and all(grad is None for grad in grads):
+                return None, None, *[None for _ in needs]
             gradients = again if again is not None and ctx.ran else backward
             ctx.ran = True
             if not torch.is_grad_enabled():
@@ -189,17 +184,13 @@ def recorded(
                     grad if grad is None else checks.first_derivative_only(name, grad, *given)
                     for grad in found
                 ]
-            for place, needed in enumerate(needs):
-                if needed:
-                    answer[2 + place] = found[place]
-            return tuple(answer)
+            return None, None, *[found[place] if needed else None for place, needed in enumerate(needs)]
 
     Function.__name__ = Function.__qualname__ = "".join(part.capitalize() for part in name.split("_"))
 
     def run(backend: str, call: Any) -> Any:
         if torch.is_grad_enabled():
-            row = fields.of(call)
-            inputs = [row[place] for place in places]
+            inputs = differentiable(call)
             for value in inputs:
                 if value is not None and value.requires_grad:
                     return Function.apply(backend, call, *inputs)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import autocast, checks
 from ..logprob import cpu, cuda, linear_logprobs, tiles, triton_linear
-from ..logprob.linear import Head, cast_as_linear_would, check_linear
+from ..logprob.linear import Head, check_linear
 from ..logprob.sharded import shard_of
 from ..logprob.token import Rows, check_temperature
 from ..op import Kernel, Op, Size, recorded
@@ -124,7 +124,7 @@ def linear_grpo_loss(
     checks.tensor("mask", mask, shape=tuple(targets.shape), like=targets)
     layout = layout_of(mask, cu_seqlens)
     checks.tensor("hidden", hidden, shape=(*targets.shape, None), like=targets)
-    head = check_linear(hidden, weight, targets, bias, softcap, logit_scale)
+    hidden, head = check_linear(hidden, weight, targets, bias, softcap, logit_scale)
     tokens = Tokens(
         hidden.new_empty(0, dtype=torch.float32),
         old_logp,
@@ -226,9 +226,8 @@ def _gradients(backend: str, inputs: Any, saved: Any, _: Any, grads: Any, needs:
 
 _recorded = recorded(
     "linear_grpo_loss",
-    OnePassCall,
     FORWARD,
-    differentiable=("hidden", "weight", "bias"),
+    differentiable=lambda call: (call.hidden, call.weight, call.bias),
     save=_save,
     backward=_gradients,
     give=lambda call, results: results[:2],
@@ -272,7 +271,7 @@ def _on_kernels(backend: str, call: LinearCall) -> GRPOOutput:
         or not terms_are_of_tokens(objective.variant, objective.ratio)
     ):
         return _two_ops(backend, call)
-    hidden, head = cast_as_linear_would(call.hidden, call.head)
+    hidden, head = call.hidden, call.head
     temperatures, temperature = None, call.temperature
     if isinstance(temperature, Tensor):
         temperatures, temperature = temperature.float().reshape(-1).contiguous(), 1.0
@@ -290,7 +289,7 @@ def _on_kernels(backend: str, call: LinearCall) -> GRPOOutput:
         loss.kernel_call_of(_in_a_row(call.loss), objective, ONE, True, objective.entropy_coef != 0),
         *needs,
     )
-    with torch.autocast(hidden.device.type, enabled=False):
+    with autocast.off(hidden):
         value, metrics = _recorded(backend, one_pass)
     names = measured_names(
         call.loss.tokens.ref_logp is not None, call.with_entropy, has_clip(objective.variant)

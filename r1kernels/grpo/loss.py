@@ -261,10 +261,10 @@ def _gradients(
     backend: str, inputs: Any, saved: Any, _: Any, grads: Any, needs: Any
 ) -> tuple[Tensor, Tensor]:
     """The loss is a scalar: the forward wrote the gradients for an upstream gradient of 1, which scales them here."""
-    call = BackwardCall(grads[0], *saved)
-    if _are_final(call):
-        return call.grad_logp, call.grad_entropy
-    return BACKWARD(backend, call)
+    grad_logp, grad_of_ratio, grad_entropy, _, _ = saved
+    if _are_final(grads[0], grad_of_ratio):
+        return grad_logp, grad_entropy
+    return BACKWARD(backend, BackwardCall(grads[0], *saved))
 
 
 # unknown to torch: kept, so that nothing is handed out twice
@@ -273,25 +273,24 @@ _graph_is_kept: Callable[[], bool] = getattr(
 )
 
 
-def _are_final(call: BackwardCall) -> bool:
+def _are_final(grad_loss: Tensor, grad_of_ratio: Tensor) -> bool:
     """Whether the gradients that the forward wrote are those of the inputs already, and no one will ask for them again.
 
     Then the backward hands them out as they are, without a pass over the tokens. It never writes to them: whoever else
     holds them (a saved-tensor hook) finds them unchanged.
     """
     return (
-        checks.values_visible(call.grad_loss)  # a GPU is not waited for
-        and call.grad_of_ratio.numel() == 0
+        checks.values_visible(grad_loss)  # a GPU is not waited for
+        and grad_of_ratio.numel() == 0
         and not _graph_is_kept()
-        and call.grad_loss.item() == 1
+        and grad_loss.item() == 1
     )
 
 
 _recorded = recorded(
     "grpo_loss",
-    KernelCall,
     FORWARD,
-    differentiable=("logp", "entropy"),
+    differentiable=lambda call: (call.tokens.logp, call.tokens.entropy),
     save=_save,
     backward=_gradients,
     give=lambda call, results: results[:2],

@@ -111,9 +111,8 @@ def _gradients(backend: str, inputs: Any, saved: Any, size: int, grads: Any, nee
 
 _recorded = recorded(
     "grouped_logprobs",
-    ReduceCall,
     lambda _, call: Completions(*call[1:]).reduce(call.values),
-    differentiable=("values",),
+    differentiable=lambda call: (call.values,),
     save=lambda call, _: ((call.cu_seqlens, call.divisor), call.size),
     backward=_gradients,
 )

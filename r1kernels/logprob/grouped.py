@@ -108,7 +108,7 @@ def linear_grouped_logprobs(
     count; where the mask is 0 targets and hidden states may hold anything. With ``stats`` the result is
     (GroupedLogprobs, {name: token values}).
     """
-    head = linear.check_linear(hidden, weight, targets, bias, softcap, logit_scale)
+    hidden, head = linear.check_linear(hidden, weight, targets, bias, softcap, logit_scale)
     ignore_index = checks.integer("ignore_index", ignore_index)
     dimensions = 2 if cu_seqlens is not None else 3
     if hidden.ndim != dimensions:

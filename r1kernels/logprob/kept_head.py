@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import autocast
 from ..op import Kernel, Size, recorded
 from . import kept_rows, sharded
 from .completions import EACH_TOKEN
@@ -168,9 +169,8 @@ def _gradients(
 
 _recorded = recorded(
     "linear_logprobs",
-    HeadCall,
     _forward,
-    differentiable=("hidden", "weight", "bias"),
+    differentiable=lambda call: (call.hidden, call.weight, call.rows.bias),
     save=_save,
     backward=_gradients,
     give=lambda call, results: (results[0], results[1], results[3]),
@@ -186,7 +186,7 @@ def on_kernels(
     assert kept is not None
     bias = None if rows.bias is None else rows.bias.float().contiguous()
     entries = kept_rows.entries_of(backend, kept, rows)
-    with torch.autocast(call.hidden.device.type, enabled=False):
+    with autocast.off(call.hidden):
         results = _recorded(
             backend,
             HeadCall(

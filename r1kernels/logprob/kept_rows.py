@@ -131,9 +131,8 @@ def contiguous(grad: Tensor | None) -> Tensor | None:
 
 _recorded = recorded(
     "token_logprobs",
-    ChosenCall,
     _forward,
-    differentiable=("logits",),
+    differentiable=lambda call: (call.logits,),
     save=_save,
     backward=_gradients,
     give=lambda call, results: results[:2],

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks
+from .. import autocast, checks
 from ..op import Kernel, Op, Size, Written, recorded
 from . import kept_head, linear_reference, parts, sharded
 from .completions import EACH_TOKEN, Completions
@@ -91,7 +91,7 @@ def linear_logprobs(
     Precision: float32 logits, also from 16-bit inputs; dX and dW are accumulated in float32 and rounded once. A kernel may
     round the gradient of a tile of logits to bfloat16 for the GEMMs of bfloat16 inputs, as plain PyTorch does. Deterministic.
     """
-    head = check_linear(hidden, weight, targets, bias, softcap, logit_scale)
+    hidden, head = check_linear(hidden, weight, targets, bias, softcap, logit_scale)
     call = call_of(
         hidden,
         head,
@@ -123,8 +123,8 @@ def check_linear(
     bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
-) -> Head:
-    """Check the arguments that all ops on hidden states and a head share."""
+) -> tuple[Tensor, Head]:
+    """Check the arguments that all ops on hidden states and a head share, and cast them as autocast those of F.linear."""
     checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
     if hidden.ndim == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden: expected shape (..., H) with H >= 1, got {tuple(hidden.shape)}")
@@ -134,14 +134,14 @@ def check_linear(
     checks.tensor("targets", targets, dtypes=(torch.int64,), shape=hidden.shape[:-1], like=hidden)
     if bias is not None:
         checks.tensor("bias", bias, dtypes=checks.FLOATS, shape=(weight.shape[0],), like=hidden)
-    if not torch.is_autocast_enabled(hidden.device.type):
-        for name, value in (("weight", weight), ("bias", bias)):
-            if value is not None and value.dtype != hidden.dtype:
-                raise TypeError(f"{name}: expected the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+    hidden, weight, bias = autocast.cast(hidden, weight, bias)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(f"{name}: expected the dtype of hidden, {hidden.dtype}, got {value.dtype}")
     if softcap is not None:
         softcap = checks.positive("softcap", softcap)
     logit_scale = checks.number("logit_scale", logit_scale)
-    return Head(weight, bias, softcap, logit_scale)
+    return hidden, Head(weight, bias, softcap, logit_scale)
 
 
 def call_of(
@@ -177,7 +177,6 @@ def call_of(
     vocabulary = head.weight.shape[0] if shard is None else shard.vocabulary
     if checks.values_visible(targets):
         checks.in_range("targets", targets, 0, vocabulary, allow=ignore_index)
-    hidden, head = cast_as_linear_would(hidden, head)
     rows = Rows(
         head.bias,
         head.logit_scale,
@@ -202,17 +201,6 @@ def call_of(
         completions,
         check_kept(kept, targets, vocabulary, ignore_index),
     )
-
-
-def cast_as_linear_would(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Inputs cast as autocast casts those of F.linear."""
-    weight, bias = head.weight, head.bias
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    return hidden, Head(weight, bias, head.softcap, head.logit_scale)
 
 
 def of_names(extra: Tensor, stats: tuple[str, ...], shape: torch.Size) -> dict[str, Tensor]:
@@ -383,9 +371,8 @@ def _gradients_again(
 
 _recorded = recorded(
     "linear_logprobs",
-    LogprobsCall,
     _forward,
-    differentiable=("hidden", "weight", "bias"),
+    differentiable=lambda call: (call.hidden, call.weight, call.rows.bias),
     save=_save,
     backward=_gradients,
     again=_gradients_again,
@@ -413,9 +400,8 @@ def _frozen_gradient(
 
 _recorded_frozen = recorded(
     "linear_logprobs",
-    LogprobsCall,
     _frozen_forward,
-    differentiable=("hidden",),
+    differentiable=lambda call: (call.hidden,),
     save=_frozen_save,
     backward=_frozen_gradient,
     give=lambda call, results: (call.completions.reduce(results[0]), results[1]),
@@ -450,7 +436,7 @@ def on_kernels(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor
         call.shard,
         call.completions,
     )
-    with torch.autocast(hidden.device.type, enabled=False):
+    with autocast.off(hidden):
         if not frozen:
             return _recorded(backend, call)
         logp, extra = _recorded_frozen(backend, call)

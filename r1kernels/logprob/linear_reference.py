@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import transforms
+from .. import autocast, transforms
 from . import kept, kept_reference, sharded, token
 from .completions import EACH_TOKEN
 
@@ -36,7 +36,7 @@ def run(call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
     # 0 times NaN would reach the head
     hidden = hidden.to(dtype).masked_fill((rows.targets == rows.ignore_index).unsqueeze(-1), 0.0)
     bias = None if rows.bias is None else rows.bias.to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with autocast.off(hidden):
         if shard is not None:
             hidden = sharded.copy_to_group(hidden, shard)
         call = call._replace(hidden=hidden, weight=call.weight.to(dtype), rows=rows._replace(bias=bias))

@@ -72,9 +72,8 @@ def _sum_of_gradients(
 
 _recorded_copy = recorded(
     "linear_logprobs",
-    CopyCall,
     lambda backend, call: call.hidden.view_as(call.hidden),
-    differentiable=("hidden",),
+    differentiable=lambda call: (call.hidden,),
     save=lambda call, results: ((), call.shard),
     backward=_sum_of_gradients,
 )
@@ -118,9 +117,8 @@ def _gradients(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any,
 
 _recorded = recorded(
     "linear_logprobs",
-    ShardedCall,
     _forward,
-    differentiable=("logits",),
+    differentiable=lambda call: (call.logits,),
     save=_save,
     backward=_gradients,
     give=lambda call, results: (results[0], results[1], results[3]),

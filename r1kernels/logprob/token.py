@@ -267,9 +267,8 @@ def upstream_of(
 
 _recorded = recorded(
     "token_logprobs",
-    TokenCall,
     _forward,
-    differentiable=("logits",),
+    differentiable=lambda call: (call.logits,),
     save=_save,
     backward=_gradients,
     give=_give,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import autocast, checks
 from ..op import Kernel, Op, recorded
 from . import reference
 from .sort import check_ascending, too_many
@@ -47,7 +47,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, *, backend: str | N
     checks.tensor("weight", weight, dtypes=checks.FLOATS, shape=(None, None, x.shape[1]), like=x)
     _at_least_one_expert("weight", weight)
     checks.tensor("offsets", offsets, dtypes=(torch.int32, torch.int64), shape=(weight.shape[0] + 1,), like=x)
-    x, weight = cast_for_autocast(x, weight)
+    x, weight = autocast.cast(x, weight)
     checks.tensor("weight", weight, dtypes=(x.dtype,))
     if checks.values_visible(offsets):
         check_ascending("offsets", offsets, x.shape[0])
@@ -115,7 +115,7 @@ def moe_experts(
     )
     checks.choice("activation", activation, ACTIVATIONS)
     checks.choice("save", save, SAVES)
-    hidden, gate_up, down = cast_for_autocast(hidden, gate_up, down)
+    hidden, gate_up, down = autocast.cast(hidden, gate_up, down)
     checks.tensor("gate_up", gate_up, dtypes=(hidden.dtype,))
     checks.tensor("down", down, dtypes=(hidden.dtype,))
     if checks.values_visible(indices):
@@ -124,16 +124,6 @@ def moe_experts(
         hidden, indices, weights, gate_up, down, ACTIVATIONS.index(activation), save == "hidden"
     )
     return MOE_EXPERTS(backend, call)
-
-
-def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the autocast dtype if autocast is on for their device, as F.linear has it: float64 stays."""
-    device = tensors[0].device.type
-    # the meta device knows no autocast; torch.amp.is_autocast_available would say so, but Dynamo before 2.12 can not trace it
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
 def _at_least_one_expert(name: str, weight: Tensor) -> int:
@@ -182,9 +172,8 @@ def _gemm_gradients(
 
 _recorded_gemm = recorded(
     "grouped_gemm",
-    GemmCall,
     _gemm_forward,
-    differentiable=("x", "weight"),
+    differentiable=lambda call: (call.x, call.weight),
     save=lambda call, result: ((call.offsets,), None),
     backward=_gemm_gradients,
 )
@@ -274,9 +263,8 @@ def _experts_gradients(
 # Hidden states and weight matrices are saved as they are: a contiguous copy does not live until the backward.
 _recorded_experts = recorded(
     "moe_experts",
-    ExpertsCall,
     _experts_forward,
-    differentiable=("hidden", "weights", "gate_up", "down"),
+    differentiable=lambda call: (call.hidden, call.weights, call.gate_up, call.down),
     save=lambda call, results: (results[1:], call.activation),
     backward=_experts_gradients,
     give=lambda call, results: results[0],

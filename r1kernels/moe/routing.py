@@ -169,9 +169,8 @@ def _gradients(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any,
 
 _recorded = recorded(
     "route",
-    RouteCall,
     FORWARD,
-    differentiable=("logits",),
+    differentiable=lambda call: (call.logits,),
     save=_save,
     backward=_gradients,
     constant=(1, 2),
