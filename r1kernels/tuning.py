@@ -12,15 +12,24 @@ from the bytes and operations of a tile; no GPU has measured them yet.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# the class of a capability: sm_86 has 99 KB of shared memory a block, sm_80 163 KB, sm_90 227 KB and tensor descriptors
-_CLASSES = {(8, 0): "sm_80", (8, 7): "sm_80", (9, 0): "sm_90", (10, 0): "sm_90", (10, 3): "sm_90"}
-_OTHERS = "sm_86"
+# the classes of a capability, the nearest first: sm_86 has 99 KB of shared memory a block, sm_80 163 KB, sm_90 227 KB and
+# tensor descriptors, sm_100 the same, and its accumulators lie in a memory of their own, so that a tile's epilogue needs
+# registers for all of it at once
+_CLASSES = {
+    (8, 0): ("sm_80",),
+    (8, 7): ("sm_80",),
+    (9, 0): ("sm_90",),
+    (10, 0): ("sm_100", "sm_90"),
+    (10, 3): ("sm_100", "sm_90"),
+}
+_OTHERS = ("sm_86",)
 
 
 def name_and_capability(device: torch.device) -> tuple[str, tuple[int, int]]:
@@ -42,14 +51,14 @@ def entry(
     value: int | None,
 ) -> dict[str, Any]:
     """The entry for a device of this name and capability, and for ``value`` of the size that the entries call ``size``."""
-    group = _CLASSES.get(capability, _OTHERS)
+    classes = _CLASSES.get(capability, _OTHERS)
     file_name = "_".join(device.lower().replace("-", " ").split())
-    for table in (file_name, "default"):
+    for table, group in itertools.product((file_name, "default"), classes):
         for found in _table(folder, table).get(kernel, {}).get(group, {}).get(kind, []):
             limit = found[size]
             if limit is None or (value is not None and value <= limit):
                 return found
-    raise ValueError(f"kernel: expected an entry for {kernel}, {group}, {kind} in default.json, got none")
+    raise ValueError(f"kernel: expected an entry for {kernel}, {classes[-1]}, {kind} in default.json, got none")
 
 
 @functools.cache

@@ -189,6 +189,7 @@ def multiply(kernel: str, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
             **_shape(tile, unit),
             DESCRIPTORS=tile.descriptors,
             OUTPUTS_FIRST=outputs_first,
+            TAIL=rows.tail,
         )
     return out
 
@@ -210,11 +211,12 @@ def up_into(
     size, width = hidden.shape[1], gate_up.shape[1] // 2
     unit = _unit(hidden, size, width)
     tile = rows.tile("up", unit, gate_up)
+    blocks = gate_up.view(rows.experts, 2, width, size)
     with torch.cuda.device_of(hidden):
         kernels.up_kernel[(_programs(tile, rows, width),)](
             hidden,
             tokens,
-            _blocks(gate_up, 1, tile.columns, tile.depth) if tile.descriptors else gate_up,
+            _blocks(blocks, 1, 2, tile.columns, tile.depth) if tile.descriptors else gate_up,
             pre_activation,
             activated,
             rows.schedule(tile.rows),

@@ -42,17 +42,19 @@ def rows_kernel(
     DESCRIPTORS: tl.constexpr,
     UNIT: tl.constexpr,
     OUTPUTS_FIRST: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
-    """out[r] = weight[expert of r] @ x[r], or x[r] @ weight[expert of r]; rows of nobody become 0."""
+    """out[r] = weight[expert of r] @ x[r], or x[r] @ weight[expert of r]; with TAIL rows of nobody become 0."""
     size *= UNIT
     width *= UNIT
     column_blocks = tl.cdiv(width, COLUMNS)
     step = DEPTH if OUTPUTS_FIRST else width.to(tl.int64) * DEPTH
     tiles = tl.load(schedule) * column_blocks
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=DESCRIPTORS):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=DESCRIPTORS and not TAIL):
         expert, start, stop, column_block = place(tile, schedule, column_blocks, GROUP)
         column_start = column_block * COLUMNS
-        depth = tl.where(expert < experts, size, 0)
+        # a depth that differs between tiles keeps the loads of a tile from beginning under the epilogue of the one before
+        depth = tl.where(expert < experts, size, 0) if TAIL else size
         x_at, w_at = None, None
         if not DESCRIPTORS:
             x_at = row_pointers(x, None, start, stop, size, ROWS, DEPTH)
@@ -78,7 +80,7 @@ def rows_kernel(
 def up_kernel(
     hidden,  # (T, H)
     tokens,  # (S) int32: the token of a row
-    gate_up,  # (E, 2 I, H), or the descriptor of its blocks
+    gate_up,  # (E, 2, I, H), or the descriptor of its blocks
     pre_activation,  # (S, 2 I), or None
     activation,  # (S, I), or None
     schedule,
@@ -102,28 +104,22 @@ def up_kernel(
         expert, start, stop, column_block = place(tile, schedule, column_blocks, GROUP)
         column_start = column_block * COLUMNS
         x_at = row_pointers(hidden, tokens, start, stop, size, ROWS, DEPTH)
-        g_at, u_at = None, None
+        w_at = None
         if not DESCRIPTORS:
             matrix = gate_up + expert.to(tl.int64) * size * (2 * width)
-            g_at = weight_pointers(matrix, column_start, size, width, DEPTH, COLUMNS, True)
-            matrix += width.to(tl.int64) * size
-            u_at = weight_pointers(matrix, column_start, size, width, DEPTH, COLUMNS, True)
-        gate = tl.zeros((ROWS, COLUMNS), tl.float32)
-        up = tl.zeros((ROWS, COLUMNS), tl.float32)
+            w_at = gate_up_pointers(matrix, column_start, size, width, DEPTH, COLUMNS)
+        # one accumulator for both: with two in flight the compiler waits after every wgmma
+        product = tl.zeros((ROWS, 2 * COLUMNS), tl.float32)
         for k in range(0, size, DEPTH):
             x = row_block(hidden, x_at, start, k, size, DEPTH, False)
-            g = weight_block(
-                gate_up, g_at, expert, column_start, k, size, width, DEPTH, COLUMNS, True, DESCRIPTORS
-            )
-            gate = tl.dot(x, g, gate, input_precision="ieee")
-            u = weight_block(
-                gate_up, u_at, expert, width + column_start, k, size, width, DEPTH, COLUMNS, True, DESCRIPTORS
-            )
-            up = tl.dot(x, u, up, input_precision="ieee")
+            if DESCRIPTORS:
+                w = gate_up.load([expert, 0, column_start, k]).reshape(2 * COLUMNS, DEPTH).T
+            else:
+                w = tl.load(w_at, mask=(tl.arange(0, DEPTH) < size - k)[:, None], other=0.0)
+                w_at += DEPTH
+            product = tl.dot(x, w, product, input_precision="ieee")
             x_at += DEPTH
-            if not DESCRIPTORS:
-                g_at += DEPTH
-                u_at += DEPTH
+        gate, up = halves(product, ROWS, COLUMNS)
         row = start + tl.arange(0, ROWS)
         column = column_start + tl.arange(0, COLUMNS)
         mask = (row < stop)[:, None] & (column < width)[None, :]
@@ -136,6 +132,14 @@ def up_kernel(
         if activation is not None:
             value = activated(rounded_gate.to(tl.float32), ACTIVATION) * rounded_up.to(tl.float32)
             tl.store(activation + row_offset + column[None, :], value.to(dtype), mask=mask)
+
+
+@triton.jit
+def gate_up_pointers(matrix, start, size, width, DEPTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of the first block (DEPTH, 2 COLUMNS) of a matrix (2, width, size): columns of the gate, then the same of the up part."""
+    column = tl.arange(0, 2 * COLUMNS)
+    row = tl.minimum(start + column % COLUMNS, width - 1) + column // COLUMNS * width
+    return matrix + row.to(tl.int64)[None, :] * size + tl.arange(0, DEPTH)[:, None]
 
 
 @triton.jit(do_not_specialize=("size", "width", "rows"))

@@ -21,8 +21,13 @@ SHARED_BYTES = {
     86: 99 << 10,
     89: 99 << 10,
     90: 227 << 10,
+    100: 227 << 10,
+    103: 227 << 10,
     120: 99 << 10,
 }  # that a block may have
+CAPABILITIES = {number: divmod(number, 10) for number in SHARED_BYTES}
+# the tensor cores' instruction for tiles of 64 rows and more; fewer rows, and other GPUs, take HMMA
+WIDE_PRODUCTS = {90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -81,6 +86,15 @@ class Resources:
     shared_bytes: int
     spill_instructions: int
     instructions: str
+
+    @property
+    def serialised_products(self) -> int:
+        """The wgmma instructions behind which the next one waits for the end."""
+        products = re.findall(r"\b(HGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d)", self.instructions)
+        return sum(
+            (product, wait, following) == ("HGMMA", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "HGMMA")
+            for product, wait, following in zip(products, products[1:], products[2:], strict=False)
+        )
 
     def widest_load_bits(self) -> int:
         """Of the loads from global memory."""

@@ -15,7 +15,6 @@ from r1kernels.logprob.token import Rows, row_results
 from tests.support import offline_triton
 
 TABLES = sorted(Path(tuning.__file__).parent.glob("*.json"))
-CAPABILITIES = {80: (8, 0), 86: (8, 6), 89: (8, 9), 90: (9, 0), 120: (12, 0)}
 KINDS = {
     "plain": {"entropy": True},
     "plain, one temperature a token": {"entropy": True, "temperatures": True},
@@ -28,10 +27,11 @@ FEW = (
     (90, "plain, one temperature a token", None),
     (80, "plain", None),
     (90, "rich", None),
+    (100, "plain", None),
 )
 MATRIX = [
     pytest.param(*variant, marks=[] if variant in FEW else pytest.mark.slow)
-    for variant in itertools.product(CAPABILITIES, KINDS, (64, None))
+    for variant in itertools.product(offline_triton.CAPABILITIES, KINDS, (64, None))
 ]
 
 
@@ -39,7 +39,7 @@ def compile_kernel(capability, name, tokens, depth=2048):
     """The compiled kernel of one call, and its tile."""
     options = KINDS[name]
     kind = name.partition(",")[0]
-    tile = tuning.choose("linear_forward", "", CAPABILITIES[capability], kind, tokens)
+    tile = tuning.choose("linear_forward", "", offline_triton.CAPABILITIES[capability], kind, tokens)
     count, vocabulary = 300, 1000
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     hidden, weight = torch.empty(count, depth, dtype=dtype), torch.empty(vocabulary, depth, dtype=dtype)
@@ -68,11 +68,13 @@ def test_every_entry_fits_and_uses_the_tensor_cores(tmp_path, capability, name, 
         needs = offline_triton.resources(kernel, tmp_path)
         assert needs.shared_bytes <= offline_triton.SHARED_BYTES[capability]
         assert needs.stack_bytes == 0 and needs.spill_instructions == 0, kernel.name
-    product = offline_triton.resources(compiled[0], tmp_path).instructions
+    needs = offline_triton.resources(compiled[0], tmp_path)
+    product = needs.instructions
     if name == "float32":
         assert "HMMA" not in product and "HGMMA" not in product, "tf32 would lose digits"
     else:
-        assert ("HGMMA" if capability == 90 else "HMMA") in product
+        assert offline_triton.WIDE_PRODUCTS.get(capability, "HMMA") in product
+        assert needs.serialised_products == 0
     assert ("UTMALDG" in product) == tile.descriptors
     assert ("LDGSTS" in product) == (not tile.descriptors)
 
@@ -103,7 +105,9 @@ def test_the_tables_are_well_formed(path):
     """Entries in rising order of tokens; the default serves every class and kind, any number of tokens."""
     table = json.loads(path.read_text())["linear_forward"]
     if path.stem == "default":
-        assert set(table) == {"sm_80", "sm_86", "sm_90"}
+        assert set(table) == {"sm_80", "sm_86", "sm_90", "sm_100"}
+        own = table.pop("sm_100")  # besides, it takes what sm_90 has
+        assert set(own) == {"plain"} and own["plain"][-1]["tokens"] is None
         assert all(set(kinds) == {"plain", "rich", "float32"} for kinds in table.values())
     for kinds in table.values():
         for entries in kinds.values():

@@ -15,13 +15,12 @@ from r1kernels.moe.experts import ExpertsBackwardCall, ExpertsCall, GemmBackward
 from tests.support import offline_triton
 
 TABLES = sorted(Path(tuning.__file__).parent.glob("*.json"))
-CAPABILITIES = {80: (8, 0), 86: (8, 6), 89: (8, 9), 90: (9, 0), 120: (12, 0)}
 DTYPES = (torch.bfloat16, torch.float32)
 ROWS_AN_EXPERT = (16, 64, 4096)  # one of each entry
 FEW = ((90, torch.bfloat16, 4096), (80, torch.bfloat16, 64))
 MATRIX = [
     pytest.param(*point, marks=[] if point in FEW else pytest.mark.slow)
-    for point in itertools.product(CAPABILITIES, DTYPES, ROWS_AN_EXPERT)
+    for point in itertools.product(offline_triton.CAPABILITIES, DTYPES, ROWS_AN_EXPERT)
 ]
 EXPERTS, TOP_K = 4, 2
 PRODUCTS = ("up_kernel", "rows_kernel", "down_backward_kernel", "weight_gradient_kernel")
@@ -39,7 +38,7 @@ def table_of(monkeypatch):
 
     def choose(capability):
         def tile(kernel, device, dtype, rows, experts):
-            return tuning.choose(kernel, "", CAPABILITIES[capability], dtype, -(-rows // experts))
+            return tuning.choose(kernel, "", offline_triton.CAPABILITIES[capability], dtype, -(-rows // experts))
 
         monkeypatch.setattr(tuning, "tile", tile)
 
@@ -87,14 +86,38 @@ def test_every_entry_fits_and_uses_the_tensor_cores(tmp_path, table_of, capabili
             assert "HMMA" not in needs.instructions and "HGMMA" not in needs.instructions, "tf32 loses digits"
         else:
             tall = rows > 16 or kernel.name == "weight_gradient_kernel"  # wgmma has 64 rows
-            assert ("HGMMA" if capability == 90 and tall else "HMMA") in needs.instructions
+            wide = offline_triton.WIDE_PRODUCTS.get(capability, "HMMA")
+            assert (wide if tall else "HMMA") in needs.instructions, kernel.name
+            assert needs.serialised_products == 0, kernel.name
         asynchronous = "LDGSTS" in needs.instructions or "UTMALDG" in needs.instructions
         assert asynchronous, f"{kernel.name}: loads are not pipelined"
 
 
+@pytest.mark.parametrize("capability", [90, pytest.param(100, marks=pytest.mark.slow)])
+def test_the_loads_of_a_tile_begin_under_the_epilogue_of_the_one_before(table_of, capability):
+    """One loop over the depths of all tiles; where a product has no depth, a loop without loads runs the epilogues."""
+    table_of(capability)
+    with offline_triton.compile_only(capability) as compiled:
+        forward(4096 * EXPERTS, torch.bfloat16, 256)
+        backward(4096 * EXPERTS, torch.bfloat16, 256)
+        gemm = (torch.empty(1 << 14, 256), torch.empty(EXPERTS, 256, 256))
+        offsets = torch.zeros(EXPERTS + 1, dtype=torch.int32)
+        backend.grouped_gemm(GemmCall(*(each.bfloat16() for each in gemm), offsets))
+    names = ["up_kernel", "rows_kernel", "down_backward_kernel", "rows_kernel", "rows_kernel"]
+    kernels = [kernel for kernel in compiled if kernel.name in names]
+    assert [kernel.name for kernel in kernels] == names
+    *joined, with_tail = [kernel.asm["ttgir"] for kernel in kernels]
+    for code in joined:
+        depthless, _, rest = code.partition("} else {")
+        assert "scf.if" in depthless and depthless.count("scf.for") == 1 and "async_tma_copy" not in depthless
+        assert rest.count("scf.for") == 1 and "async_tma_copy" in rest
+    # the depth of rows of nobody is none, that of the others is not: two loops, one inside the other
+    assert "scf.if" not in with_tail.partition("scf.for")[0] and with_tail.count("scf.for") == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", offline_triton.CAPABILITIES)
 def test_odd_sizes_take_pointers_and_fit(tmp_path, table_of, capability, dtype):
     table_of(capability)
     with offline_triton.compile_only(capability) as compiled:
