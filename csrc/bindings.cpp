@@ -10,6 +10,9 @@
 
 namespace py = pybind11;
 
+extern "C" int r1kernels_cuda_probe(int device);
+extern "C" const char* r1kernels_cuda_error(int code);
+
 // Read out of the file by r1kernels/extension.py when the library can not be loaded.
 __attribute__((used)) static const char build_record[] =
     "r1kernels-build{torch=" R1KERNELS_TORCH_VERSION ",python=" PYBIND11_TOSTRING(PY_MAJOR_VERSION) "." PYBIND11_TOSTRING(
@@ -26,6 +29,14 @@ static py::dict build_info() {
     return info;
 }
 
+static std::string cuda_problem([[maybe_unused]] int device) {
+#ifdef R1KERNELS_CUDA
+    const int code = r1kernels_cuda_probe(device);
+    if (code != 0) return r1kernels_cuda_error(code);
+#endif
+    return "";
+}
+
 static std::vector<std::string> supported_isas() {
     std::vector<std::string> names;
     for (r1kernels::Isa isa : r1kernels::supported_isas()) names.emplace_back(r1kernels::name(isa));
@@ -37,6 +48,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("build_info", &build_info,
                "What the library was built with, as text: torch, python, compiler, cpu_isas and cuda_architectures "
                "(separated by spaces), cuda (empty without CUDA kernels).");
+    module.def("cuda_problem", &cuda_problem, py::arg("device"),
+               "What its driver says against running the CUDA kernels on a device; empty: nothing.");
     module.def("supported_isas", &supported_isas, "Instruction sets built and supported here, weakest first.");
     module.def("chosen_isa", [] { return r1kernels::name(r1kernels::chosen_isa()); },
                "The instruction set that the CPU kernels use (R1KERNELS_CPU_ISA overrides it).");

@@ -10,7 +10,8 @@ Who decides, most specific first:
 2. ``with use_backend("reference", op="grpo_loss"):``
 3. ``set_backend("reference")``
 4. the environment: ``R1KERNELS_BACKEND=reference`` or ``R1KERNELS_BACKEND=token_logprobs:triton,*:auto``, read at import
-5. automatic: the first of cuda, triton, cpu, reference that does not refuse.
+5. automatic: the first of cuda, triton, cpu, reference that does not refuse; one that yields on the call, since another is
+   faster there, is asked last of the kernels.
 
 A backend asked for by 2, 3 or 4 that refuses a call is replaced by the automatic choice, with one log line a reason;
 ``R1KERNELS_STRICT=1`` or ``set_strict(True)`` makes that, and an automatic choice of the reference where a kernel for
@@ -44,13 +45,14 @@ class Backend:
     """One implementation of one op.
 
     ``run(*call)`` computes; ``reasons(*call)``, called with the same arguments, returns sentences that say why this call can
-    not be served (none: it can).
+    not be served (none: it can). ``yields(*call)`` says why another backend serves it faster (empty: none does).
     """
 
     op: str
     name: str
     run: Callable[..., Any]
     reasons: Callable[..., Sequence[str]] | None = None
+    yields: Callable[..., str] | None = None
 
     def refuses(self, *call: Any) -> tuple[str, ...]:
         return () if self.reasons is None else (*transforms.reasons(call), *self.reasons(*call))
@@ -80,15 +82,19 @@ _strict = False
 
 
 def register(
-    op: str, name: str, run: Callable[..., Any], reasons: Callable[..., Sequence[str]] | None = None
+    op: str,
+    name: str,
+    run: Callable[..., Any],
+    reasons: Callable[..., Sequence[str]] | None = None,
+    yields: Callable[..., str] | None = None,
 ) -> None:
-    """Make ``run`` the backend ``name`` of ``op``; ``reasons`` (same arguments) says why it can not serve a call."""
+    """Make ``run`` the backend ``name`` of ``op``; ``reasons`` and ``yields`` (same arguments): see ``Backend``."""
     if name not in NAMES:
         raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
     if name == "reference" and reasons is not None:
         raise ValueError("reasons: the reference serves every call and takes none")
     backends = _registry.setdefault(op, {})
-    backends[name] = Backend(op, name, run, reasons)
+    backends[name] = Backend(op, name, run, reasons, yields)
     _registry[op] = {known: backends[known] for known in NAMES if known in backends}
     _served.clear()
 
@@ -132,7 +138,7 @@ def choose(op: str, backend: str | None, /, *call: Any) -> Backend:
             return chosen
         _fall_back(chosen, refusal)
     device = _device_type(call)
-    for chosen in _candidates(op, device):
+    for chosen in _in_turn(_candidates(op, device), call):
         refusal = chosen.refuses(*call)
         if not refusal:
             return chosen
@@ -195,7 +201,9 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     chosen = choose(name, kwargs.get("backend"), *call).name
     for backend in backends.values():
         refusal = backend.refuses(*call)
+        yielded = backend.yields(*call) if backend.yields is not None and not refusal else ""
         state = "can not run: " + "; ".join(refusal) if refusal else "could run"
+        state += f", and leaves it to others: {yielded}" if yielded else ""
         lines.append(f"  {backend.name:<10} {'runs' if backend.name == chosen else state}")
     return "\n".join(lines)
 
@@ -229,6 +237,16 @@ def _candidates(op: str, device: str) -> tuple[Backend, ...]:
             if not device or device in devices.SERVED.get(backend.name, (device,))
         )
     return _served[op, device]
+
+
+def _in_turn(candidates: tuple[Backend, ...], call: tuple[Any, ...]) -> Sequence[Backend]:
+    """The candidates, those that yield on this call behind the other kernels."""
+    yielding = [backend for backend in candidates if backend.yields is not None and backend.yields(*call)]
+    if not yielding:
+        return candidates
+    others = [backend for backend in candidates if backend not in yielding]
+    kernels = [backend for backend in others if backend.name != "reference"]
+    return [*kernels, *yielding, *others[len(kernels) :]]
 
 
 def _named(op: str, name: str) -> Backend:

@@ -21,9 +21,14 @@ FLOATS = (
     torch.float16,
 )  # float32, which kernels compute in, holds all of them exactly
 OLDEST = (8, 0)  # the capability of sm_80
+_MMA_SYNC_IS_SLOW = (9, 10, 11)  # majors whose tensor cores reach their rate by wgmma or tcgen05 alone
 
 # read once: torch.compile can not trace a call into the extension
 _no_cpu, _no_cuda = extension.missing(), extension.cuda_missing()
+_BUILT = sorted(divmod(int(name), 10) for name in extension.cuda_architectures() if name.isdigit())
+_NATIVE = (
+    {9} if "90a" in extension.cuda_architectures() else set()
+)  # majors with grouped products of their own
 _NO_TRITON = None if importlib.util.find_spec("triton") else "the package triton is not installed"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 SERVED = {"cuda": ("cuda",), "triton": ("cuda", "cpu") if _INTERPRETED else ("cuda",), "cpu": ("cpu",)}
@@ -38,11 +43,23 @@ def cpu(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> li
 
 def cuda(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> list[str]:
     """Why the C++ kernels for NVIDIA GPUs can not take ``tensor``, the argument ``name``."""
-    if tensor.is_cuda:
-        found = _too_old(tensor)
-    else:
+    if not tensor.is_cuda:
         found = [f"{name}: on {tensor.device}, this backend is for NVIDIA GPUs"]
+    else:
+        found = _too_old(tensor) or ([] if _no_cuda else _not_loaded(tensor))
     return found + _common(name, tensor, dtypes, _no_cuda)
+
+
+def grouped_products_yield(tensor: Tensor) -> str:
+    """Why the grouped products of cuda are better left to Triton on the GPU of ``tensor``; empty: they are not."""
+    if _no_cuda or _NO_TRITON or not tensor.is_cuda or tensor.dtype not in (torch.bfloat16, torch.float16):
+        return ""
+    major = torch.cuda.get_device_properties(tensor.device.index).major
+    if major not in _MMA_SYNC_IS_SLOW or major in _NATIVE:
+        return ""
+    without = "the extension was built without the wgmma kernels, for which it needs CUTLASS"
+    cause = without if major == 9 else "cuda has no tcgen05 kernels"
+    return f"{cause}: its portable ones reach a part of the rate of Triton's on {tensor.device}"
 
 
 def triton(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> list[str]:
@@ -74,6 +91,20 @@ def _too_old(tensor: Tensor) -> list[str]:
     properties = torch.cuda.get_device_properties(tensor.device.index)
     old = (properties.major, properties.minor) < OLDEST
     return [f"{tensor.device} is older than sm_{OLDEST[0]}{OLDEST[1]}"] if old else []
+
+
+def _not_loaded(tensor: Tensor) -> list[str]:
+    """Why the extension's CUDA kernels can not run on the GPU of ``tensor``.
+
+    A binary runs on its major from its minor on, and the newest architecture is there as PTX too, which later ones translate.
+    """
+    properties = torch.cuda.get_device_properties(tensor.device.index)
+    here = (properties.major, properties.minor)
+    if here < _BUILT[-1] and not any(built[0] == here[0] and built <= here for built in _BUILT):
+        names = ", ".join(f"sm_{major}{minor}" for major, minor in _BUILT)
+        return [f"{tensor.device} is an sm_{here[0]}{here[1]}, the extension was built for {names}"]
+    problem = extension.cuda_problem(tensor.device.index or 0)
+    return [f"{tensor.device} can not run the extension's CUDA kernels: {problem}"] if problem else []
 
 
 def _common(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], missing: str | None) -> list[str]:

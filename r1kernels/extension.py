@@ -59,6 +59,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 _module, _failure = _load()
+_problems: dict[int, str] = {}
 _build_info: dict[str, str] = {} if _module is None else _module.build_info()
 
 
@@ -82,6 +83,16 @@ def build_info() -> dict[str, str]:
 def cuda_architectures() -> tuple[str, ...]:
     """The CUDA architectures inside the library, such as "80" or "90a"."""
     return tuple(_build_info.get("cuda_architectures", "").split())
+
+
+def cuda_problem(device: int) -> str:
+    """What the driver says against the library's CUDA kernels on a device, or "": it is asked once a process and device.
+
+    It knows what no list of architectures does: a driver that is older than the CUDA runtime inside the library.
+    """
+    if device not in _problems and not torch.compiler.is_compiling():  # which can not trace the question
+        _problems[device] = "" if _module is None else str(_module.cuda_problem(device))
+    return _problems.get(device, "")
 
 
 def supported_isas() -> tuple[str, ...]:

@@ -210,6 +210,7 @@ class Op:
         kernels: (backend, call) -> the same results; None: plain PyTorch is all there is.
         decides: the field whose device and dtype, one of ``dtypes``, say whether a kernel can serve the call.
         limits: (backend, call) -> sentences that say why else it cannot.
+        cuda_yields: (the field ``decides``) -> why cuda leaves the call to another backend that can serve it; empty: it does not.
     """
 
     def __init__(
@@ -221,6 +222,7 @@ class Op:
         decides: str = "",
         dtypes: Sequence[torch.dtype] = devices.FLOATS,
         limits: Callable[[str, Any], Sequence[str]] | None = None,
+        cuda_yields: Callable[[Any], str] | None = None,
     ) -> None:
         self.name = name
         backends.register(name, "reference", reference)
@@ -231,9 +233,12 @@ class Op:
             found = of_device(decides, getattr(call, decides), dtypes)
             return found if limits is None else [*found, *limits(backend, call)]
 
+        yields = {}
+        if cuda_yields is not None:
+            yields["cuda"] = lambda call: cuda_yields(getattr(call, decides))
         for backend in BACKENDS:
             asked = partial(reasons, backend, getattr(devices, backend))
-            backends.register(name, backend, partial(kernels, backend), asked)
+            backends.register(name, backend, partial(kernels, backend), asked, yields.get(backend))
 
     def __call__(self, backend: str | None, *call: Any) -> Any:
         return backends.dispatch(self.name, backend, *call)

@@ -58,7 +58,9 @@ def entry(
             limit = found[size]
             if limit is None or (value is not None and value <= limit):
                 return found
-    raise ValueError(f"kernel: expected an entry for {kernel}, {classes[-1]}, {kind} in default.json, got none")
+    raise ValueError(
+        f"kernel: expected an entry for {kernel}, {classes[-1]}, {kind} in default.json, got none"
+    )
 
 
 @functools.cache

@@ -37,6 +37,17 @@ def test_automatic_takes_the_first_that_does_not_refuse(op):
     assert backends.dispatch(op, None, torch.zeros(6)) == "reference"
 
 
+def test_a_backend_that_yields_is_asked_last_of_the_kernels(op):
+    few, many = [1], [1, 2, 3]  # no tensors: every backend is asked
+    backends.register(op, "cpu", lambda x: "cpu")
+    backends.register(op, "triton", lambda x: "triton", yields=lambda x: "slow on one" if len(x) == 1 else "")
+    assert backends.dispatch(op, None, many) == "triton"
+    assert backends.dispatch(op, None, few) == "cpu"
+    assert backends.dispatch(op, "triton", few) == "triton"
+    backends.register(op, "cpu", lambda x: "cpu", lambda x: ("broken",))
+    assert backends.dispatch(op, None, few) == "triton"
+
+
 def test_a_backend_on_the_call_is_used_or_an_error(op):
     assert backends.dispatch(op, "reference", X) == "reference"
     with pytest.raises(

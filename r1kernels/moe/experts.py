@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import autocast, checks
+from .. import autocast, checks, devices
 from ..op import Kernel, Op, recorded
 from . import reference
 from .sort import check_ascending, too_many
@@ -193,6 +193,7 @@ GROUPED_GEMM = Op(
     _gemm_on_kernels,
     decides="x",
     limits=lambda backend, call: (*too_many(call.x.shape[0]), *_empty(call.weight)),
+    cuda_yields=devices.grouped_products_yield,
 )
 
 
@@ -285,6 +286,7 @@ MOE_EXPERTS = Op(
     _experts_on_kernels,
     decides="hidden",
     limits=lambda backend, call: (*too_many(call.indices.numel()), *_empty(call.gate_up)),
+    cuda_yields=devices.grouped_products_yield,
 )
 
 

@@ -38,7 +38,9 @@ def table_of(monkeypatch):
 
     def choose(capability):
         def tile(kernel, device, dtype, rows, experts):
-            return tuning.choose(kernel, "", offline_triton.CAPABILITIES[capability], dtype, -(-rows // experts))
+            return tuning.choose(
+                kernel, "", offline_triton.CAPABILITIES[capability], dtype, -(-rows // experts)
+            )
 
         monkeypatch.setattr(tuning, "tile", tile)
 

@@ -1,0 +1,138 @@
+"""Which backend serves tensors of GPUs that are not here, by builds that are not here."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import r1kernels
+from r1kernels import backends, devices, extension
+from r1kernels.moe.experts import ExpertsCall, GemmCall
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(capability, built, triton, problem): makes torch know that GPU, and the extension hold kernels for these."""
+    monkeypatch.setattr(extension, "_problems", {})
+
+    def make(capability, built="80 86 89 90 100 120", triton=True, problem=""):
+        properties = SimpleNamespace(major=capability[0], minor=capability[1], total_memory=80 << 30)
+        names = built.split()
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+        monkeypatch.setattr(
+            devices, "_BUILT", sorted(divmod(int(name), 10) for name in names if name != "90a")
+        )
+        monkeypatch.setattr(devices, "_NATIVE", {9} if "90a" in names else set())
+        monkeypatch.setattr(devices, "_no_cuda", None)
+        monkeypatch.setattr(devices, "_NO_TRITON", None if triton else "no Triton")
+        monkeypatch.setattr(extension, "_module", SimpleNamespace(cuda_problem=lambda device: problem))
+
+    return make
+
+
+def on_gpu(*shape, dtype=torch.bfloat16):
+    with FakeTensorMode():
+        return torch.empty(*shape, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((8, 0), "80 86 89 90 100 120", True),
+        ((8, 9), "80", True),  # a later minor runs the binary
+        ((8, 0), "86", False),
+        ((8, 0), "90", False),
+        ((9, 0), "80", True),  # by PTX
+        ((11, 0), "80 86 89 90 100 120", False),  # no binary, and the PTX is of a later one
+        ((10, 3), "80 86 89 90 100 120", True),
+        ((12, 1), "80 86 89 90 100 120", True),
+        ((13, 7), "80 86 89 90 100 120", True),
+        ((11, 0), "80 90", True),
+    ],
+)
+def test_cuda_refuses_a_gpu_that_it_was_not_built_for(gpu, capability, built, runs):
+    gpu(capability, built)
+    reasons = devices.cuda("x", on_gpu(2))
+    assert (reasons == []) is runs
+    if not runs:
+        number = f"sm_{capability[0]}{capability[1]}"
+        assert number in reasons[0] and f"sm_{built.split()[0]}" in reasons[0]
+
+
+def test_a_gpu_that_the_build_does_not_know_is_served_by_triton(gpu):
+    gpu((11, 0))
+    logits = on_gpu(4, 8, dtype=torch.float32)
+    assert backends.choose("route", None, r1kernels.moe.routing.RouteCall(
+        logits, 2, True, None, 1, 1, True, 1.0, None
+    )).name == "triton"  # fmt: skip
+
+
+def test_a_driver_that_is_too_old_is_a_reason_and_is_asked_once(gpu, monkeypatch):
+    gpu((9, 0))
+    asked = []
+
+    def cuda_problem(device):
+        asked.append(device)
+        return "CUDA driver version is insufficient for CUDA runtime version"
+
+    monkeypatch.setattr(extension, "_module", SimpleNamespace(cuda_problem=cuda_problem))
+    for _ in range(3):
+        (reason,) = devices.cuda("x", on_gpu(2))
+        assert "driver version is insufficient" in reason
+    assert asked == [0]
+
+
+def test_the_answer_of_the_driver_stands_in_a_compiled_graph(gpu):
+    gpu((9, 0), problem="too old")
+    compiled = torch.compile(lambda x: x + len(extension.cuda_problem(0)), fullgraph=True, backend="eager")
+    assert compiled(torch.ones(())) == 1  # nobody has asked
+    assert extension.cuda_problem(0) == "too old"
+    assert compiled(torch.ones(())) == 8
+
+
+def experts(dtype):
+    hidden, indices = on_gpu(8, 16, dtype=dtype), on_gpu(8, 2, dtype=torch.int64)
+    weights = on_gpu(8, 2, dtype=torch.float32)
+    return ExpertsCall(
+        hidden, indices, weights, on_gpu(4, 32, 16, dtype=dtype), on_gpu(4, 16, 16, dtype=dtype), 0, False
+    )
+
+
+def gemm(dtype):
+    return GemmCall(on_gpu(8, 16, dtype=dtype), on_gpu(4, 16, 16, dtype=dtype), on_gpu(5, dtype=torch.int32))
+
+
+ALL, WITH_HOPPER = "80 86 89 90 100 120", "80 86 89 90 90a 100 120"
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "dtype", "chosen"),
+    [
+        ((9, 0), ALL, torch.bfloat16, "triton"),  # without CUTLASS
+        ((9, 0), ALL, torch.float16, "triton"),
+        ((9, 0), ALL, torch.float32, "cuda"),
+        ((9, 0), WITH_HOPPER, torch.bfloat16, "cuda"),
+        ((10, 0), WITH_HOPPER, torch.bfloat16, "triton"),
+        ((10, 3), WITH_HOPPER, torch.bfloat16, "triton"),
+        ((8, 0), ALL, torch.bfloat16, "cuda"),
+        ((12, 0), ALL, torch.bfloat16, "cuda"),
+    ],
+)
+@pytest.mark.parametrize(("op", "call"), [("moe_experts", experts), ("grouped_gemm", gemm)])
+def test_grouped_products_run_where_the_tensor_cores_are_used_whole(
+    gpu, op, call, capability, built, dtype, chosen
+):
+    gpu(capability, built)
+    assert backends.choose(op, None, call(dtype)).name == chosen
+
+
+@pytest.mark.parametrize("op", ["moe_experts", "grouped_gemm"])
+def test_portable_grouped_products_serve_where_nothing_faster_does(gpu, op):
+    gpu((9, 0), ALL)
+    call = experts(torch.bfloat16) if op == "moe_experts" else gemm(torch.bfloat16)
+    assert backends.choose(op, "cuda", call).name == "cuda"  # who asks for it gets it
+    gpu((9, 0), ALL, triton=False)
+    assert backends.choose(op, None, call).name == "cuda"
