@@ -187,6 +187,15 @@ class Rollout:
     engine: Literal["transformers"] = setting(
         "transformers", "transformers: the model itself, in the process of the run"
     )
+    stale: Literal["refuse", "correct"] = setting(
+        "refuse",
+        "what becomes of responses that other weights have drawn than those of the step: correct weighs every token of the "
+        "step by how much likelier the policy finds it than the sampler did",
+    )
+    importance_weights: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        setting("token_truncate", "with stale: correct, how, as in r1kernels.importance_weights")
+    )
+    importance_cap: float = setting(2.0, "with stale: correct, the largest weight", above=0)
 
 
 @dataclass

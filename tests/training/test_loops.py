@@ -235,6 +235,7 @@ def test_the_metrics_are_complete_and_consistent(tmp_path):
         ),
         *("lr", "grad_norm", "expert_load", "skipped", "replay_agreement"),
         *("replay_agreement_old", "replay_agreement_reference"),
+        *("staleness", "stale", "sampler_gap", "sampler_gap_max", "sampler_gap_share"),
     }
     assert named <= set(rows[0])
     # before the first update the sampler, the old policy and the reference are one model
@@ -248,6 +249,7 @@ def test_the_metrics_are_complete_and_consistent(tmp_path):
         "new_logprob_seconds",
         "update_seconds",
         "tokens_per_second",
+        "rollout_tokens_per_second",
     } <= set(at.stage.metrics()[0])
     assert rows[0]["kl"] < 0.01  # of two minibatches, the first is still at the reference
     assert [row["lr"] for row in rows] == pytest.approx([3e-3, 2.25e-3, 1.5e-3, 0.75e-3])

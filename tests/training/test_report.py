@@ -33,6 +33,10 @@ def grpo_row(step, steps):
         "zero_std_groups": 0.6 * done,
         "loss": 0.001,
         "expert_load": 1.5 - 0.2 * done,
+        "rollout_tokens_per_second": 12345.0,
+        "sampler_gap": 1e-6,
+        "sampler_gap_max": 3e-5,
+        "stale": 0.0,
         **{f"{part}_seconds": 0.1 * (index + 1) for index, part in enumerate(TIMES)},
     }
 
@@ -208,6 +212,8 @@ def test_every_section_is_there_with_its_numbers(report):
     assert "0.610" in text
     assert "0.875" in text
     assert "1,024 held-out problems" in text
+    # of the parts of a step, 0.1 s to 0.6 s, the rollout is the first
+    assert "tokens a second" in text and "12,345 4.8 % 1.0e-06 3.0e-05 0.0 %" in text
     assert text.count("pass@4") >= 1
     for stage in ("zero", "rl_reasoning", "rl_all", "base", "sft1"):
         assert ("aria-label", f"curves of {stage}") in page.attributes

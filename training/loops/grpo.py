@@ -26,6 +26,7 @@ from training.encoder import Encoder
 from training.engines import Engine
 from training.loops.batch import Batch, collate, logprobs, pieces, routed, row_of
 from training.loops.loss import policy_loss
+from training.loops.off_policy import corrections, sampler_gap, staleness
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.loops.sample import Completion, Prompt, sample
 from training.loops.watch import Watch
@@ -128,6 +129,7 @@ def _step(
     key = (context.recipe.seed, context.name)
     sampled: list[Completion] = []
     scored: list[Scored] = []
+    metrics: dict[str, Any] = {}
     keep: list[int] = []  # the responses that carry a loss
     for number in range(config.sampling_rounds if config.keep_groups == "spread" else 1):
         # further rounds ask the questions of steps that never come
@@ -144,6 +146,7 @@ def _step(
         )
         clock.mark("rollout")
         sampled += drawn
+        metrics = staleness(sampled, step, context.recipe.rollout)
         scored += reward(step, [_as_sample(each, context.recipe.response_format) for each in drawn])
         clock.mark("reward")
         keep = _kept(sampled, scored, config)
@@ -154,7 +157,7 @@ def _step(
     advantages = r1kernels.group_advantages(values, group_size=config.group_size, valid=valid)
     _show(context, step, scored, advantages)
     clock.mark("reward")
-    metrics = _reward_metrics(scored, values, valid, config.group_size)
+    metrics |= _reward_metrics(scored, values, valid, config.group_size)
     tokens = sum(len(c.token_ids) for c in sampled)
     metrics |= {
         "length": tokens / len(sampled),
@@ -170,6 +173,8 @@ def _step(
     shared = context.recipe.shared_prefix and all(shares_prefixes(each) for each in models)
     work = _Work(policy, reference, optimizer, completions, advantages, pad, config, shared, clock)
     old, ref, measured = _fixed_logprobs(work)
+    measured |= sampler_gap(completions, old)
+    weights = corrections(completions, old, context.recipe.rollout)
     order = seeding.numpy_rng(*key, "minibatches", step).permutation(len(completions))
     parts: list[dict[str, float]] = []
     lr = learning_rate(
@@ -183,7 +188,7 @@ def _step(
     for chosen in torch.from_numpy(order).tensor_split(config.minibatches):
         rows = [int(i) for i in chosen if valid[i]]
         if rows:
-            parts.append(_update(work, rows, old, ref, lr))
+            parts.append(_update(work, rows, old, ref, weights, lr))
     return {
         **metrics,
         **measured,
@@ -192,6 +197,7 @@ def _step(
         "skipped": optimizer.skipped,
         **clock.seconds,
         "tokens_per_second": tokens / sum(clock.seconds.values()),
+        "rollout_tokens_per_second": tokens / clock.seconds["rollout_seconds"],
     }
 
 
@@ -281,7 +287,12 @@ def _add_agreement(means: dict[str, float], name: str, batch: Batch, agreement: 
 
 
 def _update(
-    work: _Work, rows: list[int], old: list[Tensor], ref: list[Tensor] | None, lr: float
+    work: _Work,
+    rows: list[int],
+    old: list[Tensor],
+    ref: list[Tensor] | None,
+    weights: list[Tensor] | None,
+    lr: float,
 ) -> dict[str, float]:
     """One optimizer step on the responses `rows`, in micro-batches whose losses add up to that of the minibatch."""
     totals = {
@@ -300,6 +311,7 @@ def _update(
                 batch,
                 [old[i] for i in ids],
                 None if ref is None else [ref[i] for i in ids],
+                None if weights is None else [weights[i] for i in ids],
                 work.advantages[ids],
                 work.config,
                 totals,

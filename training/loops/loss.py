@@ -21,6 +21,7 @@ def policy_loss(
     batch: Batch,
     old: Sequence[Tensor],
     ref: Sequence[Tensor] | None,
+    weights: Sequence[Tensor] | None,
     advantages: Tensor,
     config: Grpo,
     totals: dict[str, int],
@@ -31,6 +32,7 @@ def policy_loss(
 
     Args:
         old, ref: log-probs of the tokens of every response of the batch.
+        weights: what the policy term of each token is multiplied with, likewise.
         advantages: (B,).
         totals: responses, tokens and longest length of the whole minibatch.
     """
@@ -40,6 +42,7 @@ def policy_loss(
         "advantages": advantages.to(hidden.device).unsqueeze(1),
         "mask": torch.ones_like(batch.targets, dtype=torch.bool),
         "ref_logp": None if ref is None else torch.cat([*ref]),
+        "policy_weights": None if weights is None else torch.cat([*weights]),
         "cu_seqlens": batch.cu_seqlens,
         **loss_arguments(config, totals),
     }

@@ -44,7 +44,7 @@ def page(run_dir: RunDir) -> str:
         _section("Rejections by filter", _REJECTIONS, tables.rejections(run_dir)),
         _section("Expert load", _LOAD, _expert_load(run_dir, recipe)),
         _section("Language mix", _LANGUAGES, tables.languages(run_dir)),
-        _section("Where the time went", "", tables.times(run_dir, recipe)),
+        _section("Where the time went", "", tables.times(run_dir, recipe) + tables.rollouts(run_dir, recipe)),
         _section("Settings and versions", "", _facts(run_dir, recipe)),
     ]
     title = escape(f"{recipe.name}: every stage of DeepSeek-R1")

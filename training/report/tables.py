@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from statistics import fmean
 from typing import Any
 
 from training.format import duration, percent
@@ -193,6 +194,34 @@ def times(run_dir: RunDir, recipe: Recipe) -> str:
         lines.append(stacked(shares, name, duration(whole)))
     total = sum(record["stage_seconds"] for record in done.values())
     return legend((*TIMES, "everything else")) + "".join(lines) + f"<p>{duration(total)} in all.</p>"
+
+
+def rollouts(run_dir: RunDir, recipe: Recipe) -> str:
+    """For every stage that rolls out: how fast, how much of a step, and how near the sampler is to the policy that learns."""
+    lines = []
+    for name in STAGES:
+        rows = run_dir.stage(name).metrics() if name in recipe.stages else []
+        rows = [row for row in rows if number(row.get("rollout_tokens_per_second")) is not None]
+        if not rows:
+            continue
+        spent = sum(row["rollout_seconds"] for row in rows)
+        tokens = sum(row["rollout_seconds"] * row["rollout_tokens_per_second"] for row in rows)
+        whole = sum(number(row.get(f"{part}_seconds")) or 0.0 for row in rows for part in TIMES)
+        gaps = [row for row in rows if "sampler_gap" in row]
+        mean = f"{fmean(row['sampler_gap'] for row in gaps):.1e}" if gaps else "-"
+        most = f"{max(row['sampler_gap_max'] for row in gaps):.1e}" if gaps else "-"
+        stale = fmean(row["stale"] for row in rows)
+        cells = (f"{tokens / spent:,.0f}", f"{percent(spent / whole)} %", mean, most, f"{percent(stale)} %")
+        lines.append(f"<tr><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    if not lines:
+        return ""
+    titles = ("", "tokens a second", "share of the step", "sampler gap, mean", "maximum", "of other weights")
+    return (
+        "<h3>Rollouts</h3><p><small>Sampler gap: |log-prob of a token as the sampler gives it - as the trainer does|, before the "
+        'first update of a step.</small></p><table class="small"><thead><tr>'
+        + "".join(f"<th>{title}</th>" for title in titles)
+        + f"</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    )
 
 
 def unseen(run_dir: RunDir) -> str:
