@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -75,6 +77,40 @@ def check_signature(
         raise RuntimeError(
             f"{name}: expected the parameters ({', '.join(expected)}), the installed version has ({', '.join(found)})"
         )
+
+
+def check_reads(name: str, installed: Callable[..., Any], expected: set[str]) -> None:
+    """Check that a method depends on the ``expected`` attributes of ``self`` and keys of ``inputs``, and on no others.
+
+    Raises:
+        RuntimeError: it reads one that is not known, or no longer reads one that is.
+    """
+    found = _reads(inspect.getsource(installed))
+    if found != expected:
+        unknown, missing = sorted(found - expected), sorted(expected - found)
+        raise RuntimeError(
+            f"{name}: the installed version reads {unknown or 'nothing'} new and lacks {missing or 'nothing'}"
+        )
+
+
+def _reads(source: str) -> set[str]:
+    """The attributes of ``self`` and ``self.args`` and the keys of ``inputs`` that the source of a method reads."""
+    found = set()
+    for node in ast.walk(ast.parse(textwrap.dedent(source))):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self"), attr=name):
+                found.add(f"self.{name}")
+            case ast.Attribute(value=ast.Attribute(value=ast.Name(id="self"), attr="args"), attr=name):
+                found.add(f"self.args.{name}")
+            case (
+                ast.Subscript(value=ast.Name(id="inputs"), slice=ast.Constant(value=key))
+                | ast.Call(
+                    func=ast.Attribute(value=ast.Name(id="inputs"), attr="get"),
+                    args=[ast.Constant(value=key), *_],
+                )
+            ):
+                found.add(f"inputs[{key!s}]")
+    return found
 
 
 def _rebind(package: str, old: Any, new: Any) -> None:

@@ -16,22 +16,36 @@ from typing import Any
 
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from . import trl_grpo, trl_linear
+from . import trl_grpo, trl_linear, trl_prefix
 from .patching import Patch
 from .trl_logprobs import replacements
 
 __all__ = ["Patch", "patch", "patch_logprobs", "patch_loss"]
 
 
-def patch(*, linear: bool = False) -> Patch:
+def patch(*, linear: bool = False, prefix: bool = False) -> Patch:
     """``patch_logprobs`` and ``patch_loss`` together.
+
+    Args:
+        linear: as for ``patch_loss``.
+        prefix: ``GRPOTrainer`` computes what the rows of a pass have in common once, in the passes for the old, the reference
+            and the new log-probs: a prompt once for all its completions, wherever their rows stand. Log-probs, entropies and
+            gradients are those of the repeated form to rounding (``shared_prefix_logprobs``). Images, the auxiliary loss of a
+            mixture and a model that cannot share are errors, when a pass meets them.
 
     Returns:
         Patch, with ``undo()``; also a context manager.
+
+    Raises:
+        ValueError, RuntimeError: as ``patch_logprobs`` and ``patch_loss``. Nothing is changed then.
     """
     functions = replacements()
     trl_grpo.check_trainer()
-    return Patch("trl", functions, [_loss(linear)])
+    methods = [_loss(linear, prefix)]
+    if prefix:
+        trl_prefix.check_trainer()
+        methods.append((GRPOTrainer, trl_prefix.METHOD, trl_prefix.logps_and_entropies))
+    return Patch("trl", functions, methods)
 
 
 def patch_logprobs() -> Patch:
@@ -68,6 +82,7 @@ def patch_loss(*, linear: bool = False) -> Patch:
     return Patch("trl", methods=[_loss(linear)])
 
 
-def _loss(linear: bool) -> tuple[type, str, Callable[..., Any]]:
-    function = trl_linear.compute_loss if linear else trl_grpo.compute_loss
-    return GRPOTrainer, "_compute_loss", function
+def _loss(linear: bool, prefix: bool = False) -> tuple[type, str, Callable[..., Any]]:
+    if not linear:
+        return GRPOTrainer, "_compute_loss", trl_grpo.compute_loss
+    return GRPOTrainer, "_compute_loss", trl_linear.compute_loss_shared if prefix else trl_linear.compute_loss

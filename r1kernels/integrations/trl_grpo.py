@@ -5,10 +5,7 @@ B completions of at most T tokens.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import logging
-import textwrap
 from typing import Any
 
 import torch
@@ -17,7 +14,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from .. import backends
 from ..grpo import GRPOOutput, grpo_loss, off_policy_mask, reduction_weights
-from .patching import check_signature
+from .patching import check_reads, check_signature
 from .trl_metrics import Tokens, add_to_entropy_window, log_metrics, log_policy_loss
 from .trl_options import (
     accumulation_of,
@@ -67,32 +64,7 @@ def check_trainer() -> None:
     """
     name = "trl.GRPOTrainer._compute_loss"
     check_signature(name, GRPOTrainer._compute_loss, ("self", "model", "inputs"))
-    found = _reads(inspect.getsource(GRPOTrainer._compute_loss))
-    if found != _READS:
-        unknown, missing = sorted(found - _READS), sorted(_READS - found)
-        raise RuntimeError(
-            f"{name}: the installed version reads {unknown or 'nothing'} new and lacks {missing or 'nothing'}"
-        )
-
-
-def _reads(source: str) -> set[str]:
-    """The attributes of ``self`` and ``self.args`` and the keys of ``inputs`` that the source of a method reads."""
-    found = set()
-    for node in ast.walk(ast.parse(textwrap.dedent(source))):
-        match node:
-            case ast.Attribute(value=ast.Name(id="self"), attr=name):
-                found.add(f"self.{name}")
-            case ast.Attribute(value=ast.Attribute(value=ast.Name(id="self"), attr="args"), attr=name):
-                found.add(f"self.args.{name}")
-            case (
-                ast.Subscript(value=ast.Name(id="inputs"), slice=ast.Constant(value=key))
-                | ast.Call(
-                    func=ast.Attribute(value=ast.Name(id="inputs"), attr="get"),
-                    args=[ast.Constant(value=key), *_],
-                )
-            ):
-                found.add(f"inputs[{key!s}]")
-    return found
+    check_reads(name, GRPOTrainer._compute_loss, _READS)
 
 
 def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -6,13 +6,14 @@ option that needs the log-prob or the entropy of single tokens beside the loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..grpo import linear_grpo_loss
-from . import trl_grpo
+from . import trl_grpo, trl_prefix
 from .transformers_logprobs import head_inputs, output_head
 from .trl_metrics import Tokens, log_metrics
 from .trl_options import bound_below_clip, check_options, kl_of, mask_of, reduction_of, term_of
@@ -24,39 +25,54 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     Where it does not fit, ``trl_grpo.compute_loss`` serves the call and one log line says why; in strict mode
     (``r1kernels.set_strict``) that is an error.
     """
-    check_options(self)
-    reason = why_not(self, model, inputs)
+    return _loss(self, model, inputs, _states)
+
+
+def compute_loss_shared(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
+    """``compute_loss`` with each prompt computed once for its completions."""
+    return _loss(self, model, inputs, trl_prefix.states)
+
+
+def _states(model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Tensor:
+    """The states (B, T, H) that predict the completion tokens."""
+    hidden = head_inputs(model, input_ids=input_ids, attention_mask=attention_mask)
+    return hidden[:, -logits_to_keep - 1 : -1]  # the state before each token predicts it
+
+
+def _loss(trainer: Any, model: Any, inputs: dict[str, Any], states_of: Callable[..., Tensor]) -> Tensor:
+    check_options(trainer)
+    reason = why_not(trainer, model, inputs)
     if reason:
         trl_grpo.fall_back(
             f"GRPOTrainer's loss is not computed from hidden states: {reason}",
             "it is computed from log-probs",
         )
-        return trl_grpo.compute_loss(self, model, inputs)
+        return trl_grpo.compute_loss(trainer, model, inputs)
     mask, targets = mask_of(inputs), inputs["completion_ids"]
-    with self.accelerator.autocast():
-        hidden = head_inputs(
+    with trainer.accelerator.autocast():
+        hidden = states_of(
             model,
-            input_ids=torch.cat([inputs["prompt_ids"], targets], dim=1),
-            attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            torch.cat([inputs["prompt_ids"], targets], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            targets.shape[1],
         )
         output = linear_grpo_loss(
-            # the state before each completion token predicts it
-            hidden[:, -targets.shape[1] - 1 : -1],
+            hidden,
             targets=targets,
             old_logp=None,
             advantages=inputs["advantages"],
             mask=mask,
-            temperature=self.temperature,
+            temperature=trainer.temperature,
             entropy=True,
             **output_head(model)._asdict(),
-            **term_of(self),
-            **reduction_of(self, mask, inputs["num_items_in_batch"]),
-            **kl_of(self, inputs),
+            **term_of(trainer),
+            **reduction_of(trainer, mask, inputs["num_items_in_batch"]),
+            **kl_of(trainer, inputs),
         )
     # on policy every ratio is 1, whatever the log-probs are
     same = torch.zeros_like(mask, dtype=torch.float32)
     tokens = Tokens(same, same, None, inputs["advantages"], mask, None)
-    log_metrics(self, "train" if self.model.training else "eval", tokens, dict(output.metrics), None)
+    log_metrics(trainer, "train" if trainer.model.training else "eval", tokens, dict(output.metrics), None)
     return output.loss
 
 

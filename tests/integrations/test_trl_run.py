@@ -13,12 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 
 import r1kernels  # noqa: E402
 from r1kernels.integrations import trl as r1  # noqa: E402
-from r1kernels.integrations import trl_linear  # noqa: E402
+from r1kernels.integrations import trl_linear, trl_prefix  # noqa: E402
 
 WORDS = ["<pad>", "<eos>", *(f"w{i}" for i in range(30))]
 
 
-def train(directory, steps, adapters=None, **options):
+def train(directory, steps, adapters=None, words_of_prompt=2, **options):
     """The log of a run: the same prompts and the same random numbers each time; ``adapters`` is a configuration of PEFT.
 
     Plain gradient descent: Adam would make steps of full length out of gradients that are nothing but rounding.
@@ -47,13 +47,14 @@ def train(directory, steps, adapters=None, **options):
         ]
         return [sum(words) / len(words) if words else 0.0 for words in found]
 
+    prompts = [" ".join(f"w{(i + n) % 30}" for n in range(words_of_prompt)) for i in range(20)]
     trainer = trl.GRPOTrainer(
         model=str(directory / "model"),
         reward_funcs=early_words,
         args=config,
         processing_class=tokenizer,
         peft_config=adapters,
-        train_dataset=datasets.Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(20)]}),
+        train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
     )
     trainer.train()
     return [row for row in trainer.state.log_history if "loss" in row]
@@ -113,6 +114,34 @@ def test_twenty_steps_of_adapters_from_hidden_states(tmp_path):
     finally:
         r1kernels.set_strict(False)
     assert_same_runs(ours, own, relative=1e-3)  # the steps of adapters are long, and rounding grows with them
+    assert all(row["grad_norm"] > 1e-2 for row in own)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole model", "adapters"])
+@pytest.mark.parametrize("linear", [False, True], ids=["log-probs", "hidden states"])
+def test_twenty_steps_with_shared_prefixes(tmp_path, monkeypatch, linear, adapted):
+    """Old (where the loss needs them), reference and new log-probs, with TRL's gradient checkpointing and shuffled rows."""
+    adapters = None
+    if adapted:
+        peft = pytest.importorskip("peft", reason="PEFT is not installed: nothing to train")
+        adapters = peft.LoraConfig(
+            r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights="gaussian"
+        )
+    trees = []
+    build = trl_prefix.prefix_tree
+    monkeypatch.setattr(trl_prefix, "prefix_tree", lambda *rows: trees.append(build(*rows)) or trees[-1])
+    options = {"beta": 0.05, "temperature": 0.9, "words_of_prompt": 20}
+    options |= {} if linear else {"num_iterations": 2}
+    own = train(tmp_path, 20, adapters, **options)
+    r1kernels.set_strict(True)  # whatever is not computed from hidden states is an error
+    try:
+        with r1.patch(prefix=True, linear=linear):
+            ours = train(tmp_path, 20, adapters, **options)
+    finally:
+        r1kernels.set_strict(False)
+    assert_same_runs(ours, own, relative=1e-3 if adapted else 1e-4)
+    assert sum(tree.tokens for tree in trees) < 0.6 * sum(tree.repeated_tokens for tree in trees)
     assert all(row["grad_norm"] > 1e-2 for row in own)
 
 
