@@ -5,6 +5,7 @@ python -m bench report OUT.json [--against OLD.json]
 python -m bench compare A.json B.json
 python -m bench precision [--out OUT.json]
 python -m bench saved [--out OUT.json]
+python -m bench mixtures [--only FAMILY] [--out OUT.json]
 python -m bench guard [--update]
 python -m bench documents
 """
@@ -58,6 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     saved.add_argument("--out", type=Path, default=Path("bench-results/saved.json"))
     saved.set_defaults(command=_saved)
+    mixtures = commands.add_parser(
+        "mixtures", help="every mixture of transformers, patched against its own code"
+    )
+    mixtures.add_argument(
+        "--only", action="append", default=[], metavar="FAMILY", help="a family of transformers"
+    )
+    mixtures.add_argument("--out", type=Path, default=Path("bench-results/mixtures.json"))
+    mixtures.set_defaults(command=_mixtures)
     guard = commands.add_parser("guard", help="are the CPU kernels slower than the committed baseline")
     guard.add_argument("--update", action="store_true", help="write the baseline")
     guard.set_defaults(command=_guard)
@@ -76,6 +85,12 @@ def _saved(given: argparse.Namespace) -> None:
     from . import saved
 
     saved.main(given.out)
+
+
+def _mixtures(given: argparse.Namespace) -> int:
+    from . import mixtures
+
+    return mixtures.main(given.only, given.out)
 
 
 def _guard(given: argparse.Namespace) -> int:

@@ -19,7 +19,12 @@ from . import precision, results, saved
 from .report import markdown, tables
 
 ROOT = Path(__file__).parents[1]
-FILES = (ROOT / "README.md", ROOT / "docs/benchmarks.md", ROOT / "docs/logprob.md")
+FILES = (
+    ROOT / "README.md",
+    ROOT / "docs/benchmarks.md",
+    ROOT / "docs/logprob.md",
+    ROOT / "docs/mixtures.md",
+)
 _BLOCK = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -77,6 +82,13 @@ def saved_bytes() -> str:
     return f"{found.note}\n\n{markdown.rows(found)}"
 
 
+def every_mixture() -> str:
+    """The table of ``python -m bench mixtures``."""
+    from . import mixtures  # which needs transformers
+
+    return mixtures.table(json.loads((ROOT / "bench/results/cpu/mixtures.json").read_text(encoding="utf-8")))
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "headline": headline,
     "every case": every_case,
@@ -84,6 +96,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "floors": floors,
     "precision": exactness,
     "saved": saved_bytes,
+    "mixtures": every_mixture,
 }
 
 

@@ -33,7 +33,7 @@ from .. import backends, checks
 from ..moe import update_router_bias
 from .prefix_tree import PrefixTree, prefix_tree
 from .routing_record import ExpertLoad, RoutingRecord, RoutingReplay, pad_routing
-from .transformers_experts import NAME, experts_forward, fallen_back, gate_of, register, unsupported
+from .transformers_experts import NAME, computed_by, experts_forward, fallen_back, register, unsupported
 from .transformers_logprobs import fused_logprobs, head_inputs, output_head
 from .transformers_match import Match
 from .transformers_prefix import explain_shared_prefix, shared_prefix_logprobs, shared_prefix_states
@@ -177,11 +177,9 @@ def explain(model: nn.Module) -> str:
         where.setdefault(
             f"{router}: {f'route, {block.match}' if served else f'transformers, since {block.match}'}", []
         ).append(f"{block.name}.{block.router_name}" if block.router is not None else block.name)
-        why = unsupported(block.experts)
-        where.setdefault(
-            f"{type(block.experts).__name__}: {f'grouped_mm, since {why}' if why else f'moe_experts, {gate_of(block.experts)}'}",
-            [],
-        ).append(f"{block.name}.{block.experts_name}")
+        where.setdefault(f"{type(block.experts).__name__}: {computed_by(block.experts)}", []).append(
+            f"{block.name}.{block.experts_name}"
+        )
     return "\n".join(
         f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {said}"
         for said, names in where.items()

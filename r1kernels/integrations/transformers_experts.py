@@ -1,4 +1,7 @@
-"""The experts of transformers' mixtures computed by ``r1kernels.moe_experts``."""
+"""The experts of transformers' mixtures computed by ``r1kernels.moe_experts``, or around ``r1kernels.grouped_gemm``.
+
+T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ from torch import Tensor
 from transformers.integrations import moe as transformers_moe
 
 from .. import backends, checks
-from ..moe import moe_experts
+from ..moe import grouped_gemm, moe_experts, sort_by_expert
 from ..moe.experts import ACTIVATIONS
 from ..moe.reference import gated
 
 NAME = "r1kernels"
-# What an experts module may say of itself (transformers' use_experts_implementation), with the default, and what is served.
+# What an experts module may say of itself (transformers' use_experts_implementation), with what moe_experts takes.
 _FLAGS = {
     "has_gate": True,
     "is_concatenated": True,
@@ -33,9 +36,11 @@ def register() -> None:
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The forward of an experts module: ``moe_experts``, or transformers' grouped_mm where the module needs what it lacks.
+    """The forward of an experts module: ``moe_experts`` where it computes what the module does, else the module's own gate
+    (and biases, and norm) between two ``grouped_gemm``.
 
-    The fallback gives one warning for each module class and reason; in strict mode (``r1kernels.set_strict``) it is an error.
+    Weights of a dtype that neither takes go to transformers' grouped_mm, with one warning for each module class and reason;
+    in strict mode (``r1kernels.set_strict``) that is an error.
     """
     reason = unsupported(self)
     if reason:
@@ -44,6 +49,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if getattr(self, "_is_expert_parallel", True):
         # experts of other ranks: any index past the local ones is the sentinel
         top_k_index = top_k_index.clamp(max=self.num_experts)
+    if not_fused(self):
+        return _between_products(self, hidden_states, top_k_index, top_k_weights)
     out = moe_experts(
         hidden_states.to(self.gate_up_proj.dtype),
         top_k_index,
@@ -55,25 +62,46 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     return out.to(hidden_states.dtype)
 
 
+def _between_products(self: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Experts of any kind: two grouped products, and the module's own code for what stands between and behind them."""
+    experts, top_k = self.num_experts, index.shape[1]
+    offsets, permutation, inverse = sort_by_expert(index, experts)
+    expert = index.reshape(-1)[permutation].clamp(max=experts - 1)
+
+    def product(rows: Tensor, name: str) -> Tensor:
+        weight = getattr(self, name)
+        out = grouped_gemm(rows.to(weight.dtype), weight.mT if self.is_transposed else weight, offsets)
+        return out + getattr(self, f"{name}_bias")[expert] if self.has_bias else out
+
+    rows = product(hidden_states[permutation // top_k], "gate_up_proj" if self.has_gate else "up_proj")
+    rows = product(self._apply_gate(rows) if self.has_gate else self.act_fn(rows), "down_proj")
+    if self.has_post_expert_norm:
+        rows = self.post_expert_norm(rows)
+    rows = rows[inverse].view(*index.shape, -1).float()
+    # a sentinel's row holds the bias at least
+    out = rows * weights.masked_fill(index == experts, 0.0).float().unsqueeze(-1)
+    return out.sum(dim=1).to(hidden_states.dtype)
+
+
 def unsupported(experts: Any) -> str:
-    """Why ``moe_experts`` cannot serve this module; empty if it can. Flags only: shapes do not tell a layout."""
+    """Why no op of r1kernels can serve this module; empty if one can."""
+    dtypes = {weight.dtype for weight in experts.parameters(recurse=False)}
+    if len(dtypes) == 1 and dtypes <= set(checks.FLOATS):
+        return ""
+    return f"its weights are {' and '.join(sorted(map(str, dtypes)))}"
+
+
+def not_fused(experts: Any) -> str:
+    """Why ``moe_experts`` does not compute this module; empty if it does. By its flags: shapes do not tell a layout."""
     for flag, value in _FLAGS.items():
         if getattr(experts, flag, value) != value:
             return f"{flag} is {not value}"
-    if not gate_of(experts):
-        activation = getattr(experts, "act_fn", None)
-        name = getattr(activation, "__name__", type(activation).__name__)
-        return (
-            f"its activation is {name}"
-            if _has_default_gate(experts)
-            else "it has a gate of its own (_apply_gate)"
-        )
-    if (
-        experts.gate_up_proj.dtype not in checks.FLOATS
-        or experts.down_proj.dtype != experts.gate_up_proj.dtype
-    ):
-        return f"its weights are {experts.gate_up_proj.dtype} and {experts.down_proj.dtype}"
-    return ""
+    if gate_of(experts):
+        return ""
+    activation = getattr(experts, "act_fn", None)
+    name = getattr(activation, "__name__", type(activation).__name__)
+    default = getattr(type(experts), "_apply_gate", None) is transformers_moe._default_apply_gate
+    return f"its activation is {name}" if default else "it has a gate of its own"
 
 
 @torch._dynamo.assume_constant_result
@@ -91,17 +119,26 @@ def gate_of(experts: Any) -> str:
                 own = experts._apply_gate(pre.clone())
             except (AttributeError, RuntimeError, TypeError):  # weights of its own, say
                 own = pre
-            found = [name for name in ACTIVATIONS if torch.allclose(gated(pre, ACTIVATIONS.index(name)), own)]
+            found = [
+                name
+                for place, name in enumerate(ACTIVATIONS)
+                if own.shape == (64, 32) and torch.allclose(gated(pre, place), own)
+            ]
         _gates[key] = found[0] if found else ""
     return _gates[key]
 
 
-def _has_default_gate(experts: Any) -> bool:
-    return getattr(type(experts), "_apply_gate", None) is transformers_moe._default_apply_gate
+def computed_by(experts: Any) -> str:
+    """One line that says which op computes this module, or why none does."""
+    if why := unsupported(experts):
+        return f"transformers' grouped_mm, since {why}"
+    if why := not_fused(experts):
+        return f"grouped_gemm around its own gate, since {why}"
+    return f"moe_experts, {gate_of(experts)}"
 
 
 def fallen_back(experts_class: type, reason: str) -> str:
-    """What a warning says of experts that are not served."""
+    """What a warning says of experts that are not served; none follows at their first forward."""
     _warned.add((experts_class, reason))
     return f"{experts_class.__name__} are computed by transformers' grouped_mm: {reason}"
 

@@ -12,7 +12,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -113,14 +113,13 @@ class Match:
         return ", ".join(said)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Found:
-    """What a router is made of: names of its tensors and numbers."""
+    """What a router is made of: names of its matrices (E, H) and vectors (E,), names and values of its numbers."""
 
-    matrices: list[str] = field(default_factory=list)
-    vectors: list[str] = field(default_factory=list)
-    numbers: list[str] = field(default_factory=list)
-    counts: list[str] = field(default_factory=list)
+    matrices: list[str]
+    vectors: list[str]
+    numbers: dict[str, int | float]
 
 
 _known: dict[Any, Match | str] = {}
@@ -194,15 +193,12 @@ class _Trial:
         return self._dtypes(found, hidden.detach().bfloat16().reshape(shape), arguments)
 
     def _parts(self) -> _Found:
-        found = _Found(rows_of_experts(self.router, self.experts))
-        for name, tensor in _tensors(self.router):
-            if tensor.numel() == self.experts and tensor.is_floating_point():
-                found.vectors.append(name)
-        for name, value in _numbers(self.router):
-            found.numbers.append(name)
-            if isinstance(value, int):
-                found.counts.append(name)
-        return found
+        vectors = [
+            name
+            for name, tensor in _tensors(self.router)
+            if tensor.numel() == self.experts and tensor.is_floating_point()
+        ]
+        return _Found(rows_of_experts(self.router, self.experts), vectors, dict(_numbers(self.router)))
 
     def _random(self, tensor: Tensor) -> Tensor:
         """Random values in the place of a parameter or buffer, so that logits spread over a few units."""
@@ -224,18 +220,18 @@ class _Trial:
         raise _Unknown(f"its forward takes {', '.join(names)}")
 
     def _top_k(self, parts: _Found, top_k: int) -> int | str:
-        names = [name for name in parts.counts if "top" in name and _read(self.router, name) == top_k]
+        names = [name for name, value in parts.numbers.items() if "top" in name and value == top_k]
         return min(names, key=len) if names else top_k
 
     def _linear(self, copied: nn.Module, parts: _Found, hidden: Tensor, logits: Tensor) -> Match | None:
         """The linear layer whose logits these are."""
-        numbers = [name for name in parts.numbers if isinstance(_read(copied, name), float)]
+        floats = {name: value for name, value in parts.numbers.items() if isinstance(value, float)}
         for bias in ("", *parts.vectors):
             plain = Match(self.experts, parts.matrices[0], logit_bias=bias)
             for found in (
                 plain,
-                *(replace(plain, factor=name) for name in numbers),
-                *(replace(plain, softcap=name) for name in numbers if _read(copied, name) > 0),
+                *(replace(plain, factor=name) for name in floats),
+                *(replace(plain, softcap=name) for name, value in floats.items() if value > 0),
             ):
                 if _close(found.logits(copied, hidden), logits):
                     return found
@@ -248,10 +244,10 @@ class _Trial:
         logits, weights, indices = (one.detach() for one in own)
         dense = _spread(weights, indices, self.experts)
         chosen = _spread(torch.ones_like(weights), indices, self.experts)
-        counts = [name for name in parts.counts if name.endswith("group")]
+        counts = [name for name in parts.numbers if name.endswith("group")]
         kept = [name for name in counts if "top" in name]
         groups: list[tuple[int | str, int | str]] = [(1, 1)]
-        groups += [(of, few) for of in counts if of not in kept and _read(copied, of) > 1 for few in kept]
+        groups += [(of, few) for of in counts if of not in kept and parts.numbers[of] > 1 for few in kept]
         biases = (
             [ARGUMENT] if arguments else ["", *(name for name in parts.vectors if name != linear.logit_bias)]
         )
@@ -388,7 +384,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _numbers(router: nn.Module) -> Iterator[tuple[str, int | float]]:
-    """Names and values of the numbers that a router and its config hold."""
+    """Names and values of the numbers that a router and its config hold; the router's own first."""
     for prefix, owner in (("", router), ("config.", getattr(router, "config", None))):
         for name, value in vars(owner).items() if owner is not None else ():
             if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -23,6 +23,13 @@ from tests.support.mixtures import MODELS, SMALL, assert_same_step, build, step,
 models = pytest.mark.parametrize("name", MODELS)
 
 
+@pytest.fixture
+def strict():
+    r1kernels.set_strict(True)
+    yield
+    r1kernels.set_strict(False)
+
+
 @models
 def test_logits_and_gradients_are_those_of_the_model(name):
     model, ids = build(name), tokens()
@@ -145,22 +152,8 @@ def experts_of(model):
     return next(module for module in model.modules() if hasattr(module, "_apply_gate"))
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda experts: setattr(experts, "act_fn", nn.ReLU()), "its activation is ReLU"),
-        (lambda experts: set_activation(experts, F.gelu), "its activation is gelu"),
-        (lambda experts: setattr(experts, "has_bias", True), "has_bias is True"),
-        (lambda experts: setattr(experts, "is_transposed", True), "is_transposed is True"),
-        (lambda experts: setattr(experts, "is_concatenated", False), "is_concatenated is False"),
-        (lambda experts: setattr(experts, "has_post_expert_norm", True), "has_post_expert_norm is True"),
-    ],
-    ids=["activation", "activation function", "bias", "transposed", "interleaved", "post norm"],
-)
-def test_what_is_not_served_falls_back_with_one_warning(change, reason, monkeypatch):
-    model = build("Qwen3Moe")
-    experts = experts_of(model)
-    change(experts)
+def test_weights_of_another_dtype_fall_back_with_one_warning(monkeypatch):
+    experts = experts_of(build("Qwen3Moe")).to(torch.float8_e4m3fn)
     calls = []
     monkeypatch.setattr(
         experts_code.transformers_moe,
@@ -169,7 +162,8 @@ def test_what_is_not_served_falls_back_with_one_warning(change, reason, monkeypa
     )
     monkeypatch.setattr(experts_code, "_warned", set())
     arguments = (experts, torch.zeros(4, 32), torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2))
-    with pytest.warns(RuntimeWarning, match=f"does not serve Qwen3MoeExperts.*{reason}"):
+    reason = "does not serve Qwen3MoeExperts.*its weights are torch.float8_e4m3fn"
+    with pytest.warns(RuntimeWarning, match=reason):
         r1.experts_forward(*arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -183,17 +177,59 @@ def test_what_is_not_served_falls_back_with_one_warning(change, reason, monkeypa
         r1kernels.set_strict(False)
 
 
-def test_a_gate_of_its_own_falls_back_to_the_right_numbers(monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda experts: setattr(experts, "act_fn", nn.ReLU()), "its activation is ReLU"),
+        (lambda experts: set_activation(experts, F.gelu), "its activation is gelu"),
+        (
+            lambda experts: setattr(experts, "post_expert_norm", nn.RMSNorm(32)),
+            "has_post_expert_norm is True",
+        ),
+    ],
+    ids=["activation", "activation function", "post norm"],
+)
+def test_what_the_fused_kernels_lack_goes_around_grouped_products(change, reason, strict):
+    model = build("Qwen3Moe")
+    for layer in model.model.layers:
+        change(layer.mlp.experts)
+        layer.mlp.experts.has_post_expert_norm = hasattr(layer.mlp.experts, "post_expert_norm")
+    assert f"Qwen3MoeExperts: grouped_gemm around its own gate, since {reason}" in r1.explain(model)
+    model.set_experts_implementation("batched_mm")
+    own = step(model, tokens())
+    with r1.patch(model), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same_step(step(model, tokens()), own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_biases_and_a_gate_of_its_own(dtype, strict):
     # gpt-oss: interleaved, transposed, with biases, and its own gate
     config = transformers.GptOssConfig(**{**SMALL, "num_local_experts": 4, "head_dim": 8})
     torch.manual_seed(0)
-    model, ids = transformers.GptOssForCausalLM(config).train(), tokens()
+    model, ids = transformers.GptOssForCausalLM(config).train().to(dtype), tokens()
+    for experts in (layer.mlp.experts for layer in model.model.layers):
+        nn.init.normal_(experts.gate_up_proj_bias)
+        nn.init.normal_(experts.down_proj_bias)
     own = step(model, ids)
-    r1.register()
-    monkeypatch.setattr(experts_code, "_warned", set())
-    model.set_experts_implementation("r1kernels")
-    with pytest.warns(RuntimeWarning, match="does not serve GptOssExperts"):
-        assert_same_step(step(model, ids), own)
+    with r1.patch(model), torch.profiler.profile() as profile:
+        ours = step(model, ids)
+    if dtype == torch.float32:
+        assert_same_step(ours, own)
+        experts._is_expert_parallel = True
+        hidden, weights = torch.randn(3, 32), torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.25, 1.0]])
+        indices = torch.tensor([[0, 4], [4, 5], [1, 2]])  # 4 and more: experts of other ranks
+        out = r1.experts_forward(experts, hidden, indices, weights)
+        local = r1.experts_forward(experts, hidden, indices.clamp(max=3), weights)
+        torch.testing.assert_close(out, local)
+        assert (out[1] == 0).all()
+    else:
+        exact = step(copy.deepcopy(model).float(), ids)[0].logits
+        error, peer = ((one[0].logits.float() - exact).abs().median() for one in (ours, own))
+        assert error <= 2 * peer + 1e-3
+    if extension.missing() is None:
+        ran = {event.key for event in profile.key_averages()}
+        assert {"r1kernels::grouped_gemm_cpu", "r1kernels::grouped_gemm_cpu_backward"} <= ran
 
 
 def test_an_activation_that_is_a_function():
@@ -234,13 +270,6 @@ def test_models_that_can_not_be_patched():
         r1.patch(model)
     with pytest.raises(ValueError, match="expected a model patched by"), r1.record_routing(model):
         pass
-
-
-@pytest.fixture
-def strict():
-    r1kernels.set_strict(True)
-    yield
-    r1kernels.set_strict(False)
 
 
 def phimoe():
@@ -332,7 +361,9 @@ def test_explain_names_every_router_and_experts_module():
     assert "PhimoeTopKRouter: transformers, since it gives other weights" in router
     assert "PhimoeExperts: moe_experts, silu" in experts
     experts_of(model).has_bias = True
-    assert "DeepseekV3Experts: grouped_mm, since has_bias is True" in r1.explain(model)
+    assert "DeepseekV3Experts: grouped_gemm around its own gate, since has_bias is True" in r1.explain(model)
+    experts_of(model).to(torch.float8_e4m3fn)
+    assert "transformers' grouped_mm, since its weights are torch.float8_e4m3fn" in r1.explain(model)
 
 
 def test_adapters_of_peft_before_and_after():

@@ -1,0 +1,261 @@
+"""Every mixture of experts of the installed transformers, as a tiny model with and without r1kernels.
+
+    python -m bench mixtures [--only NAME] [--out OUT.json]
+
+A tiny model of each family takes one step with transformers' own code (eager experts) and one patched; logits and the
+gradients of all parameters are compared, and what ``explain`` finds is kept.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import inspect
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from r1kernels.integrations import transformers as integration
+from r1kernels.integrations.transformers_experts import computed_by
+from r1kernels.integrations.transformers_match import Match
+from r1kernels.integrations.transformers_routers import Block, find_blocks
+
+from . import results
+from .environment import environment
+
+DECORATOR = "@use_experts_implementation"
+# Mixtures whose experts do not go through transformers' experts interface.
+OUTSIDE = {
+    "dbrx": "its router returns logits alone, and its experts are one matrix of (E I, H) that a loop cuts up",
+    "jetmoe": "its router returns the sorted rows of its own experts, in attention too",
+    "llama4": "its router returns scores of all experts, every one of which computes every token, and the scores multiply the "
+    "inputs of the experts, not their outputs",
+    "longcat_flash": "some of its experts return the token as it is, next to a list of others",
+    "step3p7": "its experts are a module of its own, with a limit in some layers",
+}
+TOKENS = (2, 9)
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "moe_num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "top_k_experts": 2,
+    "moe_k": 2,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "moe_num_shared_experts": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 0,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# What a family needs besides, or instead.
+_SPARSE = {"mlp_layer_types": ["sparse", "sparse"]}
+OWN: dict[str, dict[str, Any]] = {
+    "beam": _SPARSE,
+    "deepseek_ocr2": {**_SPARSE, "n_group": 2, "topk_group": 1},
+    "diffusion_gemma": {"layer_types": ["full_attention"] * 2, "global_head_dim": 8},
+    "ernie4_5_vl_moe": {
+        "moe_intermediate_size": [24, 24],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    },
+    "flint": {"mlp_only_layers": []},
+    "gemma4": {
+        "enable_moe_block": True,
+        "layer_types": ["full_attention"] * 2,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 64,
+    },
+    "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
+    "glm5_next": {**_SPARSE, "qk_rope_head_dim": 0, "head_dim": 0},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    "lfm2_moe": {"layer_types": ["full_attention"] * 2, "num_dense_layers": 0},
+    "mimo_v2_flash": {"layer_types": ["full_attention"] * 2},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+}
+
+
+def files() -> dict[str, str]:
+    """The families of transformers whose experts go through its experts interface: name -> module."""
+    folder = Path(transformers.__file__).parent / "models"
+    return {
+        path.parent.name: f"transformers.models.{path.parent.name}.{path.stem}"
+        for path in sorted(folder.glob("*/modeling_*.py"))
+        if f"\n{DECORATOR}" in path.read_text(encoding="utf-8")
+    }
+
+
+def build(family: str) -> Any:
+    """A tiny model of random weights in float32, in evaluation mode: some draw random numbers in training."""
+    model_class = _model_class(importlib.import_module(files()[family]))
+    config = _config(model_class.config_class, OWN.get(family, {}))
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for block in find_blocks(model):
+            # a bias of zeros, as models begin with, tells nothing
+            module = model.get_submodule(block.name)
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if name.endswith("bias") or name.endswith("scale"):
+                    tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
+    return model
+
+
+def step(model: Any, seed: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
+    """The first output for random tokens, and the gradients of a random sum of it."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, SIZES["vocab_size"], TOKENS, generator=generator)
+    model.zero_grad()
+    out = model(input_ids=ids, use_cache=False)
+    logits = out.logits if hasattr(out, "logits") else out.last_hidden_state
+    (logits * torch.randn(logits.shape, generator=generator)).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), gradients
+
+
+def compare(family: str) -> dict[str, Any]:
+    """What r1kernels serves of a family, and how far logits and gradients are from transformers' own."""
+    model = build(family)
+    blocks = find_blocks(model)
+    block = blocks[-1]
+    model.set_experts_implementation("eager")
+    logits, gradients = step(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with integration.patch(model):
+            ours, our_gradients = step(model)
+    served = isinstance(block.match, Match)
+    return {
+        "family": family,
+        "model": type(model).__name__,
+        "router": type(block.router).__name__ if block.router is not None else "",
+        "routes": served,
+        "route": str(block.match),
+        "experts": type(block.experts).__name__,
+        "computed": computed_by(block.experts),
+        "logits": _difference(ours, logits),
+        "gradients": max(_difference(our_gradients[name], grad) for name, grad in gradients.items()),
+        "same_parameters": gradients.keys() == our_gradients.keys(),
+        # or the comparison would say nothing
+        "reached": all(
+            bool(gradients[name].any()) for name in _served_parameters(block) if name in gradients
+        ),
+    }
+
+
+def _served_parameters(block: Block) -> list[str]:
+    """The parameters of the experts, and of the router where it is served, by their names in the model."""
+    modules = {block.experts_name: block.experts}
+    if isinstance(block.match, Match):
+        modules[block.router_name] = block.router
+    return [
+        f"{block.name}.{prefix}.{name}"
+        for prefix, module in modules.items()
+        for name, _ in module.named_parameters()
+    ]
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-6))
+
+
+def _model_class(module: Any) -> Any:
+    """The model of a module that has experts and the fewest other parts: without images and sound where there is one."""
+    members: dict[str, Any] = vars(module)
+    models: list[Any] = [
+        one
+        for one in members.values()
+        if inspect.isclass(one)
+        and issubclass(one, transformers.PreTrainedModel)
+        and one.__module__ == module.__name__
+        and getattr(one, "config_class", None) is not None
+        and not any(word in one.__name__ for word in ("Vision", "Audio", "PreTrained"))
+    ]
+    plain = [one for one in models if not getattr(one.config_class, "sub_configs", None)]
+    for among in (plain, models):
+        for ending in (
+            "ForCausalLM",
+            "ForTokenClassification",
+            "TextModel",
+            "ForConditionalGeneration",
+            "Model",
+        ):
+            for one in among:
+                if one.__name__.endswith(ending):
+                    return one
+    raise ValueError(f"no model in {module.__name__}")
+
+
+def _config(config_class: Any, own: dict[str, Any]) -> Any:
+    known = set(getattr(config_class, "attribute_map", None) or {})
+    for one in config_class.__mro__:
+        known |= {*getattr(one, "__annotations__", {}), *inspect.signature(one.__init__).parameters}
+    return config_class(**{name: value for name, value in SIZES.items() if name in known} | own)
+
+
+def record(only: list[str]) -> dict[str, Any]:
+    """What ``compare`` finds for all families, or for those named."""
+    rows = []
+    for family in only or files():
+        rows.append(compare(family))
+        print(f"{family}: {'ok' if agrees(rows[-1]) else 'DIFFERS'}", flush=True)
+    date = datetime.date.today().isoformat()
+    return {"schema": 1, "date": date, "environment": environment("cpu"), "families": rows}
+
+
+def agrees(row: dict[str, Any]) -> bool:
+    """Whether the patched model gives the logits and gradients of transformers' own code, in float32."""
+    return row["logits"] < 1e-4 and row["gradients"] < 1e-3 and row["same_parameters"] and row["reached"]
+
+
+def table(found: dict[str, Any]) -> str:
+    """The record as Markdown: a row for each family, what serves it and why not."""
+    rows = found["families"]
+    fused = sum(row["computed"].startswith("moe_experts") for row in rows)
+    products = sum(row["computed"].startswith("grouped_gemm") for row in rows)
+    lines = [
+        f"transformers {found['environment']['packages']['transformers']}: of {len(rows)} families, `route` serves the routers of "
+        f"{sum(row['routes'] for row in rows)}; `moe_experts` computes the experts of {fused} and `grouped_gemm` those of {products}.",
+        "",
+        "| family | its router | its experts | same logits and gradients |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        router = row["route"] if row["routes"] else f"transformers: {row['route']}"
+        lines.append(f"| {row['family']} | {router} | {row['computed']} | {'yes' if agrees(row) else 'NO'} |")
+    lines += [f"| {family} | not patched: {why} | | |" for family, why in OUTSIDE.items()]
+    return "\n".join(lines)
+
+
+def main(only: list[str], out: Path) -> int:
+    """The command: 1 if a family differs."""
+    found = record(only)
+    results.save(out, found)
+    print(table(found))
+    return int(not all(agrees(row) for row in found["families"]))
