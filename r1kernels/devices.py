@@ -75,6 +75,16 @@ def triton(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) ->
     return found + _common(name, tensor, dtypes, _NO_TRITON)
 
 
+def memory_budget(tensor: Tensor, on_cpu: int) -> int:
+    """Bytes that an op may take beside its arguments and results: a sixteenth of a GPU's memory, ``on_cpu`` on a CPU.
+
+    Of all memory, not of what is free: what is chosen by it, and with it the last bits, stays the same from call to call.
+    """
+    if not tensor.is_cuda:
+        return on_cpu
+    return max(int(torch.cuda.get_device_properties(tensor.device.index).total_memory) // 16, on_cpu)
+
+
 def _not_interpreted(name: str, tensor: Tensor) -> list[str]:
     """Why Triton's interpreter can not take ``tensor``."""
     if _NO_TRITON or tensor.dtype != torch.bfloat16:

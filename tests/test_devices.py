@@ -10,6 +10,9 @@ from torch._subclasses import FakeTensorMode
 
 import r1kernels
 from r1kernels import backends, devices, extension
+from r1kernels.grpo import linear as grpo_linear
+from r1kernels.logprob import linear, triton_linear
+from r1kernels.logprob.token import Rows
 from r1kernels.moe.experts import ExpertsCall, GemmCall
 
 
@@ -136,3 +139,56 @@ def test_portable_grouped_products_serve_where_nothing_faster_does(gpu, op):
     assert backends.choose(op, "cuda", call).name == "cuda"  # who asks for it gets it
     gpu((9, 0), ALL, triton=False)
     assert backends.choose(op, None, call).name == "cuda"
+
+
+class Captured(Exception):
+    """The call that would have gone to a kernel."""
+
+
+def raise_call(backend, call):
+    raise Captured(call)
+
+
+@pytest.mark.parametrize(("tokens", "kept"), [(440, True), (8192, True), (32768, False)])
+def test_logits_are_kept_for_the_backward_as_the_memory_of_the_gpu_allows(gpu, monkeypatch, tokens, kept):
+    """V = 151,936: 8,192 tokens have 5.0 GB of logits, a sixteenth of 80 GiB is 5.4 GB."""
+    gpu((9, 0))
+    monkeypatch.setattr(linear, "_recorded", raise_call)
+    hidden, weight = on_gpu(tokens, 64).requires_grad_(), on_gpu(151_936, 64).requires_grad_()
+    rows = Rows(None, 1.0, 0.0, on_gpu(tokens, dtype=torch.int64), None, 1.0, -100, 0, 151_936)
+    nothing = linear.LogprobsCall._make([None] * len(linear.LogprobsCall._fields))
+    with pytest.raises(Captured) as raised:
+        linear.on_kernels("cuda", nothing._replace(hidden=hidden, weight=weight, rows=rows))
+    assert raised.value.args[0].save_logits is kept
+
+
+def test_a_gpu_takes_larger_chunks_than_a_cpu(gpu):
+    """Each chunk reads and writes the whole gradient of the head."""
+    gpu((9, 0))
+    engine = grpo_linear.cuda.ENGINE
+    sizes = [
+        grpo_linear._chunk_size(engine, hidden, 151_936)
+        for hidden in (on_gpu(8192, 64), torch.empty(8192, 64, device="meta"))
+    ]
+    assert sizes[0] == 8192 and sizes[1] < 2048
+
+
+@pytest.fixture
+def products_of_float32():
+    """products_of_float32(precision): PyTorch's switch for TF32, which stands again as it was behind the test."""
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    yield lambda precision: setattr(switch, "fp32_precision", precision)
+    switch.fp32_precision = before
+
+
+@pytest.mark.parametrize(("setting", "forward_in_triton"), [("tf32", False), ("ieee", True)])
+def test_float32_is_tf32_in_both_directions_or_in_none(
+    monkeypatch, products_of_float32, setting, forward_in_triton
+):
+    """The GEMMs of the backward follow PyTorch's switch; the Triton kernel of the forward is float32 in earnest."""
+    products_of_float32(setting)
+    monkeypatch.setattr(triton_linear, "forward_into", lambda *arguments: None)
+    rows = Rows(None, 1.0, 0.0, torch.zeros(4, dtype=torch.int64), None, 1.0, -100, 0, 9)
+    call = linear.LinearCall(torch.zeros(4, 8), torch.zeros(9, 8), rows, True, False, 0, False, True)
+    assert (triton_linear.forward(call) is not None) is forward_in_triton

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import autocast, checks
+from .. import autocast, checks, devices
 from ..logprob import cpu, cuda, linear_logprobs, tiles, triton_linear
 from ..logprob.linear import Head, check_linear
 from ..logprob.sharded import shard_of
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 IGNORED = -100
-CHUNK_BYTES = 1 << 30  # of logits, float32
+CHUNK_BYTES = 1 << 30  # of logits, float32, on a CPU
 FEWEST = 256  # tokens a chunk: with fewer the head is read too often
 
 
@@ -385,7 +385,7 @@ def one_pass(engine: tiles.Engine, call: OnePassCall) -> Results:
         0,
         weight.shape[0],
     )
-    chunk = call.chunk_size or _chunk_size(engine, hidden.shape[0], weight.shape[0])
+    chunk = call.chunk_size or _chunk_size(engine, hidden, weight.shape[0])
     tiling = tiles.Tiling(chunk, weight.shape[0], gemm_tokens=0)
     problem = tiles.Problem(engine, hidden, weight, rows, tiling)
     needs = (call.need_hidden, call.need_weight, call.need_bias)
@@ -427,9 +427,10 @@ def _largest_slope(call: KernelCall) -> Tensor:
     return torch.cat((kept.squeeze(0), kept.new_zeros(1))).amax()
 
 
-def _chunk_size(engine: tiles.Engine, tokens: int, vocabulary: int) -> int:
-    """As many tokens as the engine likes and memory allows, in chunks of equal size."""
-    most = max(min(engine.tokens, CHUNK_BYTES // (4 * vocabulary)), FEWEST)
+def _chunk_size(engine: tiles.Engine, hidden: Tensor, vocabulary: int) -> int:
+    """As many tokens as the engine likes and memory allows, in chunks of equal size: each reads and writes all of dW."""
+    tokens = hidden.shape[0]
+    most = max(min(engine.tokens, devices.memory_budget(hidden, CHUNK_BYTES) // (4 * vocabulary)), FEWEST)
     chunks = max(-(-tokens // most), 1)
     return max(-(-tokens // chunks), 1)
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import autocast, checks
+from .. import autocast, checks, devices
 from ..op import Kernel, Op, Size, Written, recorded
 from . import kept_head, linear_reference, parts, sharded
 from .completions import EACH_TOKEN, Completions
@@ -20,7 +20,9 @@ from .kept import Kept, check_kept
 from .token import Rows, Upstream, row_results, split_temperature, upstream_of
 
 STATS = ("log_sum_sq_probs", "mean_logits", "is_top1")
-SAVED_BYTES = 256 << 20  # logits up to this size are kept for the backward where the caller does not say
+SAVED_BYTES = (
+    256 << 20
+)  # on a CPU: logits up to this size are kept for the backward where the caller does not say
 
 
 class Head(NamedTuple):
@@ -69,7 +71,7 @@ def linear_logprobs(
             hidden states hold.
         chunk_size: tokens a chunk; None chooses from V and a memory budget.
         save_logits: keep the logits for the backward (True, faster) or recompute them chunk by chunk (False, less memory);
-            None chooses by a memory budget. Where hidden alone needs a gradient, and of logp alone, kernels do neither
+            None chooses by a memory budget, a sixteenth of a GPU's memory and 256 MiB on a CPU. Where hidden alone needs a gradient, and of logp alone, kernels do neither
             (False, None): the forward works out d logp / d hidden too.
         batch_invariant: logp and entropy of a token are bitwise the same for any N, order and ``chunk_size``.
         group: a process group over which the vocabulary is sharded: ``weight`` and ``bias`` are this rank's rows, in rank
@@ -89,7 +91,8 @@ def linear_logprobs(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device. IndexError: a target out of range.
 
     Precision: float32 logits, also from 16-bit inputs; dX and dW are accumulated in float32 and rounded once. A kernel may
-    round the gradient of a tile of logits to bfloat16 for the GEMMs of bfloat16 inputs, as plain PyTorch does. Deterministic.
+    round the gradient of a tile of logits to bfloat16 for the GEMMs of bfloat16 inputs, as plain PyTorch does. On CUDA the
+    GEMMs of float32 inputs follow PyTorch's switch for TF32 (off as PyTorch comes), forward and backward alike. Deterministic.
     """
     hidden, head = check_linear(hidden, weight, targets, bias, softcap, logit_scale)
     call = call_of(
@@ -420,7 +423,7 @@ def on_kernels(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor
     frozen = differentiable and not trained and alone
     if save_logits is None:
         # in a compiled graph a length must not decide
-        fits = 4 * hidden.shape[0] * weight.shape[0] <= SAVED_BYTES
+        fits = 4 * hidden.shape[0] * weight.shape[0] <= devices.memory_budget(hidden, SAVED_BYTES)
         save_logits = fits and not torch.compiler.is_compiling()
     if rows.bias is not None:
         rows = rows._replace(bias=rows.bias.float().contiguous())
