@@ -5,6 +5,7 @@
                   metrics.jsonl  one line a step             (append-only)
                   samples.jsonl  decoded samples             (append-only)
                   warnings.jsonl what a person should know   (where there is something)
+                  profile.txt    where a step's time goes    (training.profile), where it was asked for
                   state.json, state-<0 or 1>.safetensors     the resume point, while the stage runs
                   pieces/        responses drawn so far      (training.pieces), while the stage runs
                   checkpoint*/, *.jsonl ...                  what the stage makes: its outputs
@@ -35,6 +36,7 @@ from training.errors import UserError
 from training.recipe import STAGE_NAMES, Recipe, load, to_dict
 
 APPEND_ONLY = ("metrics.jsonl", "samples.jsonl")
+PROFILE = "profile.txt"
 _WARNINGS = "warnings.jsonl"
 _TENSOR_FILES = ("state-0.safetensors", "state-1.safetensors")  # taken in turn, so that one is always whole
 _PIECES = "pieces"
@@ -46,6 +48,7 @@ _BOOKKEEPING = (
     *APPEND_ONLY,
     *_TENSOR_FILES,
     *REVIEW_FILES,
+    PROFILE,
     _WARNINGS,
     _PIECES,
     "started.json",

@@ -16,6 +16,7 @@ from training.loops import grpo, next_token
 from training.loops.loss import loss_arguments
 from training.loops.optim import MAX_BAD_STEPS, Optimizer, learning_rate, save_due
 from training.model import build_model
+from training.profile import profiling
 from training.progress import Progress
 from training.recipe import load
 from training.rewards import Reward, Scored
@@ -426,6 +427,20 @@ def test_the_clip_and_the_ratio_of_a_recipe_that_sets_none_are_those_of_settings
     said = {"clip_low": Grpo.clip, "clip_high": Grpo.clip, "ratio": None if variant == "gmpo" else Grpo.ratio}
     expected = r1kernels.grpo_loss(logp, old, advantages, mask, **{**left, **said})
     assert torch.equal(r1kernels.grpo_loss(logp, old, advantages, mask, **left).loss, expected.loss)
+
+
+@pytest.mark.parametrize(("steps", "step"), [(3, 1), (1, 0)])
+def test_a_profile_shows_the_operators_of_one_step(tmp_path, steps, step):
+    config = replace(CONFIG, steps=steps)
+    with profiling(True):
+        _, weights, _, at = run_grpo(tmp_path / "a", config)
+    written = (at.stage.path / "profile.txt").read_text()
+    assert written.startswith(f"step {step}\n") and "aten::mm" in written and "Self CPU time total" in written
+    assert at.stage.outputs() == []  # nothing that another stage reads
+    with profiling(False):
+        _, expected, _, at = run_grpo(tmp_path / "b", config)
+    assert not (at.stage.path / "profile.txt").exists()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
 def test_routing_replay_can_be_turned_off(tmp_path):

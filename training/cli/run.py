@@ -10,6 +10,7 @@ from training.cli import plan, table
 from training.cli.arguments import last_checkpoint
 from training.errors import UserError
 from training.format import duration
+from training.profile import profiling
 from training.progress import Progress
 from training.recipe import STAGE_NAMES, Recipe, load, names
 from training.report import write_report
@@ -30,14 +31,25 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     )
     run.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/RECIPE)")
     run.add_argument("--dry-run", action="store_true", help="print plan, memory and cost, and run nothing")
+    add_profile(run)
     add_redo(run)
     run.set_defaults(run_command=run_all)
     stage = subparsers.add_parser("stage", help="run one stage of a run")
     stage.add_argument("name", metavar="STAGE", help=f"one of {', '.join(STAGE_NAMES)}")
     stage.add_argument("words", nargs="*", metavar="key=value", help="settings such as zero.steps=10")
     stage.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
+    add_profile(stage)
     add_redo(stage)
     stage.set_defaults(run_command=run_one)
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """--profile."""
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="write where the time of a step goes to profile.txt in the folder of each stage of pretraining, SFT and RL",
+    )
 
 
 def add_redo(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +69,8 @@ def run_all(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         dry_run(recipe)
     else:
-        carry_out(recipe, folder, arguments.redo)
+        with profiling(arguments.profile):
+            carry_out(recipe, folder, arguments.redo)
 
 
 def dry_run(recipe: Recipe) -> None:
@@ -85,7 +98,8 @@ def run_one(arguments: argparse.Namespace) -> None:
     """Runs one stage, whose inputs must be done."""
     run_dir = RunDir(arguments.run)
     recipe = run_dir.read_recipe(arguments.words)
-    ran = pipeline.run(recipe, run_dir, arguments.name, redo=arguments.redo, progress=Progress())
+    with profiling(arguments.profile):
+        ran = pipeline.run(recipe, run_dir, arguments.name, redo=arguments.redo, progress=Progress())
     if ran:
         print(table.final_metrics(run_dir.stage(arguments.name)))
 

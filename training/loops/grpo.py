@@ -31,6 +31,7 @@ from training.loops.optim import Optimizer, learning_rate, save_due
 from training.loops.sample import Completion, Prompt, sample
 from training.loops.watch import Watch
 from training.model import StepLoad, frozen_copy, shares_prefixes
+from training.profile import profiled
 from training.prompts import Prompter
 from training.recipe import Grpo
 from training.response import parse
@@ -82,19 +83,20 @@ def train(
     ):
         for step in range(start, config.steps):
             engine.update(policy, step)
-            metrics = _step(
-                engine,
-                policy,
-                reference,
-                tokenizer,
-                optimizer,
-                problems,
-                prompt,
-                reward,
-                config,
-                context,
-                step,
-            )
+            with profiled(context.stage.path, step, start, config.steps):
+                metrics = _step(
+                    engine,
+                    policy,
+                    reference,
+                    tokenizer,
+                    optimizer,
+                    problems,
+                    prompt,
+                    reward,
+                    config,
+                    context,
+                    step,
+                )
             context.stage.log(step=step, **metrics)
             watch.see(metrics)
             shown = [name for name in SHOWN if name in metrics]

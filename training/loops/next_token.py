@@ -16,6 +16,7 @@ from training.errors import UserError
 from training.loops.batch import Row, head_logprobs, lay_out, pieces, states, worth_sharing
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.model import StepLoad, shares_prefixes
+from training.profile import profiled
 from training.recipe import NextToken
 
 
@@ -60,7 +61,10 @@ def train(
         for step in range(start, steps):
             began = time.perf_counter()
             chosen = _batch(len(rows), config.batch_size, step, (context.recipe.seed, context.name, title))
-            with seeding.torch_seed(context.recipe.seed, context.name, title, "dropout", step):
+            with (
+                seeding.torch_seed(context.recipe.seed, context.name, title, "dropout", step),
+                profiled(context.stage.path, step, start, steps),
+            ):
                 at_once = [rows[i] for i in chosen]
                 shared = context.recipe.shared_prefix and worth_sharing(at_once) and shares_prefixes(model)
                 metrics = _step(model, optimizer, at_once, encoder.pad_id, shared, config, step, steps)
