@@ -85,7 +85,9 @@ def _between_products(self: Any, hidden_states: Tensor, index: Tensor, weights: 
 
 def unsupported(experts: Any) -> str:
     """Why no op of r1kernels can serve this module; empty if one can."""
-    dtypes = {weight.dtype for weight in experts.parameters(recurse=False)}
+    # by name: a parametrized module (PEFT) has no parameters of its own
+    up = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+    dtypes = {getattr(experts, name).dtype for name in (up, "down_proj")}
     if len(dtypes) == 1 and dtypes <= set(checks.FLOATS):
         return ""
     return f"its weights are {' and '.join(sorted(map(str, dtypes)))}"
