@@ -6,6 +6,7 @@ python -m bench compare A.json B.json
 python -m bench precision [--out OUT.json]
 python -m bench saved [--out OUT.json]
 python -m bench mixtures [--only FAMILY] [--out OUT.json]
+python -m bench prefix [--tiny] [--rounds N] [--out OUT.json]
 python -m bench guard [--update]
 python -m bench documents
 """
@@ -67,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     mixtures.add_argument("--out", type=Path, default=Path("bench-results/mixtures.json"))
     mixtures.set_defaults(command=_mixtures)
+    prefix = commands.add_parser("prefix", help="a GRPO step with shared prefixes, without, and in TRL")
+    prefix.add_argument("--tiny", action="store_true", help="a tiny model: does it work at all")
+    prefix.add_argument("--rounds", type=int, default=5)
+    prefix.add_argument("--out", type=Path, default=Path("bench-results/prefix.json"))
+    prefix.set_defaults(command=_prefix)
     guard = commands.add_parser("guard", help="are the CPU kernels slower than the committed baseline")
     guard.add_argument("--update", action="store_true", help="write the baseline")
     guard.set_defaults(command=_guard)
@@ -91,6 +97,12 @@ def _mixtures(given: argparse.Namespace) -> int:
     from . import mixtures
 
     return mixtures.main(given.only, given.out)
+
+
+def _prefix(given: argparse.Namespace) -> None:
+    from . import prefix
+
+    prefix.main(given.out, given.rounds, given.tiny)
 
 
 def _guard(given: argparse.Namespace) -> int:

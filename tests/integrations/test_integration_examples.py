@@ -14,7 +14,12 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 @pytest.mark.parametrize(
     ("name", "needs", "limit"),
-    [("fused_logprobs", "transformers", 1e-5), ("trl", "trl", 1e-5), ("verl", "transformers", 1e-5)],
+    [
+        ("fused_logprobs", "transformers", 1e-5),
+        ("shared_prefix", "transformers", 1e-5),
+        ("trl", "trl", 1e-5),
+        ("verl", "transformers", 1e-5),
+    ],
 )
 def test_the_example_prints_a_difference_of_rounding(name, needs, limit, capsys):
     if importlib.util.find_spec(needs) is None:
