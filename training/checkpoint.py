@@ -20,6 +20,8 @@ STYLE = "prompt.json"  # the prompt that a checkpoint was trained with
 # Layers whose cache is keys and values; every other kind keeps a state that the sampler cannot select rows of.
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+# "No code of the folder" is said outright: transformers would ask on stdin.
+_OWN_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 # A run shows its own progress; transformers' bars for a load or a save would break it.
 transformers.utils.logging.disable_progress_bar()
@@ -131,17 +133,16 @@ def load_model(path: Path) -> tuple[Any, Any]:
     model_class = getattr(transformers, architecture or "AutoModelForCausalLM", None)
     if model_class is None:
         raise UserError(f"{path / 'config.json'}: transformers has no architecture {architecture!r}")
-    # "No code of the folder" is said outright: transformers would ask on stdin.
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         model, info = model_class.from_pretrained(
-            path, config=config, use_safetensors=True, dtype="auto", output_loading_info=True, **options
+            path,
+            config=config,
+            use_safetensors=True,
+            dtype="auto",
+            output_loading_info=True,
+            **_OWN_FILES,
         )
-        tokenizer = None
-        if any((path / name).is_file() for name in TOKENIZER_FILES):
-            tokenizer = _tokenizer_class(path).from_pretrained(path, **options)
-            for remark in ("is_local", *options):  # how it was loaded would be saved with it
-                tokenizer.init_kwargs.pop(remark, None)
+        tokenizer = load_tokenizer(path)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} cannot be loaded as a checkpoint: {_first_line(error)}") from None
     if info["missing_keys"]:
@@ -149,6 +150,16 @@ def load_model(path: Path) -> tuple[Any, Any]:
             f"{path} cannot be loaded as a checkpoint: it lacks {sorted(info['missing_keys'])[0]}"
         )
     return model.eval(), tokenizer
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a folder, or None where it holds none."""
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    tokenizer = _tokenizer_class(path).from_pretrained(path, **_OWN_FILES)
+    for remark in ("is_local", *_OWN_FILES):  # how it was loaded would be saved with it
+        tokenizer.init_kwargs.pop(remark, None)
+    return tokenizer
 
 
 def _first_line(error: Exception) -> str:

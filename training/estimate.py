@@ -2,9 +2,11 @@
 
 Upper bounds where the recipe leaves a number open: every sampled response is taken to be kept, and to be
 `LENGTH_SHARE` of the longest one long. The arithmetic counts 2 operations a weight and token in a forward pass, 4 in
-a backward pass, and attention over half the context.
+a backward pass, and attention over half the context. Log-prob passes of GRPO read prompts too, as often as the recipe's
+`shared_prefix` and micro-batches make them, where the problems are on this machine; sampling counts responses alone.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +14,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from r1kernels.integrations.transformers import prefix_tree
 from training import traces
+from training.encoder import Encoder
 from training.format import short
+from training.loops.grpo import max_new_tokens
 from training.model import EXPERT_COUNTS, deepseek_config
+from training.needs import kinds_of
 from training.pipeline import parents_of, plan
-from training.pretrained import pretrained_config
+from training.pretrained import pretrained_config, pretrained_tokenizer
 from training.recipe import Grpo, NextToken, Recipe, Sampling
-from training.responses import problems
+from training.responses import choose, problems, prompt_of
 from training.student import config_of
 from training.tasks.problem import KINDS
 from training.tokenizer import build_tokenizer
@@ -126,8 +132,7 @@ def estimate(recipe: Recipe) -> list[Estimate]:
         if stage == "distill":
             rows += list(_distillation(recipe, model, parents))
         elif isinstance(config, Grpo):
-            prompts = config.prompts if stage == "rl_all" else _asked(recipe, "train", config.prompts)
-            rows.append(_grpo(stage, parents, config, prompts, model))
+            rows.append(_grpo(stage, parents, config, _questions(recipe, stage, config), recipe, model))
         elif isinstance(config, NextToken):
             rows.append(_next_token(stage, parents, config, recipe, model))
         else:
@@ -178,19 +183,73 @@ def _sampling(
     return Estimate(stage, parents, work, responses * length, 0, flops, 0, model.total * BYTES)
 
 
-def _grpo(stage: str, parents: list[str], config: Grpo, prompts: int, model: Parameters) -> Estimate:
-    outputs = prompts * config.group_size
-    tokens = flops = 0.0
+@dataclass(frozen=True)
+class Questions:
+    """The questions of a rollout: how many, the tokens of their prompts, and how many of these a tree of them holds; 0 where
+    they cannot be read here."""
+
+    count: int
+    tokens: int
+    tree: int
+
+    def read(self, times: float) -> float:
+        """Tokens of prompts in a pass in which each of them is computed so often; the first time in the tree of all."""
+        return self.tree + (times - 1) * self.tokens
+
+
+def _questions(recipe: Recipe, stage: str, config: Grpo) -> Questions:
+    """Those of the first rollout."""
+    asked = config.prompts if stage == "rl_all" else _asked(recipe, "train", config.prompts)
+    if recipe.model.sizes == "recipe" or not asked:
+        return Questions(asked, 0, 0)
+    spec = recipe.model.pretrained
+    encoder = Encoder(None, pretrained_tokenizer(spec) if spec else build_tokenizer())
+    prompt, pool = prompt_of(stage, recipe), problems(recipe, "train", kinds_of(config))
+    chosen = choose(pool, asked, recipe.seed, stage, "problems", 0)
+    ids = [encoder.prompt(prompt(each)).ids for each in chosen]
+    tree = prefix_tree(ids, [[]] * len(ids))
+    share = asked / len(ids)  # rl_all asks a question more than once where there are few
+    tokens = round(tree.repeated_tokens * share)
+    return Questions(asked, tokens, tree.tokens if recipe.shared_prefix else tokens)
+
+
+def _readings(responses: float, prompt: float, length: float, most: int, shared: bool) -> float:
+    """How often a pass over so many responses to a prompt computes it: once in a micro-batch, or for each of them."""
+    together = max(1.0, (most - prompt) // length)
+    return math.ceil(responses / together) if shared else responses
+
+
+def _grpo(
+    stage: str, parents: list[str], config: Grpo, asked: Questions, recipe: Recipe, model: Parameters
+) -> Estimate:
+    outputs, group = asked.count * config.group_size, config.group_size
+    prompt = asked.tokens / max(1, asked.count)
+    # of the questions, those that have a response in a minibatch, and how many they have there
+    present = 1 - (1 - 1 / config.minibatches) ** group
+    most, shared = config.micro_batch_tokens, recipe.shared_prefix
+    fixed = 1 + bool(
+        config.kl_coef
+    )  # passes for old and reference log-probs; the update takes three, forward and backward
+    tokens = sampling = training = read = 0.0
     for step in range(config.steps):
-        reached = [first for first in config.max_new_tokens_from if first <= step]
-        longest = config.max_new_tokens_from[max(reached)] if reached else config.max_new_tokens
-        step_tokens = outputs * _length(longest)
-        tokens += step_tokens
-        flops += step_tokens * model.forward(_length(longest) / 2)
-    passes = 3 + 1 + bool(config.kl_coef)  # forward and backward of the update, old and reference log-probs
+        length = _length(max_new_tokens(config, step))
+        whole = asked.read(_readings(group, prompt, length, most, shared))
+        at_once = group / (config.minibatches * present)
+        times = config.minibatches * present * _readings(at_once, prompt, length, most, shared)
+        update = asked.read(times)
+        tokens += outputs * length
+        read = whole + outputs * length
+        sampling += outputs * length * model.forward(length / 2)
+        of_responses = outputs * length * model.forward(prompt + length / 2)
+        training += fixed * (whole * model.forward(prompt / 2) + of_responses)
+        training += 3 * (update * model.forward(prompt / 2) + of_responses)
     work = f"{_count(config.steps)} rollouts of {_count(outputs)} in {config.minibatches} minibatches"
+    if asked.tokens:
+        repeated = group * asked.tokens + outputs * length
+        work += f", {short(read)} tokens a pass"
+        work += f" for {short(repeated)}" if read < repeated else ""
     memory = model.total * BYTES * (4 + bool(config.kl_coef))
-    return Estimate(stage, parents, work, tokens, tokens, flops, passes * flops, memory)
+    return Estimate(stage, parents, work, tokens, tokens, sampling, training, memory)
 
 
 def _next_token(

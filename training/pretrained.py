@@ -14,7 +14,7 @@ from typing import Any
 import huggingface_hub
 import transformers
 
-from training.checkpoint import TOKENIZER_FILES, load_config, load_model
+from training.checkpoint import TOKENIZER_FILES, load_config, load_model, load_tokenizer
 from training.config import nearest
 from training.errors import UserError
 from training.model import check_head
@@ -46,6 +46,26 @@ def load_pretrained(spec: str, key: str = "model.pretrained") -> tuple[Any, Any]
         raise UserError(f"{key}: {spec} holds no tokenizer.json")
     check_head(model)
     return model, tokenizer
+
+
+def pretrained_tokenizer(spec: str, key: str = "model.pretrained") -> Any:
+    """The tokenizer of a pretrained model, without its weights.
+
+    Raises:
+        UserError: a package or the folder is missing, or it holds no tokenizer that can be read.
+    """
+    if spec == SMOLLM2:
+        path = smollm2_file()
+        _require_gguf()
+        return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    folder = pretrained_folder(spec, key, (*CONFIG_FILES, *TOKENIZER_FILES, "*.jinja", "merges.txt"))
+    try:
+        tokenizer = load_tokenizer(folder)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(f"{key}: the tokenizer of {spec} cannot be read: {error}") from None
+    if tokenizer is None:
+        raise UserError(f"{key}: {spec} holds no tokenizer.json")
+    return tokenizer
 
 
 def pretrained_config(spec: str, key: str = "model.pretrained") -> Any:
@@ -114,8 +134,7 @@ def smollm2_file() -> Path:
 
 def _load_smollm2() -> tuple[Any, Any]:
     path = smollm2_file()
-    _require_gguf()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = pretrained_tokenizer(SMOLLM2)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     # transformers still takes the expanded weights for quantized ones and would not save them: move them to a plain model.
     config = loaded.config

@@ -8,11 +8,13 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 
 from r1kernels import backends, extension, use_backend
 from tests.support.finished import is_done
+from training import prompts
 from training.checkpoint import save_model
 from training.cli import main, table
 from training.estimate import CPU, count, estimate, parameters
 from training.model import build_model
 from training.recipe import STAGE_NAMES, load
+from training.responses import choose, problems
 from training.run_dir import RunDir
 from training.tokenizer import build_tokenizer
 
@@ -202,14 +204,16 @@ def test_dense_parameters_are_counted_as_transformers_builds_them(key_heads, tie
     assert count(config).total == count(config).active == expected
 
 
-def test_the_cost_of_grpo_by_hand():
-    """2 steps of 3 x 4 outputs of 0.25 x 80 = 20 tokens, seen at 10 tokens of context on average."""
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_cost_of_grpo_by_hand(shared):
+    """2 steps of 3 x 4 outputs of 0.25 x 80 = 20 tokens, seen at 10 tokens of context on average, behind prompts of 23."""
     words = [
         "zero.steps=2",
         "zero.prompts=3",
         "zero.group_size=4",
         "zero.max_new_tokens=80",
         "zero.max_new_tokens_from={}",
+        f"shared_prefix={shared}",
     ]
     recipe = load("tiny", [*words, "stages=[base, zero]"])
     (row,) = [row for row in estimate(recipe) if row.stage == "zero"]
@@ -217,11 +221,41 @@ def test_the_cost_of_grpo_by_hand():
     forward = 2 * model.active + 2 * model.attention_width * 10
     assert row.sampled_tokens == 2 * 12 * 20
     assert row.sampling_flops == pytest.approx(480 * forward)
-    assert row.training_flops == pytest.approx(
-        480 * forward * 5
-    )  # update 3, old and reference log-probs 1 each
+    tokenizer = build_tokenizer()
+    asked = choose(problems(recipe, "train", ["reasoning"]), 3, 0, "zero", "problems", 0)
+    lengths = [len(tokenizer.encode(prompts.plain(prompts.zero(each)))) for each in asked]
+    assert lengths == [22] * 3  # and a token that begins the text; no two have 16 tokens in common
+    of_prompts = 2 * 69 * (2 * model.active + 2 * model.attention_width * 11.5)
+    of_responses = 480 * (2 * model.active + 2 * model.attention_width * (23 + 10))
+    # with minibatches of half the outputs, 1 - (1/2)^4 of the prompts have a response in each of the two
+    readings = (1, 2 * 15 / 16) if shared else (4, 4)
+    expected = 2 * readings[0] * of_prompts + 3 * readings[1] * of_prompts + 5 * of_responses
+    assert row.training_flops == pytest.approx(expected)  # update 3, old and reference log-probs 1 each
+    assert row.work.endswith(", 309 tokens a pass for 516" if shared else ", 516 tokens a pass")
     assert row.memory_bytes == model.total * 4 * 5
-    assert row.hours(CPU) == pytest.approx((480 * forward / 5e9 + 2400 * forward / 20e9) / 3600)
+    assert row.hours(CPU) == pytest.approx((480 * forward / 5e9 + expected / 20e9) / 3600)
+
+
+def test_a_group_that_no_micro_batch_holds_is_read_again_in_each():
+    words = ["zero.prompts=3", "zero.group_size=4", "zero.max_new_tokens=80", "zero.minibatches=1"]
+
+    def cost(*more):
+        (row,) = [
+            row for row in estimate(load("tiny", [*words, "zero.steps=1", *more])) if row.stage == "zero"
+        ]
+        return row.training_flops
+
+    whole, halves, single, repeated = (
+        cost(*more)
+        for more in (
+            (),
+            ("zero.micro_batch_tokens=63",),
+            ("zero.micro_batch_tokens=43",),
+            ("shared_prefix=false",),
+        )
+    )
+    assert halves - whole == pytest.approx((single - whole) / 3)
+    assert whole < halves < single == pytest.approx(repeated)
 
 
 def sample(step, reward, text="<think> a </think> <answer> 3 </answer>"):
