@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import precision, results, saved
+from . import precision, prefix, results, saved
 from .report import markdown, tables
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +23,7 @@ FILES = (
     ROOT / "README.md",
     ROOT / "docs/benchmarks.md",
     ROOT / "docs/logprob.md",
+    ROOT / "docs/shared-prefix.md",
     ROOT / "docs/mixtures.md",
 )
 _BLOCK = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -89,6 +90,17 @@ def every_mixture() -> str:
     return mixtures.table(json.loads((ROOT / "bench/results/cpu/mixtures.json").read_text(encoding="utf-8")))
 
 
+def prefixes() -> str:
+    """The tables of ``python -m bench prefix``."""
+    path = ROOT / "bench/results/cpu/prefix.json"
+    if not path.is_file():
+        return "Not measured yet."
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return "\n\n".join(
+        f"{one.note}\n\n{markdown.rows(one)}" for one in (prefix.table(record), prefix.profile_table(record))
+    )
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "headline": headline,
     "every case": every_case,
@@ -96,6 +108,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "floors": floors,
     "precision": exactness,
     "saved": saved_bytes,
+    "prefix": prefixes,
     "mixtures": every_mixture,
 }
 

@@ -31,7 +31,8 @@ from .peers import Unavailable
 from .report.table import Cell, Table, size, times
 
 SCHEMA = 1
-SHARED, REPEATED, TRL = "r1kernels, shared prefixes", "r1kernels, each sequence for itself", "TRL"
+SHARED, REPEATED = "r1kernels, shared prefixes", "r1kernels, each sequence for itself"
+TRL, TRL_SHARED = "TRL", "TRL, patch(prefix=True)"
 PARTS = ("old", "reference", "new", "update")
 GOAL = 0.8  # of the ideal
 KL, RATE = 0.04, 1e-6
@@ -191,7 +192,8 @@ class Step:
     """One way to do a step: its parts timed, on weights that go back to what they were before the next."""
 
     def __init__(self, name: str, model: Any, batch: Batch) -> None:
-        if name == TRL:
+        self.patched = name == TRL_SHARED
+        if name in (TRL, TRL_SHARED):
             self.logprobs, self.loss = _of_trl(model, batch)
         else:
             self.logprobs = (_shared if name == SHARED else _repeated)(batch)
@@ -200,6 +202,14 @@ class Step:
 
     def __call__(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, float], float, float]:
         """(seconds of each part, loss, norm of the gradient)."""
+        if not self.patched:
+            return self._step(optimizer)
+        from r1kernels.integrations import trl
+
+        with trl.patch(prefix=True):
+            return self._step(optimizer)
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, float], float, float]:
         marks = [time.perf_counter()]
         with torch.no_grad():
             old = self.logprobs(self.model)
@@ -237,7 +247,7 @@ def measure(shape: Shape, rounds: int, say: Callable[[str], None] = print) -> di
         gc.collect()
         return steps[name](optimizer)
 
-    for name in (SHARED, REPEATED, TRL):
+    for name in (SHARED, REPEATED, TRL, TRL_SHARED):
         try:
             steps[name] = Step(name, model, batch)
         except Unavailable as reason:
@@ -264,7 +274,18 @@ def measure(shape: Shape, rounds: int, say: Callable[[str], None] = print) -> di
         "flops": {"shared": shape.flops(True), "repeated": shape.flops(False)},
         "load": [round(before, 2), round(load_average(), 2)],
         "rows": rows,
+        "profile": _profile(lambda: one(SHARED)),
     }
+
+
+def _profile(step: Callable[[], object]) -> dict[str, float]:
+    """Operator -> its share of the time of a step, those of at least one percent, the largest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        step()
+    times = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+    total = sum(times.values())
+    largest = sorted(times.items(), key=lambda item: -item[1])
+    return {name: round(value / total, 4) for name, value in largest if value >= 0.01 * total}
 
 
 def gain(case: Mapping[str, Any], name: str) -> float | None:
@@ -299,14 +320,25 @@ def table(record: Mapping[str, Any]) -> Table:
                 found.rows.append([Cell(case["text"]), Cell(name), *missing, Cell(row["reason"], "muted")])
                 continue
             seconds = [Cell(f"{statistics.median(row['samples'][part]):.2f}") for part in (*PARTS, "step")]
-            against = gain(case, name) if name != SHARED else None
+            own = name in (SHARED, TRL_SHARED)
+            against = None if own else gain(case, name)
             share = None if against is None else against / ideal(case)
             shown = "-" if share is None else f"{times(against)} ({share:.0%})"
             mark = "failed" if name == REPEATED and share is not None and share < GOAL else ""
             found.rows.append(
-                [Cell(case["text"]), Cell(name, "ours" if name == SHARED else ""), *seconds, Cell(shown, mark),
-                 Cell("-" if name == SHARED else times(ideal(case))), Cell(size(row["peak_bytes"]))]
+                [Cell(case["text"]), Cell(name, "ours" if own else ""), *seconds, Cell(shown, mark),
+                 Cell("-" if own else times(ideal(case))), Cell(size(row["peak_bytes"]))]
             )  # fmt: skip
+    return found
+
+
+def profile_table(record: Mapping[str, Any]) -> Table:
+    """Where the time of a step with shared prefixes goes."""
+    note = "Share of each operator in the time of a step with shared prefixes, as torch.profiler counts it; those of 1 % and more."
+    found = Table("Profile", ("shape", "operators"), note=note)
+    for case in record["cases"]:
+        shares = ", ".join(f"`{name}` {share:.0%}" for name, share in case["profile"].items())
+        found.rows.append([Cell(case["text"]), Cell(shares)])
     return found
 
 
@@ -324,4 +356,5 @@ def main(out: Path, rounds: int, tiny: bool) -> None:
         record["cases"].append(measure(shape, rounds))
         results.save(out, record)
     print(markdown.section(table(record)))
+    print(markdown.section(profile_table(record)))
     print(out)

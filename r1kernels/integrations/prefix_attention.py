@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .prefix_kernels import Kernel, Options
 from .prefix_tree import Node
@@ -179,6 +180,7 @@ class _TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, out, lse = ctx.saved_tensors
         call, do = ctx.call, grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()

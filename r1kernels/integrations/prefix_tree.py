@@ -85,7 +85,9 @@ class PrefixTree:
         return values.new_zeros(real.shape).masked_scatter(real, values)
 
 
-def prefix_tree(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> PrefixTree:
+def prefix_tree(
+    prompt_ids: Sequence[Sequence[int] | Tensor], completion_ids: Sequence[Sequence[int] | Tensor]
+) -> PrefixTree:
     """The tree of B sequences, each a prompt and one of its completions.
 
     Equal beginnings are found wherever they stand in the call: equal prompts, a head that prompts have in common, and
@@ -93,8 +95,8 @@ def prefix_tree(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Se
     about the time of sorting them.
 
     Args:
-        prompt_ids: B lists of at least one token id.
-        completion_ids: B lists of token ids; an empty one has no log-probs.
+        prompt_ids: B lists, or tensors of one dimension, of at least one token id.
+        completion_ids: B of them too; an empty one has no log-probs.
 
     Returns:
         PrefixTree, for ``shared_prefix_logprobs`` and ``shared_prefix_states`` of any model, and ``tree.tokens``, the
@@ -103,7 +105,7 @@ def prefix_tree(prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Se
     Raises:
         ValueError: no sequences, another number of completions than prompts, or an empty prompt.
     """
-    prompts, completions = [list(ids) for ids in prompt_ids], [list(ids) for ids in completion_ids]
+    prompts, completions = ([_ids(ids) for ids in rows] for rows in (prompt_ids, completion_ids))
     if not prompts or len(prompts) != len(completions):
         raise ValueError(
             f"completion_ids: expected one completion per prompt and at least one, got {len(completions)} for "
@@ -171,6 +173,10 @@ def build(rows: list[list[int]], prompt_lengths: list[int], least_saved: int = L
         cu_seqlens=_long([0, *accumulate(len(path) for path in row_paths)]),
         nodes=tuple(nodes),
     )
+
+
+def _ids(ids: Sequence[int] | Tensor) -> list[int]:
+    return ids.tolist() if isinstance(ids, Tensor) else [*ids]
 
 
 def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:

@@ -120,6 +120,7 @@ def check_model(model: Any) -> None:
         ValueError: see ``shared_prefix_states``.
     """
     inner = unwrapped(model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # of PEFT
     name = type(inner).__name__
     if model.training:
         dropout = next(

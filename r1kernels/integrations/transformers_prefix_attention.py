@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from .. import autocast
 from .prefix_attention import Call, Parts, attention, split
 from .prefix_kernels import EAGER, Options, choose
 from .prefix_tree import PrefixTree
 
 NAME = "r1kernels_prefix_tree"
+# where transformers' layers and torch's CheckpointWrapper keep the function that computes them again
+_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 class Running:
@@ -93,7 +96,7 @@ def tree_attention(
         )
     running.windows.append(sliding_window)
     parts, window = running.parts(sliding_window)
-    query, key, value = _one_dtype(query, key, value)
+    query, key, value = autocast.cast(query, key, value)
     options = Options(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
     size = value.shape[-1]
     plain, masked = (choose(query, value, masked, options) for masked in (False, True))
@@ -101,21 +104,9 @@ def tree_attention(
     if plain is not EAGER and size < query.shape[-1]:
         value = nn.functional.pad(value, (0, query.shape[-1] - size))
     call = Call(parts, running.positions, window or 0, options, plain, masked)
-    with torch.autocast(query.device.type, enabled=False):
+    with autocast.off(query):
         out = attention(query, key, value, s_aux, call)
     return out.transpose(1, 2)[..., :size], None
-
-
-def _one_dtype(*tensors: Tensor) -> list[Tensor]:
-    """As autocast does for torch's own attention; without it, what all of them can be."""
-    device = tensors[0].device.type
-    dtype = tensors[0].dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        for other in tensors[1:]:
-            dtype = torch.promote_types(dtype, other.dtype)
-    return [tensor.to(dtype) for tensor in tensors]
 
 
 AttentionInterface.register(NAME, tree_attention)
@@ -148,8 +139,7 @@ def packed(model: Any, tree: PrefixTree) -> Iterator[Running]:
         if hasattr(getattr(module, "config", None), "_attn_implementation_internal")
     }
     running = Running(tree, next(model.parameters()).device)
-    checkpointed = [module for module in modules if "_gradient_checkpointing_func" in vars(module)]
-    originals = [module._gradient_checkpointing_func for module in checkpointed]
+    checkpoints = [(m, name, vars(m)[name]) for m in modules for name in _CHECKPOINTS if name in vars(m)]
 
     def checkpointing(original: Callable[..., Any]) -> Callable[..., Any]:
         def checkpoint(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -162,10 +152,10 @@ def packed(model: Any, tree: PrefixTree) -> Iterator[Running]:
         return checkpoint
 
     try:
-        for module, original in zip(checkpointed, originals, strict=True):
-            module._gradient_checkpointing_func = checkpointing(original)
+        for module, name, original in checkpoints:
+            setattr(module, name, checkpointing(original))
         with attending([*configs.values()], running):
             yield running
     finally:
-        for module, original in zip(checkpointed, originals, strict=True):
-            module._gradient_checkpointing_func = original
+        for module, name, original in checkpoints:
+            setattr(module, name, original)

@@ -22,9 +22,10 @@ def test_all_ways_take_the_same_step(tmp_path):
     prefix.main(out, rounds=1, tiny=True)
     record = json.loads(out.read_text(encoding="utf-8"))
     (case,) = record["cases"]
-    assert {*case["rows"]} == {prefix.SHARED, prefix.REPEATED, prefix.TRL}
+    assert {*case["rows"]} == {prefix.SHARED, prefix.REPEATED, prefix.TRL, prefix.TRL_SHARED}
     losses = [row["loss"] for row in case["rows"].values()]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)
+    assert 0.5 < sum(case["profile"].values()) <= 1
     assert prefix.gain(case, prefix.REPEATED) > 0
     assert f"| {SHAPE.text} | {prefix.TRL} |" in markdown.rows(prefix.table(record))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from r1kernels.integrations.prefix_tree import build, prefix_tree
@@ -12,7 +12,6 @@ from r1kernels.integrations.prefix_tree import build, prefix_tree
 TOKENS = st.lists(st.integers(0, 2), max_size=30)
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     rows=st.lists(st.tuples(TOKENS.filter(len), TOKENS), min_size=1, max_size=8),
     least=st.sampled_from([1, 3, 16]),
@@ -61,6 +60,11 @@ def test_pad_keeps_the_order_and_gradients():
     assert padded.tolist() == [[1.0, 2.0], [0.0, 0.0], [3.0, 0.0]]
     (padded * torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]])).sum().backward()
     assert values.grad.tolist() == [1.0, 2.0, 16.0]
+
+
+def test_tensors_are_lists():
+    tree = prefix_tree(torch.tensor([[1, 2], [1, 3]]), [torch.tensor([4]), torch.tensor([5, 6])])
+    assert tree.input_ids.tolist() == prefix_tree([[1, 2], [1, 3]], [[4], [5, 6]]).input_ids.tolist()
 
 
 def test_bad_sequences_are_errors():

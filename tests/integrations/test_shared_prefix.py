@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from r1kernels.integrations import transformers as r1
 from tests.support import causal_models
@@ -100,6 +108,37 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     found = models.gradients(model, logp)
     assert torch.equal(logp, expected)
     assert all(torch.equal(found[name], of_expected[name]) for name in of_expected)
+
+
+def test_checkpointing_of_torch_changes_nothing():
+    model = models.build("Llama").train()
+    tree = r1.prefix_tree(*models.sequences())
+    of_expected = models.gradients(model, r1.shared_prefix_logprobs(model, tree))
+    for reentrant in (CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT):
+        wrapped = models.build("Llama").train()
+        apply_activation_checkpointing(
+            wrapped,
+            checkpoint_wrapper_fn=partial(checkpoint_wrapper, checkpoint_impl=reentrant),
+            check_fn=lambda module: isinstance(module, LlamaDecoderLayer),
+        )
+        found = models.gradients(wrapped, r1.shared_prefix_logprobs(wrapped, tree))
+        found = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in found.items()}
+        assert all(torch.equal(found[name], of_expected[name]) for name in of_expected)
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same():
+    model = models.build("Llama")
+    prompts, completions = models.sequences()
+    model.model.compile(backend="eager")
+    logp = r1.shared_prefix_logprobs(
+        model, r1.prefix_tree(prompts, completions), temperature=models.TEMPERATURE
+    )
+    found = models.gradients(model, logp)
+    expected = models.repeated(model, prompts, completions)[0]
+    of_expected = models.gradients(model, expected)
+    assert models.difference(logp, expected) < 1e-6
+    assert max(models.difference(found[name], of_expected[name]) for name in of_expected) < 1e-5
 
 
 def test_the_model_is_left_as_it_was():
