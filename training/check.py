@@ -17,13 +17,15 @@ import torch
 import r1kernels
 from training import corpus, filters, rewards, traces
 from training.config import nearest, unknown
+from training.engines.server import check_python
+from training.engines.service import Service
 from training.errors import UserError, named
 from training.loops.loss import loss_arguments
 from training.model import deepseek_config
 from training.needs import check_needs, kinds_of
 from training.pipeline import POLICIES, STAGES, Stage, plan
 from training.pretrained import check_pretrained
-from training.recipe import Base, Distill, Evaluate, Grpo, NextToken, Recipe, RlAll, Zero, start_of
+from training.recipe import Base, Distill, Evaluate, Grpo, NextToken, Recipe, RlAll, Rollout, Zero, start_of
 from training.tasks import names as task_names
 from training.tasks.problem import KINDS
 from training.tokenizer import build_tokenizer
@@ -47,6 +49,7 @@ def check(recipe: Recipe, stages: Mapping[str, Stage] = STAGES, *, data: bool = 
         if data:
             _check_folders(name, recipe)
     _check_tasks(recipe)
+    _check_rollout(recipe.rollout)
     return check_needs(recipe, order) if data else []
 
 
@@ -171,3 +174,19 @@ def _check_tasks(recipe: Recipe) -> None:
     for spec in recipe.task_options:
         if spec not in recipe.task and (":" in spec or spec not in task_names()):
             raise UserError(f"task_options: {unknown('task', spec, recipe.task)}")
+
+
+def _check_rollout(rollout: Rollout) -> None:
+    """A server is asked for in one way, and only where it is the engine."""
+    if rollout.engine == "vllm" and bool(rollout.url) == rollout.start:
+        raise UserError(
+            "rollout.engine: vllm takes either rollout.url=http://HOST:PORT of a server, or rollout.start=true, which starts one"
+        )
+    if rollout.engine != "vllm" and (rollout.url or rollout.start):
+        raise UserError(
+            f"rollout.engine: expected vllm, whose server rollout.url or rollout.start name, got {rollout.engine}"
+        )
+    if rollout.url:
+        Service(rollout.url, rollout.timeout)
+    if rollout.start:
+        check_python(rollout.python)

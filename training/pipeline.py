@@ -16,6 +16,7 @@ import torch
 from training import files, notices
 from training.config import rounding_differences, unknown
 from training.context import StageContext
+from training.engines.house import housed
 from training.errors import UserError
 from training.placement import device_of, placed
 from training.progress import Progress
@@ -304,7 +305,7 @@ def _run_stage(
         if stage.add_warning(kind, text):
             progress.say(f"warning: {name}: {text}")
 
-    with placed(recipe), notices.listening(hear):
+    with placed(recipe), housed(run_dir.path), notices.listening(hear):
         metrics = stages[name].run(context)
     stage.finish(metrics)
     return True

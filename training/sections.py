@@ -184,8 +184,35 @@ class Grpo:
 class Rollout:
     """Who draws responses, in every stage that asks a model."""
 
-    engine: Literal["transformers"] = setting(
-        "transformers", "transformers: the model itself, in the process of the run"
+    engine: Literal["transformers", "vllm"] = setting(
+        "transformers",
+        "transformers: the model itself, in the process of the run; vllm: a server, which `url` names or `start` starts",
+    )
+    url: str = setting("", "of a vLLM server that runs, such as http://127.0.0.1:8000", operational=True)
+    start: bool = setting(
+        False, "start a vLLM server for the stages that ask one, and stop it behind each", operational=True
+    )
+    python: str = setting(
+        ".venv-vllm/bin/python",
+        "the Python that has vLLM, for `start`; `make vllm` makes it",
+        operational=True,
+    )
+    options: list[str] = field(
+        default_factory=list,
+        metadata=about("further words of the command of a server that is started", operational=True),
+    )
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "of the weights that a server is given, and that a server which is started computes in"
+    )
+    tolerance: float = setting(
+        1e-3,
+        "between the log-probs of a server and the trainer's own after an update, on average over the tokens of a probe; more "
+        "stops the run",
+        above=0,
+        operational=True,
+    )
+    timeout: float = setting(
+        600.0, "seconds that one answer of a server, or its start, may take", above=0, operational=True
     )
     stale: Literal["refuse", "correct"] = setting(
         "refuse",

@@ -7,6 +7,7 @@ from typing import Any
 from training.cli.arguments import add_run, between, checkpoint, existing_run
 from training.config import nearest
 from training.placement import placed
+from training.recipe import Rollout
 from training.response import parse
 from training.tasks.problem import Problem, problem_id
 
@@ -45,7 +46,9 @@ def run_command(arguments: argparse.Namespace) -> None:
     recipe = run_dir.read_recipe()
     name, path = checkpoint(run_dir, arguments.checkpoint)
     with placed(recipe):
-        _talk(responses.load_source(name.split("-")[0], path, recipe), recipe, arguments)
+        source = responses.load_source(name.split("-")[0], path, recipe)
+        source.rollout = Rollout()  # whoever drew for the run, one answer at a time is drawn here
+        _talk(source, recipe, arguments)
 
 
 def _talk(source: Any, recipe: Any, arguments: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """`run --dry-run`: the plan of a recipe, its stage graph, memory and cost."""
 
+from training.engines.describe import describe
 from training.estimate import BYTES, CPU, GPU, LENGTH_SHARE, estimate, parameters
 from training.files import readable_bytes
 from training.format import align, short
@@ -18,6 +19,7 @@ def text(recipe: Recipe) -> str:
         f"recipe {recipe.name}: {recipe.description}",
         f"model: {short(model.total)} parameters, {short(model.active)} of them active for a token "
         f"({model.total:,} in all); forward passes in {recipe.dtype}",
+        f"rollouts: {describe(recipe.rollout)}",
         f"bytes per parameter: {4 * BYTES} in training (float32 weights, gradients and two moments), {BYTES} more for a "
         f"reference, {BYTES} for sampling",
         "",

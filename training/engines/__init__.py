@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from training.sections import Rollout
 
 
+class EngineError(UserError):
+    """The engine failed while nothing had changed yet: the same command draws the step again."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One response to draw.
@@ -90,8 +94,10 @@ def connect(
     Raises:
         UserError: the engine cannot serve the model, or cannot be reached.
     """
-    if rollout.engine == "transformers":
-        from training.engines.transformers import TransformersEngine
+    if rollout.engine == "vllm":
+        from training.engines.vllm import VllmEngine
 
-        return TransformersEngine(model, tokenizer, version)
-    raise UserError(f"rollout.engine: expected transformers, got {rollout.engine!r}")
+        return VllmEngine(rollout, model, tokenizer, version)
+    from training.engines.transformers import TransformersEngine
+
+    return TransformersEngine(model, tokenizer, version)

@@ -23,7 +23,7 @@ import r1kernels
 from training import checkpoint, engines, rewards, seeding
 from training.context import StageContext
 from training.encoder import Encoder
-from training.engines import Engine
+from training.engines import Engine, EngineError
 from training.loops.batch import Batch, collate, logprobs, pieces, routed, row_of
 from training.loops.loss import policy_loss
 from training.loops.off_policy import corrections, sampler_gap, staleness
@@ -66,6 +66,7 @@ def train(
 
     Raises:
         UserError: too many steps in a row without a finite loss or gradient.
+        EngineError: the engine failed; a resume point holds all steps before.
     """
     optimizer = Optimizer(policy, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
     reference = (reference or frozen_copy(policy)) if config.kl_coef else None
@@ -81,22 +82,34 @@ def train(
         closing(engines.connect(context.recipe.rollout, policy, tokenizer, start)) as engine,
         context.progress.grpo_bar(config.steps, start, context.name) as bar,
     ):
+
+        def save(step: int) -> None:
+            tensors = optimizer.tensors()
+            if reference is not None and config.reference_every:
+                tensors |= checkpoint.model_tensors(reference, "reference.")
+            context.stage.save_state(step, tensors, optimizer.counters())
+
         for step in range(start, config.steps):
-            engine.update(policy, step)
-            with profiled(context.stage.path, step, start, config.steps):
-                metrics = _step(
-                    engine,
-                    policy,
-                    reference,
-                    tokenizer,
-                    optimizer,
-                    problems,
-                    prompt,
-                    reward,
-                    config,
-                    context,
-                    step,
-                )
+            try:
+                engine.update(policy, step)
+                with profiled(context.stage.path, step, start, config.steps):
+                    metrics = _step(
+                        engine,
+                        policy,
+                        reference,
+                        tokenizer,
+                        optimizer,
+                        problems,
+                        prompt,
+                        reward,
+                        config,
+                        context,
+                        step,
+                    )
+            except EngineError:  # before the step changed anything: a run that goes on draws it again
+                if step > start:
+                    save(step)
+                raise
             context.stage.log(step=step, **metrics)
             watch.see(metrics)
             shown = [name for name in SHOWN if name in metrics]
@@ -106,10 +119,7 @@ def train(
             if reference is not None and config.reference_every and (step + 1) % config.reference_every == 0:
                 reference.load_state_dict(policy.state_dict())
             if save_due(step + 1, config.steps, config.save_every, context.stage.unsaved_seconds):
-                tensors = optimizer.tensors()
-                if reference is not None and config.reference_every:
-                    tensors |= checkpoint.model_tensors(reference, "reference.")
-                context.stage.save_state(step + 1, tensors, optimizer.counters())
+                save(step + 1)
     policy.eval()
     return _final(context.stage.metrics(), config.steps)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import r1kernels
-from training.errors import UserError
+from training.engines import EngineError
 from training.loops.sample import Completion
 from training.recipe import Rollout
 
@@ -21,13 +21,13 @@ def staleness(completions: Sequence[Completion], step: int, rollout: Rollout) ->
     """Metrics: updates that the weights of a response lag behind those of `step`, on average, and the share that lags at all.
 
     Raises:
-        UserError: a response is not of this step's weights, and the recipe does not say that such ones are corrected.
+        EngineError: a response is not of this step's weights, and the recipe does not say that such ones are corrected.
     """
     lags = [step - each.version for each in completions]
     stale = sum(lag != 0 for lag in lags)
     if stale and rollout.stale == "refuse":
         found = next(each.version for each in completions if each.version != step)
-        raise UserError(
+        raise EngineError(
             f"{stale} of {len(lags)} responses are of other weights than the policy's: expected version {step}, got {found}; "
             "rollout.stale=correct weighs them instead"
         )

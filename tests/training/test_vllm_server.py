@@ -1,0 +1,85 @@
+"""A real vLLM server on the CPU (`make vllm`): log-probs and greedy tokens after updates, updates that are not whole, whole runs."""
+
+import pytest
+import torch
+
+from tests.support.vllm_stand_in import PYTHON, StandIn, moved, policy, requests, talk
+from training.engines import EngineError, SamplingParams, connect, house, weights
+from training.sections import Rollout
+from training.tokenizer import build_tokenizer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON.is_file(), reason="no .venv-vllm: `make vllm` makes it"),
+]
+ROLLOUT = Rollout(engine="vllm", start=True, python=str(PYTHON), timeout=900.0)
+TOKENIZER = build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """One house for all tests, whose server is started once for a size of model."""
+    with house.housed(tmp_path_factory.mktemp("home")):
+        yield
+
+
+def test_after_each_of_three_updates_log_probs_and_greedy_tokens_are_those_of_transformers(home):
+    model = policy()
+    engine = connect(ROLLOUT, model, TOKENIZER)
+    for version in range(1, 4):
+        engine.update(moved(model, version), version)
+        for request, output in zip(requests(), engine.sample(requests(), SamplingParams()), strict=True):
+            ids = torch.tensor([[*request.prompt_ids, *output.token_ids]])
+            with torch.no_grad():
+                logp = model(ids).logits[0, len(request.prompt_ids) - 1 : -1].log_softmax(-1)
+            own = logp[torch.arange(len(output.token_ids)), list(output.token_ids)]
+            torch.testing.assert_close(torch.tensor(output.logp), own, rtol=0, atol=1e-4)
+            assert output.version == version
+        for request, output in zip(requests(), engine.sample(requests(), SamplingParams(0.0)), strict=True):
+            ids = torch.tensor([request.prompt_ids])
+            greedy = model.generate(
+                ids, do_sample=False, max_new_tokens=request.max_new_tokens, eos_token_id=None
+            )
+            assert greedy[0, ids.shape[1] :].tolist() == list(output.token_ids)
+    engine.close()
+
+
+def test_draws_depend_on_prompt_and_key_alone(home):
+    engine = connect(ROLLOUT, policy(), TOKENIZER)
+    together = engine.sample(requests(), SamplingParams())
+    alone = [engine.sample([request], SamplingParams())[0] for request in requests()]
+    assert [each.token_ids for each in together] == [each.token_ids for each in alone]
+    assert together[0].token_ids != together[1].token_ids  # one prompt, two keys
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.0.self_attn.v_proj.bias", "lm_head.weight"]
+)
+def test_an_update_that_leaves_out_one_tensor(home, monkeypatch, name):
+    model = policy()
+    whole = weights.write
+
+    def incomplete(model, folder, dtype):
+        from safetensors.torch import load_file, save_file
+
+        whole(model, folder, dtype)
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    connect(ROLLOUT, model, TOKENIZER).close()
+    monkeypatch.setattr(weights, "write", incomplete)
+    with pytest.raises(EngineError, match="left a tensor out"):
+        connect(ROLLOUT, model, TOKENIZER)
+
+
+def test_the_recording_of_the_stand_in_is_what_the_server_answers(home):
+    """The stand-in of the everyday tests, beside the real one: the same conversation, the same tokens."""
+    with StandIn() as stand_in:
+        recorded = talk(connect(stand_in.rollout, model := policy(), TOKENIZER), model)
+    real = talk(connect(ROLLOUT, model := policy(), TOKENIZER), model)
+    for ours, theirs in zip(recorded, real, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a.token_ids, a.finished, a.version) == (b.token_ids, b.finished, b.version)
+            assert a.logp == pytest.approx(b.logp, abs=1e-5)

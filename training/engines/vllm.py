@@ -1,0 +1,270 @@
+"""The engine behind a vLLM server: prompts and responses travel over HTTP as token ids, weights as a folder.
+
+Tried with vLLM 0.32. An update writes the weights aside, pauses the server, has it read them again, clears its prefix
+cache, names the version and resumes. Then the server must report that version, and its log-probs of a probe must be the
+trainer's own. The first update is one with scrambled weights (`weights.scrambled`), so that a tensor that never arrives shows
+before the first step.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from training import files
+from training.encoder import Encoder
+from training.engines import EngineError, Output, Request, SamplingParams, weights
+from training.engines.house import House, current_house
+from training.engines.server import Server, check_python
+from training.engines.service import Refused, Service
+from training.sections import Rollout
+
+PROBE = 64  # tokens of a probe
+TOLD = "what is 1 + 2 ? Why ?"  # a text whose tokens any tokenizer has
+UNKNOWN = -1  # version of weights that this engine did not hand over
+
+_handed: set[str] = set()  # names of all versions that engines of this process gave to servers
+
+
+class VllmEngine:
+    """An `Engine` whose model is a copy inside of a server."""
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        version: int = 0,
+    ) -> None:
+        """Reaches or starts the server of `rollout`, checks that it fits the model, and hands the weights over.
+
+        Raises:
+            EngineError: the server is absent, serves another model, or does not take the weights.
+        """
+        self.encoder = Encoder(model, tokenizer)
+        self.version = version
+        self._rollout, self._model = rollout, model
+        self._dtype: torch.dtype = getattr(torch, rollout.dtype)
+        self._identity = uuid.uuid4().hex[:8]  # versions of another run are not taken for ours
+        self._name = ""
+        self._stack = ExitStack()
+        with ExitStack() as stack:
+            self._house = stack.enter_context(current_house())
+            self._service = self._started(self._house) if rollout.start else self._found()
+            self._context = self._examine()
+            with weights.scrambled(model):
+                self._hand_over("proof")
+            self.update(model, version)
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Gives up the server; one that was started outside of a stage is stopped."""
+        self._stack.close()
+
+    def update(self, model: PreTrainedModel, version: int) -> None:
+        """Hands the weights of `model` over and checks that the server computes with them."""
+        self._model, self.version = model, version
+        self._hand_over(str(version))
+
+    def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Output]:
+        """One output a request, in order; each is a call of its own with the seed of its key."""
+        if not requests:
+            return []
+        self._hold()
+        pool = ThreadPoolExecutor(min(params.batch_size, len(requests)))
+        try:
+            drawn = [pool.submit(self._draw, request, params) for request in requests]
+            done, _ = wait(drawn, return_when=FIRST_EXCEPTION)
+            for each in done:
+                each.result()
+            return [each.result() for each in drawn]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            self._service.hang_up()
+            raise
+        finally:
+            pool.shutdown()
+
+    # One response
+
+    def _draw(self, request: Request, params: SamplingParams) -> Output:
+        length = len(request.prompt_ids)
+        # the last token of a response is not read, but vLLM counts it
+        if length + request.max_new_tokens - 1 > self._context or length >= self._context:
+            raise EngineError(
+                f"{self._service.url} reads {self._context} tokens, and a prompt of {length} with a response of "
+                f"{request.max_new_tokens} is asked: start it with a longer --max-model-len"
+            )
+        answer = self._generate(
+            request.prompt_ids,
+            max_tokens=min(request.max_new_tokens, self._context - length),
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            seed=request.key,
+            stop_token_ids=list(params.stop_ids),
+            logprobs=0,
+        )
+        (choice,) = answer["choices"]
+        ids = tuple(choice["token_ids"])
+        if choice["finish_reason"] not in ("stop", "length") or not ids:
+            raise EngineError(
+                f"{self._service.url} broke a response off ({choice['finish_reason']}): run the same command again, which "
+                "draws the step again"
+            )
+        logp = tuple(each["logprob"] for each in choice["logprobs"]["content"])
+        return Output(
+            ids,
+            (0.0,) * len(ids) if params.temperature == 0 else logp,
+            ids[-1] in params.stop_ids,
+            min((self._version(span["version"]) for span in choice["weight_versions"]), default=UNKNOWN),
+        )
+
+    def _generate(self, ids: Sequence[int], **params: Any) -> Any:
+        body = {
+            "token_ids": list(ids),
+            "sampling_params": {"ignore_eos": True, "detokenize": False, **params},
+        }
+        return self._service.call("POST", "/inference/v1/generate", body)
+
+    def _version(self, name: str) -> int:
+        number, _, identity = name.rpartition("-")
+        return int(number) if identity == self._identity and number.isdecimal() else UNKNOWN
+
+    # Weights
+
+    def _hand_over(self, version: str) -> None:
+        call, name = self._service.call, f"{version}-{self._identity}"
+        weights.write(self._model, self._house.weights, self._dtype)
+        call("POST", "/pause?mode=abort")
+        folder = str(self._house.weights.resolve())
+        call("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+        if not call("POST", "/reset_prefix_cache")["success"]:
+            raise EngineError(f"{self._service.url} keeps its prefix cache over an update: restart it")
+        call("POST", "/update_weight_version", {"new_version": name})
+        call("POST", "/resume")
+        _handed.add(name)
+        self._name = name
+        reported = self._reported()
+        if reported != name:
+            raise EngineError(f"{self._service.url} reports weights {reported!r} after an update to {name!r}")
+        self._verify(version)
+
+    def _reported(self) -> str:
+        reported: str = self._service.call("GET", "/weight_info")["weight_version"]
+        return reported
+
+    def _verify(self, version: str) -> None:
+        """Raises where the server computes with other weights than the model has."""
+        ids = weights.probe_ids(self._vocabulary, min(PROBE, self._context - 1))
+        answer = self._generate(ids, max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        told = [
+            each[str(token)]["logprob"]
+            for token, each in zip(ids[1:], answer["prompt_logprobs"][1:], strict=True)
+        ]
+        gap = float((torch.tensor(told) - weights.logprobs(self._model, ids)).abs().mean())
+        if not gap <= self._rollout.tolerance:
+            raise EngineError(
+                f"{self._service.url} computes with other weights than it was given: its log-probs differ by {gap:.2g} on "
+                f"average (rollout.tolerance {self._rollout.tolerance:g}) after "
+                + (
+                    "the trial update, which changes every tensor"
+                    if version == "proof"
+                    else f"update {version}"
+                )
+                + ": it left a tensor out, has another model, or read an old folder"
+            )
+
+    def _hold(self) -> None:
+        """Makes sure that the server has this engine's weights; another engine of the process may have given it its own."""
+        reported = self._reported()
+        if reported == self._name:
+            return
+        if reported not in _handed:
+            raise EngineError(
+                f"{self._service.url} has weights {reported!r}, not {self._name!r}: it was started again or serves someone else "
+                "too; run the same command again"
+            )
+        self._hand_over(str(self.version))
+
+    # The server
+
+    @property
+    def _vocabulary(self) -> int:
+        size: int = self._model.config.get_text_config().vocab_size
+        return size
+
+    def _found(self) -> Service:
+        return Service(self._rollout.url, self._rollout.timeout)
+
+    def _started(self, house: House) -> Service:
+        """The server of the stage, started where there is none for a model of these sizes."""
+        config = self._model.config.to_dict()
+        wanted = files.value_hash([str(config), self._rollout.options, self._rollout.dtype])
+        if house.server is None or house.serves != wanted or not house.server.alive:
+            house.stop()
+            check_python(self._rollout.python)
+            weights.write(self._model, house.weights, self._dtype)
+            house.server = Server(self._rollout, house.weights, house.log, self.encoder.positions)
+            house.serves = wanted
+        return house.server.service
+
+    def _examine(self) -> int:
+        """The context of the server in tokens, after checks that it can serve this model at all."""
+        call, url = self._service.call, self._service.url
+        try:
+            call("POST", "/resume")  # an update that was cut off leaves a server paused
+            self._reported()
+        except Refused as refused:
+            if refused.status != 404:
+                raise
+            raise EngineError(f"{url} takes no weights: start vLLM with VLLM_SERVER_DEV_MODE=1") from None
+        context: int = call("GET", "/v1/models")["data"][0]["max_model_len"]
+        last = self._vocabulary - 1
+        if not self._knows(last) or self._knows(last + 1):
+            raise EngineError(
+                f"{url} serves a model with another vocabulary than the {last + 1} entries of this one: start it with the "
+                "model of the run"
+            )
+        self._compare_tokenizer()
+        return context
+
+    def _knows(self, token: int) -> bool:
+        """Whether the token is in the server's vocabulary; vLLM checks allowed ids, and dies of a prompt's."""
+        try:
+            answer = self._generate([0], max_tokens=1, temperature=1.0, logprobs=0, allowed_token_ids=[token])
+        except Refused as refused:
+            if refused.status == 403:
+                raise EngineError(
+                    f"{self._service.url} takes no token ids: start vLLM with --enable-scale-out"
+                ) from None
+            if refused.status != 400:
+                raise
+            return False
+        # of one token that is allowed the probability is 1
+        if answer["choices"][0]["logprobs"]["content"][0]["logprob"] != 0:
+            raise EngineError(
+                f"{self._service.url} tells log-probs of another distribution than it draws from: start vLLM with "
+                "--logprobs-mode processed_logprobs"
+            )
+        return True
+
+    def _compare_tokenizer(self) -> None:
+        """Raises where the server has a tokenizer, and it names token ids otherwise."""
+        body = {"prompt": TOLD, "add_special_tokens": False, "return_token_strs": True}
+        try:
+            answer = self._service.call("POST", "/tokenize", body)
+        except Refused:
+            return  # it was started without one: token ids alone travel
+        own = self.encoder.tokenizer.convert_ids_to_tokens(answer["tokens"])
+        for token, theirs, ours in zip(answer["tokens"], answer["token_strs"], own, strict=True):
+            if theirs != ours:
+                raise EngineError(
+                    f"{self._service.url} has another tokenizer: token {token} is {theirs!r} there and {ours!r} here"
+                )
