@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import precision, prefix, results, saved
+from . import precision, results, saved
 from .report import markdown, tables
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +92,8 @@ def every_mixture() -> str:
 
 def prefixes() -> str:
     """The tables of ``python -m bench prefix``."""
+    from . import prefix  # which needs transformers
+
     path = ROOT / "bench/results/cpu/prefix.json"
     if not path.is_file():
         return "Not measured yet."

@@ -82,12 +82,13 @@ def split(nodes: Sequence[Node], window: int | None, device: torch.device) -> Pa
         if len(group) == 1:
             own.append(slice(group[0].start, group[0].end))
             continue
-        starts, ends = torch.tensor([node[:2] for node in group], device=device).T.unsqueeze(2)
-        positions = starts + torch.arange(int((ends - starts).max()), device=device)
+        starts, ends = torch.tensor([node[:2] for node in group]).T.unsqueeze(2)
+        positions = starts + torch.arange(int((ends - starts).max()))
         rows = (positions < ends).flatten().nonzero().squeeze(1)
         padding = (positions >= ends)[:, None, :, None]
         positions = torch.minimum(positions, ends - 1)
-        batches.append(Batch(positions, padding, rows, positions.flatten()[rows]))
+        found = Batch(positions, padding, rows, positions.flatten()[rows])
+        batches.append(Batch(*(one.to(device) for one in found)))
     others = []
     for index, node in enumerate(nodes):
         for start, end, deepest in _runs(nodes, index, window):

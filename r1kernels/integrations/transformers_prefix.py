@@ -159,8 +159,10 @@ def _refusal(model: Any, inner: Any) -> str:
     branch = next(node for node in tree.nodes if node.last == node.end)  # the first: what leaks goes forward
     ids = tree.input_ids.clone()
     ids[branch.start : branch.end] = (ids[branch.start : branch.end] + 1) % config.vocab_size
+    device = next(inner.parameters()).device
+    devices = [] if device.type == "cpu" else [device]
     try:
-        with torch.no_grad(), unobserved():
+        with torch.no_grad(), unobserved(), torch.random.fork_rng(devices, device_type=device.type):
             states, running = _states(model, tree)
             changed, _ = _states(model, replace(tree, input_ids=ids))
             repeated = head_inputs(model, torch.tensor(rows, device=states.device)).flatten(0, 1)
