@@ -28,6 +28,11 @@ Size = Annotated[int, "size"]
 Written = Annotated[Tensor, "written"]
 """Annotates a tensor that a kernel writes to."""
 
+Contiguous = Annotated[Tensor, None]
+Float32 = Annotated[Tensor, torch.float32]
+Int32 = Annotated[Tensor, torch.int32]
+"""Annotate a tensor that kernels take contiguous, and in this dtype, whatever a call holds."""
+
 _KEYS = {
     "cpu": ("CPU",),
     "cuda": ("CUDA",),
@@ -42,6 +47,10 @@ _TYPES = {
     float: "float",
     bool: "bool",
 }
+_TAKEN: dict[Any, torch.dtype | None] = {}
+for _kind in (Contiguous, Float32, Int32):
+    _TYPES |= {_kind: "Tensor", _kind | None: "Tensor?"}
+    _TAKEN |= dict.fromkeys((_kind, _kind | None), typing.get_args(_kind)[1])
 _library = torch.library.Library("r1kernels", "FRAGMENT")
 
 
@@ -89,7 +98,8 @@ class Kernel:
 
     Args:
         name: of the op; ``suffix`` follows the name of the backend.
-        arguments: a NamedTuple annotated with Tensor, Tensor | None, Written, Size, int, float, bool, or another one of these.
+        arguments: a NamedTuple annotated with Tensor, Contiguous, Float32, Int32, one of these | None, Written, Size, int, float,
+            bool, or another such NamedTuple.
         shapes: (call) -> the results uninitialised: a tensor, a tuple of tensors, or None, and annotated as that.
     """
 
@@ -103,6 +113,9 @@ class Kernel:
         suffix: str = "",
     ) -> None:
         self.fields = Fields(arguments)
+        self._taken = [
+            (place, _TAKEN[of]) for place, of in enumerate(self.fields.types.values()) if of in _TAKEN
+        ]
         self._names = {backend: f"{name}_{backend}{suffix}" for backend in backends}
         self._ops = {}
         schema = ", ".join(f"{_TYPES[of]} {field}" for field, of in self.fields.types.items())
@@ -112,7 +125,10 @@ class Kernel:
             self._ops[backend] = getattr(torch.ops.r1kernels, op).default
 
     def __call__(self, backend: str, call: Any) -> Any:
-        return self._ops[backend](*self.fields.of(call))
+        row = [*self.fields.of(call)]
+        for place, dtype in self._taken:
+            row[place] = _taken(row[place], dtype)
+        return self._ops[backend](*row)
 
     def implement(self, backend: str, *keys: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorates a function of the call: this backend's op, for tensors of its devices or of these dispatch keys."""
@@ -242,6 +258,18 @@ class Op:
 
     def __call__(self, backend: str | None, *call: Any) -> Any:
         return backends.dispatch(self.name, backend, *call)
+
+
+def _taken(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """A tensor as kernels take it: without gradient, in this dtype, contiguous."""
+    # asked first: each call that would change nothing costs as much as the kernel of a small batch
+    if tensor is None:
+        return None
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if dtype is not None and tensor.dtype is not dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _results(shapes: Callable[..., Any]) -> str:

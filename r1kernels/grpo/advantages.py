@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, devices
-from ..op import Kernel, Op
+from ..op import Contiguous, Float32, Kernel, Op
 from . import reference
 from .casts import numbers_tensor
 from .reference import SCALES
@@ -104,12 +104,12 @@ def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | N
 
 
 class AdvantagesCall(NamedTuple):
-    rewards: Tensor  # kernels take float32
+    rewards: Float32
     group_size: int  # of runs that are the groups; 0: group_ids say which those are
-    group_ids: Tensor | None
-    valid: Tensor | None
+    group_ids: Contiguous | None
+    valid: Contiguous | None
     scale: int  # the place in SCALES
-    eps: Tensor  # float64 (1,) on the CPU; kernels take float32
+    eps: Float32  # float64 (1,) on the CPU
     leave_one_out: bool
 
 
@@ -120,22 +120,10 @@ def _shapes(call: AdvantagesCall) -> Tensor:
 FORWARD = Kernel("group_advantages", AdvantagesCall, _shapes)
 
 
-def _on_kernels(backend: str, call: AdvantagesCall) -> Tensor:
-    rewards, group_size, group_ids, valid, scale, eps, leave_one_out = call
-    if group_ids is not None:
-        group_ids = group_ids.contiguous()
-    if valid is not None:
-        valid = valid.contiguous()
-    rewards = rewards.detach().float().contiguous()
-    return FORWARD(
-        backend, AdvantagesCall(rewards, group_size, group_ids, valid, scale, eps.float(), leave_one_out)
-    )
-
-
 GROUP_ADVANTAGES = Op(
     "group_advantages",
     reference.group_advantages,
-    _on_kernels,
+    FORWARD,
     decides="rewards",
     dtypes=(*devices.FLOATS, torch.bool),
 )

@@ -1,27 +1,12 @@
-"""What the kernels of this family take: values as contiguous float32, numbers in a small tensor on the CPU."""
+"""What the kernels of this family take: numbers in a small tensor on the CPU."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-Values = TypeVar("Values", Tensor, Tensor | None)
-
-
-def floats(values: Values, differentiable: bool = False) -> Values:
-    """Values, or None, as kernels read them: float32, contiguous, without gradient unless ``differentiable``."""
-    if values is None:
-        return values
-    if values.requires_grad and not differentiable:
-        values = values.detach()
-    # asked first: each call that would change nothing costs as much as the kernel of a small batch
-    if values.dtype is torch.float32 and values.is_contiguous():
-        return values
-    return values.float().contiguous()
 
 
 def without_values() -> bool:

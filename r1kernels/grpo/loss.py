@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..op import Kernel, Op, recorded
+from ..op import Contiguous, Float32, Kernel, Op, recorded
 from . import reference
-from .casts import floats
 from .layout import advantages_of, num_sequences_of
 from .metrics import NAMES, GRPOOutput, Metrics, measured_names
 from .objective import RATIOS, Objective, check_call, constants_of, has_clip, resolved
@@ -173,18 +172,18 @@ def grpo_loss(
 
 
 class Tokens(NamedTuple):
-    """What stands at every token, (B, T), or packed (N,) with cu_seqlens. Kernels take it contiguous, floats in float32."""
+    """What stands at every token, (B, T), or packed (N,) with cu_seqlens."""
 
-    logp: Tensor
-    old_logp: Tensor | None  # None: the policy itself
-    advantages: Tensor  # one per token, or (B, 1): one per sequence
-    mask: Tensor  # bool or integer
-    ref_logp: Tensor | None
-    policy_weights: Tensor | None  # one per token, or (B, 1)
-    entropy: Tensor | None
-    entropy_weights: Tensor | None
-    weights: Tensor | None  # None: see KernelCall
-    cu_seqlens: Tensor | None  # int32 or int64 (B + 1,); None: padded
+    logp: Float32
+    old_logp: Float32 | None  # None: the policy itself
+    advantages: Float32  # one per token, or (B, 1): one per sequence
+    mask: Contiguous  # bool or integer
+    ref_logp: Float32 | None
+    policy_weights: Float32 | None  # one per token, or (B, 1)
+    entropy: Float32 | None
+    entropy_weights: Float32 | None
+    weights: Float32 | None  # None: see KernelCall
+    cu_seqlens: Contiguous | None  # int32 or int64 (B + 1,); None: padded
 
 
 class LossCall(NamedTuple):
@@ -227,8 +226,8 @@ class BackwardCall(NamedTuple):
     grad_logp: Tensor  # and so on: results of the forward (empty: not needed)
     grad_of_ratio: Tensor
     grad_entropy: Tensor
-    mask: Tensor
-    cu_seqlens: Tensor | None
+    mask: Contiguous
+    cu_seqlens: Contiguous | None
 
 
 def shapes(call: KernelCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -290,7 +289,7 @@ def _are_final(grad_loss: Tensor, grad_of_ratio: Tensor) -> bool:
 _recorded = recorded(
     "grpo_loss",
     FORWARD,
-    differentiable=lambda call: (call.tokens.logp, call.tokens.entropy),
+    differentiable=lambda call: (call.tokens.logp, call.tokens.entropy if call.entropy_gradient else None),
     save=_save,
     backward=_gradients,
     give=lambda call, results: results[:2],
@@ -299,39 +298,26 @@ _recorded = recorded(
 
 
 def _on_kernels(backend: str, call: LossCall) -> GRPOOutput:
-    given, objective = call.tokens, call.objective
-    cu_seqlens = given.cu_seqlens
-    tokens = Tokens(
-        floats(given.logp, differentiable=True),
-        floats(given.old_logp),
-        floats(given.advantages),
-        given.mask.contiguous(),
-        floats(given.ref_logp),
-        floats(given.policy_weights),
-        floats(given.entropy, differentiable=objective.entropy_coef != 0),
-        floats(given.entropy_weights),
-        floats(given.weights),
-        None if cu_seqlens is None else cu_seqlens.contiguous(),
-    )
-    divisor = ONE
-    if given.weights is None:
-        divisor = divisor_of(call.reduction, call.totals, given.mask, cu_seqlens)
+    tokens, objective = call.tokens, call.objective
+    entropy, divisor = tokens.entropy, ONE
+    if tokens.weights is None:
+        divisor = divisor_of(call.reduction, call.totals, tokens.mask, tokens.cu_seqlens)
     gradients = torch.is_grad_enabled()
     logp_gradient = gradients and tokens.logp.requires_grad
-    entropy_gradient = gradients and tokens.entropy is not None and tokens.entropy.requires_grad
+    entropy_gradient = (
+        gradients and objective.entropy_coef != 0 and entropy is not None and entropy.requires_grad
+    )
     loss, metrics = _recorded(
         backend, kernel_call_of(tokens, objective, divisor, logp_gradient, entropy_gradient)
     )
-    names = measured_names(
-        tokens.ref_logp is not None, tokens.entropy is not None, has_clip(objective.variant)
-    )
+    names = measured_names(tokens.ref_logp is not None, entropy is not None, has_clip(objective.variant))
     return GRPOOutput(loss, Metrics(metrics, names))
 
 
 def kernel_call_of(
     tokens: Tokens, objective: Objective, divisor: Divisor, logp_gradient: bool, entropy_gradient: bool
 ) -> KernelCall:
-    """The call of a kernel for tokens as kernels take them."""
+    """The call of a kernel."""
     numbers, variant, ratio, kl = constants_of(objective, divisor.number)
     counted = COUNTS.index(divisor.counted)
     return KernelCall(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import autocast, checks, devices
-from ..op import Kernel, Op, recorded
+from ..op import Contiguous, Float32, Int32, Kernel, Op, recorded
 from . import reference
 from .sort import check_ascending, too_many
 
@@ -120,9 +120,8 @@ def moe_experts(
     checks.tensor("down", down, dtypes=(hidden.dtype,))
     if checks.values_visible(indices):
         checks.in_range("indices", indices, 0, experts, allow=experts)
-    call = ExpertsCall(
-        hidden, indices, weights, gate_up, down, ACTIVATIONS.index(activation), save == "hidden"
-    )
+    keep = save == "hidden" and torch.is_grad_enabled()
+    call = ExpertsCall(hidden, indices, weights, gate_up, down, ACTIVATIONS.index(activation), keep)
     return MOE_EXPERTS(backend, call)
 
 
@@ -133,16 +132,16 @@ def _at_least_one_expert(name: str, weight: Tensor) -> int:
 
 
 class GemmCall(NamedTuple):
-    x: Tensor
-    weight: Tensor
-    offsets: Tensor  # kernels take int32
+    x: Contiguous
+    weight: Contiguous
+    offsets: Int32
 
 
 class GemmBackwardCall(NamedTuple):
-    grad: Tensor
-    x: Tensor
-    weight: Tensor
-    offsets: Tensor
+    grad: Contiguous
+    x: Contiguous
+    weight: Contiguous
+    offsets: Int32
     need_x: bool
     need_weight: bool
 
@@ -159,28 +158,19 @@ GEMM_FORWARD = Kernel("grouped_gemm", GemmCall, _gemm_shapes)
 GEMM_BACKWARD = Kernel("grouped_gemm", GemmBackwardCall, _gemm_backward_shapes, suffix="_backward")
 
 
-def _gemm_forward(backend: str, call: GemmCall) -> Tensor:
-    return GEMM_FORWARD(backend, GemmCall(*_contiguous(*call)))
-
-
 def _gemm_gradients(
     backend: str, inputs: Any, tensors: Any, _: Any, grads: Any, needs: Any
 ) -> tuple[Tensor, ...]:
-    row = (*_contiguous(*grads, *inputs, *tensors), *needs)
-    return GEMM_BACKWARD(backend, GemmBackwardCall._make(row))
+    return GEMM_BACKWARD(backend, GemmBackwardCall(*grads, *inputs, *tensors, *needs))
 
 
 _recorded_gemm = recorded(
     "grouped_gemm",
-    _gemm_forward,
+    GEMM_FORWARD,
     differentiable=lambda call: (call.x, call.weight),
     save=lambda call, result: ((call.offsets,), None),
     backward=_gemm_gradients,
 )
-
-
-def _gemm_on_kernels(backend: str, call: GemmCall) -> Tensor:
-    return _recorded_gemm(backend, GemmCall(call.x, call.weight, call.offsets.to(torch.int32)))
 
 
 def _empty(weight: Tensor) -> tuple[str, ...]:
@@ -190,7 +180,7 @@ def _empty(weight: Tensor) -> tuple[str, ...]:
 GROUPED_GEMM = Op(
     "grouped_gemm",
     reference.grouped_gemm,
-    _gemm_on_kernels,
+    _recorded_gemm,
     decides="x",
     limits=lambda backend, call: (*too_many(call.x.shape[0]), *_empty(call.weight)),
     cuda_yields=devices.grouped_products_yield,
@@ -198,21 +188,21 @@ GROUPED_GEMM = Op(
 
 
 class ExpertsCall(NamedTuple):
-    hidden: Tensor
-    indices: Tensor
-    weights: Tensor  # kernels take float32
-    gate_up: Tensor
-    down: Tensor
+    hidden: Contiguous
+    indices: Contiguous
+    weights: Float32
+    gate_up: Contiguous
+    down: Contiguous
     activation: int  # the place in ACTIVATIONS
     keep: bool  # the pre-activation, for the backward
 
 
 class ExpertsBackwardCall(NamedTuple):
-    grad: Tensor
-    hidden: Tensor
-    weights: Tensor
-    gate_up: Tensor
-    down: Tensor
+    grad: Contiguous
+    hidden: Contiguous
+    weights: Float32
+    gate_up: Contiguous
+    down: Contiguous
     pre_activation: Tensor  # (S, 2 * I) in the order of the experts; of no rows: it is computed again
     offsets: Tensor
     permutation: Tensor
@@ -250,21 +240,17 @@ EXPERTS_FORWARD = Kernel("moe_experts", ExpertsCall, _experts_shapes)
 EXPERTS_BACKWARD = Kernel("moe_experts", ExpertsBackwardCall, _experts_backward_shapes, suffix="_backward")
 
 
-def _experts_forward(backend: str, call: ExpertsCall) -> tuple[Tensor, ...]:
-    return EXPERTS_FORWARD(backend, ExpertsCall._make((*_contiguous(*call[:5]), *call[5:])))
-
-
 def _experts_gradients(
     backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any
 ) -> tuple[Tensor, ...]:
-    row = (*_contiguous(*grads, *inputs, *tensors), others, *needs)
+    row = (*grads, *inputs, *tensors, others, *needs)
     return EXPERTS_BACKWARD(backend, ExpertsBackwardCall._make(row))
 
 
 # Hidden states and weight matrices are saved as they are: a contiguous copy does not live until the backward.
 _recorded_experts = recorded(
     "moe_experts",
-    _experts_forward,
+    EXPERTS_FORWARD,
     differentiable=lambda call: (call.hidden, call.weights, call.gate_up, call.down),
     save=lambda call, results: (results[1:], call.activation),
     backward=_experts_gradients,
@@ -272,26 +258,14 @@ _recorded_experts = recorded(
 )
 
 
-def _experts_on_kernels(backend: str, call: ExpertsCall) -> Tensor:
-    hidden, indices, weights, gate_up, down, activation, keep = call
-    keep = keep and torch.is_grad_enabled()
-    return _recorded_experts(
-        backend, ExpertsCall(hidden, indices, weights.float(), gate_up, down, activation, keep)
-    )
-
-
 MOE_EXPERTS = Op(
     "moe_experts",
     reference.moe_experts,
-    _experts_on_kernels,
+    _recorded_experts,
     decides="hidden",
     limits=lambda backend, call: (*too_many(call.indices.numel()), *_empty(call.gate_up)),
     cuda_yields=devices.grouped_products_yield,
 )
-
-
-def _contiguous(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
 
 
 def _gradient(like: Tensor, needed: bool) -> Tensor:

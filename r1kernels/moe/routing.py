@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..op import Kernel, Op, recorded
+from ..op import Contiguous, Float32, Kernel, Op, recorded
 from . import reference
 
 SCORES = ("sigmoid", "softmax")
@@ -120,22 +120,20 @@ def route(
 
 
 class RouteCall(NamedTuple):
-    """Kernels take it contiguous, the bias in float32."""
-
-    logits: Tensor
+    logits: Contiguous
     top_k: int
     softmax: bool
-    bias: Tensor | None
+    bias: Float32 | None
     n_group: int
     topk_group: int
     normalize: bool
     scale: float
-    indices: Tensor | None  # a choice to replay, which is copied to the result; None: choose
+    indices: Contiguous | None  # a choice to replay, which is copied to the result; None: choose
 
 
 class RouteBackwardCall(NamedTuple):
-    grad_weights: Tensor  # (T, K) float32
-    logits: Tensor
+    grad_weights: Contiguous  # (T, K) float32
+    logits: Contiguous
     indices: Tensor
     softmax: bool
     normalize: bool
@@ -164,7 +162,7 @@ def _save(call: RouteCall, results: tuple[Tensor, ...]) -> Any:
 
 
 def _gradients(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any) -> list[Tensor]:
-    return [BACKWARD(backend, RouteBackwardCall(grads[0].contiguous(), *inputs, *tensors, *others))]
+    return [BACKWARD(backend, RouteBackwardCall(grads[0], *inputs, *tensors, *others))]
 
 
 _recorded = recorded(
@@ -177,18 +175,6 @@ _recorded = recorded(
 )
 
 
-def _on_kernels(backend: str, call: RouteCall) -> Any:
-    logits, top_k, softmax, bias, n_group, topk_group, normalize, scale, indices = call
-    if bias is not None:
-        bias = bias.detach().float().contiguous()
-    if indices is not None:
-        indices = indices.contiguous()
-    return _recorded(
-        backend,
-        RouteCall(logits.contiguous(), top_k, softmax, bias, n_group, topk_group, normalize, scale, indices),
-    )
-
-
 def _limits(backend: str, call: RouteCall) -> tuple[str, ...]:
     experts = call.logits.shape[1]
     if backend == "cpu" or experts <= MOST_EXPERTS:
@@ -196,4 +182,4 @@ def _limits(backend: str, call: RouteCall) -> tuple[str, ...]:
     return (f"{experts} experts are more than the {MOST_EXPERTS} that a GPU kernel chooses from",)
 
 
-ROUTE = Op("route", reference.route, _on_kernels, decides="logits", limits=_limits)
+ROUTE = Op("route", reference.route, _recorded, decides="logits", limits=_limits)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..op import Kernel, Op
+from ..op import Contiguous, Kernel, Op
 from . import reference
 
 MOST_ROWS = 2**31 - 1  # that kernels count
@@ -59,7 +59,7 @@ def sort_by_expert(indices: Tensor, num_experts: int) -> ExpertOrder:
 
 
 class SortCall(NamedTuple):
-    indices: Tensor  # (S,)
+    indices: Contiguous  # (S,)
     experts: int
 
 
@@ -69,10 +69,6 @@ def _shapes(call: SortCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 FORWARD = Kernel("sort_by_expert", SortCall, _shapes)
-
-
-def _on_kernels(backend: str, call: SortCall) -> tuple[Tensor, Tensor, Tensor]:
-    return FORWARD(backend, SortCall(call.indices.contiguous(), call.experts))
 
 
 def too_many(rows: int) -> tuple[str, ...]:
@@ -85,7 +81,7 @@ def too_many(rows: int) -> tuple[str, ...]:
 SORT_BY_EXPERT = Op(
     "sort_by_expert",
     reference.sort_by_expert,
-    _on_kernels,
+    FORWARD,
     decides="indices",
     dtypes=(torch.int64,),
     limits=lambda backend, call: too_many(call.indices.numel()),
