@@ -127,7 +127,8 @@ class Kernel:
     def __call__(self, backend: str, call: Any) -> Any:
         row = [*self.fields.of(call)]
         for place, dtype in self._taken:
-            row[place] = _taken(row[place], dtype)
+            if row[place] is not None:
+                row[place] = _taken(row[place], dtype)
         return self._ops[backend](*row)
 
     def implement(self, backend: str, *keys: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -152,7 +153,7 @@ def recorded(
     differentiable: Callable[[Any], tuple[Tensor | None, ...]],
     save: Callable[[Any, Any], tuple[Sequence[Tensor | None], Any]],
     backward: Callable[..., Sequence[Tensor | None]],
-    give: Callable[[Any, Any], Any] = lambda call, results: results,
+    give: Callable[[Any, Any], Any] | None = None,
     constant: Sequence[int] = (),
     again: Callable[..., Sequence[Tensor | None]] | None = None,
 ) -> Callable[[str, Any], Any]:
@@ -166,7 +167,7 @@ def recorded(
         backward: (backend, inputs, tensors, others, gradients of what is given, which inputs need one) -> gradients of the
             inputs. It runs without autograd.
         again: the same for a further backward through one graph, where the first overwrites what was saved; None: backward.
-        give: (call, results) -> what is handed out; the places in ``constant`` have no gradient.
+        give: (call, results) -> what is handed out, None: the results; the places in ``constant`` have no gradient.
     """
 
     class Function(torch.autograd.Function):
@@ -177,7 +178,7 @@ def recorded(
             ctx.save_for_backward(*inputs, *tensors)
             ctx.backend, ctx.ran = backend, False
             ctx.set_materialize_grads(False)
-            given = give(call, results)
+            given = results if give is None else give(call, results)
             if constant:
                 ctx.mark_non_differentiable(*[given[place] for place in constant])
             return given
@@ -210,7 +211,8 @@ def recorded(
             for value in inputs:
                 if value is not None and value.requires_grad:
                     return Function.apply(backend, call, *inputs)
-        return give(call, forward(backend, call))
+        results = forward(backend, call)
+        return results if give is None else give(call, results)
 
     return run
 
@@ -245,27 +247,31 @@ class Op:
         if kernels is None:
             return
 
-        def reasons(backend: str, of_device: Callable[..., list[str]], call: Any) -> Sequence[str]:
-            found = of_device(decides, getattr(call, decides), dtypes)
-            return found if limits is None else [*found, *limits(backend, call)]
+        def reasons_of(backend: str) -> Callable[[Any], Sequence[str]]:
+            of_device = getattr(devices, backend)
+
+            def reasons(call: Any) -> Sequence[str]:
+                found = of_device(decides, getattr(call, decides), dtypes)
+                return found if limits is None else (*found, *limits(backend, call))
+
+            return reasons
 
         yields = {}
         if cuda_yields is not None:
             yields["cuda"] = lambda call: cuda_yields(getattr(call, decides))
         for backend in BACKENDS:
-            asked = partial(reasons, backend, getattr(devices, backend))
-            backends.register(name, backend, partial(kernels, backend), asked, yields.get(backend))
+            backends.register(
+                name, backend, partial(kernels, backend), reasons_of(backend), yields.get(backend)
+            )
 
     def __call__(self, backend: str | None, *call: Any) -> Any:
         return backends.dispatch(self.name, backend, *call)
 
 
-def _taken(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """A tensor as kernels take it: without gradient, in this dtype, contiguous."""
+def _taken(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor as kernels take it: in this dtype, contiguous, without gradient."""
     # asked first: each call that would change nothing costs as much as the kernel of a small batch
-    if tensor is None:
-        return None
-    if tensor.requires_grad:
+    if tensor.requires_grad and torch.is_grad_enabled():
         tensor = tensor.detach()
     if dtype is not None and tensor.dtype is not dtype:
         tensor = tensor.to(dtype)

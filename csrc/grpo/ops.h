@@ -144,9 +144,9 @@ inline R1kernelsAdvantages call_of(const Tensor& rewards, int64_t group_size, co
     }
     call.group_size = group_size;
     if (valid) call.valid = static_cast<const bool*>(entries("valid", *valid, ScalarType::Bool, rewards));
-    STD_TORCH_CHECK(eps.is_cpu() && eps.scalar_type() == ScalarType::Float && eps.numel() == 1,
-                    "eps: expected a float32 number on the CPU");
-    call.eps = *static_cast<const float*>(eps.data_ptr());
+    STD_TORCH_CHECK(eps.is_cpu() && eps.scalar_type() == ScalarType::Double && eps.numel() == 1,
+                    "eps: expected a float64 number on the CPU");
+    call.eps = static_cast<float>(*static_cast<const double*>(eps.data_ptr()));
     call.scale = static_cast<int32_t>(scale);
     call.leave_one_out = leave_one_out;
     call.advantages = static_cast<float*>(advantages.data_ptr());

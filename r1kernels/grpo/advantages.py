@@ -109,7 +109,7 @@ class AdvantagesCall(NamedTuple):
     group_ids: Contiguous | None
     valid: Contiguous | None
     scale: int  # the place in SCALES
-    eps: Float32  # float64 (1,) on the CPU
+    eps: Tensor  # float64 (1,) on the CPU
     leave_one_out: bool
 
 

@@ -69,7 +69,7 @@ def num_sequences_of(mask: Tensor, cu_seqlens: Tensor | None) -> int:
     if num_sequences < 0 or (num_sequences == 0 and mask.shape[0] > 0):
         raise ValueError(f"cu_seqlens: expected shape (B + 1,) with B >= 1, got {tuple(cu_seqlens.shape)}")
     if checks.values_visible(cu_seqlens):
-        _check_boundaries(cu_seqlens.tolist(), mask.shape[0])
+        checks.boundaries("cu_seqlens", cu_seqlens, mask.shape[0])
     return num_sequences
 
 
@@ -100,16 +100,3 @@ def advantages_of(advantages: Tensor, num_sequences: int, like: Tensor) -> Tenso
             f"got {tuple(advantages.shape)}"
         )
     return advantages
-
-
-def _check_boundaries(cu_seqlens: list[int], num_tokens: int) -> None:
-    first, last = cu_seqlens[0], cu_seqlens[-1]
-    if first != 0 or last != num_tokens:
-        raise ValueError(
-            f"cu_seqlens: expected the first entry 0 and the last {num_tokens}, got {first} and {last}"
-        )
-    if cu_seqlens != sorted(cu_seqlens):
-        position = next(i for i in range(1, len(cu_seqlens)) if cu_seqlens[i] < cu_seqlens[i - 1])
-        raise ValueError(
-            f"cu_seqlens: expected entries that never fall, got {cu_seqlens[position]} at {position}"
-        )

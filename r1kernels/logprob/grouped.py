@@ -170,11 +170,7 @@ def _check_groups(
         if cu_seqlens.shape[0] == 0:
             raise ValueError("cu_seqlens: expected shape (B + 1,), got (0,)")
         if checks.values_visible(cu_seqlens):
-            bounds = cu_seqlens.tolist()
-            if bounds[0] != 0 or bounds[-1] != targets.shape[0] or sorted(bounds) != bounds:
-                raise ValueError(
-                    f"cu_seqlens: expected 0 to N = {targets.shape[0]} in rising order, got {bounds}"
-                )
+            checks.boundaries("cu_seqlens", cu_seqlens, targets.shape[0])
     completions = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if completions % group_size:
         raise ValueError(f"group_size: expected a divisor of the {completions} completions, got {group_size}")

@@ -46,7 +46,7 @@ def check_kept(kept: Any, targets: Tensor, vocabulary: int, ignore_index: int) -
             f"kept offsets: expected a tensor on {targets.device} or the CPU, got one on {offsets.device}"
         )
     if checks.values_visible(offsets):
-        _check_offsets(offsets, ids.shape[0])
+        checks.boundaries("kept offsets", offsets, ids.shape[0])
     ids, offsets = ids.long().contiguous(), offsets.to(targets.device, torch.int64).contiguous()
     if ids.shape[0] == 0:
         return None
@@ -60,20 +60,6 @@ def check_kept(kept: Any, targets: Tensor, vocabulary: int, ignore_index: int) -
     if checks.debugging() and not torch.compiler.is_compiling():
         _check_members(Kept(ids, offsets), targets.reshape(-1), ignore_index)
     return Kept(ids, offsets)
-
-
-def _check_offsets(offsets: Tensor, count: int) -> None:
-    ends = (int(offsets[0]), int(offsets[-1]))
-    if ends != (0, count):
-        raise ValueError(
-            f"kept offsets: expected the first to be 0 and the last the number of ids, {count}, got {ends}"
-        )
-    falling = offsets[1:] < offsets[:-1]
-    if bool(falling.any()):
-        (place,) = checks.first_bad(falling)
-        raise ValueError(
-            f"kept offsets: expected rising order, got {int(offsets[place + 1])} after {int(offsets[place])} at position {place + 1}"
-        )
 
 
 def _check_members(kept: Kept, targets: Tensor, ignore_index: int) -> None:
@@ -150,7 +136,7 @@ def entries(call: EntriesCall) -> Entries:
     tokens = token_of_each(kept).clamp(0, targets.shape[0] - 1)
     wrong = (ids < 0) | (ids >= vocabulary)
     if ids.is_cpu and not torch.compiler.is_compiling():  # the caller in a compiled graph has not looked
-        _check_offsets(offsets, count)
+        checks.boundaries("kept offsets", offsets, count)
         if bool(wrong.any()):
             raise RuntimeError(f"kept ids: expected values in [0, {vocabulary})")
     order = ids.argsort(stable=True)

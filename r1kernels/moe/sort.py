@@ -90,12 +90,10 @@ SORT_BY_EXPERT = Op(
 
 def check_ascending(name: str, offsets: Tensor, high: int) -> None:
     """Raise ValueError unless ``offsets`` ascends from at least 0 to at most ``high``. Needs visible values."""
-    bad = torch.zeros_like(offsets, dtype=torch.bool)
-    bad[0] = offsets[0] < 0
-    bad[1:] = offsets[1:] < offsets[:-1]
-    bad |= offsets > high
-    if bool(bad.any()):
-        (position,) = checks.first_bad(bad)
-        raise ValueError(
-            f"{name}: expected ascending values in [0, {high}], got {int(offsets[position])} at position {position}"
-        )
+    before = 0
+    for position, entry in enumerate(offsets.tolist()):
+        if not before <= entry <= high:
+            raise ValueError(
+                f"{name}: expected ascending values in [0, {high}], got {entry} at position {position}"
+            )
+        before = entry

@@ -220,11 +220,11 @@ def test_debug_checks_name_what_is_outside_or_twice():
     ("change", "message"),
     [
         (lambda ids, offsets: (ids, offsets[:-1]), r"offsets: expected shape \(13\), got \(12,\)"),
-        (lambda ids, offsets: (ids, offsets.flip(0)), r"offsets: expected the first to be 0 and the last"),
-        (lambda ids, offsets: (ids[:-1], offsets), r"the number of ids, \d+, got \(0, \d+\)"),
+        (lambda ids, offsets: (ids, offsets.flip(0)), r"offsets: expected the first entry 0 and the last"),
+        (lambda ids, offsets: (ids[:-1], offsets), r"the first entry 0 and the last \d+, got 0 and \d+"),
         (
             lambda ids, offsets: (ids, offsets.index_fill(0, torch.tensor([5]), 0)),
-            r"rising order, got 0 after 20 at position 5",
+            r"entries that never fall, got 0 at 5 after 20",
         ),
         (
             lambda ids, offsets: (ids.index_fill(0, torch.tensor([7]), V), offsets),
