@@ -1,6 +1,11 @@
 """What holds for every test: one thread (two on a busy machine run many times slower) and repeatable examples."""
 
 import contextlib
+import os
+
+# The keys of these caches do not hold the shapes that an op gives: a graph compiled before an op changed would be found again.
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 
 import pytest
 import torch

@@ -79,17 +79,20 @@ Ints counted_tokens(const R1kernelsGrpo& call, int64_t first, Count count) {
 }
 
 template <typename Count>
-Tokens load_tokens(const R1kernelsGrpo& call, int64_t sequence, float weight, Ints counted, int64_t first,
+Tokens load_tokens(const R1kernelsGrpo& call, int64_t sequence, float weight, Ints in_mask, int64_t first,
                    Count count) {
     const Floats zero = {};
     Tokens tokens;
+    Ints counted = in_mask;
     const auto values = [&](const float* from) {
         __builtin_prefetch(from + first + kAhead);
         return counted ? load_values(from, first, count) : zero;
     };
-    tokens.counted = counted;
-    tokens.logp = values(call.logp);
-    tokens.log_ratio = call.old_logp == nullptr ? zero : tokens.logp - values(call.old_logp);
+    const Floats logp = values(call.logp), old_logp = call.old_logp == nullptr ? logp : values(call.old_logp);
+    tokens.impossible = is_impossible(call, logp, old_logp);
+    tokens.counted = counted = in_mask & ~tokens.impossible;
+    tokens.logp = counted ? logp : zero;
+    tokens.log_ratio = call.old_logp == nullptr ? zero : (counted ? logp - old_logp : zero);
     tokens.drift = call.ref_logp == nullptr ? zero : values(call.ref_logp) - tokens.logp;
     if (call.advantages_per_token) {
         tokens.advantage = values(call.advantages);

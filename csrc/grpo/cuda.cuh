@@ -46,10 +46,13 @@ __device__ inline int64_t sequence_at(const R1kernelsGrpo& call, int64_t token) 
 
 __device__ inline Tokens load_token(const R1kernelsGrpo& call, int64_t sequence, float weight, int64_t t) {
     Tokens token = {};
-    token.counted = is_counted(call, t);
-    if (!token.counted) return token;
-    token.logp = call.logp[t];
-    if (call.old_logp != nullptr) token.log_ratio = token.logp - call.old_logp[t];
+    if (!is_counted(call, t)) return token;
+    const float logp = call.logp[t], old_logp = call.old_logp == nullptr ? logp : call.old_logp[t];
+    token.impossible = is_impossible(call, logp, old_logp);
+    if (token.impossible) return token;
+    token.counted = true;
+    token.logp = logp;
+    if (call.old_logp != nullptr) token.log_ratio = logp - old_logp;
     if (call.ref_logp != nullptr) token.drift = call.ref_logp[t] - token.logp;
     token.advantage = call.advantages[call.advantages_per_token ? t : sequence];
     token.policy_weight =
@@ -79,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) first_kernel(R1kernelsGrpo call, Wor
             one.counted = is_counted(call, t) ? 1.0f : 0.0f;
         } else {
             const Tokens token = load_token(call, item.sequence, 1.0f, t);
-            one.counted = token.counted ? 1.0f : 0.0f;
+            one.counted = token.counted || token.impossible ? 1.0f : 0.0f;
             sequence_terms(call, token, one.first, one.second, one.third);
         }
         sums = add(sums, one);

@@ -17,7 +17,7 @@ using Optional = std::optional<Tensor>;
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-constexpr int64_t kMetrics = 12;
+constexpr int64_t kMetrics = 13;
 
 inline float* data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 

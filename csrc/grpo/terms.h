@@ -27,10 +27,19 @@ R1KERNELS_TERM F clamp(F value, F low, F high) {
     return raised > high ? high : raised;
 }
 
+// Whether neither policy can have made a token (x = o = -inf, or x alone where the policy itself made it): -inf minus -inf has
+// no meaning, so the token has the difference 0 and the weight 0.
+template <class F>
+R1KERNELS_TERM auto is_impossible(const R1kernelsGrpo& call, F logp, F old_logp) {
+    const F least = same<F>(-INFINITY);
+    return (logp == least) & ((call.old_logp == nullptr ? least : old_logp) == least);
+}
+
 // One token, or a vector of them; what does not count is 0 (counted: false), so that no NaN or inf stands there.
 template <class F, class Mask>
 struct Token {
-    Mask counted;
+    Mask counted;     // by the mask, and possible
+    Mask impossible;  // counted by the mask: in the weights of the others and in the length of its sequence
     F logp, log_ratio;  // x, l
     F drift;            // r - x, 0 without a reference
     F advantage;
@@ -235,7 +244,7 @@ R1KERNELS_TERM Term<F> kl_term(const R1kernelsGrpo& call, F d, F ratio) {
 // What the second pass adds up. Means over ratios and clips are in units (see Sequence::unit).
 template <class F>
 struct LossSums {
-    F tokens = {};                     // counted
+    F tokens = {}, impossible = {};    // counted; and those of the mask that are not
     F policy = {}, kl_loss = {}, bonus = {};  // sum w p l, sum w KL, sum e H
     F kl = {}, entropy = {}, log_ratio = {};
     F ratio = {}, clipped_low = {}, clipped_high = {};
@@ -310,6 +319,7 @@ R1KERNELS_TERM TokenGradient<F> add_token(const R1kernelsGrpo& call, const Seque
     }
 
     sums.tokens += counted ? one : zero;
+    sums.impossible += token.impossible ? one : zero;
     sums.log_ratio += token.log_ratio;
     const F seen = counted ? ratio : zero;
     sums.ratio += seen;
@@ -340,6 +350,7 @@ R1KERNELS_TERM LossSums<F> merge(LossSums<F> a, const LossSums<G>& b) {
     a.squares = a.squares * from_a * from_a + b.squares * from_b * from_b;
     a.largest = largest;
     a.tokens += b.tokens;
+    a.impossible += b.impossible;
     a.policy += b.policy;
     a.kl_loss += b.kl_loss;
     a.bonus += b.bonus;
@@ -392,9 +403,10 @@ R1KERNELS_TERM void finish(const R1kernelsGrpo& call, const LossSums<double>& su
         mean(0.0 - sums.log_ratio, sums.tokens),
         sums.squares == 0 ? 0.0 : sums.relative * sums.relative / (sums.squares * sums.units),
         sums.tokens,
+        sums.impossible,
     };
     *call.loss = static_cast<float>(loss);
-    for (int i = 0; i < 12; ++i) call.metrics[i] = static_cast<float>(metrics[i]);
+    for (int i = 0; i < 13; ++i) call.metrics[i] = static_cast<float>(metrics[i]);
 }
 
 }  // namespace r1kernels::R1KERNELS_GRPO_SCOPE

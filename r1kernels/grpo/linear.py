@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import autocast, checks, devices
 from ..logprob import cpu, cuda, linear_logprobs, tiles, triton_linear
+from ..logprob.kept import Kept, check_kept
 from ..logprob.linear import Head, check_linear
 from ..logprob.sharded import shard_of
 from ..logprob.token import Rows, check_temperature
@@ -48,6 +49,7 @@ def linear_grpo_loss(
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
     group: ProcessGroup | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
     variant: str = "grpo",
     ratio: str | None = None,
     clip_low: float | None = None,
@@ -82,6 +84,9 @@ def linear_grpo_loss(
         temperature: a number above 0, or a tensor, () or one per token.
         softcap, logit_scale, group: as in ``linear_logprobs``.
         chunk_size: tokens whose logits stand in memory together; None chooses.
+        kept: (ids, offsets), the sets that a truncated sampler kept, as in ``linear_logprobs``: one for each of the B * T or N
+            tokens, masked ones counted. old_logp and ref_logp are then to be those over the same sets. A target outside its set
+            has log-prob -inf: a token that has it under both policies takes no part (see ``grpo_loss``).
         entropy: measure the entropy of every token (a bool here: the op computes it); a bonus does so in any case.
         entropy_weights: as in ``grpo_loss``; needs ``entropy`` or a bonus.
         backend: the name of a backend: that one or an error; None chooses (see r1kernels.backends).
@@ -96,8 +101,8 @@ def linear_grpo_loss(
 
     Where the slope of a token follows from that token (grpo, dual_clip, cispo and sapo with token ratios, reinforce), the
     kernel backends compute the logits once, 6 N V H in all, and keep the gradients of their inputs until the backward, which
-    scales them. Other terms need every log-prob first, and so does a vocabulary sharded over a group: the backward computes the
-    logits again, or they are kept as ``linear_logprobs`` keeps them. Without gradients, 2 N V H.
+    scales them. Other terms need every log-prob first, and so do kept sets and a vocabulary sharded over a group: the backward computes
+    the logits again, or they are kept as ``linear_logprobs`` keeps them. Without gradients, 2 N V H.
 
     Precision: that of the two ops. NaN and inf in hidden states that do not count change nothing. Deterministic.
     """
@@ -142,11 +147,14 @@ def linear_grpo_loss(
     temperature = check_temperature(temperature, targets, layout.mask, hidden.dtype)
     if chunk_size is not None:
         chunk_size = checks.integer("chunk_size", chunk_size, minimum=1)
-    if checks.values_visible(targets):
+    visible = checks.values_visible(targets)
+    if visible or kept is not None:
         vocabulary = weight.shape[0] if group is None else shard_of(weight, group).vocabulary
-        checks.in_range("targets", layout.keep(targets, 0), 0, vocabulary)
+        if visible:
+            checks.in_range("targets", layout.keep(targets, 0), 0, vocabulary)
+        kept = check_kept(kept, layout.keep(targets, IGNORED), vocabulary, IGNORED)
     with_entropy = entropy or entropy_coef != 0
-    call = LinearCall(hidden, head, targets, temperature, chunk_size, group, with_entropy, loss_call)
+    call = LinearCall(hidden, head, targets, temperature, chunk_size, group, kept, with_entropy, loss_call)
     return LINEAR_GRPO_LOSS(backend, call)
 
 
@@ -157,6 +165,7 @@ class LinearCall(NamedTuple):
     temperature: float | Tensor
     chunk_size: int | None
     group: ProcessGroup | None
+    kept: Kept | None
     with_entropy: bool  # asked for, or part of the loss
     loss: LossCall  # its log-probs are empty and its entropies None: this op computes them
 
@@ -253,6 +262,7 @@ def _two_ops(backend: str, call: LinearCall) -> GRPOOutput:
         ignore_index=IGNORED,
         chunk_size=call.chunk_size,
         group=call.group,
+        kept=call.kept,
         backend=backend,
     )
     logp, entropy = result if call.with_entropy else (result, None)
@@ -268,6 +278,7 @@ def _on_kernels(backend: str, call: LinearCall) -> GRPOOutput:
     if (
         not differentiable
         or call.group is not None
+        or call.kept is not None
         or not terms_are_of_tokens(objective.variant, objective.ratio)
     ):
         return _two_ops(backend, call)

@@ -70,7 +70,9 @@ def grpo_loss(
         old_logp: o, shaped like ``logp``; None: the current policy made the sample, o = sg(x).
         advantages: (B,) or (B, 1), or one a token. A packed (N,) with N = B is read as one a sequence.
         mask: bool or integer, shaped like ``logp``; 0: the token does not count, and whatever stands there, NaN too,
-            changes nothing.
+            changes nothing. A token that counts and has log-prob -inf both in ``logp`` and in ``old_logp`` (if given), because it
+            is outside a kept set, say, has x - o = 0 and w = 0: it adds nothing and gets no gradient; metrics leave it out and
+            count it as num_impossible, reductions and lengths count it as before.
         variant: the loss term.
         ratio: c for grpo, dual_clip, cispo and sapo. "token" (default): exp(x - o). "sequence" (GSPO): the exponential
             of the mean of x - o over the sequence. "output" (the R1 paper's text): of their sum, bounded to +-20; x in
@@ -104,7 +106,7 @@ def grpo_loss(
         GRPOOutput(loss, metrics): the loss, a float32 scalar (float64 for float64 log-probs), and a mapping of names to
         0-d views of one tensor: loss, policy_loss (without KL and bonus), kl, entropy, ratio/mean, ratio/max,
         clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean (c < 1 - low and A < 0; c > 1 + high and A > 0;
-        either), approx_kl = mean(o - x), ess (effective sample size of c over their number, 1 on policy), num_tokens.
+        either), approx_kl = mean(o - x), ess (effective sample size of c over their number, 1 on policy), num_tokens, num_impossible.
         Means are over the counted tokens of this call; where the ratio is one value a sequence, ratio, clip and ess (and
         the KL of "output") count every sequence that has a token once. kl and entropy stand there if they were given,
         the clip ratios if the variant has a clip.
@@ -253,7 +255,11 @@ BACKWARD = Kernel("grpo_loss", BackwardCall, backward_shapes, suffix="_backward"
 
 def _save(call: KernelCall, results: tuple[Tensor, ...]) -> Any:
     _, _, *grads = results
-    return (*grads, call.tokens.mask, call.tokens.cu_seqlens), None
+    mask, logp = call.tokens.mask, call.tokens.logp
+    if call.logp_gradient and RATIOS[call.ratio] != "token":
+        # the ratio of a sequence has no gradient in a log-prob of -inf
+        mask = torch.where(logp == -torch.inf, torch.zeros_like(mask), mask)
+    return (*grads, mask, call.tokens.cu_seqlens), None
 
 
 def _gradients(

@@ -22,6 +22,7 @@ NAMES = (
     "approx_kl",
     "ess",
     "num_tokens",
+    "num_impossible",
 )
 """What stands at each place of the tensor."""
 
@@ -89,6 +90,7 @@ class Measured(NamedTuple):
     entropy: Tensor | None
     ratio: Tensor
     approx_kl: Tensor
+    impossible: Tensor
     clipped: tuple[Tensor, Tensor] | None
     """(from below, from above), bool; None where the variant has no clip."""
 
@@ -117,6 +119,7 @@ def measure(measured: Measured, mask: Tensor, units: Tensor, kl_units: Tensor) -
         "approx_kl": _mean(measured.approx_kl, mask, tokens),
         "ess": _effective_share(measured.ratio, mask, units),
         "num_tokens": tokens.sum(),
+        "num_impossible": measured.impossible.to(units.dtype).sum(),
     }
     names = measured_names(
         measured.kl is not None, measured.entropy is not None, measured.clipped is not None

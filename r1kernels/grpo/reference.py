@@ -33,20 +33,28 @@ def grpo_loss(call: LossCall) -> GRPOOutput:
     tokens, objective = call.tokens, call.objective
     layout = layout_of(tokens.mask, tokens.cu_seqlens)
     dtype = torch.float64 if tokens.logp.dtype == torch.float64 else torch.float32
+    # -inf minus -inf: the token keeps its place in lengths and weights, with the difference 0 and the weight 0
+    impossible = layout.mask & (tokens.logp == -torch.inf)
+    if tokens.old_logp is not None:
+        impossible = impossible & (tokens.old_logp == -torch.inf)
+    possible = layout._replace(mask=layout.mask & ~impossible)
 
     def constant(values: Tensor) -> Tensor:
-        return layout.keep(values.detach().to(dtype))
+        return possible.keep(values.detach().to(dtype))
 
-    x = layout.keep(tokens.logp.to(dtype))
+    x = possible.keep(tokens.logp.to(dtype))
     old = x.detach() if tokens.old_logp is None else constant(tokens.old_logp)
     ref = None if tokens.ref_logp is None else constant(tokens.ref_logp)
-    entropy = None if tokens.entropy is None else layout.keep(tokens.entropy.to(dtype))
+    entropy = None if tokens.entropy is None else possible.keep(tokens.entropy.to(dtype))
     policy_weights = None if tokens.policy_weights is None else tokens.policy_weights.detach().to(dtype)
+    if policy_weights is not None and policy_weights.shape == impossible.shape:
+        policy_weights = policy_weights.masked_fill(impossible, 1.0)
     weights = (
         token_weights(layout, call.reduction, call.totals, tokens.cu_seqlens, dtype)
         if tokens.weights is None
-        else constant(tokens.weights)
+        else tokens.weights
     )
+    weights = constant(weights)
 
     log_ratio = x - old
     ratio = importance_ratio(layout, log_ratio, objective.ratio)
@@ -74,13 +82,14 @@ def grpo_loss(call: LossCall) -> GRPOOutput:
         entropy=None if entropy is None else entropy.detach(),
         ratio=ratio.detach(),
         approx_kl=-log_ratio.detach(),
+        impossible=impossible,
         clipped=clipped_tokens(inputs, objective) if has_clip(objective.variant) else None,
     )
-    counted = layout.mask.to(dtype)
-    once = layout.keep(counted / layout.spread(layout.lengths(dtype).clamp(min=1)))
+    counted = possible.mask.to(dtype)
+    once = layout.keep(layout.mask / layout.spread(layout.lengths(dtype).clamp(min=1)))
     metrics = measure(
         measured,
-        layout.mask,
+        possible.mask,
         units=counted if objective.ratio == "token" else once,
         kl_units=once if objective.ratio == "output" else counted,
     )

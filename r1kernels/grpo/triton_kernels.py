@@ -22,6 +22,7 @@ from .triton_terms import (
     log_of_weight,
     log_ratio_of,
     place_of,
+    possible_of,
     product,
     quotient,
     ratio_of_sequence,
@@ -59,16 +60,17 @@ def store_loss(sums, given, numbers, out, total_given, length, sequences, slots,
     SEQUENCES: tl.constexpr = CALL.sequences
     zero = tl.zeros((SEQUENCES,), tl.float32)
     policy_loss, kl_loss, bonus = zero, zero, zero
-    tokens, units, kl_units = zero, zero, zero
+    tokens, units, kl_units, impossibles = zero, zero, zero, zero
     drifts, kls, entropies, lows, highs = zero, zero, zero, zero, zero
     largest, ratios, squares = zero, zero, zero
     for start in range(0, sequences, SEQUENCES):
         sequence = start + tl.arange(0, SEQUENCES)
         first = first_slot_of(tl.minimum(sequence, sequences), given.cu_seqlens, length, CALL)
         end = first_slot_of(tl.minimum(sequence + 1, sequences), given.cu_seqlens, length, CALL)
-        count, drift, gain, loss, kl_value, kl, bonus_value, entropy, low, high, inner = sums_of(
+        count, drift, gain, loss, kl_value, kl, bonus_value, entropy, low, high, inner, impossible = sums_of(
             sums, slots, first, end, CALL.slots
         )
+        possible = count - impossible
         size = tl.maximum(count, 1.0)
         present = tl.where(count > 0.0, 1.0, 0.0)
         # a total of 0, which only a step without counted tokens has, makes the factor infinite
@@ -78,7 +80,7 @@ def store_loss(sums, given, numbers, out, total_given, length, sequences, slots,
 
         c = present
         if CALL.ratio == "token":
-            units += count
+            units += possible
         else:
             c = ratio_of_sequence(drift, size, CALL)
             units += present
@@ -102,7 +104,7 @@ def store_loss(sums, given, numbers, out, total_given, length, sequences, slots,
                 kl, kl_value = k3, k3 * kl_value
                 kl_units += present
             else:
-                kl_units += count
+                kl_units += possible
                 if CALL.ratio == "sequence" and CALL.kl == "unbiased":
                     # k3 dc/dx = k3 c / sum m
                     kl, kl_value = c * kl, c * kl_value
@@ -114,7 +116,8 @@ def store_loss(sums, given, numbers, out, total_given, length, sequences, slots,
                 bonus_value *= weight
             bonus += bonus_value
             entropies += entropy
-        tokens += count
+        tokens += possible
+        impossibles += impossible
         drifts += drift
         lows += low
         highs += high
@@ -159,6 +162,7 @@ def store_loss(sums, given, numbers, out, total_given, length, sequences, slots,
     share = quotient(ratio_sum * ratio_sum, square_sum * unit_sum)
     store_metric(out, "ess", tl.where(top < float("inf"), share, float("nan")))
     store_metric(out, "num_tokens", token_sum)
+    store_metric(out, "num_impossible", tl.sum(impossibles, axis=0))
 
 
 @triton.constexpr_function
@@ -201,12 +205,14 @@ def store_gradients(
 ):
     """dL/dx (but for grad_of_ratio) and dL/dH of the tokens of a slot."""
     sequence, at, inside, owned = place_of(slot, tokens, given.cu_seqlens, length, sequences, CALL)
-    counted = tl.load(given.mask + at, mask=inside, other=0) != 0
+    counted, x = possible_of(given, at, tl.load(given.mask + at, mask=inside, other=0) != 0)
     one = tl.where(counted, 1.0, 0.0)
     this = sequence + tl.arange(0, 1)
     first = first_slot_of(this, given.cu_seqlens, length, CALL)
     end = first_slot_of(this + 1, given.cu_seqlens, length, CALL)
-    count, drift, gain, loss, _, _, _, _, _, _, inner = sums_of(sums, slots, first, end, 2 * CALL.sequences)
+    count, drift, gain, loss, _, _, _, _, _, _, inner, _ = sums_of(
+        sums, slots, first, end, 2 * CALL.sequences
+    )
     size = tl.maximum(count, 1.0)
     common = weight_of_all(sums, numbers, total_given, given.cu_seqlens, sequences, slots, CALL)
     if CALL.counted == "sequence":
@@ -216,7 +222,6 @@ def store_gradients(
         weight = load(given.weights, at, counted)
 
     if out.grad_logp is not None:
-        x = load(given.logp, at, counted)
         log_ratio = log_ratio_of(given.old_logp, x, at, counted)
         advantage = load_either(given.advantages, sequence, at, counted, CALL.sequence_advantages)
         weighted = weight

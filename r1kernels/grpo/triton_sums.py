@@ -23,13 +23,14 @@ from .triton_terms import (
     log_of_weight,
     log_ratio_of,
     place_of,
+    possible_of,
     quotient,
     token_term,
 )
 
 SIZES = ("tokens", "length", "sequences", "slots")  # not specialised on: no recompilation when one changes
 
-NUM_SUMS = 14
+NUM_SUMS = 15
 COUNT = tl.constexpr(0)  # sum m
 DRIFT = tl.constexpr(1)  # sum m (x - o)
 GAIN = tl.constexpr(2)  # terms of tokens: sum w p l; terms of sequences: sum w p A (or A x), over A >= 0
@@ -44,6 +45,7 @@ INNER = tl.constexpr(10)  # gmpo: sum of bounded log-ratios; vespo: log w; else:
 LARGEST = tl.constexpr(11)  # max c
 RATIO = tl.constexpr(12)  # sum c / max c
 SQUARES = tl.constexpr(13)  # sum (c / max c)^2
+IMPOSSIBLE = tl.constexpr(14)  # tokens of the mask that take no part
 
 
 class Call(NamedTuple):
@@ -82,9 +84,9 @@ def sums_kernel(
     """The sums of each slot, with weights w that lack what all tokens of a sequence have in common. Grid: slots."""
     slot = tl.program_id(0).to(tl.int64)
     sequence, at, inside, _ = place_of(slot, tokens, given.cu_seqlens, length, sequences, CALL)
-    counted = tl.load(given.mask + at, mask=inside, other=0) != 0
+    in_mask = tl.load(given.mask + at, mask=inside, other=0) != 0
+    counted, x = possible_of(given, at, in_mask)
     one = tl.where(counted, 1.0, 0.0)
-    x = load(given.logp, at, counted)
     log_ratio = log_ratio_of(given.old_logp, x, at, counted)
     advantage = load_either(given.advantages, sequence, at, counted, CALL.sequence_advantages)
     weight = one
@@ -93,7 +95,8 @@ def sums_kernel(
     policy_weight = one
     if given.policy_weights is not None:
         policy_weight = load_either(given.policy_weights, sequence, at, counted, CALL.sequence_weights)
-    store_sum(sums, slots, slot, COUNT, one)
+    store_sum(sums, slots, slot, COUNT, tl.where(in_mask, 1.0, 0.0))
+    store_sum(sums, slots, slot, IMPOSSIBLE, tl.where(in_mask & ~counted, 1.0, 0.0))
     store_sum(sums, slots, slot, DRIFT, log_ratio)
 
     c = tl.where(counted, tl.exp(log_ratio), 0.0)
@@ -155,10 +158,10 @@ def sums_kernel(
 
 @triton.jit
 def sums_of(sums, slots, first, end, SLOTS: tl.constexpr):
-    """Every sum from COUNT to INNER over the slots [first, end), for a vector of sequences."""
+    """Every sum from COUNT to INNER, and IMPOSSIBLE, over the slots [first, end), for a vector of sequences."""
     zero = tl.zeros(first.shape, tl.float32)
     count, drift, gain, loss, kl_loss, kl = zero, zero, zero, zero, zero, zero
-    bonus, entropy, low, high, inner = zero, zero, zero, zero, zero
+    bonus, entropy, low, high, inner, impossible = zero, zero, zero, zero, zero, zero
     # boundaries that do not fit (an error that only the CPU sees) must not lead outside
     first, end = tl.maximum(first, 0), tl.minimum(end, slots)
     for start in range(0, tl.max(end - first, axis=0), SLOTS):
@@ -175,7 +178,8 @@ def sums_of(sums, slots, first, end, SLOTS: tl.constexpr):
         low += total(sums, slots, LOW, at, real)
         high += total(sums, slots, HIGH, at, real)
         inner += total(sums, slots, INNER, at, real)
-    return count, drift, gain, loss, kl_loss, kl, bonus, entropy, low, high, inner
+        impossible += total(sums, slots, IMPOSSIBLE, at, real)
+    return count, drift, gain, loss, kl_loss, kl, bonus, entropy, low, high, inner, impossible
 
 
 @triton.jit

@@ -110,6 +110,17 @@ def held_factor(c, log_weight, rewarded, numbers, CALL: tl.constexpr):
 
 
 @triton.jit
+def possible_of(given, at, in_mask):
+    """(the tokens that take part, their x): neither policy can have made one with x = o = -inf, whose weight is 0."""
+    x = load(given.logp, at, in_mask)
+    impossible = x == -float("inf")
+    if given.old_logp is not None:
+        impossible &= load(given.old_logp, at, in_mask) == -float("inf")
+    counted = in_mask & ~impossible
+    return counted, tl.where(counted, x, 0.0)
+
+
+@triton.jit
 def token_term(c, advantage, x, numbers, CALL: tl.constexpr):
     """l and dl/dx of a token with a ratio of its own; for all variants but vespo and gmpo."""
     if CALL.variant == "cispo" or CALL.variant == "reinforce":

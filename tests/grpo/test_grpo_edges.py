@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from r1kernels.grpo import grpo_loss, grpo_preset
+from r1kernels.grpo import grpo_loss, grpo_preset, reduction_weights
+from r1kernels.grpo.metrics import NAMES
 from tests.support.grpo_calls import PRESETS, loss_and_gradients, loss_of
 from tests.support.grpo_loss_kernel import (
     BOUNDED,
@@ -17,6 +18,37 @@ from tests.support.grpo_loss_kernel import (
 )
 
 GARBAGE = (float("nan"), float("inf"), float("-inf"))
+
+
+@pytest.mark.parametrize("preset", ["grpo", "bnpo", "dr_grpo", "cispo", "sapo", "reinforce"])
+def test_a_token_that_neither_policy_can_make_has_weight_0(batch_of, preset):
+    """-inf minus -inf: as if the mask left it out, but for the weights, which the mask makes."""
+    batch = batch_of(seed=21)
+    out = batch.mask & (torch.arange(batch.mask.shape[1]) % 3 == 1)
+    assert out.any()
+    given = grpo_preset(preset) if preset != "reinforce" else {"variant": "reinforce"}
+    reduction = given.pop("reduction", "sequence")
+    longest = {"max_length": batch.mask.shape[1]} if reduction == "constant" else {}
+    given |= {"ref_logp": batch.ref_logp, "kl_coef": 0.1, "entropy_coef": 0.1}
+    leaves = [leaf.detach().clone() for leaf in (batch.logp, batch.entropy)]
+    leaves[0][out] = -torch.inf
+    old = batch.old_logp.masked_fill(out, -torch.inf)
+    found = []
+    for mask, how in (
+        (batch.mask, {"reduction": reduction, **longest}),
+        (batch.mask & ~out, {"weights": reduction_weights(batch.mask, reduction, **longest)}),
+    ):
+        x, h = (leaf.requires_grad_() for leaf in leaves)
+        output = grpo_loss(x, old, batch.advantages, mask, entropy=h, **given, **how)
+        found.append((output, torch.autograd.grad(output.loss, (x, h))))
+    (ours, grads), (expected, wanted) = found
+    torch.testing.assert_close(ours.loss, expected.loss)
+    assert ours.metrics["num_impossible"] == out.sum() and expected.metrics["num_impossible"] == 0
+    for name in set(ours.metrics) - {"num_impossible"}:
+        torch.testing.assert_close(ours.metrics[name], expected.metrics[name])
+    for mine, other in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(mine, other)
+        assert mine[out].eq(0).all()
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
@@ -88,7 +120,7 @@ def test_a_batch_without_counted_tokens_gives_zero(batch_of, preset, packed):
     output, gradients = loss_and_gradients(batch, preset, **changes)
     assert output.loss.item() == 0
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
-    assert torch.equal(output.metrics.tensor, torch.zeros(12))
+    assert torch.equal(output.metrics.tensor, torch.zeros(len(NAMES)))
 
 
 @pytest.mark.parametrize("shape", [(3, 0), (0, 5), (0, 0), (1, 1)])

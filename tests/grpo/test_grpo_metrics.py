@@ -61,7 +61,16 @@ def test_loss_is_made_of_its_parts():
 @pytest.mark.parametrize("variant", ["grpo", "dual_clip", "cispo", "gmpo", "sapo", "vespo", "reinforce"])
 def test_names(variant):
     """kl and entropy are shown where they were measured, the clip ratios where there is a clip."""
-    always = {"loss", "policy_loss", "ratio/mean", "ratio/max", "approx_kl", "ess", "num_tokens"}
+    always = {
+        "loss",
+        "policy_loss",
+        "ratio/mean",
+        "ratio/max",
+        "approx_kl",
+        "ess",
+        "num_tokens",
+        "num_impossible",
+    }
     clips = {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
     clips = clips if variant in ("grpo", "dual_clip", "cispo", "gmpo") else set()
     assert set(metrics_of(variant=variant).metrics) == always | clips
