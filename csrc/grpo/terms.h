@@ -273,6 +273,7 @@ R1KERNELS_TERM TokenGradient<F> add_token(const R1kernelsGrpo& call, const Seque
     const F zero = {}, one = same<F>(1.0f);
     const auto counted = token.counted;
     const bool own = call.ratio == R1KERNELS_RATIO_TOKEN, whole = call.ratio == R1KERNELS_RATIO_OUTPUT;
+    const auto of_sequence = counted | token.impossible;  // what a sequence has in common, all of its tokens have
     const F ratio = own ? exp_of(token.log_ratio) : same<F>(sequence.ratio);
     const F logp = whole ? same<F>(sequence.logp) : token.logp;
     const F weight = counted ? token.weight : zero;
@@ -294,7 +295,7 @@ R1KERNELS_TERM TokenGradient<F> add_token(const R1kernelsGrpo& call, const Seque
 
     if (call.ref_logp != nullptr) {
         const Term<F> kl = kl_term(call, whole ? same<F>(sequence.drift) : token.drift, ratio);
-        sums.kl += counted ? kl.value : zero;
+        sums.kl += (whole ? of_sequence : counted | counted) ? kl.value : zero;
         if (number.kl_coef != 0) {
             sums.kl_loss += counted ? weight * kl.value : zero;
             const F scale = weight * number.kl_coef;
@@ -321,7 +322,7 @@ R1KERNELS_TERM TokenGradient<F> add_token(const R1kernelsGrpo& call, const Seque
     sums.tokens += counted ? one : zero;
     sums.impossible += token.impossible ? one : zero;
     sums.log_ratio += token.log_ratio;
-    const F seen = counted ? ratio : zero;
+    const F seen = (own ? counted | counted : of_sequence) ? ratio : zero;
     sums.ratio += seen;
     const F largest = seen > sums.largest ? seen : sums.largest, scale = at_least_something(largest);
     const F shrink = sums.largest / scale, relative = seen / scale;

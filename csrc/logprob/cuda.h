@@ -43,4 +43,11 @@ int r1kernels_completion_sums_cuda(const float* values, int64_t tokens, const in
 int r1kernels_completion_numbers_cuda(const int64_t* cu_seqlens, int64_t completions, int64_t tokens, int32_t* numbers,
                                       void* stream);
 
+// to (Z) = the products of the entries; 0 where an entry takes no part.
+int r1kernels_kept_products_cuda(const R1kernelsKeptProducts* call, float* to, void* stream);
+
+// for_hidden (N, H) of the call's element, or of float32; for_weight (V, H) and for_bias (V), which hold 0. Null: not wanted.
+int r1kernels_kept_products_cuda_backward(const R1kernelsKeptProducts* call, void* for_hidden, int32_t float32,
+                                          void* for_weight, float* for_bias, void* stream);
+
 }  // extern "C"

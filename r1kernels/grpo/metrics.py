@@ -95,29 +95,32 @@ class Measured(NamedTuple):
     """(from below, from above), bool; None where the variant has no clip."""
 
 
-def measure(measured: Measured, mask: Tensor, units: Tensor, kl_units: Tensor) -> Metrics:
+def measure(
+    measured: Measured, mask: Tensor, ratios: tuple[Tensor, Tensor], kls: tuple[Tensor, Tensor]
+) -> Metrics:
     """The metrics of one call.
 
-    ``units`` is the weight of a token in the means over ratios and clips: 1, or 1 / length where the ratio is one
-    value a sequence (then a sequence counts once, as in TRL); ``kl_units`` the same for the KL.
+    ``ratios`` are the tokens in the means over ratios and clips, and the weight of each there: 1, or 1 / length where the ratio is
+    one value a sequence (then a sequence counts once, as in TRL); ``kls`` the same for the KL.
     """
+    of_ratio, units = ratios
     tokens = mask.to(units.dtype)
     zero = units.new_zeros(())
     low, high = measured.clipped or (mask & ~mask, mask & ~mask)
-    kl = zero if measured.kl is None else _mean(measured.kl, mask, kl_units)
+    kl = zero if measured.kl is None else _mean(measured.kl, *kls)
     entropy = zero if measured.entropy is None else _mean(measured.entropy, mask, tokens)
     values = {
         "loss": measured.loss,
         "policy_loss": measured.policy_loss,
         "kl": kl,
         "entropy": entropy,
-        "ratio/mean": _mean(measured.ratio, mask, units),
-        "ratio/max": _largest(measured.ratio, mask),
+        "ratio/mean": _mean(measured.ratio, of_ratio, units),
+        "ratio/max": _largest(measured.ratio, of_ratio),
         "clip_ratio/low_mean": _mean(low.to(units.dtype), mask, units),
         "clip_ratio/high_mean": _mean(high.to(units.dtype), mask, units),
         "clip_ratio/region_mean": _mean((low | high).to(units.dtype), mask, units),
         "approx_kl": _mean(measured.approx_kl, mask, tokens),
-        "ess": _effective_share(measured.ratio, mask, units),
+        "ess": _effective_share(measured.ratio, of_ratio, units),
         "num_tokens": tokens.sum(),
         "num_impossible": measured.impossible.to(units.dtype).sum(),
     }

@@ -90,8 +90,9 @@ def grpo_loss(call: LossCall) -> GRPOOutput:
     metrics = measure(
         measured,
         possible.mask,
-        units=counted if objective.ratio == "token" else once,
-        kl_units=once if objective.ratio == "output" else counted,
+        # what a sequence has in common, all of its tokens have
+        ratios=(possible.mask, counted) if objective.ratio == "token" else (layout.mask, once),
+        kls=(layout.mask, once) if objective.ratio == "output" else (possible.mask, counted),
     )
     return GRPOOutput(loss, metrics)
 

@@ -141,11 +141,7 @@ GROUPED_LOGPROBS = Op(
     "grouped_logprobs", token.on_reference, token.on_kernels, decides="logits", limits=token.limits
 )
 LINEAR_GROUPED_LOGPROBS = Op(
-    "linear_grouped_logprobs",
-    linear_reference.run,
-    linear.on_kernels,
-    decides="hidden",
-    limits=linear.limits,
+    "linear_grouped_logprobs", linear_reference.run, linear.on_kernels, decides="hidden"
 )
 
 

@@ -446,10 +446,4 @@ def on_kernels(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor
         return logp, logp.new_empty(0), extra
 
 
-def limits(backend: str, call: LogprobsCall) -> tuple[str, ...]:
-    if call.kept is None or backend == "cpu":
-        return ()
-    return ("kept: the kernels of the head for kept sets are those of the CPU",)
-
-
-LINEAR_LOGPROBS = Op("linear_logprobs", linear_reference.run, on_kernels, decides="hidden", limits=limits)
+LINEAR_LOGPROBS = Op("linear_logprobs", linear_reference.run, on_kernels, decides="hidden")
