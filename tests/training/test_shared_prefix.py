@@ -151,14 +151,19 @@ def test_sft_on_several_responses_to_a_prompt_is_that_of_the_repeated_form(tmp_p
     assert sum(shared[2]) < 0.75 * sum(repeated[2])
 
 
-def test_documents_without_a_common_prompt_are_read_side_by_side(tmp_path):
-    """A tree would save nothing."""
+@pytest.mark.parametrize(
+    "documents", [DOCUMENTS[:8], [Document("7 " * 30 + each.text) for each in DOCUMENTS[:8]]]
+)
+def test_documents_without_a_common_prompt_are_read_side_by_side(tmp_path, documents):
+    """In pretraining too, where documents may begin alike."""
     at = context(tmp_path / "a", LEARNT)
     policy = dense()
     with counted(policy) as read:
-        next_token.train(policy, TOKENIZER, DOCUMENTS[:8], replace(LEARNT, steps=1, batch_size=8), at)
-    lengths = {len(TOKENIZER.encode(each.text, add_special_tokens=False)) + 2 for each in DOCUMENTS[:8]}
-    assert len(lengths) == 1 and 8 * lengths.pop() in read
+        next_token.train(policy, TOKENIZER, documents, replace(LEARNT, steps=1, batch_size=8), at)
+    lengths = {len(TOKENIZER.encode(each.text, add_special_tokens=False)) + 2 for each in documents}
+    assert (
+        len(lengths) == 1 and 8 * lengths.pop() in read and len(read) == 2
+    )  # the other is the trial of the head
 
 
 def llama4():

@@ -151,8 +151,9 @@ def micro_batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 def worth_sharing(rows: Sequence[Row]) -> bool:
-    """Whether a tree of the rows saves a tenth of their tokens: it has a price of its own, in the attention."""
-    if len({row.prompt_ids for row in rows}) == len(rows):
+    """Whether rows have a prompt in common, and their tree saves a tenth of the tokens: it has a price of its own, in the attention."""
+    prompts = [row.prompt_ids for row in rows if row.prompt > 1]  # a text of its own has one token before it
+    if len(set(prompts)) == len(prompts):
         return False
     tree = _tree_of(rows)
     return tree.tokens < 0.9 * tree.repeated_tokens
