@@ -112,14 +112,19 @@ def head_inputs(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
     Raises:
         ValueError: the forward does not call its head once, or with states of another shape than (B, L, H).
     """
+    return forward_to_head(model, input_ids, **inputs)[0]
+
+
+def forward_to_head(model: Any, input_ids: Tensor, **inputs: Any) -> tuple[Tensor, Any]:
+    """``head_inputs``, and what else the model's forward returns; its logits are empty."""
     inputs = {"input_ids": input_ids, "use_cache": False, **inputs}
-    states, _ = _run(model, lambda states: states[:, :0], inputs)
+    states, outputs = _run(model, lambda states: states[:, :0], inputs)
     if states.ndim != 3 or states.shape[:2] != input_ids.shape:
         raise ValueError(
             f"model: expected states (B, L, H) for input_ids {tuple(input_ids.shape)} at the head of {type(model).__name__}, "
             f"got {tuple(states.shape)}"
         )
-    return states
+    return states, outputs
 
 
 def output_head(model: Any) -> Head:

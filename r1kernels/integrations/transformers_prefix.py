@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..logprob import linear_logprobs
 from .prefix_tree import PrefixTree, build
-from .transformers_logprobs import head_inputs, output_head, unwrapped
+from .transformers_logprobs import forward_to_head, head_inputs, output_head, unwrapped
 from .transformers_prefix_attention import Running, packed
 from .transformers_routers import unobserved
 
@@ -48,19 +48,28 @@ def shared_prefix_logprobs(
 
     Precision: as ``shared_prefix_states`` and ``linear_logprobs``. Deterministic.
     """
+    logps, _ = logprobs_and_outputs(model, tree, temperature, return_entropy)
+    return logps
+
+
+def logprobs_and_outputs(
+    model: Any, tree: PrefixTree, temperature: float, return_entropy: bool, **inputs: Any
+) -> tuple[Tensor | tuple[Tensor, Tensor], Any]:
+    """``shared_prefix_logprobs``, with further ``inputs`` of the model, and what its forward over the packed tokens returns."""
     output_head(model)  # what it refuses is refused before the forward
-    states = shared_prefix_states(model, tree)
+    check_model(model)
+    states, outputs, _ = _forward(model, tree, **inputs)
     head = output_head(model)  # once more: FSDP2 may have taken its weight away after the forward
     results = linear_logprobs(
-        states,
+        states[tree.predicts.to(states.device)],
         targets=tree.targets.to(states.device),
         temperature=temperature,
         return_entropy=return_entropy,
         **head._asdict(),
     )
     if return_entropy:
-        return tree.pad(results[0]), tree.pad(results[1])
-    return tree.pad(results)
+        return (tree.pad(results[0]), tree.pad(results[1])), outputs
+    return tree.pad(results), outputs
 
 
 def shared_prefix_states(model: Any, tree: PrefixTree) -> Tensor:
@@ -90,7 +99,7 @@ def shared_prefix_states(model: Any, tree: PrefixTree) -> Tensor:
     Source: the merge by log-sum-exp is that of FlashAttention (arXiv 2205.14135).
     """
     check_model(model)
-    states, _ = _states(model, tree)
+    states, _, _ = _forward(model, tree)
     return states[tree.predicts.to(states.device)]
 
 
@@ -100,7 +109,7 @@ def explain_shared_prefix(model: Any, tree: PrefixTree) -> str:
     try:
         check_model(model)
         with torch.no_grad(), unobserved():
-            _, running = _states(model, tree)
+            _, _, running = _forward(model, tree)
     except ValueError as error:
         return f"refused: {error}"
     windows = sorted({window for window in running.windows if window is not None})
@@ -136,13 +145,14 @@ def check_model(model: Any) -> None:
         raise ValueError(f"model: {name} cannot share prefixes: {_tried[inner]}")
 
 
-def _states(model: Any, tree: PrefixTree) -> tuple[Tensor, Running]:
-    """All states of the packed tree, (tokens, H)."""
+def _forward(model: Any, tree: PrefixTree, **inputs: Any) -> tuple[Tensor, Any, Running]:
+    """All states of the packed tree, (tokens, H), and what else the model's forward returns."""
     with packed(model, tree) as running:
         ids, positions = (
             t.to(running.positions.device).unsqueeze(0) for t in (tree.input_ids, tree.position_ids)
         )
-        return head_inputs(model, ids, position_ids=positions)[0], running
+        states, outputs = forward_to_head(model, ids, position_ids=positions, **inputs)
+    return states[0], outputs, running
 
 
 def _refusal(model: Any, inner: Any) -> str:
@@ -163,8 +173,8 @@ def _refusal(model: Any, inner: Any) -> str:
     devices = [] if device.type == "cpu" else [device]
     try:
         with torch.no_grad(), unobserved(), torch.random.fork_rng(devices, device_type=device.type):
-            states, running = _states(model, tree)
-            changed, _ = _states(model, replace(tree, input_ids=ids))
+            states, _, running = _forward(model, tree)
+            changed, _, _ = _forward(model, replace(tree, input_ids=ids))
             repeated = head_inputs(model, torch.tensor(rows, device=states.device)).flatten(0, 1)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return f"its forward over a packed tree fails: {error}"

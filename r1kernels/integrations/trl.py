@@ -30,8 +30,8 @@ def patch(*, linear: bool = False, prefix: bool = False) -> Patch:
         linear: as for ``patch_loss``.
         prefix: ``GRPOTrainer`` computes what the rows of a pass have in common once, in the passes for the old, the reference
             and the new log-probs: a prompt once for all its completions, wherever their rows stand. Log-probs, entropies and
-            gradients are those of the repeated form to rounding (``shared_prefix_logprobs``). Images, the auxiliary loss of a
-            mixture and a model that cannot share are errors, when a pass meets them.
+            gradients are those of the repeated form to rounding (``shared_prefix_logprobs``). Images and a model that cannot
+            share are errors, when a pass meets them.
 
     Returns:
         Patch, with ``undo()``; also a context manager.

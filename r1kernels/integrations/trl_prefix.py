@@ -5,6 +5,7 @@ B rows of prompt and completion, in any order: equal prompts are found wherever 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from ..moe import load_balancing_loss
 from .patching import check_reads, check_signature
-from .prefix_tree import prefix_tree
-from .transformers_prefix import shared_prefix_logprobs, shared_prefix_states
+from .prefix_tree import PrefixTree, prefix_tree
+from .transformers_logprobs import unwrapped
+from .transformers_prefix import logprobs_and_outputs, shared_prefix_states
 
 METHOD = "_get_per_token_logps_and_entropies"
 _PARAMETERS = ("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
@@ -45,40 +48,48 @@ def logps_and_entropies(
     compute_entropy: bool = False,
     compute_aux_loss: bool = False,
     **images: Any,
-) -> tuple[Tensor, Tensor | None, None]:
-    """In place of ``GRPOTrainer._get_per_token_logps_and_entropies``: the same log-probs and entropies, (B, T).
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """In place of ``GRPOTrainer._get_per_token_logps_and_entropies``: the same log-probs, entropies, (B, T), and auxiliary loss.
 
     A chunk of ``batch_size`` rows holds those whose prompts are equal or begin alike.
 
     Raises:
-        ValueError: images or another input beside the tokens, the auxiliary loss of a mixture, padding that does not stand
-            in front of the prompts and behind the completions, a model that cannot share prefixes.
+        ValueError: images or another input beside the tokens, padding that does not stand in front of the prompts and behind
+            the completions, a model that cannot share prefixes.
     """
     given = [name for name, value in images.items() if value is not None]
     if given:
         raise ValueError(
             f"{given[0]}: expected None with shared prefixes, which know tokens alone, got a value"
         )
-    if compute_aux_loss:
-        raise ValueError(
-            "compute_aux_loss: expected False with shared prefixes, got True; set router_aux_loss_coef to 0"
-        )
     prompts, completions = _rows(input_ids, attention_mask, logits_to_keep)
     order = sorted(range(len(prompts)), key=lambda row: (prompts[row], completions[row]))
-    logps, entropies = [], []
+    inputs = {"output_router_logits": True} if compute_aux_loss else {}
+    logps, entropies, aux_losses = [], [], []
     for start in range(0, len(order), batch_size or len(order)):
         rows = order[start : start + (batch_size or len(order))]
         tree = prefix_tree([prompts[row] for row in rows], [completions[row] for row in rows])
         with self.accelerator.autocast():
-            results = shared_prefix_logprobs(
-                model, tree, temperature=self.temperature, return_entropy=compute_entropy
-            )
+            results, outputs = logprobs_and_outputs(model, tree, self.temperature, compute_entropy, **inputs)
         logp, entropy = results if isinstance(results, tuple) else (results, None)
         logps.append(F.pad(logp, (0, logits_to_keep - logp.shape[1])))
         if entropy is not None:
             entropies.append(F.pad(entropy, (0, logits_to_keep - entropy.shape[1])))
+        if compute_aux_loss:
+            aux_losses.append(_aux_loss(model, tree, outputs.router_logits))
     places = torch.tensor(order, device=input_ids.device).argsort()
-    return torch.cat(logps)[places], torch.cat(entropies)[places] if entropies else None, None
+    return (
+        torch.cat(logps)[places],
+        torch.cat(entropies)[places] if entropies else None,
+        torch.stack(aux_losses).mean() if aux_losses else None,
+    )
+
+
+def _aux_loss(model: Any, tree: PrefixTree, router_logits: Sequence[Tensor]) -> Tensor:
+    """transformers' load-balancing loss of all layers together, with every token as often as rows have it."""
+    counts = tree.multiplicity.to(router_logits[0].device).repeat(len(router_logits))
+    top_k = unwrapped(model).config.get_text_config().num_experts_per_tok
+    return load_balancing_loss(torch.cat([each.flatten(0, -2) for each in router_logits]), top_k, counts)
 
 
 def states(model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Tensor:

@@ -13,8 +13,8 @@ trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="TRL is not ins
 
 from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
+from r1kernels.integrations import transformers, trl_linear, trl_prefix  # noqa: E402
 from r1kernels.integrations import trl as r1  # noqa: E402
-from r1kernels.integrations import trl_linear, trl_prefix  # noqa: E402
 from tests.support import prefix_models as models  # noqa: E402
 
 OWN = trainer.GRPOTrainer._get_per_token_logps_and_entropies
@@ -52,10 +52,11 @@ def batch(seed=0):
 
 
 def passes(model, method, **options):
-    """(log-probs, entropies) of a pass, and the gradients of an arbitrary loss in both."""
-    logp, entropy, aux_loss = method(STAND_IN, model, *batch(), T, compute_entropy=True, **options)
-    assert aux_loss is None
-    return (logp, entropy), models.gradients(model, logp, entropy)
+    """Log-probs, entropies and, where asked for, the auxiliary loss of a pass, and the gradients of an arbitrary loss in them."""
+    found = method(STAND_IN, model, *batch(), T, compute_entropy=True, **options)
+    assert (found[2] is not None) == ("compute_aux_loss" in options)
+    found = [each for each in found if each is not None]
+    return found, models.gradients(model, *found)
 
 
 def assert_parity(model, **options):
@@ -72,6 +73,14 @@ def assert_parity(model, **options):
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "Qwen3Moe", "DeepseekV3"])
 def test_log_probs_entropies_and_gradients_are_those_of_trl(name):
     assert_parity(tiny(name))
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
+def test_the_auxiliary_loss_of_a_mixture_counts_a_token_as_often_as_rows_have_it(name):
+    model = tiny(name)
+    assert_parity(model, compute_aux_loss=True)
+    with transformers.patch(model):
+        assert_parity(model, compute_aux_loss=True)
 
 
 def test_chunks_of_rows_and_the_passes_without_gradient():
@@ -130,8 +139,6 @@ def test_what_is_not_tokens_is_refused(name):
 
 def test_what_the_tree_does_not_know_is_refused():
     ids, mask = batch()
-    with pytest.raises(ValueError, match="compute_aux_loss: expected False with shared prefixes"):
-        trl_prefix.logps_and_entropies(STAND_IN, None, ids, mask, T, compute_aux_loss=True)
     row = int(mask[:, -T:].sum(1).argmax())
     for place in (ids.shape[1] - T - 1, ids.shape[1] - T + 1):  # in a prompt and in a completion
         hole = mask.clone()
