@@ -65,9 +65,9 @@ class Parts(NamedTuple):
     others: list[Part]
 
 
-def split(nodes: Sequence[Node], window: int | None, device: torch.device) -> Parts:
-    """The parts of a tree; with a window its nodes are cut to that length first, so that own parts need no mask."""
-    if window is not None:
+def split(nodes: Sequence[Node], window: int, device: torch.device) -> Parts:
+    """The parts of a tree; a window (0: none) cuts its nodes to that length first, so that own parts need no mask."""
+    if window:
         nodes = [piece for node in nodes for piece in _pieces(node, window)]
     own: list[slice] = []
     short: dict[int, list[Node]] = {}  # by length, in steps
@@ -92,20 +92,20 @@ def split(nodes: Sequence[Node], window: int | None, device: torch.device) -> Pa
     others = []
     for index, node in enumerate(nodes):
         for start, end, deepest in _runs(nodes, index, window):
-            masked = window is not None and deepest - node.depth >= window
+            masked = window > 0 and deepest - node.depth >= window
             others.append(Part(slice(start, end), slice(node.start, node.end), masked))
     return Parts(own, batches, others)
 
 
-def _runs(nodes: Sequence[Node], index: int, window: int | None) -> Iterator[tuple[int, int, int]]:
+def _runs(nodes: Sequence[Node], index: int, window: int) -> Iterator[tuple[int, int, int]]:
     """Stretches of descendants that a window lets see something of a node: (start, end, depth of the deepest token)."""
     node = nodes[index]
-    reach = None if window is None else node.depth + node.end - node.start - 1 + window
+    reach = node.depth + node.end - node.start - 1 + window
     start, end, deepest = node.end, node.end, 0
     for below in islice(nodes, index + 1, None):
         if below.start >= node.last:
             break
-        if reach is not None and below.depth >= reach:
+        if window and below.depth >= reach:
             if start < end:
                 yield start, end, deepest
             start, deepest = below.end, 0

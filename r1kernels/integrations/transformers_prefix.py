@@ -20,7 +20,8 @@ from .transformers_routers import unobserved
 
 _LAYERS = ("full_attention", "sliding_attention")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_tried: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+# in training or not -> why a model is refused, "" if it is not
+_tried: weakref.WeakKeyDictionary[nn.Module, dict[bool, str]] = weakref.WeakKeyDictionary()
 
 
 def shared_prefix_logprobs(
@@ -82,7 +83,7 @@ def shared_prefix_states(model: Any, tree: PrefixTree) -> Tensor:
     Args:
         model: a causal language model of transformers, also inside PEFT or DistributedDataParallel, whose layers are full or
             sliding-window attention through transformers' attention interface. Gradient checkpointing is served, dropout is
-            not. At the first call for a model it is tried on a few tokens: a change in one branch must leave the states of
+            not. At the first call for a model, in training and in evaluation, it is tried on a few tokens: a change in one branch must leave the states of
             every other branch bitwise as they were (to rounding in mixtures, whose experts see other rows then), and all
             states must be those of the repeated form.
         tree: of ``prefix_tree``.
@@ -123,7 +124,9 @@ def explain_shared_prefix(model: Any, tree: PrefixTree) -> str:
 
 
 def check_model(model: Any) -> None:
-    """Refuse a model of which the packed tree would give other states than the repeated form; the trial runs once per model.
+    """Refuse a model of which the packed tree would give other states than the repeated form.
+
+    The trial runs once per model, in training and in evaluation.
 
     Raises:
         ValueError: see ``shared_prefix_states``.
@@ -139,17 +142,22 @@ def check_model(model: Any) -> None:
             raise ValueError(
                 f"model: expected no dropout, got {dropout} in {name}; call model.eval() or set it to 0"
             )
-    if inner not in _tried:
-        _tried[inner] = _refusal(model, inner)
-    if _tried[inner]:
-        raise ValueError(f"model: {name} cannot share prefixes: {_tried[inner]}")
+    tried = _tried.setdefault(inner, {})
+    if model.training not in tried:
+        try:
+            tried[model.training] = _refusal(model, inner)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"its forward over a packed tree fails: {error}"
+            raise ValueError(f"model: {name} cannot share prefixes: {reason}") from error
+    if tried[model.training]:
+        raise ValueError(f"model: {name} cannot share prefixes: {tried[model.training]}")
 
 
 def _forward(model: Any, tree: PrefixTree, **inputs: Any) -> tuple[Tensor, Any, Running]:
     """All states of the packed tree, (tokens, H), and what else the model's forward returns."""
     with packed(model, tree) as running:
         ids, positions = (
-            t.to(running.positions.device).unsqueeze(0) for t in (tree.input_ids, tree.position_ids)
+            t.to(running.multiplicity.device).unsqueeze(0) for t in (tree.input_ids, tree.position_ids)
         )
         states, outputs = forward_to_head(model, ids, position_ids=positions, **inputs)
     return states[0], outputs, running
@@ -171,13 +179,10 @@ def _refusal(model: Any, inner: Any) -> str:
     ids[branch.start : branch.end] = (ids[branch.start : branch.end] + 1) % config.vocab_size
     device = next(inner.parameters()).device
     devices = [] if device.type == "cpu" else [device]
-    try:
-        with torch.no_grad(), unobserved(), torch.random.fork_rng(devices, device_type=device.type):
-            states, _, running = _forward(model, tree)
-            changed, _, _ = _forward(model, replace(tree, input_ids=ids))
-            repeated = head_inputs(model, torch.tensor(rows, device=states.device)).flatten(0, 1)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        return f"its forward over a packed tree fails: {error}"
+    with torch.no_grad(), unobserved(), torch.random.fork_rng(devices, device_type=device.type):
+        states, _, running = _forward(model, tree)
+        changed, _, _ = _forward(model, replace(tree, input_ids=ids))
+        repeated = head_inputs(model, torch.tensor(rows, device=states.device)).flatten(0, 1)
     if not running.windows:
         return "its attention does not go through transformers' attention interface"
     window = getattr(config, "sliding_window", None)

@@ -29,20 +29,19 @@ class Running:
 
     def __init__(self, tree: PrefixTree, device: torch.device) -> None:
         self.tree = tree
-        self.positions = tree.position_ids.to(device)
         self.multiplicity = tree.multiplicity.to(device)
         self.windows: list[int | None] = []  # of each attention layer so far
         self.kernels: dict[str, None] = {}
         self._longest = int(tree.position_ids.max()) + 1
-        self._parts: dict[int | None, Parts] = {}
+        self._layouts: dict[tuple[int, torch.device], tuple[Parts, Tensor]] = {}
 
-    def parts(self, window: int | None) -> tuple[Parts, int | None]:
-        """The parts for a sliding window, which is None where all sequences fit into it."""
-        if window is not None and window >= self._longest:
-            window = None
-        if window not in self._parts:
-            self._parts[window] = split(self.tree.nodes, window, self.positions.device)
-        return self._parts[window], window
+    def layout(self, window: int | None, device: torch.device) -> tuple[Parts, Tensor, int]:
+        """(parts, positions, window) of a layer; 0: no window, or all sequences fit into it."""
+        reach = 0 if window is None or window >= self._longest else window
+        if (reach, device) not in self._layouts:
+            parts = split(self.tree.nodes, reach, device)
+            self._layouts[reach, device] = parts, self.tree.position_ids.to(device)
+        return *self._layouts[reach, device], reach
 
 
 class _Current(threading.local):
@@ -95,7 +94,7 @@ def tree_attention(
             f"{name}: expected queries, keys and values of {tokens} tokens, got {tuple(query.shape)} and {tuple(key.shape)}"
         )
     running.windows.append(sliding_window)
-    parts, window = running.parts(sliding_window)
+    parts, positions, window = running.layout(sliding_window, query.device)
     query, key, value = autocast.cast(query, key, value)
     options = Options(query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
     size = value.shape[-1]
@@ -103,7 +102,7 @@ def tree_attention(
     running.kernels |= {plain.name: None} | ({masked.name: None} if window else {})
     if plain is not EAGER and size < query.shape[-1]:
         value = nn.functional.pad(value, (0, query.shape[-1] - size))
-    call = Call(parts, running.positions, window or 0, options, plain, masked)
+    call = Call(parts, positions, window, options, plain, masked)
     with autocast.off(query):
         out = attention(query, key, value, s_aux, call)
     return out.transpose(1, 2)[..., :size], None

@@ -225,9 +225,9 @@ def test_what_a_layer_does_besides_is_noticed():
 def test_dropout_is_refused():
     tree = r1.prefix_tree([[5, 6, 7]] * 2, [[8], [9]])
     model = models.build("Llama", attention_dropout=0.1)
-    r1.shared_prefix_states(model, tree)
     with pytest.raises(ValueError, match=r"dropout=0\.1; call model\.eval\(\)"):
         r1.shared_prefix_states(model.train(), tree)
+    r1.shared_prefix_states(model.eval(), tree)
     model = models.build("GPTNeoX", hidden_dropout=0.1)
     with pytest.raises(
         ValueError, match=r"expected no dropout, got .*emb_dropout in GPTNeoX.*; call model\.eval\(\)"

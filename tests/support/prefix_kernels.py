@@ -31,7 +31,7 @@ def inputs(dtype, device, heads=4, key_heads=2, size=16, value_size=16):
 def run(kernel: Kernel, tree, tensors, window=0, softcap=None):
     """(output, gradients) by the parts of the tree."""
     q, k, v, sinks, do = tensors
-    parts = split(tree.nodes, window or None, q.device)
+    parts = split(tree.nodes, window, q.device)
     call = Call(parts, tree.position_ids.to(q.device), window, Options(0.3, softcap), kernel, kernel)
     leaves = [t.detach().requires_grad_() for t in (q, k, v, sinks)]
     out = attention(*leaves, call)
