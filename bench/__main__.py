@@ -7,6 +7,7 @@ python -m bench precision [--out OUT.json]
 python -m bench saved [--out OUT.json]
 python -m bench mixtures [--only FAMILY] [--out OUT.json]
 python -m bench prefix [--tiny] [--rounds N] [--out OUT.json]
+python -m bench rollout [--tiny] [--out OUT.json]
 python -m bench guard [--update]
 python -m bench documents
 """
@@ -73,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     prefix.add_argument("--rounds", type=int, default=5)
     prefix.add_argument("--out", type=Path, default=Path("bench-results/prefix.json"))
     prefix.set_defaults(command=_prefix)
+    rollout = commands.add_parser(
+        "rollout", help="tokens a second of the trainer's sampler, beside transformers' own ways"
+    )
+    rollout.add_argument("--tiny", action="store_true", help="tiny sizes: does it work at all")
+    rollout.add_argument("--out", type=Path, default=Path("bench-results/rollout.json"))
+    rollout.set_defaults(command=_rollout)
     guard = commands.add_parser("guard", help="are the CPU kernels slower than the committed baseline")
     guard.add_argument("--update", action="store_true", help="write the baseline")
     guard.set_defaults(command=_guard)
@@ -103,6 +110,10 @@ def _prefix(given: argparse.Namespace) -> None:
     from . import prefix
 
     prefix.main(given.out, given.rounds, given.tiny)
+def _rollout(given: argparse.Namespace) -> None:
+    from . import rollout
+
+    rollout.main(given.out, given.tiny)
 
 
 def _guard(given: argparse.Namespace) -> int:

@@ -1,0 +1,285 @@
+"""``python -m bench rollout``: tokens a second of the trainer's sampler, beside transformers' own ways, and a decode step beside
+its floor.
+
+All draw at temperature 1 from one model with random weights, and end a response at one of several tokens, so that lengths
+differ as they do in training. Rounds are paired: each peer once, over and over.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers.generation import ContinuousBatchingConfig
+
+from training.engines import Request, SamplingParams, equal_lengths
+from training.engines.transformers import TransformersEngine
+from training.model import build_model
+from training.recipe import load
+from training.tokenizer import build_tokenizer
+
+from . import ceilings, results
+from .cases import Work
+from .environment import environment
+from .measure import load_average
+from .report import markdown
+from .report.table import Cell, Table, milliseconds
+
+SCHEMA = 1
+OURS = "r1kernels' trainer"
+EQUAL_LENGTHS = "transformers' cache, prompts of one length at a time"
+GENERATE = "transformers, generate, padded"
+GENERATE_BATCH = "transformers, generate_batch"
+ENDS = 32  # a response has this many tokens on average, where nothing cuts it
+PAGE = 64  # tokens
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the model that is drawn from and of what is asked. longest: tokens of a response at most."""
+
+    hidden_size: int = 512
+    layers: int = 8
+    heads: int = 8
+    vocab_size: int = 32768
+    prompts: int = 64
+    shortest_prompt: int = 16
+    longest_prompt: int = 256
+    longest: int = 64
+    rounds: int = 5
+
+
+TINY = Sizes(32, 2, 4, 256, 6, 4, 24, 8, 1)
+
+
+def build(sizes: Sizes) -> PreTrainedModel:
+    """A Qwen2 model with random weights."""
+    config = Qwen2Config(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=8 * sizes.hidden_size // 3,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=max(1, sizes.heads // 4),
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(config).eval()
+
+
+def prompts(sizes: Sizes, samples: int, head: int) -> list[tuple[int, ...]]:
+    """`sizes.prompts` in all, each `samples` times, which begin with `head` tokens in common."""
+    rng = random.Random(0)
+    first = [rng.randrange(sizes.vocab_size) for _ in range(head)]
+    made = []
+    for _ in range(sizes.prompts // samples):
+        length = rng.randint(max(sizes.shortest_prompt, head + 1), sizes.longest_prompt)
+        own = [rng.randrange(sizes.vocab_size) for _ in range(length - head)]
+        made += [(*first, *own)] * samples
+    return made
+
+
+Draw = Callable[[], int]  # draws once and returns the number of tokens
+
+
+def peers(model: PreTrainedModel, asked: Sequence[tuple[int, ...]], sizes: Sizes) -> dict[str, Draw]:
+    """Name -> one draw of a response to every prompt."""
+    stops = tuple(range(0, sizes.vocab_size, ENDS))
+    requests = [Request(prompt, key, sizes.longest) for key, prompt in enumerate(asked)]
+    params = SamplingParams(stop_ids=stops, batch_size=len(asked))
+    engine = TransformersEngine(model, None)
+
+    def ours() -> int:
+        return sum(len(output.token_ids) for output in engine.sample(requests, params))
+
+    @torch.no_grad()
+    def by_length() -> int:
+        return sum(len(output.token_ids) for output in equal_lengths.draw(model, requests, params, 0))
+
+    pad = 1
+    config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=sizes.longest,
+        eos_token_id=list(stops),
+        pad_token_id=pad,
+    )
+    width = max(len(prompt) for prompt in asked)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in asked])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in asked])
+
+    def generate() -> int:
+        drawn = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:]
+        ended = torch.isin(drawn, torch.tensor(stops)).int()
+        return int((ended.cumsum(1) - ended == 0).sum())
+
+    pages = sum(-(-(len(prompt) + sizes.longest) // PAGE) for prompt in asked) + 1
+    batching = ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages, max_batch_tokens=1024)
+
+    def generate_batch() -> int:
+        drawn = model.generate_batch(
+            [list(prompt) for prompt in asked],
+            generation_config=config,
+            continuous_batching_config=batching,
+            persistent_manager=True,
+        )
+        return sum(len(output.generated_tokens) for output in drawn.values())
+
+    return {OURS: ours, EQUAL_LENGTHS: by_length, GENERATE: generate, GENERATE_BATCH: generate_batch}
+
+
+def compare(sizes: Sizes, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Tokens a second of every peer, for prompts of different lengths and for groups of responses with a common head."""
+    model = build(sizes)
+    group = min(8, sizes.prompts // 2)
+    asked = {
+        f"{sizes.prompts} prompts of {sizes.shortest_prompt} to {sizes.longest_prompt} tokens": prompts(
+            sizes, 1, 0
+        ),
+        f"{sizes.prompts // group} prompts, {group} responses to each, a head in common": prompts(
+            sizes, group, sizes.longest_prompt // 2
+        ),
+    }
+    return [_case(title, peers(model, each, sizes), sizes, say) for title, each in asked.items()]
+
+
+def _case(title: str, ways: Mapping[str, Draw], sizes: Sizes, say: Callable[[str], None]) -> dict[str, Any]:
+    say(title)
+    rates: dict[str, list[float]] = {}
+    reasons: dict[str, str] = {}
+    with _quiet():
+        for turn in range(sizes.rounds + 1):
+            for name, way in ways.items():
+                if name in reasons:
+                    continue
+                began = time.perf_counter()
+                try:
+                    tokens = way()
+                except Exception as error:
+                    reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                    continue
+                if turn:  # the first call warms up
+                    rates.setdefault(name, []).append(tokens / (time.perf_counter() - began))
+    for name, found in rates.items():
+        say(f"  {name}: {statistics.median(found):,.0f} tokens a second")
+    return {
+        "title": title,
+        "load_average": load_average(),
+        "peers": [
+            {"peer": name, "tokens_per_second": [results.short(rate) for rate in sorted(rates.get(name, []))]}
+            | ({"reason": reasons[name]} if name in reasons else {})
+            for name in ways
+        ],
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def decode(rows: int, longest: int, rounds: int) -> dict[str, Any]:
+    """One token of `rows` responses of the recipe `tiny`, beside the least that its bytes and its products take.
+
+    Bytes: weights once, but for the embedding, of which the rows' alone; keys and values of each row, at half the length.
+    """
+    recipe = load("tiny")
+    tokenizer = build_tokenizer()
+    model = build_model(recipe.model, tokenizer, 0).eval()
+    engine = TransformersEngine(model, tokenizer)
+    prompt = 16
+    rng = random.Random(0)
+    asked = [
+        tuple(rng.randrange(5, len(tokenizer)) for _ in range(prompt)) for _ in range(max(1, rows // 16))
+    ]
+
+    def drawn(most: int) -> float:
+        requests = [Request(asked[row % len(asked)], row, most) for row in range(rows)]
+        began = time.perf_counter()
+        engine.sample(requests, SamplingParams(batch_size=rows, record_routing=True))
+        return time.perf_counter() - began
+
+    drawn(2)
+    steps = [(drawn(longest) - drawn(1)) / (longest - 1) for _ in range(rounds)]
+    sizes = recipe.model
+    embedding = model.get_input_embeddings().weight
+    weights = sum(parameter.numel() for parameter in model.parameters()) - embedding.numel()
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
+    used = weights - routed + routed * sizes.experts_per_token // sizes.experts
+    held = sizes.layers * sizes.heads * (sizes.qk_rope_head_dim + sizes.qk_nope_head_dim + sizes.v_head_dim)
+    read = rows * (longest // 2) + len(asked) * prompt  # tokens; a prompt's are read once for all its rows
+    seen = rows * (longest // 2 + prompt)
+    work = Work(
+        bytes=4 * (weights + rows * sizes.hidden_size + held * read),
+        flops=2 * (rows * used + held * seen),
+        exps=rows * len(tokenizer),
+    )
+    floor, bound = ceilings.measure(torch.device("cpu")).floor(work, "float32")
+    return {
+        "rows": rows,
+        "longest": longest,
+        "seconds": [results.short(step) for step in sorted(steps)],
+        "floor_seconds": results.short(floor),
+        "bound": bound,
+        "bytes": work.bytes,
+        "flops": work.flops,
+        "load_average": load_average(),
+    }
+
+
+def measure_all(tiny: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Everything; tiny: does it work at all."""
+    sizes = TINY if tiny else Sizes()
+    return {
+        "schema": SCHEMA,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "environment": environment("cpu"),
+        "sizes": vars(sizes),
+        "cases": compare(sizes, say),
+        "decode": decode(*((16, 4, 1) if tiny else (384, 64, 7))),
+    }
+
+
+def table(record: Mapping[str, Any]) -> Table:
+    """Tokens a second of every peer in every case."""
+    found = Table(
+        "Rollouts", ("what", *(peer["peer"] for peer in record["cases"][0]["peers"])), note=_note(record)
+    )
+    for case in record["cases"]:
+        cells = []
+        for peer in case["peers"]:
+            rates = peer["tokens_per_second"]
+            cells.append(Cell(f"{statistics.median(rates):,.0f}" if rates else peer["reason"]))
+        found.rows.append([Cell(case["title"]), *cells])
+    return found
+
+
+def _note(record: Mapping[str, Any]) -> str:
+    sizes, step = record["sizes"], record["decode"]
+    took, floor = statistics.median(step["seconds"]), step["floor_seconds"]
+    return (
+        f"Tokens a second, medians of {sizes['rounds']} paired rounds on {record['environment']['threads']} thread, from a Qwen2 "
+        f"model of {sizes['layers']} layers of width {sizes['hidden_size']} and {sizes['vocab_size']:,} entries; responses of at most "
+        f"{sizes['longest']} tokens. A decode step of `tiny` with {step['rows']} rows takes {milliseconds(took)}, {took / floor:.1f} times "
+        f"its floor of {milliseconds(floor)} ({step['bound']})."
+    )
+
+
+def main(out: Path, tiny: bool) -> None:
+    """The command."""
+    record = measure_all(tiny)
+    results.save(out, record)
+    found = table(record)
+    print(f"{found.note}\n\n{markdown.rows(found)}")
