@@ -110,6 +110,8 @@ def _prefix(given: argparse.Namespace) -> None:
     from . import prefix
 
     prefix.main(given.out, given.rounds, given.tiny)
+
+
 def _rollout(given: argparse.Namespace) -> None:
     from . import rollout
 

@@ -103,6 +103,17 @@ def prefixes() -> str:
     )
 
 
+def rollouts() -> str:
+    """The table of ``python -m bench rollout``."""
+    from . import rollout  # which needs transformers
+
+    path = ROOT / "bench/results/cpu/rollout.json"
+    if not path.is_file():
+        return "Not measured yet."
+    found = rollout.table(json.loads(path.read_text(encoding="utf-8")))
+    return f"{found.note}\n\n{markdown.rows(found)}"
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "headline": headline,
     "every case": every_case,
@@ -112,6 +123,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "saved": saved_bytes,
     "prefix": prefixes,
     "mixtures": every_mixture,
+    "rollout": rollouts,
 }
 
 

@@ -48,10 +48,10 @@ PAGE = 64  # tokens
 class Sizes:
     """Of the model that is drawn from and of what is asked. longest: tokens of a response at most."""
 
-    hidden_size: int = 512
-    layers: int = 8
+    hidden_size: int = 256
+    layers: int = 6
     heads: int = 8
-    vocab_size: int = 32768
+    vocab_size: int = 8192
     prompts: int = 64
     shortest_prompt: int = 16
     longest_prompt: int = 256
@@ -131,7 +131,7 @@ def peers(model: PreTrainedModel, asked: Sequence[tuple[int, ...]], sizes: Sizes
             [list(prompt) for prompt in asked],
             generation_config=config,
             continuous_batching_config=batching,
-            persistent_manager=True,
+            warmup=False,
         )
         return sum(len(output.generated_tokens) for output in drawn.values())
 
@@ -272,8 +272,8 @@ def _note(record: Mapping[str, Any]) -> str:
     return (
         f"Tokens a second, medians of {sizes['rounds']} paired rounds on {record['environment']['threads']} thread, from a Qwen2 "
         f"model of {sizes['layers']} layers of width {sizes['hidden_size']} and {sizes['vocab_size']:,} entries; responses of at most "
-        f"{sizes['longest']} tokens. A decode step of `tiny` with {step['rows']} rows takes {milliseconds(took)}, {took / floor:.1f} times "
-        f"its floor of {milliseconds(floor)} ({step['bound']})."
+        f"{sizes['longest']} tokens. A decode step of `tiny` with {step['rows']} rows takes {milliseconds(took)} ms, {took / floor:.1f} times "
+        f"its floor of {milliseconds(floor)} ms ({step['bound']})."
     )
 
 
