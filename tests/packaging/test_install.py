@@ -75,7 +75,7 @@ def pip_install(python, *arguments, **variables):
 def installed(result, python, cwd):
     """(path, missing, value) as the installed package answers from a folder that is not a checkout."""
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    answer = subprocess.run([python, "-c", CHECK], cwd=cwd, capture_output=True, text=True)
+    answer = subprocess.run([python, "-I", "-c", CHECK], cwd=cwd, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
     path, missing, value = answer.stdout.splitlines()
     assert value == "-1.3863"  # -log 4
