@@ -11,6 +11,7 @@ arguments are faults.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -324,10 +325,11 @@ def _handler(stand_in: StandIn) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 return
             text = json.dumps(found[1]).encode()
-            self.send_response(found[0])
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
+            with contextlib.suppress(ConnectionError):  # whoever asked has gone
+                self.send_response(found[0])
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
 
         def log_message(self, *_: Any) -> None:
             pass

@@ -1,8 +1,11 @@
 """The engine behind a vLLM server, against a stand-in that answers as the real one did: updates, versions, every fault."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -285,6 +288,17 @@ def test_a_slow_server_and_nothing_of_it_goes_on():
         with pytest.raises(
             EngineError, match=r"did not answer /inference/v1/generate within 0.2 s \(rollout.timeout\)"
         ):
+            engine.sample(requests(), WAYS[0])
+        assert time.monotonic() - began < 2.5
+
+
+def test_ctrl_c_breaks_off_what_is_under_way():
+    with StandIn() as stand_in:
+        engine = reached(stand_in)
+        stand_in.slow = 3.0
+        began = time.monotonic()
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
             engine.sample(requests(), WAYS[0])
         assert time.monotonic() - began < 2.5
 

@@ -1,10 +1,20 @@
 """A real vLLM server on the CPU (`make vllm`): log-probs and greedy tokens after updates, updates that are not whole, whole runs."""
 
+from statistics import fmean, variance
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.vllm_stand_in import PYTHON, StandIn, moved, policy, requests, talk
+from training import corpus, pipeline
+from training.checkpoint import save_model
+from training.context import StageContext
 from training.engines import EngineError, SamplingParams, connect, house, weights
+from training.loops import next_token
+from training.progress import Progress
+from training.recipe import load
+from training.run_dir import RunDir, StageDir
 from training.sections import Rollout
 from training.tokenizer import build_tokenizer
 
@@ -61,8 +71,6 @@ def test_an_update_that_leaves_out_one_tensor(home, monkeypatch, name):
     whole = weights.write
 
     def incomplete(model, folder, dtype):
-        from safetensors.torch import load_file, save_file
-
         whole(model, folder, dtype)
         tensors = load_file(folder / "model.safetensors")
         del tensors[name]
@@ -83,3 +91,52 @@ def test_the_recording_of_the_stand_in_is_what_the_server_answers(home):
         for a, b in zip(ours, theirs, strict=True):
             assert (a.token_ids, a.finished, a.version) == (b.token_ids, b.finished, b.version)
             assert a.logp == pytest.approx(b.logp, abs=1e-5)
+
+
+STEPS, LAST = 20, 8
+WORDS = [
+    *("stages=[base,zero]", f"zero.steps={STEPS}", "zero.prompts=16", "zero.group_size=8", "zero.lr=2e-3"),
+    *("zero.max_new_tokens=40", "zero.batch_size=128"),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of a small Qwen2 model that has read the corpus of `smoke`."""
+    recipe, model, folder = load("smoke"), policy(), tmp_path_factory.mktemp("base")
+    stage = StageDir(folder / "training")
+    stage.begin({}, {})
+    documents = corpus.documents(
+        0, recipe.base.steps * recipe.base.batch_size, mix=recipe.base.corpus, digits=1
+    )
+    context = StageContext("base", recipe, recipe.base, stage, {}, Progress(quiet=True))
+    next_token.train(model, TOKENIZER, documents, recipe.base, context)
+    save_model(model, TOKENIZER, folder / "model")
+    return folder / "model"
+
+
+def run_of(base, folder, *words):
+    """The last steps of a run of GRPO."""
+    recipe = load("smoke", [*WORDS, f"model.pretrained={base}", *words])
+    pipeline.run(recipe, RunDir(folder), progress=Progress(quiet=True))
+    rows = RunDir(folder).stage("zero").metrics()
+    assert len(rows) == STEPS
+    return rows
+
+
+def test_a_run_of_grpo_ends_with_the_same_marks_whatever_engine_draws(base, tmp_path):
+    ours = run_of(base, tmp_path / "ours")
+    theirs = run_of(
+        base,
+        tmp_path / "theirs",
+        *("rollout.engine=vllm", "rollout.start=true", f"rollout.python={PYTHON}", "rollout.timeout=900"),
+    )
+    for row in theirs:
+        assert row["sampler_gap_max"] < 1e-4
+        assert row["stale"] == 0
+    for mark in ("reward", "accuracy", "format", "length"):
+        a, b = ([row[mark] for row in rows[-LAST:]] for rows in (ours, theirs))
+        noise = ((variance(a) + variance(b)) / LAST) ** 0.5
+        assert abs(fmean(a) - fmean(b)) < 4 * noise + 1e-3, (mark, a, b)
+    assert fmean(row["reward"] for row in theirs[-LAST:]) > theirs[0]["reward"] + 0.2
+    assert not (tmp_path / "theirs" / house.WEIGHTS).exists()

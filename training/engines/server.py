@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,14 +14,14 @@ from pathlib import Path
 import torch
 
 from training.engines import EngineError, tether
-from training.engines.service import Refused, Service
+from training.engines.service import Service
 from training.errors import UserError
 from training.sections import Rollout
 
 # Development routes hand over weights; nothing is downloaded and nothing is told to anyone.
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 CACHE_GIB = "1"  # of keys and values on a CPU, where the environment names no other size
-LAST = 4000  # bytes at the end of the log in which the reason of a failure is looked for
+_ERROR = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception): .+")
 OPTIONS = ("--enable-scale-out", "--skip-tokenizer-init", "--logprobs-mode", "processed_logprobs")
 
 
@@ -46,7 +48,7 @@ class Server:
             *rollout.options,
         ]
         environment = {"VLLM_CPU_KVCACHE_SPACE": CACHE_GIB, **os.environ, **ENVIRONMENT}
-        self._log = log
+        self._log, self._before = log, log.stat().st_size if log.is_file() else 0
         self.service = Service(f"http://127.0.0.1:{port}", rollout.timeout, str(log))
         with log.open("ab") as file:
             self._process = subprocess.Popen(
@@ -79,23 +81,20 @@ class Server:
         while time.monotonic() < end:
             if not self.alive:
                 raise EngineError(f"vLLM did not start: {self._reason()}; its log is {self._log}")
-            try:
+            with contextlib.suppress(EngineError):  # it does not listen yet
                 self.service.call("GET", "/health")
                 return
-            except Refused:
-                pass
-            except EngineError:
-                pass  # it does not listen yet
             time.sleep(0.5)
         raise EngineError(
             f"vLLM did not start within {timeout:g} s (rollout.timeout); its log is {self._log}"
         )
 
     def _reason(self) -> str:
-        """The last line of the log that names an error."""
-        lines = self._log.read_bytes()[-LAST:].decode("utf-8", "replace").splitlines()
-        telling = [line for line in lines if "Error" in line or "error" in line]
-        return (telling or lines or ["it wrote nothing"])[-1].strip()
+        """The first error that the server wrote: those behind it tell what became of it."""
+        text = self._log.read_bytes()[self._before :].decode("utf-8", "replace")
+        lines = [line for line in text.splitlines() if "WARNING" not in line]
+        found = next(filter(None, map(_ERROR.search, lines)), None)
+        return found.group() if found else "it names no error"
 
 
 def check_python(path: str) -> None:
