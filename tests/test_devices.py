@@ -69,7 +69,7 @@ def test_a_gpu_that_the_build_does_not_know_is_served_by_triton(gpu):
     gpu((11, 0))
     logits = on_gpu(4, 8, dtype=torch.float32)
     assert backends.choose("route", None, r1kernels.moe.routing.RouteCall(
-        logits, 2, True, None, 1, 1, True, 1.0, None
+        logits, 2, 1, False, None, 1, 1, False, True, 0.0, 1.0, None
     )).name == "triton"  # fmt: skip
 
 

@@ -12,6 +12,7 @@
 namespace r1kernels {
 
 enum class Activation : int32_t { silu, gelu_tanh };
+enum class Score : int32_t { sigmoid, softmax, sqrt_softplus };
 
 }  // namespace r1kernels
 
@@ -26,8 +27,11 @@ struct R1kernelsRoute {
     const void* logits;                       // (T, E)
     int64_t tokens, experts, top_k;
     int64_t n_group, topk_group;
-    int32_t softmax, normalize;
-    double scale;
+    r1kernels::Score score;
+    int32_t by_logits;                        // chosen by logits + bias, not by scores + bias
+    int32_t two_best;                         // the score of a group: the sum of its two best, else its best
+    int32_t normalize;
+    double eps, scale;
     const float* bias;                        // (E,), or null
     const int64_t* replayed;                  // (T, K), or null: choose
 };

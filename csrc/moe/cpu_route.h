@@ -1,6 +1,6 @@
 // The router on the CPU, and its gradient. Included by cpu.cpp alone, once for each instruction set.
 //
-// Notation: l logits, p scores, w weights, c scale, g gradient of the weights, n = sum p + 1e-20; sums over the chosen.
+// Notation: l logits, p scores, w weights, c scale, g gradient of the weights, n = sum p + eps; sums over the chosen.
 #pragma once
 
 #include "moe/cpu_route_choice.h"
@@ -45,7 +45,7 @@ void weigh(const R1kernelsRoute& call, const T* rows, int64_t count, const Route
         const T* row = rows + token * call.experts;
         largest[token] = chosen_logits(row, indices + token * top_k, top_k, scratch[token].wide);
         total[token] = 1;
-        if (call.softmax && !call.normalize) {
+        if (call.score == Score::softmax && !call.normalize) {
             const float most = largest_logit(row, call.experts);
             largest[token] = most;
             total[token] = exponentials(row, call.experts, most, nullptr);
@@ -55,13 +55,14 @@ void weigh(const R1kernelsRoute& call, const T* rows, int64_t count, const Route
         double* values = scratch[token].wide;
         for (int64_t k = 0; k < top_k; k += kDoubles) {
             const Doubles logits = load_doubles(values + k);
-            store_doubles(values + k, call.softmax ? exp_negative(logits - largest[token]) : sigmoid(logits));
+            const bool softmax = call.score == Score::softmax;
+            store_doubles(values + k, softmax ? exp_negative(logits - largest[token]) : score_alone(call.score, logits));
         }
     }
     for (int64_t token = 0; token < count; ++token) {
         const double* values = scratch[token].wide;
         if (call.normalize) {
-            total[token] = undefined[token] ? __builtin_nan("") : call.softmax ? 0 : 1e-20;
+            total[token] = undefined[token] ? __builtin_nan("") : call.score == Score::softmax ? 0 : call.eps;
             for (int64_t k = 0; k < top_k; ++k) total[token] += values[k];
         }
         const double factor = call.scale / total[token];
@@ -75,7 +76,7 @@ void route_of(const R1kernelsRoute& call, int64_t* indices, float* weights, void
     for (int64_t token = 0; token < kRouterTokens; ++token) scratch[token] = RouterScratch(call, memory, token);
     const float apart = needed_apart(call);
     const bool replayed = call.replayed != nullptr;
-    const bool chosen_alone = replayed && call.softmax && call.normalize;  // no step before reads the other logits
+    const bool chosen_alone = replayed && call.score == Score::softmax && call.normalize;  // no step before reads the other logits
     for (int64_t token = begin; token < end; token += kRouterTokens) {
         const int64_t count = end - token < kRouterTokens ? end - token : kRouterTokens;
         const T* rows = static_cast<const T*>(call.logits) + token * call.experts;
@@ -110,7 +111,7 @@ void scatter(const R1kernelsRoute& call, const int64_t* indices, const RouterScr
     for (int64_t k = 0; k < call.top_k; ++k) to[indices[k]] = rounded[k];
 }
 
-// Sigmoid: dl_j = c p_j (1 - p_j) g_j, or with n = sum p + 1e-20: c / n (g_j - sum_i g_i p_i / n) p_j (1 - p_j).
+// Scores of a logit alone: dl_j = c p'_j g_j, or with n = sum p + eps: c / n (g_j - sum_i g_i p_i / n) p'_j.
 // Softmax over the chosen: dl_j = c w_j (g_j - sum_i g_i w_i), w = e^l / n with n = sum e^l.
 template <typename T>
 void chosen_backward(const R1kernelsRoute& call, const T* rows, int64_t count, const RouterScratch* scratch,
@@ -125,21 +126,28 @@ void chosen_backward(const R1kernelsRoute& call, const T* rows, int64_t count, c
         double *values = scratch[token].wide, *slopes = scratch[token].slopes;
         for (int64_t k = 0; k < top_k; k += kDoubles) {
             const Doubles logits = load_doubles(values + k);
-            if (call.softmax) {
+            if (call.score == Score::softmax) {
                 const Doubles e = exp_negative(logits - largest[token]);
                 store_doubles(values + k, e);
                 store_doubles(slopes + k, e);
             } else {
                 const Doubles e = exp_negative(logits < 0 ? logits : -logits), inverse = 1.0 / (1.0 + e);
-                store_doubles(values + k, logits < 0 ? e * inverse : inverse);
-                store_doubles(slopes + k, e * inverse * inverse);  // p (1 - p)
+                const Doubles p = logits < 0 ? e * inverse : inverse;
+                if (call.score == Score::sigmoid) {
+                    store_doubles(values + k, p);
+                    store_doubles(slopes + k, e * inverse * inverse);  // p (1 - p)
+                } else {
+                    const Doubles root = root_of_softplus(logits);
+                    store_doubles(values + k, root);
+                    store_doubles(slopes + k, root == 0 ? Doubles{} : 0.5 * p / root);
+                }
             }
         }
     }
     for (int64_t token = 0; token < count; ++token) {
         double *values = scratch[token].wide, *slopes = scratch[token].slopes;
         const float* g = grads + token * top_k;
-        double total = call.softmax ? 0 : 1e-20, mean = 0;
+        double total = call.score == Score::softmax ? 0 : call.eps, mean = 0;
         for (int64_t k = 0; k < top_k; ++k) {
             total += values[k];
             mean += g[k] * values[k];
@@ -202,7 +210,7 @@ void route_backward_of(const R1kernelsRoute& call, const int64_t* indices, const
         T* to = static_cast<T*>(grad_logits) + token * call.experts;
         const int64_t* chosen = indices + token * call.top_k;
         const float* grads = grad_weights + token * call.top_k;
-        if (call.softmax && !call.normalize) {
+        if (call.score == Score::softmax && !call.normalize) {
             softmax_backward(call, rows, count, scratch, chosen, grads, to);
         } else {
             chosen_backward(call, rows, count, scratch, chosen, grads, to);

@@ -41,6 +41,20 @@ struct RouterScratch {
 
 // --- the scores of all experts ---
 
+// sqrt(log(1 + e^l)): lane by lane, for want of a logarithm of vectors.
+Doubles root_of_softplus(Doubles logits) {
+    for (int64_t lane = 0; lane < kDoubles; ++lane) {
+        const double l = logits[lane];
+        logits[lane] = __builtin_sqrt(__builtin_log1p(__builtin_exp(-__builtin_fabs(l))) + (l < 0 ? 0 : l));
+    }
+    return logits;
+}
+
+// The score of a logit alone, which a softmax is not.
+Doubles score_alone(Score score, Doubles logits) {
+    return score == Score::sigmoid ? sigmoid(logits) : root_of_softplus(logits);
+}
+
 template <typename T>
 float largest_logit(const T* row, int64_t experts) {
     Floats most = all(-kInfinity);
@@ -70,7 +84,7 @@ double exponentials(const T* row, int64_t experts, float largest, float* to) {
 template <typename T>
 void scores_of(const R1kernelsRoute& call, const T* row, const RouterScratch& scratch) {
     double largest = 0, inverse = 0;
-    if (call.softmax) {
+    if (call.score == Score::softmax) {
         largest = largest_logit(row, call.experts);
         Doubles total = {};
         for (int64_t i = 0; i < call.experts; i += kLanes) {
@@ -83,12 +97,12 @@ void scores_of(const R1kernelsRoute& call, const T* row, const RouterScratch& sc
     }
     for (int64_t i = 0; i < call.experts; i += kLanes) {
         Wide value;
-        if (call.softmax) {
+        if (call.score == Score::softmax) {
             memcpy(&value, scratch.wide + i, sizeof value);
             value = {value.low * inverse, value.high * inverse};
         } else {
             value = widen(logits_at(row, i, call.experts));
-            value = {sigmoid(value.low), sigmoid(value.high)};
+            value = {score_alone(call.score, value.low), score_alone(call.score, value.high)};
         }
         store(scratch.scores + i, narrow(value));
     }
@@ -227,8 +241,8 @@ void join_lanes(Vector* first, Vector* second, int64_t count) {
 Floats sum_of(Floats a, Floats b) { return a + b; }
 Ints sum_of(Ints a, Ints b) { return keys_of(values_of(a) + values_of(b)); }
 
-// The keys of up to kLanes groups from group `from` on; the score of a group is for softmax its best value, for sigmoid the
-// sum of its two best ones. A vector may be read from any value on.
+// The keys of up to kLanes groups from group `from` on; the score of a group is its best value, or the sum of its two best
+// ones. A vector may be read from any value on.
 template <typename Vector>
 Ints keys_of_groups(const R1kernelsRoute& call, const Scalar<Vector>* values, int64_t from) {
     const int64_t size = call.experts / call.n_group;
@@ -247,7 +261,7 @@ Ints keys_of_groups(const R1kernelsRoute& call, const Scalar<Vector>* values, in
         first[group] = most, second[group] = next;
     }
     join_lanes(first, second, sets);
-    const bool best_alone = call.softmax || size == 1;
+    const bool best_alone = !call.two_best || size == 1;
     const Ints keys = as_keys(best_alone ? first[0] : sum_of(first[0], second[0]));
     const Ints lane = places_from(0);
     const Ints in_order = choose_lanes(keys, keys, lane * static_cast<int32_t>(kLanes / sets) & (kLanes - 1));
@@ -299,7 +313,9 @@ float selection_error(const R1kernelsRoute& call) {
 // Those of a softmax are in the ratio e^(l - l'): logits that differ by 2^-20 have float32 scores that differ, and equal
 // logits have equal ones, as long as the scores are no subnormals: e^-60 / E is none.
 constexpr float kRange = 60.0f;
-float needed_apart(const R1kernelsRoute& call) { return call.softmax ? 0x1p-20f : 2 * selection_error(call); }
+float needed_apart(const R1kernelsRoute& call) {
+    return call.score == Score::softmax ? 0x1p-20f : 2 * selection_error(call);
+}
 
 // The values: the logits, or selection scores in float32. False where they do not tell which groups are kept: the sum of
 // two scores, rounded too, may be off by three times their error.
@@ -309,7 +325,7 @@ bool values_of_token(const R1kernelsRoute& call, const T* row, const RouterScrat
     Floats total = {};
     for (int64_t i = 0; i < call.experts; i += kLanes) {
         Floats value = logits_at(row, i, call.experts);
-        if (!call.softmax) value = sigmoid(value);
+        if (call.score == Score::sigmoid) value = sigmoid(value);
         if (call.bias) value += logits_at(call.bias, i, call.experts);
         total += value;
         store(values + i, value);
@@ -335,9 +351,9 @@ void exact_scores(const R1kernelsRoute& call, const T* row, const RouterScratch&
 template <typename T>
 bool choose_by_scores(const R1kernelsRoute& call, const T* row, const RouterScratch& scratch, int64_t* indices) {
     scores_of(call, row, scratch);
-    const bool undefined = call.softmax && scratch.scores[0] != scratch.scores[0];
+    const bool undefined = call.score == Score::softmax && scratch.scores[0] != scratch.scores[0];
     for (int64_t i = 0; i < call.experts; i += kLanes) {
-        Floats selection = load(scratch.scores + i);
+        Floats selection = call.by_logits ? logits_at(row, i, call.experts) : load(scratch.scores + i);
         if (call.bias) selection += logits_at(call.bias, i, call.experts);
         const Ints inside = places_from(i) < static_cast<int32_t>(call.experts);
         store_as(scratch.keys + i, inside ? keys_of(selection) : lowest<Ints>());
@@ -355,7 +371,8 @@ bool choose_by_scores(const R1kernelsRoute& call, const T* row, const RouterScra
 template <typename T>
 void choose(const R1kernelsRoute& call, const T* rows, int64_t count, const RouterScratch* scratch, float apart,
             int64_t* indices, bool* undefined) {
-    const bool by_values = !call.softmax || (!call.bias && call.n_group == 1);
+    const bool softmax = call.score == Score::softmax;
+    const bool by_values = !call.by_logits && (call.score == Score::sigmoid || (softmax && !call.bias && call.n_group == 1));
     bool known[kRouterTokens];
     float least[kRouterTokens];
     int64_t found[kRouterTokens];
@@ -380,8 +397,8 @@ void choose(const R1kernelsRoute& call, const T* rows, int64_t count, const Rout
         rank_candidates(at.keys, found[token], at.ranks);
     }
     for (int64_t token = 0; token < count; ++token) {
-        if (!known[token] || stand_apart(scratch[token], found[token], apart, call.softmax)) continue;
-        known[token] = !call.softmax;
+        if (!known[token] || stand_apart(scratch[token], found[token], apart, softmax)) continue;
+        known[token] = !softmax;
         if (!known[token]) continue;
         const RouterScratch& at = scratch[token];
         exact_scores(call, rows + token * call.experts, at, found[token]);

@@ -18,6 +18,19 @@ constexpr int kNotEligible = INT32_MIN;  // below the key of every float
 
 __device__ inline double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 
+// log(1 + e^x); NaN stays.
+__device__ inline double softplus(double x) { return log1p(exp(-fabs(x))) + (x < 0.0 ? 0.0 : x); }
+
+// The score of a logit alone, and its slope: p (1 - p) of a sigmoid; of p = sqrt(softplus) sigmoid / (2 p), 0 where p is.
+__device__ inline double score_alone(Score score, double x) {
+    return score == Score::sigmoid ? sigmoid(x) : sqrt(softplus(x));
+}
+__device__ inline double slope_alone(Score score, double x) {
+    if (score == Score::sigmoid) return sigmoid(x) * sigmoid(-x);
+    const double p = sqrt(softplus(x));
+    return p == 0.0 ? 0.0 : 0.5 * sigmoid(x) / p;
+}
+
 __device__ inline double warp_sum(double value) {
     return warp_reduce(value, [](double a, double b) { return a + b; });
 }
@@ -41,12 +54,12 @@ __device__ inline SoftmaxSums softmax_sums(int64_t count, At at) {
 template <class Scalar>
 struct Row {
     const Scalar* logits;
-    bool softmax;
+    Score kind;
     SoftmaxSums sums;  // of all experts, for softmax
 
     __device__ float logit(int64_t expert) const { return to_float(logits[expert]); }
     __device__ double wide_score(double logit) const {
-        return softmax ? exp(logit - sums.largest) * sums.inverse : sigmoid(logit);
+        return kind == Score::softmax ? exp(logit - sums.largest) * sums.inverse : score_alone(kind, logit);
     }
     __device__ float score(double logit) const { return static_cast<float>(wide_score(logit)); }
 };
@@ -107,11 +120,11 @@ struct Keys {
 
 // --- choice ---
 
-// For softmax the best key of a group, for sigmoid the key of the sum of its two best selection scores.
+// The best key of a group, or the key of the sum of its two best selection scores.
 template <int kOfLane>
 __device__ inline int group_key(const R1kernelsRoute& call, Keys<kOfLane> selection, int first, int end) {
     const Best best = selection.best(first, end);
-    if (call.softmax || end - first == 1) return best.key;
+    if (!call.two_best || end - first == 1) return best.key;
     selection.remove(best.number);
     return key_of(value_of(best.key) + value_of(selection.best(first, end).key));
 }
@@ -146,10 +159,13 @@ __device__ inline void keep_best_groups(const R1kernelsRoute& call, Keys<kOfLane
 template <int kOfLane, class Scalar>
 __device__ inline Keys<kOfLane> selection_keys(const R1kernelsRoute& call, Row<Scalar>& row, int* memory) {
     const int experts = static_cast<int>(call.experts);
-    if (call.softmax) row.sums = softmax_sums(experts, [&](int64_t expert) { return row.logit(expert); });
+    if (row.kind == Score::softmax) {
+        row.sums = softmax_sums(experts, [&](int64_t expert) { return row.logit(expert); });
+    }
 #pragma unroll 4
     for (int expert = lane_id(); expert < experts; expert += kWarpSize) {
-        float score = row.score(row.logit(expert));
+        const float logit = row.logit(expert);
+        float score = call.by_logits ? logit : row.score(logit);
         if (call.bias != nullptr) score += call.bias[expert];
         memory[expert] = key_of(score);
     }
@@ -180,7 +196,7 @@ template <class Scalar>
 __device__ inline void weigh(const R1kernelsRoute& call, const Row<Scalar>& row, const int64_t* chosen, float* weights,
                              int32_t* counts) {
     const auto is_expert = [&](int64_t k) { return chosen[k] >= 0 && chosen[k] < call.experts; };
-    const bool softmax_of_chosen = call.softmax && call.normalize;
+    const bool softmax_of_chosen = row.kind == Score::softmax && call.normalize;
     double largest = 0, factor = call.scale;
     if (softmax_of_chosen) {
         const SoftmaxSums sums =
@@ -192,7 +208,7 @@ __device__ inline void weigh(const R1kernelsRoute& call, const Row<Scalar>& row,
         for (int64_t k = lane_id(); k < call.top_k; k += kWarpSize) {
             if (is_expert(k)) sum += row.score(row.logit(chosen[k]));
         }
-        factor /= warp_sum(sum) + 1e-20;
+        factor /= warp_sum(sum) + call.eps;
     }
     for (int64_t k = lane_id(); k < call.top_k; k += kWarpSize) {
         double weight = 0;
@@ -219,7 +235,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks(kOfLane))
     route_kernel(R1kernelsRoute call, float* weights, int64_t* indices, int32_t* counts) {
     int* memory = reinterpret_cast<int*>(shared_memory) + threadIdx.x / kWarpSize * call.experts;
     for (int64_t token = first_token(); token < call.tokens; token += all_warps_of_grid()) {
-        Row<Scalar> row = {static_cast<const Scalar*>(call.logits) + token * call.experts, call.softmax != 0, {}};
+        Row<Scalar> row = {static_cast<const Scalar*>(call.logits) + token * call.experts, call.score, {}};
         int64_t* chosen = indices + token * call.top_k;
         choose(call, selection_keys<kOfLane>(call, row, memory), memory, chosen);
         weigh(call, row, chosen, weights + token * call.top_k, counts);
@@ -230,8 +246,10 @@ template <class Scalar>
 __global__ void __launch_bounds__(kRouteThreads, route_blocks(1))
     replay_kernel(R1kernelsRoute call, float* weights, int64_t* indices, int32_t* counts) {
     for (int64_t token = first_token(); token < call.tokens; token += all_warps_of_grid()) {
-        Row<Scalar> row = {static_cast<const Scalar*>(call.logits) + token * call.experts, call.softmax != 0, {}};
-        if (call.softmax) row.sums = softmax_sums(call.experts, [&](int64_t expert) { return row.logit(expert); });
+        Row<Scalar> row = {static_cast<const Scalar*>(call.logits) + token * call.experts, call.score, {}};
+        if (row.kind == Score::softmax) {
+            row.sums = softmax_sums(call.experts, [&](int64_t expert) { return row.logit(expert); });
+        }
         int64_t* chosen = indices + token * call.top_k;
         for (int64_t k = lane_id(); k < call.top_k; k += kWarpSize) chosen[k] = call.replayed[token * call.top_k + k];
         weigh(call, row, chosen, weights + token * call.top_k, counts);

@@ -1,7 +1,7 @@
 // The router for every architecture from sm_80 on: its gradient, a warp a token, and the launchers; the forward stands in
 // cuda_route.cuh.
 //
-// Notation: l logits, p scores, w weights, c scale, g gradient of the weights, n = sum p + 1e-20; sums over the chosen.
+// Notation: l logits, p scores, w weights, c scale, g gradient of the weights, n = sum p + eps; sums over the chosen.
 #include "common/launch.cuh"
 #include "moe/cuda.h"
 #include "moe/cuda_route.cuh"
@@ -46,30 +46,27 @@ __device__ inline void clear(Scalar* to, int64_t count) {
     __syncwarp();  // before other lanes write there
 }
 
-// Sigmoid: dl_j = c p_j (1 - p_j) g_j, or with n = sum p + 1e-20: c / n (g_j - sum_i g_i p_i / n) p_j (1 - p_j).
+// Scores of a logit alone: dl_j = c p'_j g_j, or with n = sum p + eps: c / n (g_j - sum_i g_i p_i / n) p'_j.
 template <class Scalar>
-__device__ inline void sigmoid_backward(const R1kernelsRoute& call, const Row<Scalar>& row,
-                                        const Choice<Scalar>& choice, Scalar* to) {
+__device__ inline void alone_backward(const R1kernelsRoute& call, const Row<Scalar>& row,
+                                      const Choice<Scalar>& choice, Scalar* to) {
     double total = 1, mean = 0;
     if (call.normalize) {
         double sum = 0, weighted = 0;
         for (int64_t k = lane_id(); k < call.top_k; k += kWarpSize) {
             if (!choice.is_expert(k)) continue;
-            const double p = sigmoid(row.logit(choice.chosen[k]));
+            const double p = score_alone(row.kind, row.logit(choice.chosen[k]));
             sum += p;
             weighted += choice.grads[k] * p;
         }
-        total = warp_sum(sum) + 1e-20;
+        total = warp_sum(sum) + call.eps;
         mean = warp_sum(weighted) / total;
     }
     clear(to, call.experts);
     const double factor = call.scale / total;
     scatter(
         choice, to, [&](int64_t k) { return choice.grads[k] - mean; },
-        [&](int64_t expert, double sum) {
-            const double logit = row.logit(expert);
-            return factor * sum * sigmoid(logit) * sigmoid(-logit);
-        });
+        [&](int64_t expert, double sum) { return factor * sum * slope_alone(row.kind, row.logit(expert)); });
 }
 
 // Softmax over the chosen: dl_j = c w_j (g_j - sum_i g_i w_i).
@@ -114,12 +111,12 @@ template <class Scalar>
 __global__ void __launch_bounds__(kRouteThreads, route_blocks(1))
     route_backward_kernel(R1kernelsRoute call, const int64_t* indices, const float* grad_weights, Scalar* grad_logits) {
     for (int64_t token = first_token(); token < call.tokens; token += all_warps_of_grid()) {
-        Row<Scalar> row = {static_cast<const Scalar*>(call.logits) + token * call.experts, call.softmax != 0, {}};
+        Row<Scalar> row = {static_cast<const Scalar*>(call.logits) + token * call.experts, call.score, {}};
         const int64_t at = token * call.top_k;
         const Choice<Scalar> choice = {indices + at, grad_weights + at, call.top_k, call.experts};
         Scalar* to = grad_logits + token * call.experts;
-        if (!call.softmax) {
-            sigmoid_backward(call, row, choice, to);
+        if (row.kind != Score::softmax) {
+            alone_backward(call, row, choice, to);
         } else if (call.normalize) {
             chosen_softmax_backward(call, row, choice, to);
         } else {

@@ -42,7 +42,8 @@ inline char* at_element(const Tensor& tensor, int64_t element) {
 }
 
 // Logits, K and what the weights are made of; neither choice nor replay.
-inline R1kernelsRoute router_of(const Tensor& logits, int64_t top_k, bool softmax, bool normalize, double scale) {
+inline R1kernelsRoute router_of(const Tensor& logits, int64_t top_k, int64_t score, bool normalize, double eps,
+                                double scale) {
     R1kernelsRoute call = {};
     call.element = element_of("logits", logits);
     check("logits", logits, logits.scalar_type(), {logits.size(0), logits.size(1)});
@@ -52,15 +53,19 @@ inline R1kernelsRoute router_of(const Tensor& logits, int64_t top_k, bool softma
     call.experts = logits.size(1);
     call.top_k = top_k;
     call.n_group = call.topk_group = 1;
-    call.softmax = softmax;
+    STD_TORCH_CHECK(score >= 0 && score <= 2, "score: expected 0, 1 or 2, got ", score);
+    call.score = static_cast<Score>(score);
     call.normalize = normalize;
+    call.eps = eps;
     call.scale = scale;
     return call;
 }
 
 // Adds groups and bias, or the choice that is replayed.
-inline void add_choice(R1kernelsRoute& call, const Tensor& logits, const std::optional<Tensor>& bias, int64_t n_group,
-                       int64_t topk_group, const std::optional<Tensor>& replayed) {
+inline void add_choice(R1kernelsRoute& call, const Tensor& logits, bool by_logits, const std::optional<Tensor>& bias,
+                       int64_t n_group, int64_t topk_group, bool two_best, const std::optional<Tensor>& replayed) {
+    call.by_logits = by_logits;
+    call.two_best = two_best;
     if (replayed) {
         check_on("indices", *replayed, logits, ScalarType::Long, {call.tokens, call.top_k});
         call.replayed = data_of<int64_t>(*replayed);

@@ -135,11 +135,12 @@ std::tuple<Tensor, Tensor, Tensor> sort(const Tensor& indices, int64_t experts) 
 
 // --- route ---
 
-std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, bool softmax,
+std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, int64_t score, bool by_logits,
                                          const std::optional<Tensor>& bias, int64_t n_group, int64_t topk_group,
-                                         bool normalize, double scale, const std::optional<Tensor>& replayed) {
-    R1kernelsRoute call = router_of(logits, top_k, softmax, normalize, scale);
-    add_choice(call, logits, bias, n_group, topk_group, replayed);
+                                         bool two_best, bool normalize, double eps, double scale,
+                                         const std::optional<Tensor>& replayed) {
+    R1kernelsRoute call = router_of(logits, top_k, score, normalize, eps, scale);
+    add_choice(call, logits, by_logits, bias, n_group, topk_group, two_best, replayed);
     constexpr int64_t most = R1KERNELS_ROUTE_MOST_EXPERTS;
     STD_TORCH_CHECK(replayed || call.experts <= most, "logits: expected at most ", most, " experts, got ", call.experts);
     const CudaHost host(logits);
@@ -151,9 +152,9 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, bo
     return {weights, indices, counts};
 }
 
-Tensor route_backward(const Tensor& grad_weights, const Tensor& logits, const Tensor& indices, bool softmax,
-                      bool normalize, double scale) {
-    const R1kernelsRoute call = router_of(logits, indices.size(1), softmax, normalize, scale);
+Tensor route_backward(const Tensor& grad_weights, const Tensor& logits, const Tensor& indices, int64_t score,
+                      bool normalize, double eps, double scale) {
+    const R1kernelsRoute call = router_of(logits, indices.size(1), score, normalize, eps, scale);
     check_on("grad_weights", grad_weights, logits, ScalarType::Float, {call.tokens, call.top_k});
     check_on("indices", indices, logits, ScalarType::Long, {call.tokens, call.top_k});
     const CudaHost host(logits);

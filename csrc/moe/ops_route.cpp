@@ -39,11 +39,12 @@ int64_t share_tokens(const R1kernelsRoute& call, int64_t tokens, const Run& run)
     return items;
 }
 
-std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, bool softmax,
+std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, int64_t score, bool by_logits,
                                          const std::optional<Tensor>& bias, int64_t n_group, int64_t topk_group,
-                                         bool normalize, double scale, const std::optional<Tensor>& replayed) {
-    R1kernelsRoute call = router_of(logits, top_k, softmax, normalize, scale);
-    add_choice(call, logits, bias, n_group, topk_group, replayed);
+                                         bool two_best, bool normalize, double eps, double scale,
+                                         const std::optional<Tensor>& replayed) {
+    R1kernelsRoute call = router_of(logits, top_k, score, normalize, eps, scale);
+    add_choice(call, logits, by_logits, bias, n_group, topk_group, two_best, replayed);
     const int64_t tokens = call.tokens;
     const Tensor weights = empty_on(logits, {tokens, top_k}, ScalarType::Float);
     const Tensor indices = empty_on(logits, {tokens, top_k}, ScalarType::Long);
@@ -70,10 +71,10 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, bo
     return {weights, indices, counts};
 }
 
-Tensor route_backward(const Tensor& grad_weights, const Tensor& logits, const Tensor& indices, bool softmax,
-                      bool normalize, double scale) {
+Tensor route_backward(const Tensor& grad_weights, const Tensor& logits, const Tensor& indices, int64_t score,
+                      bool normalize, double eps, double scale) {
     const int64_t tokens = logits.size(0), top_k = indices.size(1);
-    const R1kernelsRoute call = router_of(logits, top_k, softmax, normalize, scale);
+    const R1kernelsRoute call = router_of(logits, top_k, score, normalize, eps, scale);
     check("grad_weights", grad_weights, ScalarType::Float, {tokens, top_k});
     check("indices", indices, ScalarType::Long, {tokens, top_k});
     check_choice(call, data_of<int64_t>(indices), tokens);

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..moe import Routing, route
-from ..moe.routing import SCORES
+from ..moe.reference import SCORES
 
 ARGUMENT = "(argument)"  # where the selection bias lies if the block hands it to the router
 _TOKENS = 64

@@ -27,16 +27,23 @@ if TYPE_CHECKING:
     from .sort import SortCall
 
 
+SCORES = ("sigmoid", "softmax", "sqrt_softplus")
+
+
 def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
-    logits, top_k, softmax, bias, n_group, topk_group, normalize, scale, indices = call
+    logits, top_k, score, by_logits, bias, n_group, topk_group, two_best, normalize, eps, scale, indices = (
+        call
+    )
     experts = logits.shape[1]
     logits = logits.to(_accumulator(logits)).contiguous()
-    scores = _scores(logits, softmax)
+    softmax = SCORES[score] == "softmax"
+    scores = _scores(logits, SCORES[score])
     if indices is None:
         with torch.no_grad():
-            selection = scores if bias is None else scores + bias.to(scores.dtype)
+            selection = logits if by_logits else scores
+            selection = selection if bias is None else selection + bias.to(scores.dtype)
             if n_group > 1:
-                group_score = _best if softmax else _sum_of_two_best
+                group_score = _sum_of_two_best if two_best else _best
                 selection = _keep_best_groups(selection, n_group, topk_group, group_score)
             indices = _descending(selection)[:, :top_k].contiguous()
     inside = (indices >= 0) & (indices < experts)
@@ -48,7 +55,7 @@ def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
     else:
         weights = torch.where(inside, scores.gather(1, chosen), 0.0)
         if normalize:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + eps)
     if scale != 1.0:
         weights = weights * scale
     return weights, indices, count_experts(indices, experts).to(torch.int32)
@@ -164,10 +171,22 @@ def count_experts(indices: Tensor, num_experts: int, keep: Tensor | None = None)
     return ones.new_zeros(num_experts + 1).scatter_add_(0, bins, ones)[:num_experts]
 
 
-def _scores(logits: Tensor, softmax: bool) -> Tensor:
+def _scores(logits: Tensor, score: str) -> Tensor:
     """Rounded once, from float64: torch's vector and scalar loops differ in the last bit, and would undo ties."""
     wide = logits.to(torch.float64)
-    return (wide.softmax(dim=-1) if softmax else wide.sigmoid()).to(logits.dtype)
+    if score == "softmax":
+        wide = wide.softmax(dim=-1)
+    elif score == "sigmoid":
+        wide = wide.sigmoid()
+    else:
+        wide = _root(torch.logaddexp(wide, wide.new_zeros(())))
+    return wide.to(logits.dtype)
+
+
+def _root(value: Tensor) -> Tensor:
+    """sqrt, with the slope 0 at 0: that of sqrt(softplus(l)) goes there as l does to -inf."""
+    zero = value == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, value).sqrt())
 
 
 def _descending(scores: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ from torch import Tensor
 from .. import checks
 from ..op import Contiguous, Float32, Kernel, Op, recorded
 from . import reference
+from .reference import SCORES
 
-SCORES = ("sigmoid", "softmax")
+GROUP_SCORES = ("best", "two_best")
+CHOICES = ("scores", "logits")
 MOST_EXPERTS = 2048  # whose scores a GPU holds in registers
 
 
@@ -37,39 +39,47 @@ def route(
     *,
     score: str = "sigmoid",
     bias: Tensor | None = None,
+    choose_by: str = "scores",
     n_group: int = 1,
     topk_group: int = 1,
+    group_score: str | None = None,
     normalize: bool = True,
+    eps: float = 1e-20,
     scale: float = 1.0,
     indices: Tensor | None = None,
     backend: str | None = None,
 ) -> Routing:
     r"""Choose ``top_k`` experts for each token and weigh them.
 
-    With scores p = sigmoid(logits) or softmax(logits), and selection scores s = p + bias:
+    With scores p = sigmoid(logits), softmax(logits) or sqrt(softplus(logits)), and selection scores s = p + bias or
+    logits + bias (``choose_by``):
 
     1. groups (``n_group`` > 1): the experts form ``n_group`` groups of equal size in order; the score of a group is the
-       sum of its two best s for "sigmoid" (DeepSeek-V3), its best s for "softmax" (DeepSeek-V2); only the experts
-       of the ``topk_group`` best groups stay eligible;
+       sum of its two best s (DeepSeek-V3) or its best s (DeepSeek-V2); only the experts of the ``topk_group`` best groups
+       stay eligible;
     2. choice: the ``top_k`` eligible experts with the largest s, in descending order of s;
-    3. weights, from the unbiased p of the chosen: p_j, or p_j / (sum_i p_i + 1e-20) if ``normalize`` (for "softmax" that
-       is the softmax over the chosen logits), times ``scale``.
+    3. weights, from the unbiased p of the chosen: p_j, or p_j / (sum_i p_i + eps) if ``normalize`` (for "softmax" that is
+       the softmax over the chosen logits, without eps), times ``scale``.
 
     Among equal selection scores, and equal group scores, the lowest index wins.
 
     NaN and infinite logits give what these formulas give, live and in replay. A softmax has no scores if any logit of the
-    token is NaN or +inf, or all are -inf: all its weights are NaN, with ``normalize`` too, whichever experts are chosen. A
-    sigmoid is NaN for a NaN logit alone: that expert is chosen first, and with ``normalize`` all weights of a token that
+    token is NaN or +inf, or all are -inf: all its weights are NaN, with ``normalize`` too, whichever experts are chosen. The
+    other scores are NaN for a NaN logit alone: that expert is chosen first, and with ``normalize`` all weights of a token that
     chose it are NaN. A logit of -inf has the score 0. Such a token changes no other.
 
     Args:
         logits: (T, E), float32, bfloat16, float16 or float64, any strides.
         top_k: K, at least 1 and at most the number of eligible experts, ``topk_group * E / n_group``.
-        score: "sigmoid" or "softmax".
+        score: "sigmoid", "softmax" or "sqrt_softplus" (DeepSeek-V4).
         bias: (E,), the selection bias of aux-loss-free balancing (see ``update_router_bias``); it changes the choice, not
             the weights, and gets no gradient.
+        choose_by: "scores", or "logits" to add the bias to the logits and choose by the sum.
         n_group, topk_group: the number of expert groups (a divisor of E) and how many of them a token may use.
+        group_score: "best" or "two_best", of which selection scores a group's is the sum; None: "best" for "softmax", else
+            "two_best".
         normalize: whether the weights of a token sum to ``scale``.
+        eps: what ``normalize`` adds to the sum, at least 0.
         scale: a factor on the weights (2.5 in DeepSeek-V3).
         indices: (T, K) int64, a recorded choice to replay: no selection takes place, the weights are computed live from
             the logits at these experts. An expert may occur more than once in a row.
@@ -87,7 +97,8 @@ def route(
     of the logits; that of a token with NaN weights is NaN at its chosen experts once the gradient of the weights is.
     Deterministic, and independent of the other rows.
 
-    Source: DeepSeek-V3 (arXiv 2412.19437), DeepSeek-V2 (2405.04434), Mixtral, Qwen3-MoE, OLMoE.
+    Source: DeepSeek-V3 (arXiv 2412.19437), DeepSeek-V2 (2405.04434), Mixtral, Qwen3-MoE, OLMoE; "sqrt_softplus",
+    ``choose_by`` and other ``eps`` from the routers of DeepSeek-V4, Kolibri and LFM2 in transformers.
     """
     checks.tensor("logits", logits, dtypes=checks.FLOATS, ndim=2)
     tokens, experts = logits.shape
@@ -97,13 +108,20 @@ def route(
     checks.choice("score", score, SCORES)
     if bias is not None:
         checks.tensor("bias", bias, dtypes=checks.FLOATS, shape=(experts,), like=logits)
+    checks.choice("choose_by", choose_by, CHOICES)
     n_group = checks.integer("n_group", n_group, minimum=1)
     topk_group = checks.integer("topk_group", topk_group, minimum=1)
     if experts % n_group:
         raise ValueError(f"n_group: expected a divisor of the number of experts {experts}, got {n_group}")
     if topk_group > n_group:
         raise ValueError(f"topk_group: expected at most n_group = {n_group}, got {topk_group}")
+    if group_score is None:
+        group_score = "best" if score == "softmax" else "two_best"
+    checks.choice("group_score", group_score, GROUP_SCORES)
     checks.boolean("normalize", normalize)
+    eps = checks.number("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps: expected at least 0, got {eps}")
     scale = checks.number("scale", scale)
     if indices is None:
         eligible = topk_group * (experts // n_group)
@@ -114,7 +132,18 @@ def route(
         if checks.values_visible(indices):
             checks.in_range("indices", indices, 0, experts)
     call = RouteCall(
-        logits, top_k, score == "softmax", bias, n_group, topk_group, normalize, float(scale), indices
+        logits,
+        top_k,
+        SCORES.index(score),
+        choose_by == "logits",
+        bias,
+        n_group,
+        topk_group,
+        group_score == "two_best",
+        normalize,
+        float(eps),
+        float(scale),
+        indices,
     )
     return Routing(*ROUTE(backend, call))
 
@@ -122,11 +151,14 @@ def route(
 class RouteCall(NamedTuple):
     logits: Contiguous
     top_k: int
-    softmax: bool
+    score: int  # the place in SCORES
+    by_logits: bool
     bias: Float32 | None
     n_group: int
     topk_group: int
+    two_best: bool
     normalize: bool
+    eps: float
     scale: float
     indices: Contiguous | None  # a choice to replay, which is copied to the result; None: choose
 
@@ -135,8 +167,9 @@ class RouteBackwardCall(NamedTuple):
     grad_weights: Contiguous  # (T, K) float32
     logits: Contiguous
     indices: Tensor
-    softmax: bool
+    score: int
     normalize: bool
+    eps: float
     scale: float
 
 
@@ -158,7 +191,7 @@ BACKWARD = Kernel("route", RouteBackwardCall, _backward_shapes, suffix="_backwar
 
 
 def _save(call: RouteCall, results: tuple[Tensor, ...]) -> Any:
-    return (results[1],), (call.softmax, call.normalize, call.scale)
+    return (results[1],), (call.score, call.normalize, call.eps, call.scale)
 
 
 def _gradients(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any) -> list[Tensor]:

@@ -13,6 +13,8 @@ import triton.language as tl
 
 NOT_ELIGIBLE = tl.constexpr(-(2**31))  # below the key of every float
 NAN_KEY = tl.constexpr(2**31 - 1)
+SIGMOID = tl.constexpr(0)  # the places in reference.SCORES
+SOFTMAX = tl.constexpr(1)
 
 
 @triton.jit
@@ -27,8 +29,11 @@ def route_kernel(
     top_k,
     n_group,
     topk_group,
+    eps: tl.float64,
     scale: tl.float64,
-    SOFTMAX: tl.constexpr,
+    SCORE: tl.constexpr,
+    BY_LOGITS: tl.constexpr,
+    TWO_BEST: tl.constexpr,
     NORMALIZE: tl.constexpr,
     GROUPS: tl.constexpr,  # n_group, the size of a group and K, at least, in powers of two
     MEMBERS: tl.constexpr,
@@ -40,21 +45,21 @@ def route_kernel(
     used = slot < top_k
     row = logits + token * experts
     largest, inverse = 0.0, 0.0
-    if replayed is None or SOFTMAX:
+    if replayed is None or SCORE == SOFTMAX:
         size = experts // n_group
         group, member = tl.arange(0, GROUPS)[:, None], tl.arange(0, MEMBERS)[None, :]
         real = (group < n_group) & (member < size)
         expert = group * size + member
         logit = tl.load(row + expert, mask=real, other=float("-inf")).to(tl.float64)
-        if SOFTMAX:
+        if SCORE == SOFTMAX:
             largest, inverse = softmax_sums(tl.reshape(logit, (GROUPS * MEMBERS,)))
         if replayed is None:
-            selection = score_of(logit, largest, inverse, SOFTMAX)
+            selection = logit.to(tl.float32) if BY_LOGITS else score_of(logit, largest, inverse, SCORE)
             if bias is not None:
                 selection += tl.load(bias + expert, mask=real, other=0.0)
             keys = tl.where(real, key_of(selection), NOT_ELIGIBLE)
             if GROUPS > 1:
-                keys = keep_best_groups(keys, n_group, topk_group, size, SOFTMAX, GROUPS, MEMBERS)
+                keys = keep_best_groups(keys, n_group, topk_group, size, TWO_BEST, GROUPS, MEMBERS)
             chosen = choose(keys, expert, slot, top_k)
     if replayed is not None:
         chosen = tl.load(replayed + token * top_k + slot, mask=used, other=-1)
@@ -62,14 +67,14 @@ def route_kernel(
 
     inside = used & (chosen >= 0) & (chosen < experts)
     logit = tl.load(row + chosen, mask=inside, other=float("-inf")).to(tl.float64)
-    if SOFTMAX and NORMALIZE:
+    if SCORE == SOFTMAX and NORMALIZE:
         of_all = inverse  # NaN if any logit is NaN or +inf
         largest, inverse = softmax_sums(logit)
         weight = tl.exp(logit - largest) * tl.where(of_all == of_all, inverse, of_all)
     else:
-        weight = tl.where(inside, score_of(logit, largest, inverse, SOFTMAX).to(tl.float64), 0.0)
+        weight = tl.where(inside, score_of(logit, largest, inverse, SCORE).to(tl.float64), 0.0)
         if NORMALIZE:
-            weight = weight / (tl.sum(weight, axis=0) + 1e-20)
+            weight = weight / (tl.sum(weight, axis=0) + eps)
     weight = tl.where(inside, scale * weight, 0.0)
     tl.store(weights + token * top_k + slot, weight.to(tl.float32), mask=used)
     tl.atomic_add(counts + chosen, 1, mask=inside, sem="relaxed")  # of integers: in any order
@@ -83,13 +88,14 @@ def route_backward_kernel(
     grad_logits,  # (T, E)
     experts,
     top_k,
+    eps: tl.float64,
     scale: tl.float64,
-    SOFTMAX: tl.constexpr,
+    SCORE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     EXPERTS: tl.constexpr,  # E and K, at least, in powers of two
     SLOTS: tl.constexpr,
 ):
-    """Grid: T. l logits, p scores, w weights, c scale, g gradient of the weights, n = sum p + 1e-20."""
+    """Grid: T. l logits, p scores, w weights, c scale, g gradient of the weights, n = sum p + eps."""
     token = tl.program_id(0).to(tl.int64)
     slot, expert = tl.arange(0, SLOTS), tl.arange(0, EXPERTS)
     used = slot < top_k
@@ -99,12 +105,12 @@ def route_backward_kernel(
     row = logits + token * experts
     logit = tl.load(row + chosen, mask=inside, other=float("-inf")).to(tl.float64)
     grad = tl.load(grad_weights + token * top_k + slot, mask=inside, other=0.0).to(tl.float64)
-    if not SOFTMAX:
-        # dl_j = c p_j (1 - p_j) g_j, or with normalize c / n (g_j - sum_i g_i p_i / n) p_j (1 - p_j)
-        p = tl.where(inside, sigmoid(logit), 0.0)
-        slope = scale * p * sigmoid(-logit)
+    if SCORE != SOFTMAX:
+        # dl_j = c p'_j g_j, or with normalize c / n (g_j - sum_i g_i p_i / n) p'_j
+        p, slope = score_with_slope(logit, SCORE)
+        p, slope = tl.where(inside, p, 0.0), scale * tl.where(inside, slope, 0.0)
         if NORMALIZE:
-            total = tl.sum(p, axis=0) + 1e-20
+            total = tl.sum(p, axis=0) + eps
             grad -= tl.sum(grad * p, axis=0) / total
             slope = slope / total
         share = sum_of_chosen(slope * grad, chosen, slot, expert, top_k)
@@ -137,12 +143,32 @@ def softmax_sums(logit):
 
 
 @triton.jit
-def score_of(logit, largest, inverse, SOFTMAX: tl.constexpr):
+def score_of(logit, largest, inverse, SCORE: tl.constexpr):
     """Scores in float32."""
-    if SOFTMAX:
+    if SCORE == SOFTMAX:
         return (tl.exp(logit - largest) * inverse).to(tl.float32)
     else:
-        return sigmoid(logit).to(tl.float32)
+        return score_with_slope(logit, SCORE)[0].to(tl.float32)
+
+
+@triton.jit
+def score_with_slope(logit, SCORE: tl.constexpr):
+    """(p, p') of a logit alone: sigmoid p, p (1 - p), or p = sqrt(softplus), sigmoid / (2 p), which is 0 where p is."""
+    share = sigmoid(logit)
+    if SCORE == SIGMOID:
+        return share, share * sigmoid(-logit)
+    else:
+        root = tl.sqrt(softplus(logit))
+        return root, tl.where(root == 0.0, 0.0, 0.5 * share / root)
+
+
+@triton.jit
+def softplus(logit):
+    """log(1 + e^l) = max(l, 0) + log(1 + x), x = e^-|l|: x log(y) / (y - 1) for y = 1 + x rounded, so that no digit is lost."""
+    x = tl.exp(-tl.abs(logit))
+    y = 1.0 + x
+    rest = tl.where(y == 1.0, x, x * (tl.log(y) / (y - 1.0)))
+    return tl.where(logit != logit, logit, tl.where(logit > 0.0, logit, 0.0) + rest)
 
 
 @triton.jit
@@ -158,15 +184,15 @@ def value_of(key):
 
 @triton.jit
 def keep_best_groups(
-    keys, n_group, topk_group, size, SOFTMAX: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr
+    keys, n_group, topk_group, size, TWO_BEST: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr
 ):
     """keys (GROUPS, MEMBERS), not eligible outside of the best groups. The lowest group wins among equals.
 
-    The key of a group is its best for softmax, and of the sum of its two best selection scores for sigmoid.
+    The key of a group is its best, or that of the sum of its two best selection scores.
     """
     group, member = tl.arange(0, GROUPS), tl.arange(0, MEMBERS)[None, :]
     group_keys = tl.max(keys, axis=1)
-    if not SOFTMAX:
+    if TWO_BEST:
         place = tl.min(tl.where(keys == group_keys[:, None], member, MEMBERS), axis=1)
         second = tl.max(tl.where(member == place[:, None], NOT_ELIGIBLE, keys), axis=1)
         of_two = key_of(value_of(group_keys) + value_of(second))

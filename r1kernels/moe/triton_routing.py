@@ -26,7 +26,9 @@ def route(call: routing.RouteCall) -> tuple[Tensor, Tensor, Tensor]:
     """In one launch."""
     from . import triton_route
 
-    logits, top_k, softmax, bias, n_group, topk_group, normalize, scale, indices = call
+    logits, top_k, score, by_logits, bias, n_group, topk_group, two_best, normalize, eps, scale, indices = (
+        call
+    )
     tokens, experts = logits.shape
     weights = logits.new_empty((tokens, top_k), dtype=torch.float32)
     chosen = logits.new_empty((tokens, top_k), dtype=torch.int64)
@@ -47,8 +49,11 @@ def route(call: routing.RouteCall) -> tuple[Tensor, Tensor, Tensor]:
                 top_k,
                 n_group,
                 topk_group,
+                eps,
                 scale,
-                SOFTMAX=softmax,
+                SCORE=score,
+                BY_LOGITS=by_logits,
+                TWO_BEST=two_best,
                 NORMALIZE=normalize,
                 GROUPS=groups,
                 MEMBERS=members,
@@ -63,7 +68,7 @@ def route_backward(call: routing.RouteBackwardCall) -> Tensor:
     """In one launch."""
     from . import triton_route
 
-    grad_weights, logits, indices, softmax, normalize, scale = call
+    grad_weights, logits, indices, score, normalize, eps, scale = call
     (tokens, experts), top_k = logits.shape, indices.shape[1]
     grad = torch.empty_like(logits)
     size = _power_of_two(experts)
@@ -76,8 +81,9 @@ def route_backward(call: routing.RouteBackwardCall) -> Tensor:
                 grad,
                 experts,
                 top_k,
+                eps,
                 scale,
-                SOFTMAX=softmax,
+                SCORE=score,
                 NORMALIZE=normalize,
                 EXPERTS=size,
                 SLOTS=_power_of_two(top_k),

@@ -34,14 +34,26 @@ int sort(uintptr_t indices, int64_t rows, int64_t experts, bool wide, uintptr_t 
     return r1kernels_expert_sort_cuda(&call, workspace.memory.get(), nullptr);
 }
 
-R1kernelsRoute router(int element, uintptr_t logits, int64_t tokens, int64_t experts, int64_t top_k, bool softmax,
-                      bool normalize, double scale) {
-    return {static_cast<r1kernels::Element>(element), at<const void>(logits), tokens, experts, top_k, 1, 1, softmax,
-            normalize, scale, nullptr, nullptr};
+R1kernelsRoute router(int element, uintptr_t logits, int64_t tokens, int64_t experts, int64_t top_k, int score,
+                      bool normalize, double eps, double scale) {
+    R1kernelsRoute call = {};
+    call.element = static_cast<r1kernels::Element>(element);
+    call.logits = at<const void>(logits);
+    call.tokens = tokens;
+    call.experts = experts;
+    call.top_k = top_k;
+    call.n_group = call.topk_group = 1;
+    call.score = static_cast<r1kernels::Score>(score);
+    call.normalize = normalize;
+    call.eps = eps;
+    call.scale = scale;
+    return call;
 }
 
-int route(R1kernelsRoute call, int64_t n_group, int64_t topk_group, uintptr_t bias, uintptr_t replayed,
-          uintptr_t weights, uintptr_t indices, uintptr_t counts) {
+int route(R1kernelsRoute call, bool by_logits, int64_t n_group, int64_t topk_group, bool two_best, uintptr_t bias,
+          uintptr_t replayed, uintptr_t weights, uintptr_t indices, uintptr_t counts) {
+    call.by_logits = by_logits;
+    call.two_best = two_best;
     call.n_group = n_group;
     call.topk_group = topk_group;
     call.bias = at<const float>(bias);

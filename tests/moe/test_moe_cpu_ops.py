@@ -58,16 +58,16 @@ def test_nothing_outside_the_arguments_is_read(dtype, shape, offset):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("score", range(3))
 @pytest.mark.parametrize("normalize", [False, True])
-def test_the_router_reads_nothing_outside_its_arguments(dtype, softmax, normalize):
+def test_the_router_reads_nothing_outside_its_arguments(dtype, score, normalize):
     plain = torch.randn(5, 21).to(dtype), torch.randn(21)
     zones = Redzones()
     placed = tuple(zones.input(argument, offset=1) for argument in plain)
     results = []
     for logits, bias in (plain, placed):
-        choice = ops.route_cpu(logits, 4, softmax, bias, 3, 2, normalize, 2.5, None)
-        grad = ops.route_cpu_backward(choice[0], logits, choice[1], softmax, normalize, 2.5)
+        choice = ops.route_cpu(logits, 4, score, False, bias, 3, 2, score != 1, normalize, 1e-20, 2.5, None)
+        grad = ops.route_cpu_backward(choice[0], logits, choice[1], score, normalize, 1e-20, 2.5)
         assert torch.isfinite(choice[0]).all() and torch.isfinite(grad).all()
         results.append((*choice, grad))
     zones.check()
@@ -90,8 +90,8 @@ def test_tokens_do_not_depend_on_their_company_in_a_small_call(dtype):
 def test_large_gradients_in_use_are_not_given_again():
     # their memory is kept for the next call, once they are free
     logits = torch.randn(2048, 256)
-    _, indices, _ = ops.route_cpu(logits, 8, False, None, 1, 1, True, 1.0, None)
-    backward = (logits, indices, False, True, 1.0)
+    _, indices, _ = ops.route_cpu(logits, 8, 0, False, None, 1, 1, True, True, 1e-20, 1.0, None)
+    backward = (logits, indices, 0, True, 1e-20, 1.0)
     first = ops.route_cpu_backward(torch.randn(2048, 8), *backward)
     rows, copy = first[100:], first[100:].clone()
     del first
@@ -119,7 +119,9 @@ def test_values_that_nobody_checked_are_errors():
         with pytest.raises(RuntimeError, match="offsets: expected"):
             ops.grouped_gemm_cpu(x, weight, torch.tensor(offsets, dtype=torch.int32))
     with pytest.raises(RuntimeError, match=r"indices: expected values in \[0, 3\), got 3 at position 0"):
-        ops.route_cpu_backward(torch.ones(1, 1), torch.zeros(1, 3), torch.tensor([[3]]), False, True, 1.0)
+        ops.route_cpu_backward(torch.ones(1, 1), torch.zeros(1, 3), torch.tensor([[3]]), 0, True, 1e-20, 1.0)
+    with pytest.raises(RuntimeError, match="score: expected 0, 1 or 2, got 3"):
+        ops.route_cpu_backward(torch.ones(1, 1), torch.zeros(1, 3), torch.tensor([[0]]), 3, True, 1e-20, 1.0)
     out, pre, offsets, permutation, inverse = ops.moe_experts_cpu(
         hidden, indices, weights, gate_up, down, 0, True
     )
@@ -177,9 +179,11 @@ def test_opcheck(dtype):
         )
     torch.library.opcheck(ops.sort_by_expert_cpu.default, (indices.flatten(), 4))
     for given in (None, indices):
-        torch.library.opcheck(ops.route_cpu.default, (rows, 2, True, None, 1, 1, True, 1.0, given))
+        torch.library.opcheck(
+            ops.route_cpu.default, (rows, 2, 1, False, None, 1, 1, False, True, 0.0, 1.0, given)
+        )
     weights = torch.randn(9, 2)
-    torch.library.opcheck(ops.route_cpu_backward.default, (weights, rows, indices, True, False, 1.0))
+    torch.library.opcheck(ops.route_cpu_backward.default, (weights, rows, indices, 1, False, 0.0, 1.0))
 
 
 def test_it_is_chosen_on_the_cpu_and_says_what_it_leaves_to_the_reference():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from r1kernels.moe import route
 from tests.support.routing_cases import families, normal
@@ -11,11 +13,12 @@ from tests.support.routing_cases import families, normal
 pytestmark = pytest.mark.usefixtures("backend")
 
 
-def chosen_by_hand(selection, top_k, score, n_group=1, topk_group=1):
+def chosen_by_hand(selection, top_k, two_best, n_group=1, topk_group=1):
     """The experts of one token in plain Python: best first, the lowest index among equals."""
     size = len(selection) // n_group
     groups = [selection[start : start + size] for start in range(0, len(selection), size)]
-    best = [sum(sorted(group, reverse=True)[:2]) if score == "sigmoid" else max(group) for group in groups]
+    # the sum, like each of its terms, is a float32
+    best = [np.float32(sum(sorted(group, reverse=True)[:2])) if two_best else max(group) for group in groups]
     kept = sorted(range(n_group), key=lambda group: (-best[group], group))[:topk_group]
     eligible = [expert for expert in range(len(selection)) if expert // size in kept]
     return sorted(eligible, key=lambda expert: (-selection[expert], expert))[:top_k]
@@ -24,11 +27,17 @@ def chosen_by_hand(selection, top_k, score, n_group=1, topk_group=1):
 def check_choice(logits, bias, options):
     routing = route(logits, bias=bias, **options)
     # rounded once: see test_equal_logits_tie_wherever_they_stand
-    wide = logits.double()
-    scores = (wide.sigmoid() if options["score"] == "sigmoid" else wide.softmax(-1)).float()
+    wide, score = logits.double(), options["score"]
+    if score == "sqrt_softplus":
+        scores = F.softplus(wide, threshold=1e3).sqrt().float()
+    else:
+        scores = (wide.sigmoid() if score == "sigmoid" else wide.softmax(-1)).float()
+    if options.get("choose_by") == "logits":
+        scores = logits
+    two_best = options.get("group_score", "best" if score == "softmax" else "two_best") == "two_best"
     selection = (scores if bias is None else scores + bias).double().tolist()
     groups = {name: options[name] for name in ("n_group", "topk_group") if name in options}
-    expected = [chosen_by_hand(row, options["top_k"], options["score"], **groups) for row in selection]
+    expected = [chosen_by_hand(row, options["top_k"], two_best, **groups) for row in selection]
     assert routing.indices.tolist() == expected
     assert routing.indices.dtype == torch.int64
     counts = [sum(row.count(expert) for row in expected) for expert in range(logits.shape[1])]

@@ -40,7 +40,21 @@ class EmulatedRouting:
         )
         return tuple(order)
 
-    def route(self, logits, top_k, softmax, bias, n_group, topk_group, normalize, scale, indices):
+    def route(
+        self,
+        logits,
+        top_k,
+        score,
+        by_logits,
+        bias,
+        n_group,
+        topk_group,
+        two_best,
+        normalize,
+        eps,
+        scale,
+        indices,
+    ):
         zones = Redzones()
         tokens, experts = logits.shape
         outputs = [
@@ -48,23 +62,24 @@ class EmulatedRouting:
             zones.output(tokens, top_k, dtype=torch.int64, offset=self.offset),
             zones.output(experts, dtype=torch.int32),
         ]
-        router = self.router(zones, logits, top_k, softmax, normalize, scale)
+        router = self.router(zones, logits, top_k, score, normalize, eps, scale)
+        choice = (by_logits, n_group, topk_group, two_best)
         given = [self.place(zones, tensor) for tensor in (bias, indices)]
-        self.run(zones, self.module.route, router, n_group, topk_group, *given, *map(address, outputs))
+        self.run(zones, self.module.route, router, *choice, *given, *map(address, outputs))
         return tuple(outputs)
 
-    def route_backward(self, grad_weights, logits, indices, softmax, normalize, scale):
+    def route_backward(self, grad_weights, logits, indices, score, normalize, eps, scale):
         zones = Redzones()
         grad = zones.output(*logits.shape, dtype=logits.dtype, offset=self.offset)
-        router = self.router(zones, logits, indices.shape[1], softmax, normalize, scale)
+        router = self.router(zones, logits, indices.shape[1], score, normalize, eps, scale)
         given = [self.place(zones, tensor) for tensor in (indices, grad_weights)]
         self.run(zones, self.module.route_backward, router, *given, address(grad))
         return grad
 
-    def router(self, zones, logits, top_k, softmax, normalize, scale):
+    def router(self, zones, logits, top_k, score, normalize, eps, scale):
         place = self.place(zones, logits)
         return self.module.Router(
-            ELEMENTS.index(logits.dtype), place, *logits.shape, top_k, softmax, normalize, scale
+            ELEMENTS.index(logits.dtype), place, *logits.shape, top_k, score, normalize, eps, scale
         )
 
     def place(self, zones, tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.support.numerics import same_bits
 
@@ -20,6 +21,9 @@ FAMILIES = {
     },
     "qwen3": {"top_k": 4, "score": "softmax"},
     "olmoe": {"top_k": 4, "score": "softmax", "normalize": False},
+    "deepseek-v4": {"top_k": 3, "score": "sqrt_softplus", "scale": 1.5},
+    "mistral4": {"top_k": 3, "score": "softmax", "n_group": 4, "topk_group": 2, "group_score": "two_best"},
+    "kolibri": {"top_k": 2, "choose_by": "logits", "score": "sigmoid", "eps": 1e-3},
 }
 families = pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
 
@@ -28,13 +32,16 @@ def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def weights_of(logits, indices, *, score, normalize=True, scale=1.0, **_):
+def weights_of(logits, indices, *, score, normalize=True, scale=1.0, eps=1e-20, **_):
     """The weights by the formula of a model's router, in float64: the scores of all experts come first."""
     logits = logits.double()
-    scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+    if score == "sqrt_softplus":
+        scores = F.softplus(logits, threshold=1e3).sqrt()
+    else:
+        scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
     weights = scores.gather(1, indices)
     if normalize:
-        weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+        weights = weights / (weights.sum(1, keepdim=True) + eps)
     return scale * weights
 
 

@@ -11,7 +11,7 @@ import torch
 
 from r1kernels import extension
 from r1kernels.moe.reference import sorted_rows
-from r1kernels.moe.routing import ROUTE, RouteCall, Routing
+from r1kernels.moe.routing import ROUTE, SCORES, RouteCall, Routing
 from r1kernels.moe.sort import SORT_BY_EXPERT, SortCall
 from tests.support.forced import run_on
 from tests.support.numerics import assert_as_exact_as, same_bits
@@ -20,10 +20,13 @@ from tests.support.routing_cases import check_special_logits, families, normal
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULTS = {
     "score": "sigmoid",
+    "choose_by": "scores",
     "bias": None,
     "n_group": 1,
     "topk_group": 1,
+    "group_score": None,
     "normalize": True,
+    "eps": 1e-20,
     "scale": 1.0,
     "indices": None,
 }
@@ -35,8 +38,15 @@ def integers(low, high, *shape, seed=0):
 
 def route(backend, logits, top_k, **options):
     """The call behind the public function: without its look at the values of indices."""
-    score, *others = (DEFAULTS | options).values()
-    call = RouteCall(logits, top_k, score == "softmax", *others)
+    given = DEFAULTS | options
+    score, group_score = given["score"], given["group_score"]
+    two_best = group_score == "two_best" or (group_score is None and score != "softmax")
+    given |= {
+        "score": SCORES.index(score),
+        "choose_by": given["choose_by"] == "logits",
+        "group_score": two_best,
+    }
+    call = RouteCall(logits, top_k, *given.values())
     return Routing(*run_on(backend, ROUTE, call))
 
 

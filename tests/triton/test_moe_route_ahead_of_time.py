@@ -10,15 +10,16 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from r1kernels.moe import triton_routing as backend
 from r1kernels.moe import triton_sort
-from r1kernels.moe.routing import RouteBackwardCall, RouteCall
+from r1kernels.moe.routing import SCORES, RouteBackwardCall, RouteCall
 from tests.support import offline_triton
 
-ROUTERS = (  # experts, top_k, softmax, n_group, normalize
-    (256, 8, False, 8, True),
-    (128, 8, True, 1, True),
-    (64, 8, True, 1, False),
-    (512, 10, True, 1, True),
-    (2048, 16, True, 1, False),
+ROUTERS = (  # experts, top_k, score, n_group, normalize
+    (256, 8, "sigmoid", 8, True),
+    (128, 8, "softmax", 1, True),
+    (64, 8, "softmax", 1, False),
+    (512, 10, "softmax", 1, True),
+    (2048, 16, "softmax", 1, False),
+    (256, 6, "sqrt_softplus", 1, True),
 )
 FEW = ((90, ROUTERS[0]), (80, ROUTERS[2]))
 MATRIX = [
@@ -27,13 +28,14 @@ MATRIX = [
 ]
 
 
-def launch(experts, top_k, softmax, n_group, normalize, tokens=3, dtype=torch.bfloat16):
+def launch(experts, top_k, score, n_group, normalize, tokens=3, dtype=torch.bfloat16):
     logits, bias = torch.zeros(tokens, experts, dtype=dtype), torch.zeros(experts)
     groups = (n_group, (n_group + 1) // 2)
-    choice = RouteCall(logits, top_k, softmax, bias, *groups, normalize, 2.5, None)
+    place, two_best = SCORES.index(score), score != "softmax"
+    choice = RouteCall(logits, top_k, place, False, bias, *groups, two_best, normalize, 1e-20, 2.5, None)
     weights, indices, _ = backend.route(choice)
     backend.route(choice._replace(bias=None, indices=indices))
-    backend.route_backward(RouteBackwardCall(weights, logits, indices, softmax, normalize, 2.5))
+    backend.route_backward(RouteBackwardCall(weights, logits, indices, place, normalize, 1e-20, 2.5))
 
 
 def assert_light(compiled, folder, capability):
@@ -69,7 +71,7 @@ def test_no_number_of_tokens_compiles_a_kernel_anew():
     sizes = (1, 2, 16, 33, 4096)
     with offline_triton.compile_only(80) as compiled:
         for tokens in sizes:
-            launch(8, 2, True, 1, True, tokens)
+            launch(8, 2, "softmax", 1, True, tokens)
             for rows in (tokens, 2**14 + tokens):
                 triton_sort.sort_rows(torch.zeros(rows, dtype=torch.int64), 8, torch.int64)
     assert len({kernel.hash for kernel in compiled}) == 3 + 4
