@@ -119,11 +119,14 @@ def build(family: str) -> Any:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for block in find_blocks(model):
-            # a bias of zeros, as models begin with, tells nothing
+            # biases, scales and tables of zeros, as models begin with, tell nothing
             module = model.get_submodule(block.name)
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                if name.endswith("bias") or name.endswith("scale"):
+                if name.endswith(("bias", "scale")):
                     tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
+                elif not tensor.is_floating_point() and tensor.ndim == 2:
+                    order = torch.rand(len(tensor), block.experts.num_experts, generator=generator).argsort()
+                    tensor.copy_(order[:, : tensor.shape[1]])
     return model
 
 

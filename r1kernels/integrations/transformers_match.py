@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..moe import Routing, route
-from ..moe.reference import SCORES
+from ..moe.routing import CHOICES, GROUP_SCORES
 
 ARGUMENT = "(argument)"  # where the selection bias lies if the block hands it to the router
 _TOKENS = 64
@@ -44,10 +44,14 @@ class Match:
     softcap: str = ""  # a number c: c * tanh(logits / c)
     top_k: int | str = 0
     score: str = "sigmoid"
+    choose_by: str = "scores"
     selection_bias: str = ""  # (E,), or ARGUMENT
+    table: str = ""  # (vocabulary, K): the experts of a token follow from its id, an argument
     n_group: int | str = 1
     topk_group: int | str = 1
+    group_score: str | None = None
     normalize: bool = True
+    eps: float = 1e-20
     scale: float | str = 1.0
     float32_linear: bool = True
     float32_logits: bool = True
@@ -75,14 +79,19 @@ class Match:
 
     def options(self, router: Any, *arguments: Any) -> dict[str, Any]:
         """The arguments of ``route`` but the logits, given what the router is called with after the hidden states."""
-        (bias,) = arguments if self.selection_bias == ARGUMENT else (self.bias(router),)
+        bias = arguments[0] if self.selection_bias == ARGUMENT else self.bias(router)
+        indices = _read(router, self.table)[arguments[0].reshape(-1)].long() if self.table else None
         return {
             "top_k": self.experts_per_token(router),
             "score": self.score,
+            "choose_by": self.choose_by,
             "bias": bias,
+            "indices": indices,
             "n_group": _value(router, self.n_group),
             "topk_group": _value(router, self.topk_group),
+            "group_score": self.group_score,
             "normalize": self.normalize,
+            "eps": self.eps,
             "scale": _value(router, self.scale),
         }
 
@@ -106,8 +115,15 @@ class Match:
             for name in ("logit_bias", "factor", "softcap", "selection_bias")
             if (where := getattr(self, name))
         ]
+        if self.choose_by == "logits":
+            said.append("chosen by logits")
+        if self.table:
+            said.append(f"experts by {self.table}")
         if self.n_group != 1:
-            said.append(f"groups {self.topk_group} of {self.n_group}")
+            by = f" by {self.group_score}" if self.group_score else ""
+            said.append(f"groups {self.topk_group} of {self.n_group}{by}")
+        if self.eps != 1e-20:
+            said.append(f"eps {self.eps:g}")
         if self.scale != 1.0:
             said.append(f"scale {self.scale if isinstance(self.scale, str) else format(self.scale, 'g')}")
         return ", ".join(said)
@@ -217,7 +233,16 @@ class _Trial:
             return ()
         if len(names) == 2 and "bias" in names[1]:
             return (torch.randn(self.experts, generator=self.generator) * 0.5,)
+        if len(names) == 2 and "ids" in names[1] and (table := self._table()):
+            return (torch.randint(len(_read(self.router, table)), (_TOKENS,), generator=self.generator),)
         raise _Unknown(f"its forward takes {', '.join(names)}")
+
+    def _table(self) -> str:
+        """The name of what gives a token's experts by its id."""
+        integers = [
+            name for name, one in _tensors(self.router) if one.ndim == 2 and not one.is_floating_point()
+        ]
+        return integers[0] if len(integers) == 1 else ""
 
     def _top_k(self, parts: _Found, top_k: int) -> int | str:
         names = [name for name, value in parts.numbers.items() if "top" in name and value == top_k]
@@ -248,22 +273,24 @@ class _Trial:
         kept = [name for name in counts if "top" in name]
         groups: list[tuple[int | str, int | str]] = [(1, 1)]
         groups += [(of, few) for of in counts if of not in kept and parts.numbers[of] > 1 for few in kept]
-        biases = (
-            [ARGUMENT] if arguments else ["", *(name for name in parts.vectors if name != linear.logit_bias)]
-        )
+        biases = ["", *(name for name in parts.vectors if name != linear.logit_bias)]
+        table = ""
+        if arguments:
+            biases, table = ([ARGUMENT], "") if arguments[0].is_floating_point() else ([""], self._table())
         scales = (1.0, 1.0 / indices.shape[1], *(name for name in parts.numbers if "scal" in name))
         refused, same_choice = "", False
         # where one expert of weight 1 is chosen, every score serves: the plainer one
-        for bias, (n_group, topk_group), score in itertools.product(biases, groups, SCORES[::-1]):
-            for normalize in (True, False):
+        for bias, (n_group, topk_group), score, choose_by, group_score in itertools.product(
+            biases, groups, ("softmax", "sigmoid", "sqrt_softplus"), CHOICES, (None, *GROUP_SCORES)
+        ):
+            plain = choose_by == "scores" or bias  # else both are the same
+            if not plain or (group_score and n_group == 1):
+                continue
+            for normalize, eps in ((True, 1e-20), (False, 1e-20), (True, 1e-6)):
                 candidate = replace(
-                    linear,
-                    selection_bias=bias,
-                    n_group=n_group,
-                    topk_group=topk_group,
-                    score=score,
-                    normalize=normalize,
-                )
+                    linear, selection_bias=bias, table=table, n_group=n_group, topk_group=topk_group, score=score,
+                    choose_by=choose_by, group_score=group_score, normalize=normalize, eps=eps,
+                )  # fmt: skip
                 try:
                     ours = route(logits.float(), **candidate.options(copied, *arguments))
                 except ValueError as error:

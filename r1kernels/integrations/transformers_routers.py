@@ -83,18 +83,18 @@ def _router_forward(self: Any, hidden_states: Tensor, *arguments: Any) -> tuple[
     match = state.match
     logits = match.logits(self, hidden_states)
     options = match.options(self, *arguments)
+    indices = options.pop("indices")  # given by the ids of the tokens
     if _trial.running:
-        routing = route(logits.float(), **options)
+        routing = route(logits.float(), **options, indices=indices)
         return logits, match.weights(routing, logits, hidden_states), routing.indices
     control, recomputing = state.control, _recomputing()
     if recomputing and state.replayed and control.replay is None:
         raise RuntimeError(
             "replay_routing: under activation checkpointing the backward must run inside the block of its forward"
         )
-    indices = None
     if control.replay is not None:
         with torch.no_grad():
-            live = route(logits.float(), **options).indices
+            live = route(logits.float(), **options, indices=indices).indices
         indices = control.replay.choose(state.layer, live, compare=not recomputing)
     routing = route(logits.float(), **options, indices=indices)
     if not recomputing:
