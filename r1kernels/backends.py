@@ -240,13 +240,12 @@ def _candidates(op: str, device: str) -> tuple[Backend, ...]:
 
 
 def _in_turn(candidates: tuple[Backend, ...], call: tuple[Any, ...]) -> Sequence[Backend]:
-    """The candidates, those that yield on this call behind the other kernels."""
-    yielding = [backend for backend in candidates if backend.yields is not None and backend.yields(*call)]
-    if not yielding:
+    """The candidates, the first behind the other kernels if it yields on this call."""
+    if not candidates or candidates[0].yields is None or not candidates[0].yields(*call):
         return candidates
-    others = [backend for backend in candidates if backend not in yielding]
+    first, *others = candidates
     kernels = [backend for backend in others if backend.name != "reference"]
-    return [*kernels, *yielding, *others[len(kernels) :]]
+    return [*kernels, first, *others[len(kernels) :]]
 
 
 def _named(op: str, name: str) -> Backend:
