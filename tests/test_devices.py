@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 import r1kernels
 from r1kernels import backends, devices, extension
-from r1kernels.grpo import linear as grpo_linear
+from r1kernels.grpo import one_pass
 from r1kernels.logprob import linear, triton_linear
 from r1kernels.logprob.token import Rows
 from r1kernels.moe.experts import ExpertsCall, GemmCall
@@ -165,9 +165,9 @@ def test_logits_are_kept_for_the_backward_as_the_memory_of_the_gpu_allows(gpu, m
 def test_a_gpu_takes_larger_chunks_than_a_cpu(gpu):
     """Each chunk reads and writes the whole gradient of the head."""
     gpu((9, 0))
-    engine = grpo_linear.cuda.ENGINE
+    engine = one_pass.cuda.ENGINE
     sizes = [
-        grpo_linear._chunk_size(engine, hidden, 151_936)
+        one_pass._chunk_size(engine, hidden, 151_936)
         for hidden in (on_gpu(8192, 64), torch.empty(8192, 64, device="meta"))
     ]
     assert sizes[0] == 8192 and sizes[1] < 2048

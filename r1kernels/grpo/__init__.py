@@ -1,6 +1,7 @@
 """GRPO: advantages, losses with their KL and entropy terms, reductions and off-policy corrections."""
 
-from . import triton as triton  # implements kernels
+from . import one_pass as one_pass  # implements kernels
+from . import triton as triton
 from .advantages import group_advantages
 from .corrections import importance_weights, off_policy_mask, top_entropy_mask
 from .linear import linear_grpo_loss

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import checks
 from ..logprob import linear_logprobs
-from ..logprob.linear import Head
+from ..logprob.arguments import Head
 from ..logprob.linear_reference import head_logits
 from .transformers_routers import unobserved
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..logprob import linear_logprobs, token_logprobs
-from ..logprob.token import why_not_overwritable
+from ..logprob.arguments import why_not_overwritable
 from .patching import Patch, Replacement, check_signature
 from .verl_losses import LOSSES, policy_loss
 

@@ -12,16 +12,73 @@ kernel of the backend gives the terms of a slab: it is told M, S' = 0 and logp =
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..op import Kernel, Size, recorded
 from . import parts, tiles
-from .token import Upstream
+from .completions import Completions
+from .token import Rows, Upstream
 
 if TYPE_CHECKING:
-    from .linear import FrozenCall
+    from .linear import LogprobsCall
+
+
+class FrozenCall(NamedTuple):
+    """Of the whole vocabulary, where hidden alone needs a gradient."""
+
+    hidden: Tensor
+    weight: Tensor
+    rows: Rows
+    with_extra: bool
+    chunk_size: Size
+
+
+def _shapes(call: FrozenCall) -> tuple[Tensor, Tensor, Tensor]:
+    """logp (N,), extra (3, N) or (0, N), and the slope d logp / d hidden (N, H), in float32."""
+    hidden, tokens = call.hidden, call.hidden.shape[0]
+    return (
+        hidden.new_empty(tokens, dtype=torch.float32),
+        hidden.new_empty((3 if call.with_extra else 0, tokens), dtype=torch.float32),
+        hidden.new_empty(hidden.shape, dtype=torch.float32),
+    )
+
+
+KERNEL = Kernel("linear_logprobs", FrozenCall, _shapes, suffix="_frozen")
+
+
+def _forward(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
+    return KERNEL(backend, FrozenCall(call.hidden, call.weight, call.rows, call.with_extra, call.chunk_size))
+
+
+def _save(call: LogprobsCall, results: tuple[Tensor, ...]) -> Any:
+    size, cu_seqlens, divisor = call.completions
+    return (cu_seqlens, divisor, results[2]), size
+
+
+def _give(call: LogprobsCall, results: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    logp, extra, _ = results
+    return call.completions.reduce(logp), logp.new_empty(0), extra
+
+
+def _gradient(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any) -> list[Tensor]:
+    (hidden,), (cu_seqlens, divisor, slope) = inputs, tensors
+    grad = Completions(others, cu_seqlens, divisor).of_tokens(grads[0], slope.shape[0])
+    return [(slope * grad.unsqueeze(1)).to(hidden.dtype)]
+
+
+logprobs = recorded(
+    "linear_logprobs",
+    _forward,
+    differentiable=lambda call: (call.hidden,),
+    save=_save,
+    backward=_gradient,
+    give=_give,
+    constant=(1, 2),
+)
+"""Results of a ``LogprobsCall`` without entropy, differentiable in the hidden states alone."""
 
 
 def forward(engine: tiles.Engine, call: FrozenCall) -> tuple[Tensor, Tensor, Tensor]:

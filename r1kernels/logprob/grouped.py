@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import checks
 from ..op import Op
 from . import linear, linear_reference, token
+from .arguments import check_linear, in_rows, split_temperature
 from .completions import EACH_TOKEN, Completions
 from .kept import check_kept
 
@@ -69,12 +70,12 @@ def grouped_logprobs(
     group_size = checks.integer("group_size", group_size, minimum=1)
     _check_groups(targets, mask, cu_seqlens, group_size, reduce, return_entropy)
     counted, ignored = _masked_targets(targets, mask, logits.shape[-1])
-    temperatures, scalar = token.split_temperature(temperature, counted, ignored, logits.dtype)
+    temperatures, scalar = split_temperature(temperature, counted, ignored, logits.dtype)
     counts = _counts(counted != ignored, cu_seqlens)
     rows = token.plain_rows(logits, counted.reshape(-1).contiguous(), temperatures, scalar, ignored)
     completions = _completions(counts, cu_seqlens, reduce)
     sets = check_kept(kept, counted, logits.shape[-1], ignored)
-    call = token.TokenCall(token.in_rows(logits), rows, return_entropy, False, completions, sets)
+    call = token.TokenCall(in_rows(logits), rows, return_entropy, False, completions, sets)
     logp, entropy = GROUPED_LOGPROBS(backend, call)
     return _shaped(logp, entropy, counts, targets.shape, group_size, reduce, return_entropy)
 
@@ -108,7 +109,7 @@ def linear_grouped_logprobs(
     count; where the mask is 0 targets and hidden states may hold anything. With ``stats`` the result is
     (GroupedLogprobs, {name: token values}).
     """
-    hidden, head = linear.check_linear(hidden, weight, targets, bias, softcap, logit_scale)
+    hidden, head = check_linear(hidden, weight, targets, bias, softcap, logit_scale)
     ignore_index = checks.integer("ignore_index", ignore_index)
     dimensions = 2 if cu_seqlens is not None else 3
     if hidden.ndim != dimensions:

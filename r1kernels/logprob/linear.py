@@ -14,24 +14,16 @@ from torch import Tensor
 
 from .. import autocast, checks, devices
 from ..op import Kernel, Op, Size, Written, recorded
-from . import kept_head, linear_reference, parts, sharded
+from . import frozen, kept_head, linear_reference, parts, sharded
+from .arguments import Head, check_linear, split_temperature
 from .completions import EACH_TOKEN, Completions
 from .kept import Kept, check_kept
-from .token import Rows, Upstream, row_results, split_temperature, upstream_of
+from .token import Rows, Upstream, row_results, upstream_of
 
 STATS = ("log_sum_sq_probs", "mean_logits", "is_top1")
 SAVED_BYTES = (
     256 << 20
 )  # on a CPU: logits up to this size are kept for the backward where the caller does not say
-
-
-class Head(NamedTuple):
-    """How hidden states become logits: softcap(logit_scale * (hidden @ weight.T + bias)), softcap(z) = c tanh(z / c)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
 
 
 def linear_logprobs(
@@ -117,34 +109,6 @@ def linear_logprobs(
     if stats:
         results += (of_names(extra, stats, targets.shape),)
     return results[0] if len(results) == 1 else results
-
-
-def check_linear(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-) -> tuple[Tensor, Head]:
-    """Check the arguments that all ops on hidden states and a head share, and cast them as autocast those of F.linear."""
-    checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
-    if hidden.ndim == 0 or hidden.shape[-1] == 0:
-        raise ValueError(f"hidden: expected shape (..., H) with H >= 1, got {tuple(hidden.shape)}")
-    checks.tensor("weight", weight, dtypes=checks.FLOATS, shape=(None, hidden.shape[-1]), like=hidden)
-    if weight.shape[0] == 0:
-        raise ValueError(f"weight: expected shape (V, H) with V >= 1, got {tuple(weight.shape)}")
-    checks.tensor("targets", targets, dtypes=(torch.int64,), shape=hidden.shape[:-1], like=hidden)
-    if bias is not None:
-        checks.tensor("bias", bias, dtypes=checks.FLOATS, shape=(weight.shape[0],), like=hidden)
-    hidden, weight, bias = autocast.cast(hidden, weight, bias)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != hidden.dtype:
-            raise TypeError(f"{name}: expected the dtype of hidden, {hidden.dtype}, got {value.dtype}")
-    if softcap is not None:
-        softcap = checks.positive("softcap", softcap)
-    logit_scale = checks.number("logit_scale", logit_scale)
-    return hidden, Head(weight, bias, softcap, logit_scale)
 
 
 def call_of(
@@ -239,16 +203,6 @@ class SavedBackwardCall(NamedTuple):
     backward: LinearBackwardCall
 
 
-class FrozenCall(NamedTuple):
-    """Of the whole vocabulary, where hidden alone needs a gradient."""
-
-    hidden: Tensor
-    weight: Tensor
-    rows: Rows
-    with_extra: bool
-    chunk_size: Size
-
-
 def hidden_gradient_dtype(call: LinearBackwardCall) -> torch.dtype:
     """That of the gradient of hidden: of a slab it is one term of a sum over the slabs, which is not rounded."""
     return call.hidden.dtype if call.rows.vocabulary == call.weight.shape[0] else torch.float32
@@ -278,20 +232,9 @@ def _saved_backward_shapes(call: SavedBackwardCall) -> tuple[Tensor, Tensor, Ten
     return _backward_shapes(call.backward)
 
 
-def _frozen_shapes(call: FrozenCall) -> tuple[Tensor, Tensor, Tensor]:
-    """logp (N,), extra (3, N) or (0, N), and the slope d logp / d hidden (N, H), in float32."""
-    hidden, tokens = call.hidden, call.hidden.shape[0]
-    return (
-        hidden.new_empty(tokens, dtype=torch.float32),
-        hidden.new_empty((3 if call.with_extra else 0, tokens), dtype=torch.float32),
-        hidden.new_empty(hidden.shape, dtype=torch.float32),
-    )
-
-
 FORWARD = Kernel("linear_logprobs", LinearCall, _shapes)
 BACKWARD = Kernel("linear_logprobs", LinearBackwardCall, _backward_shapes, suffix="_backward")
 BACKWARD_OF_SAVED = Kernel("linear_logprobs", SavedBackwardCall, _saved_backward_shapes, suffix="_backward_")
-FROZEN = Kernel("linear_logprobs", FrozenCall, _frozen_shapes, suffix="_frozen")
 
 
 class LogprobsCall(NamedTuple):
@@ -384,34 +327,6 @@ _recorded = recorded(
 )
 
 
-def _frozen_forward(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
-    return FROZEN(backend, FrozenCall(call.hidden, call.weight, call.rows, call.with_extra, call.chunk_size))
-
-
-def _frozen_save(call: LogprobsCall, results: tuple[Tensor, ...]) -> Any:
-    size, cu_seqlens, divisor = call.completions
-    return (cu_seqlens, divisor, results[2]), size
-
-
-def _frozen_gradient(
-    backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any
-) -> list[Tensor]:
-    (hidden,), (cu_seqlens, divisor, slope) = inputs, tensors
-    grad = Completions(others, cu_seqlens, divisor).of_tokens(grads[0], slope.shape[0])
-    return [(slope * grad.unsqueeze(1)).to(hidden.dtype)]
-
-
-_recorded_frozen = recorded(
-    "linear_logprobs",
-    _frozen_forward,
-    differentiable=lambda call: (call.hidden,),
-    save=_frozen_save,
-    backward=_frozen_gradient,
-    give=lambda call, results: (call.completions.reduce(results[0]), results[1]),
-    constant=(1,),
-)
-
-
 def on_kernels(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
     if call.kept is not None:
         return kept_head.on_kernels(backend, call, partial(on_kernels, backend))
@@ -420,7 +335,7 @@ def on_kernels(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor
     differentiable = torch.is_grad_enabled() and (trained or hidden.requires_grad)
     # a frozen head under the log-prob alone: its slope is worked out beside it, without the logits once more
     alone = not (call.with_entropy or save_logits or call.batch_invariant) and call.shard is None
-    frozen = differentiable and not trained and alone
+    head_is_frozen = differentiable and not trained and alone
     if save_logits is None:
         # in a compiled graph a length must not decide
         fits = 4 * hidden.shape[0] * weight.shape[0] <= devices.memory_budget(hidden, SAVED_BYTES)
@@ -440,10 +355,7 @@ def on_kernels(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor
         call.completions,
     )
     with autocast.off(hidden):
-        if not frozen:
-            return _recorded(backend, call)
-        logp, extra = _recorded_frozen(backend, call)
-        return logp, logp.new_empty(0), extra
+        return frozen.logprobs(backend, call) if head_is_frozen else _recorded(backend, call)
 
 
 LINEAR_LOGPROBS = Op("linear_logprobs", linear_reference.run, on_kernels, decides="hidden")

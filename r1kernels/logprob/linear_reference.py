@@ -17,7 +17,8 @@ from . import kept, kept_reference, sharded, token
 from .completions import EACH_TOKEN
 
 if TYPE_CHECKING:
-    from .linear import Head, LogprobsCall
+    from .arguments import Head
+    from .linear import LogprobsCall
 
 _CHUNK_BYTES = 64 << 20
 _SAVED_BYTES = 256 << 20

@@ -25,7 +25,7 @@ def implement(engine: tiles.Engine, key: str) -> None:
     linear.FORWARD.implement(backend, key)(partial(forward, engine))
     linear.BACKWARD.implement(backend, key)(partial(backward, engine))
     linear.BACKWARD_OF_SAVED.implement(backend, key)(partial(backward_of_saved, engine))
-    linear.FROZEN.implement(backend, key)(partial(frozen.forward, engine))
+    frozen.KERNEL.implement(backend, key)(partial(frozen.forward, engine))
 
 
 def forward(engine: tiles.Engine, call: linear.LinearCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from . import token
 from .token import Rows, Upstream
 
 if TYPE_CHECKING:
-    from . import linear
+    from . import frozen, linear
 
 RowResults = tuple[Tensor, Tensor, Tensor, Tensor]  # logp, entropy, stats, extra as the row kernels give them
 
@@ -97,7 +97,7 @@ class Problem(NamedTuple):
 
 def problem_of(
     engine: Engine,
-    call: linear.LinearCall | linear.LinearBackwardCall | linear.FrozenCall,
+    call: linear.LinearCall | linear.LinearBackwardCall | frozen.FrozenCall,
     batch_invariant: bool = False,
 ) -> Problem:
     tiling = tiling_of(engine, call.hidden, call.weight.shape[0], call.chunk_size, batch_invariant)

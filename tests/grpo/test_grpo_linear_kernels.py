@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1kernels import explain, extension
 from r1kernels.grpo import grpo_loss, grpo_preset, linear_grpo_loss
-from r1kernels.grpo.linear import FORWARD, one_pass_of_all
+from r1kernels.grpo.linear import FORWARD
+from r1kernels.grpo.one_pass import one_pass_of_all
 from r1kernels.logprob import cpu, linear_logprobs
 from tests.support.host_reads import NoHostReads
 from tests.support.numerics import assert_as_exact_as, same_bits

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from r1kernels.moe import moe_experts, tuning
-from r1kernels.moe import triton_experts as backend_module
+from r1kernels.moe import triton_products as backend_module
 from r1kernels.moe.experts import GROUPED_GEMM, GemmCall
 from tests.support import interpreter_bfloat16
 from tests.support.forced import run_on

@@ -1,0 +1,110 @@
+"""The arguments that the log-prob ops share: checked, and as kernels take them.
+
+Shapes: N tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import autocast, checks
+
+
+class Head(NamedTuple):
+    """How hidden states become logits: softcap(logit_scale * (hidden @ weight.T + bias)), softcap(z) = c tanh(z / c)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+
+def check_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Head]:
+    """Check the arguments that all ops on hidden states and a head share, and cast them as autocast those of F.linear."""
+    checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
+    if hidden.ndim == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden: expected shape (..., H) with H >= 1, got {tuple(hidden.shape)}")
+    checks.tensor("weight", weight, dtypes=checks.FLOATS, shape=(None, hidden.shape[-1]), like=hidden)
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: expected shape (V, H) with V >= 1, got {tuple(weight.shape)}")
+    checks.tensor("targets", targets, dtypes=(torch.int64,), shape=hidden.shape[:-1], like=hidden)
+    if bias is not None:
+        checks.tensor("bias", bias, dtypes=checks.FLOATS, shape=(weight.shape[0],), like=hidden)
+    hidden, weight, bias = autocast.cast(hidden, weight, bias)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(f"{name}: expected the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+    if softcap is not None:
+        softcap = checks.positive("softcap", softcap)
+    logit_scale = checks.number("logit_scale", logit_scale)
+    return hidden, Head(weight, bias, softcap, logit_scale)
+
+
+def split_temperature(
+    temperature: float | Tensor, targets: Tensor, ignore_index: int, dtype: torch.dtype
+) -> tuple[Tensor | None, float]:
+    """A temperature as (one per token (N,) or None, the number that holds for all), checked; dtype: that of the inputs."""
+    # of a number nothing is looked at
+    counted = targets != ignore_index if isinstance(temperature, Tensor) else None
+    checked = check_temperature(temperature, targets, counted, dtype)
+    return (checked.reshape(-1).contiguous(), 1.0) if isinstance(checked, Tensor) else (None, checked)
+
+
+def check_temperature(
+    temperature: float | Tensor, targets: Tensor, counted: Tensor | None, dtype: torch.dtype
+) -> float | Tensor:
+    """A number that holds for all tokens, or one per token in the shape of ``targets``, in float32 (float64 for that dtype).
+
+    What stands where ``counted`` (...) is False is not looked at; None: everything counts.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if not isinstance(temperature, Tensor):
+        number = float(checks.positive("temperature", temperature))
+        if not torch.compiler.is_compiling() or number == 1.0:
+            return number
+        # an op takes a number for a constant of the graph, which another temperature would compile once more
+        return torch.ones(targets.shape, dtype=wide, device=targets.device) * number
+    if temperature.ndim == 0:
+        checks.tensor("temperature", temperature, dtypes=checks.FLOATS)
+        temperature = temperature.to(targets.device).expand(targets.shape)
+    checks.tensor("temperature", temperature, dtypes=checks.FLOATS, shape=targets.shape, like=targets)
+    if temperature.requires_grad:
+        raise ValueError("temperature: expected a tensor without gradient, got one that requires it")
+    if checks.values_visible(temperature, counted):
+        looked_at = temperature if counted is None else torch.where(counted, temperature, 1.0)
+        checks.all_positive("temperature", looked_at)
+    return temperature.to(wide)
+
+
+def in_rows(logits: Tensor) -> Tensor:
+    """logits (..., V) as (B, T, V), without a copy where the strides allow it (slices like ``logits[:, :-1]`` do)."""
+    if logits.ndim == 3:
+        return logits
+    if logits.ndim < 3:
+        return logits[(None,) * (3 - logits.ndim)]
+    return logits.flatten(0, -3)
+
+
+def why_not_overwritable(logits: Tensor) -> str:
+    """Why a gradient must not be written over the logits, as the end of an error; empty if it may."""
+    if logits.requires_grad and logits.is_leaf:
+        return "that are not a leaf, got a leaf that requires a gradient"
+    if logits.requires_grad and logits._base is not None and logits._base.is_leaf:
+        return "that are not a leaf, got a view of one that requires a gradient"
+    extent = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return f"without overlap, got strides {logits.stride()} for shape {tuple(logits.shape)}"
+            extent = stride * size
+    return ""
