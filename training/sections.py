@@ -110,6 +110,7 @@ class Sampling:
     top_p: float = setting(
         1.0, "sample from the likeliest tokens that reach this probability together", above=0, maximum=1
     )
+    top_k: int = setting(0, "sample from that many likeliest tokens, before top_p; 0: from all", minimum=0)
     max_new_tokens: int = setting(64, "longest response, in tokens", minimum=1, pretrained=1024)
     batch_size: int = setting(256, "sequences in flight", minimum=1, pretrained=64, rounding=True)
 

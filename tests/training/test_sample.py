@@ -175,3 +175,9 @@ def test_a_dense_model_samples_without_routing():
 
 def test_no_prompts_give_no_samples(model):
     assert draw(model, []) == []
+
+
+def test_the_likeliest_of_one_token_is_greedy(model):
+    greedy = [c.token_ids for c in draw(model, temperature=0.0)]
+    assert [c.token_ids for c in draw(model, top_k=1)] == greedy
+    assert [c.token_ids for c in draw(model)] != greedy

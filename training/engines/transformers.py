@@ -199,6 +199,7 @@ class _Flight:
         self.stops = torch.tensor(params.stop_ids, dtype=torch.int64, device=self.device)
         self.outputs: dict[int, Output] = {}
         self.reads: list[Read] = []  # of head and prompts, until rows come or go
+        self.alone = Share([0], self.device)  # of the rows' own nodes
 
     def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -307,7 +308,7 @@ class _Flight:
         """Reads the last token of every row, and draws the next one."""
         n = len(self.rows)
         if not self.reads:
-            self.reads = self._shared_reads()
+            self.reads, self.alone = self._shared_reads(), Share(range(n), self.device)
         longest = max(row.drawn for row in self.rows)
         # A row that has ended reads its last token again and again until somebody looks: nothing of it changes.
         at = self.count[:n] - 1
@@ -315,7 +316,7 @@ class _Flight:
         places = torch.arange(longest, device=self.device)
         own = Read(
             self.own,
-            Share(range(n), self.device),
+            self.alone,
             longest,
             self.start[:n, None] + places,
             places <= at[:, None],

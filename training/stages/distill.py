@@ -93,7 +93,15 @@ def _teach(context: StageContext) -> Selection:
     for kinds, checked_by in ((("reasoning",), "rule"), (("helpful", "unsafe"), "oracle")):
         problems = _prompts(context, kinds)
         if problems:
-            drawn = _draw(context, teacher, problems, config.samples, config.temperature, config.top_p)
+            drawn = _draw(
+                context,
+                teacher,
+                problems,
+                samples=config.samples,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+            )
             found.add(select(drawn, teacher, seed, config.filters, settings, checked_by=checked_by))
     return found
 
@@ -112,7 +120,7 @@ def _accuracy(context: StageContext, name: str, folder: Any) -> float | None:
     pool = responses.problems(context.recipe, "test", ("reasoning",))
     asked = responses.choose(pool, UNSEEN_PROBLEMS, context.recipe.seed, context.name, "unseen")
     source = responses.load_source(f"{context.name}-{name}", folder, context.recipe)
-    drawn = _draw(context, source, asked, 1, 1.0, 1.0)
+    drawn = _draw(context, source, asked, samples=1, temperature=1.0)
     tasks = responses.tasks(context.recipe)
     right = [rewards.accuracy(as_sample(each, source.response_format), tasks).value == 1.0 for each in drawn]
     return sum(right) / len(right) if right else None
@@ -122,17 +130,13 @@ def _draw(
     context: StageContext,
     source: Source,
     asked: Sequence[Problem],
-    samples: int,
-    temperature: float,
-    top_p: float,
+    **how: Any,
 ) -> list[Any]:
     return responses.draw(
         source,
         asked,
+        **how,
         context=context,
-        samples=samples,
-        temperature=temperature,
-        top_p=top_p,
         max_new_tokens=context.config.max_new_tokens,
         seed_parts=(context.recipe.seed, context.name),
         batch_size=context.config.batch_size,

@@ -103,6 +103,7 @@ def marks(
                 samples=samples,
                 temperature=temperature,
                 top_p=top_p,
+                top_k=config.top_k,
                 max_new_tokens=config.max_new_tokens,
                 seed_parts=(recipe.seed, "evaluate", split, way),
                 batch_size=config.batch_size,
