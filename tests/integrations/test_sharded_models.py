@@ -119,6 +119,19 @@ def test_what_the_refusal_says_works(mesh):
         r1.fused_logprobs(model, IDS)
 
 
+def test_shared_prefixes(mesh):
+    tree = r1.prefix_tree([[*range(1, 20)]] * 3 + [[5]], [[7, 8], [9], [10, 11, 12], [13]])
+    plain, parallel, model = build(), DistributedDataParallel(build()), shard(build(), mesh)
+    expected = r1.shared_prefix_logprobs(plain, tree)
+    gradients = step(plain, expected)
+    for _ in range(2):
+        model.unshard()
+        for one in (parallel, model):
+            logp = r1.shared_prefix_logprobs(one, tree)
+            torch.testing.assert_close(logp, expected)
+            assert_same_gradients(step(one, logp), gradients)
+
+
 def test_trl_falls_back(mesh):
     pytest.importorskip("trl", reason="TRL is not installed: nothing to adapt")
     from r1kernels.integrations import trl_linear
