@@ -73,6 +73,11 @@ class PrefixTree:
         """How many tokens the B sequences have, each for itself."""
         return self.sequences.shape[0]
 
+    @property
+    def cu_completions(self) -> Tensor:
+        """(B + 1,), where each completion begins in ``targets``: ``cu_seqlens`` of the packed ``grpo_loss``."""
+        return _long([0, *accumulate(self.lengths)])
+
     def paths(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         """The packed positions of the tokens of each sequence."""
         lengths = self.cu_seqlens.diff().tolist()

@@ -78,7 +78,7 @@ def shared_prefix_states(model: Any, tree: PrefixTree) -> Tensor:
 
     They belong to ``linear_logprobs`` and ``linear_grpo_loss``, with ``output_head(model)`` and ``tree.targets``:
 
-        linear_grpo_loss(states, targets=tree.targets, ..., **output_head(model)._asdict())
+        linear_grpo_loss(states, targets=tree.targets, cu_seqlens=tree.cu_completions, ..., **output_head(model)._asdict())
 
     Args:
         model: a causal language model of transformers, also inside PEFT or DistributedDataParallel, whose layers are full or

@@ -14,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+import r1kernels
 from r1kernels.integrations import transformers as r1
 from tests.support import causal_models
 from tests.support import prefix_models as models
@@ -84,6 +85,32 @@ def test_states_predict_the_completion_tokens_in_the_callers_order():
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     torch.testing.assert_close(states, torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_states_and_tree_are_what_linear_grpo_loss_takes():
+    model = models.build("Gemma2", final_logit_softcapping=2.0)
+    prompts, completions = models.sequences()
+    tree = r1.prefix_tree(prompts, completions)
+    old = torch.randn(len(tree.targets), generator=torch.Generator().manual_seed(0)) - 4
+    advantages, mask = torch.linspace(-1, 1, len(prompts)), torch.ones(len(tree.targets), dtype=torch.int64)
+    loss = r1kernels.linear_grpo_loss(
+        r1.shared_prefix_states(model, tree),
+        targets=tree.targets,
+        old_logp=old,
+        advantages=advantages,
+        mask=mask,
+        cu_seqlens=tree.cu_completions,
+        temperature=models.TEMPERATURE,
+        **r1.output_head(model)._asdict(),
+    ).loss
+    found = models.gradients(model, loss)
+    logp = models.repeated(model, prompts, completions)[0]
+    real = torch.arange(logp.shape[1]) < torch.tensor(tree.lengths).unsqueeze(1)
+    padded = tree.pad(old)
+    expected = r1kernels.grpo_loss(logp.float(), padded, advantages, real.long()).loss
+    of_expected = models.gradients(model, expected)
+    torch.testing.assert_close(loss, expected)
+    assert max(models.difference(found[name], of_expected[name]) for name in of_expected) < 1e-5
 
 
 def test_it_is_the_same_bit_for_bit_every_time():
