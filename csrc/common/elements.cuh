@@ -25,6 +25,24 @@ __device__ inline __half from_float<__half>(float value) { return __float2half_r
 template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
 
+// Two neighbours, the first in the lower half of the word, each rounded to the nearest even.
+template <class Scalar>
+__device__ uint32_t pack_pair(float first, float second);
+template <>
+__device__ inline uint32_t pack_pair<__half>(float first, float second) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    uint32_t word;
+    memcpy(&word, &pair, sizeof(word));
+    return word;
+}
+template <>
+__device__ inline uint32_t pack_pair<__nv_bfloat16>(float first, float second) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    uint32_t word;
+    memcpy(&word, &pair, sizeof(word));
+    return word;
+}
+
 // run(a value of the scalar type that `element` names)
 template <class Run>
 int with_scalar(Element element, Run run) {

@@ -24,6 +24,9 @@ __device__ inline float rounded(float value) {
     return to_float(from_float<Scalar>(value));
 }
 
+template <class Scalar>
+constexpr bool kNarrow = !std::is_same_v<Scalar, float>;
+
 // Row `row` of a matrix, or null of none.
 template <class Scalar>
 __device__ inline Scalar* row_of(void* matrix, int64_t row, int64_t length) {
@@ -74,7 +77,7 @@ __device__ inline void store_up(const R1kernelsMoeProduct& product, const R1kern
         for (int j = 0; j < kChunk<Scalar>; ++j) {
             gate[j] = from_float<Scalar>(sums.value(i, 0, j));
             up[j] = from_float<Scalar>(sums.value(i, 1, j));
-            const float act = gate_of(product.activation, to_float(gate[j])).value;
+            const float act = gate_of<kNarrow<Scalar>>(product.activation, to_float(gate[j])).value;
             activated[j] = from_float<Scalar>(act * to_float(up[j]));
         }
         if (Scalar* kept = row_of<Scalar>(product.out, row, product.columns)) {
@@ -107,7 +110,7 @@ __device__ inline void store_gate_backward(const R1kernelsMoeProduct& product, c
                 Scalar scaled[kChunk<Scalar>], grad_gate[kChunk<Scalar>], grad_up[kChunk<Scalar>];
 #pragma unroll
                 for (int j = 0; j < kChunk<Scalar>; ++j) {
-                    const Gate gate = gate_of(product.activation, gates[j]);
+                    const Gate gate = gate_of<kNarrow<Scalar>>(product.activation, gates[j]);
                     const float a = rounded<Scalar>(gate.value * ups[j]), da = sums.value(i, run, j);
                     if (column + j < size) product_with_a += da * a;
                     scaled[j] = from_float<Scalar>(s * a);

@@ -16,14 +16,6 @@ namespace r1kernels::moe::hopper {
 using Words = uint32_t[4];
 
 template <class Scalar>
-__device__ inline uint32_t pack(float low, float high) {
-    const Scalar elements[2] = {from_float<Scalar>(low), from_float<Scalar>(high)};
-    uint32_t word;
-    memcpy(&word, elements, sizeof(word));
-    return word;
-}
-
-template <class Scalar>
 __device__ inline float unpack(uint32_t word, int i) {
     Scalar elements[2];
     memcpy(elements, &word, sizeof(word));
@@ -73,7 +65,7 @@ __device__ inline void words_of(const Product& product, int part, int half, Word
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
         const int i = (part * 4 + b) * 4 + half * 2;
-        words[b] = pack<Scalar>(product[i], product[i + 1]);
+        words[b] = pack_pair<Scalar>(product[i], product[i + 1]);
     }
 }
 
@@ -100,7 +92,7 @@ __device__ inline void store_tile(const Product& product, Scalar* out, int64_t r
 }
 
 // cuda.h: R1KERNELS_MOE_UP. The first half of the tile is the gate, the second the up projection.
-template <class Scalar, class Product>
+template <class Scalar, Activation kActivation, class Product>
 __device__ inline void store_up(const Product& product, const R1kernelsMoeProduct& call, const R1kernelsMoeTile& tile,
                                 int64_t column, int thread) {
     const int64_t inner = call.columns / 2;
@@ -120,9 +112,10 @@ __device__ inline void store_up(const Product& product, const R1kernelsMoeProduc
                     float values[2];
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        values[i] = gate_of(call.activation, unpack<Scalar>(gate[b], i)).value * unpack<Scalar>(up[b], i);
+                        const Gate act = gate_of<true>(kActivation, unpack<Scalar>(gate[b], i));
+                        values[i] = act.value * unpack<Scalar>(up[b], i);
                     }
-                    a[b] = pack<Scalar>(values[0], values[1]);
+                    a[b] = pack_pair<Scalar>(values[0], values[1]);
                 }
                 store_columns(mine ? activated + row * inner + c : nullptr, left, a);
             }
@@ -135,7 +128,7 @@ __device__ inline void store_up(const Product& product, const R1kernelsMoeProduc
 }
 
 // cuda.h: R1KERNELS_MOE_GATE_BACKWARD. `nobody`: a tile of rows of nobody, all of whose outputs are 0.
-template <class Scalar, class Product>
+template <class Scalar, Activation kActivation, class Product>
 __device__ inline void store_gate_backward(const Product& product, const R1kernelsMoeProduct& call,
                                            const R1kernelsMoeTile& tile, int64_t column, bool nobody, int thread) {
     const int64_t inner = call.columns;
@@ -155,21 +148,27 @@ __device__ inline void store_gate_backward(const Product& product, const R1kerne
 #pragma unroll
             for (int b = 0; b < 4; ++b) {
                 const bool inside = b * kChunkElements < left;  // beyond, the product may be inf * 0
-                float d_gate[2], d_up[2], scaled[2];
+                Gate act[2];
+                float u[2], d_gate[2], d_up[2], scaled[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    u[i] = unpack<Scalar>(up[b], i);
+                    act[i] = gate_of<true>(kActivation, unpack<Scalar>(gate[b], i));
+                }
+                // as the forward rounded them
+                const uint32_t values = pack_pair<Scalar>(act[0].value * u[0], act[1].value * u[1]);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const float grad = inside ? product[(part * 4 + b) * 4 + half * 2 + i] : 0.0f;
-                    const float u = unpack<Scalar>(up[b], i);
-                    const Gate act = gate_of(call.activation, unpack<Scalar>(gate[b], i));
-                    const float value = to_float(from_float<Scalar>(act.value * u));  // as the forward rounded it
+                    const float value = unpack<Scalar>(values, i);
                     dot += grad * value;
-                    d_gate[i] = scale * grad * u * act.slope;
-                    d_up[i] = scale * grad * act.value;
+                    d_gate[i] = scale * grad * u[i] * act[i].slope;
+                    d_up[i] = scale * grad * act[i].value;
                     scaled[i] = scale * value;
                 }
-                gate[b] = pack<Scalar>(d_gate[0], d_gate[1]);
-                up[b] = pack<Scalar>(d_up[0], d_up[1]);
-                a[b] = pack<Scalar>(scaled[0], scaled[1]);
+                gate[b] = pack_pair<Scalar>(d_gate[0], d_gate[1]);
+                up[b] = pack_pair<Scalar>(d_up[0], d_up[1]);
+                a[b] = pack_pair<Scalar>(scaled[0], scaled[1]);
             }
             if (out != nullptr) {
                 store_columns(mine ? out + row * 2 * inner + c : nullptr, left, gate);

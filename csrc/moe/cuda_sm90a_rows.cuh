@@ -9,18 +9,18 @@ namespace r1kernels::moe::hopper {
 struct RowCall {
     TensorMap x, weight;
     R1kernelsMoeProduct product;
-    int64_t column_tiles, tiles;
+    int column_tiles, tiles;
 };
 
 // Tiles of a block, one after another.
 struct RowTiles {
-    const RowCall& call;
-    int64_t t;
+    const RowCall* call;
+    int t;
     R1kernelsMoeTile rows;  // expert -1: no tile
-    int64_t column_tile;
+    int column_tile;
 
-    __device__ explicit RowTiles(const RowCall& call) : call(call), t(blockIdx.x) { look(); }
-    __device__ bool more() const { return t < call.tiles; }
+    __device__ explicit RowTiles(const RowCall& call) : call(&call), t(blockIdx.x) { look(); }
+    __device__ bool more() const { return t < call->tiles; }
     __device__ void next() {
         t += gridDim.x;
         look();
@@ -28,27 +28,30 @@ struct RowTiles {
 
     // Its rows are of an expert, or rows of nobody that are to be cleared.
     __device__ bool counts() const {
-        return rows.expert >= 0 && (call.product.clear_rest || rows.expert < call.product.schedule.experts);
+        return rows.expert >= 0 && (call->product.clear_rest || rows.expert < call->product.schedule.experts);
     }
-    __device__ bool nobody() const { return rows.expert == call.product.schedule.experts; }
-    __device__ int k_tiles() const { return nobody() ? 0 : static_cast<int>(tiles_of(call.product.depth, kBlockK)); }
+    __device__ bool nobody() const { return rows.expert == call->product.schedule.experts; }
+    __device__ int k_tiles() const { return nobody() ? 0 : static_cast<int>(tiles_of(call->product.depth, kBlockK)); }
 
 private:
     __device__ void look() {
         rows.expert = -1;
         if (!more()) return;
-        const RowTile tile = row_tile_at(t, call.column_tiles);
+        const RowTile tile = row_tile_at(t, call->column_tiles);
         column_tile = tile.column_tile;
-        if (tile.row_tile < call.product.schedule.tile_count) rows = call.product.schedule.tiles[tile.row_tile];
+        if (tile.row_tile < call->product.schedule.tile_count) rows = call->product.schedule.tiles[tile.row_tile];
     }
 };
 
-template <class Scalar, R1kernelsMoeEpilogue kEpilogue, bool kMnMajorB>
+// kActivation: of the epilogues that have one.
+template <class Scalar, R1kernelsMoeEpilogue kEpilogue, bool kMnMajorB, Activation kActivation>
 struct RowKernel {
     static constexpr bool kGathered = kEpilogue != R1KERNELS_MOE_STORE;
     using Product = Multiplier<Scalar, false, kMnMajorB>;
 
-    __device__ static int64_t column_of(const RowTiles& tiles) { return tiles.column_tile * tile_columns(kEpilogue); }
+    __device__ static int64_t column_of(const RowTiles& tiles) {
+        return int64_t{tiles.column_tile} * tile_columns(kEpilogue);
+    }
 
     // One lane: the tile of the weight, and of rows that are not gathered, by the copy engine.
     __device__ static void load(const RowCall& call, const RowTiles& tiles, Barrier* barrier, unsigned char* a,
@@ -97,26 +100,50 @@ struct RowKernel {
     __device__ static void multiply(const RowCall& call, const Stages& stages, int thread) {
         Product product;
         uint32_t steps = 0;
-        for (RowTiles tiles(call); tiles.more(); tiles.next()) {
-            if (!tiles.counts()) continue;
-            consume(product, stages, steps, tiles.k_tiles(), thread);
-            const int64_t column = column_of(tiles);
-            if constexpr (kEpilogue == R1KERNELS_MOE_STORE) {
-                Scalar* out = static_cast<Scalar*>(call.product.out) + tiles.rows.first * call.product.columns;
-                store_tile(product, out, tiles.rows.end - tiles.rows.first, call.product.columns, column, thread);
-            } else if constexpr (kEpilogue == R1KERNELS_MOE_UP) {
-                store_up<Scalar>(product, call.product, tiles.rows, column, thread);
-            } else {
-                store_gate_backward<Scalar>(product, call.product, tiles.rows, column, tiles.nobody(), thread);
-            }
+        for (RowTiles tiles(call), next = tiles; tiles.more(); tiles = next) {
+            if (tiles.counts()) consume(product, stages, steps, tiles.k_tiles(), thread);
+            next.next();  // its place in the schedule arrives while this tile is written
+            if (tiles.counts()) store(call, product, tiles, thread);
+        }
+    }
+
+private:
+    __device__ static void store(const RowCall& call, const Product& product, const RowTiles& tiles, int thread) {
+        const int64_t column = column_of(tiles);
+        if constexpr (kEpilogue == R1KERNELS_MOE_STORE) {
+            Scalar* out = static_cast<Scalar*>(call.product.out) + tiles.rows.first * call.product.columns;
+            store_tile(product, out, tiles.rows.end - tiles.rows.first, call.product.columns, column, thread);
+        } else if constexpr (kEpilogue == R1KERNELS_MOE_UP) {
+            store_up<Scalar, kActivation>(product, call.product, tiles.rows, column, thread);
+        } else {
+            store_gate_backward<Scalar, kActivation>(product, call.product, tiles.rows, column, tiles.nobody(), thread);
         }
     }
 };
 
-template <class Scalar, R1kernelsMoeEpilogue kEpilogue, bool kMnMajorB>
+template <class Scalar, R1kernelsMoeEpilogue kEpilogue, bool kMnMajorB, Activation kActivation = Activation::silu>
 __global__ void __launch_bounds__(kThreads, 1) hopper_rows_kernel(const __grid_constant__ RowCall call) {
-    using Kernel = RowKernel<Scalar, kEpilogue, kMnMajorB>;
+    using Kernel = RowKernel<Scalar, kEpilogue, kMnMajorB, kActivation>;
     run_roles<Kernel>(call, Kernel::kGathered);
+}
+
+template <class Scalar, Activation kActivation>
+auto row_kernel_of(const R1kernelsMoeProduct& product) {
+    switch (product.epilogue) {
+        case R1KERNELS_MOE_UP: return hopper_rows_kernel<Scalar, R1KERNELS_MOE_UP, false, kActivation>;
+        case R1KERNELS_MOE_GATE_BACKWARD:
+            return hopper_rows_kernel<Scalar, R1KERNELS_MOE_GATE_BACKWARD, true, kActivation>;
+        default:
+            return product.transposed ? hopper_rows_kernel<Scalar, R1KERNELS_MOE_STORE, false>
+                                      : hopper_rows_kernel<Scalar, R1KERNELS_MOE_STORE, true>;
+    }
+}
+
+// The kernel that is compiled for a product.
+template <class Scalar>
+auto row_kernel_of(const R1kernelsMoeProduct& product) {
+    return product.activation == Activation::silu ? row_kernel_of<Scalar, Activation::silu>(product)
+                                                  : row_kernel_of<Scalar, Activation::gelu_tanh>(product);
 }
 
 }  // namespace r1kernels::moe::hopper

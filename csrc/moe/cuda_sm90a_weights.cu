@@ -24,11 +24,12 @@ extern "C" int r1kernels_moe_hopper_weight_product_cuda(const R1kernelsMoeWeight
     using namespace r1kernels;
     using namespace r1kernels::moe::hopper;
     const WeightPlan plan = plan_of(*product, current_device().processors);
+    if (plan.tiles > INT32_MAX) return cudaErrorInvalidValue;  // no memory holds as much
     WeightCall call = {};
     call.product = *product;
-    call.m_tiles = plan.m_tiles;
-    call.n_tiles = plan.n_tiles;
-    call.tiles = plan.tiles;
+    call.m_tiles = static_cast<int>(plan.m_tiles);
+    call.n_tiles = static_cast<int>(plan.n_tiles);
+    call.tiles = static_cast<int>(plan.tiles);
     if (product->left.index == nullptr) {
         if (const cudaError_t code = encode(plan.left, product->element, &call.left); code != cudaSuccess) return code;
     }

@@ -10,18 +10,18 @@ namespace r1kernels::moe::hopper {
 struct WeightCall {
     TensorMap left, right;
     R1kernelsMoeWeightProduct product;
-    int64_t m_tiles, n_tiles, tiles;
+    int m_tiles, n_tiles, tiles;
 };
 
 // Tiles of a block, one after another.
 struct WeightTiles {
-    const WeightCall& call;
-    int64_t t;
+    const WeightCall* call;
+    int t;
     int64_t expert, m, n;  // the tile begins at row m, column n of its expert's matrix
     int first, end;        // rows of the expert
 
-    __device__ explicit WeightTiles(const WeightCall& call) : call(call), t(blockIdx.x) { look(); }
-    __device__ bool more() const { return t < call.tiles; }
+    __device__ explicit WeightTiles(const WeightCall& call) : call(&call), t(blockIdx.x) { look(); }
+    __device__ bool more() const { return t < call->tiles; }
     __device__ void next() {
         t += gridDim.x;
         look();
@@ -31,12 +31,12 @@ struct WeightTiles {
 private:
     __device__ void look() {
         if (!more()) return;
-        const WeightTile tile = weight_tile_at(t, call.m_tiles, call.n_tiles);
+        const WeightTile tile = weight_tile_at(t, call->m_tiles, call->n_tiles);
         expert = tile.expert;
-        m = tile.m_tile * kBlockM;
-        n = tile.n_tile * kBlockN;
-        first = call.product.schedule.bounds[expert];
-        end = call.product.schedule.bounds[expert + 1];
+        m = int64_t{tile.m_tile} * kBlockM;
+        n = int64_t{tile.n_tile} * kBlockN;
+        first = call->product.schedule.bounds[expert];
+        end = call->product.schedule.bounds[expert + 1];
     }
 };
 
@@ -86,8 +86,9 @@ struct WeightKernel {
     __device__ static void multiply(const WeightCall& call, const Stages& stages, int thread) {
         Multiplier<Scalar, true, true> product;
         uint32_t steps = 0;
-        for (WeightTiles tiles(call); tiles.more(); tiles.next()) {
+        for (WeightTiles tiles(call), next = tiles; tiles.more(); tiles = next) {
             consume(product, stages, steps, tiles.k_tiles(), thread);
+            next.next();  // the rows of its expert arrive while this tile is written
             const int64_t m = call.product.m, n = call.product.n;
             Scalar* out = static_cast<Scalar*>(call.product.out) + (tiles.expert * m + tiles.m) * n;
             store_tile(product, out, m - tiles.m, n, tiles.n, thread);

@@ -98,12 +98,12 @@ constexpr uint32_t kWeightBoxRows = 128;  // of a k-major weight: two boxes a st
 // --- tiles of a product with rows ---
 
 struct RowTile {
-    int64_t row_tile, column_tile;
+    int row_tile, column_tile;
 };
 
 // Tile t of a grid of groups of kGroup row tiles, each group column by column.
-R1KERNELS_HOPPER_BOTH RowTile row_tile_at(int64_t t, int64_t column_tiles) {
-    const int64_t group = t / (kGroup * column_tiles), rest = t % (kGroup * column_tiles);
+R1KERNELS_HOPPER_BOTH RowTile row_tile_at(int t, int column_tiles) {
+    const int group = t / (kGroup * column_tiles), rest = t % (kGroup * column_tiles);
     return {group * kGroup + rest % kGroup, rest / kGroup};
 }
 
@@ -140,11 +140,11 @@ inline RowPlan plan_of(const R1kernelsMoeProduct& product, int64_t processors) {
 // --- tiles of a gradient of the weights ---
 
 struct WeightTile {
-    int64_t expert, m_tile, n_tile;
+    int expert, m_tile, n_tile;
 };
 
-R1KERNELS_HOPPER_BOTH WeightTile weight_tile_at(int64_t t, int64_t m_tiles, int64_t n_tiles) {
-    const int64_t rest = t % (m_tiles * n_tiles);
+R1KERNELS_HOPPER_BOTH WeightTile weight_tile_at(int t, int m_tiles, int n_tiles) {
+    const int rest = t % (m_tiles * n_tiles);
     return {t / (m_tiles * n_tiles), rest % m_tiles, rest / m_tiles};
 }
 

@@ -85,22 +85,16 @@ int run(Kernel kernel, int64_t blocks, const Call& call) {
 template <class Scalar>
 int run_rows(const R1kernelsMoeProduct& product) {
     const RowPlan plan = plan_of(product, kProcessors);
-    const RowCall call = {plan.x, plan.weight, product, plan.column_tiles, plan.tiles};
-    switch (product.epilogue) {
-        case R1KERNELS_MOE_UP: return run(hopper_rows_kernel<Scalar, R1KERNELS_MOE_UP, false>, plan.blocks, call);
-        case R1KERNELS_MOE_GATE_BACKWARD:
-            return run(hopper_rows_kernel<Scalar, R1KERNELS_MOE_GATE_BACKWARD, true>, plan.blocks, call);
-        default:
-            return product.transposed
-                       ? run(hopper_rows_kernel<Scalar, R1KERNELS_MOE_STORE, false>, plan.blocks, call)
-                       : run(hopper_rows_kernel<Scalar, R1KERNELS_MOE_STORE, true>, plan.blocks, call);
-    }
+    const RowCall call = {plan.x, plan.weight, product, static_cast<int>(plan.column_tiles),
+                          static_cast<int>(plan.tiles)};
+    return run(row_kernel_of<Scalar>(product), plan.blocks, call);
 }
 
 template <class Scalar>
 int run_weights(const R1kernelsMoeWeightProduct& product) {
     const WeightPlan plan = plan_of(product, kProcessors);
-    const WeightCall call = {plan.left, plan.right, product, plan.m_tiles, plan.n_tiles, plan.tiles};
+    const WeightCall call = {plan.left, plan.right, product, static_cast<int>(plan.m_tiles),
+                             static_cast<int>(plan.n_tiles), static_cast<int>(plan.tiles)};
     if (product.left.index != nullptr) return run(hopper_weights_kernel<Scalar, true, false>, plan.blocks, call);
     if (product.right.index != nullptr) return run(hopper_weights_kernel<Scalar, false, true>, plan.blocks, call);
     return run(hopper_weights_kernel<Scalar, false, false>, plan.blocks, call);
@@ -142,9 +136,9 @@ PYBIND11_MODULE(moe_hopper, m) {
         dict["weight"] = described(plan.weight);
         return dict;
     });
-    m.def("row_tiles", [](int64_t tiles, int64_t column_tiles) {
-        std::vector<std::pair<int64_t, int64_t>> all;
-        for (int64_t t = 0; t < tiles; ++t) {
+    m.def("row_tiles", [](int tiles, int column_tiles) {
+        std::vector<std::pair<int, int>> all;
+        for (int t = 0; t < tiles; ++t) {
             const RowTile tile = row_tile_at(t, column_tiles);
             all.emplace_back(tile.row_tile, tile.column_tile);
         }
@@ -152,9 +146,9 @@ PYBIND11_MODULE(moe_hopper, m) {
     });
     m.def("weight_tiles", [](const py::dict& call) {
         const WeightPlan plan = plan_of(weight_product_of(call), kProcessors);
-        std::vector<std::tuple<int64_t, int64_t, int64_t>> all;
-        for (int64_t t = 0; t < plan.tiles; ++t) {
-            const WeightTile tile = weight_tile_at(t, plan.m_tiles, plan.n_tiles);
+        std::vector<std::tuple<int, int, int>> all;
+        for (int t = 0; t < plan.tiles; ++t) {
+            const WeightTile tile = weight_tile_at(t, static_cast<int>(plan.m_tiles), static_cast<int>(plan.n_tiles));
             all.emplace_back(tile.expert, tile.m_tile, tile.n_tile);
         }
         return all;

@@ -14,8 +14,9 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-# element types times: the up projection, the backward of the gate, plain products of both layouts of the weight
-ROW_KERNELS = 2 * 4
+# element types times: the up projection and the backward of the gate, each for both activations, and plain products of both
+# layouts of the weight
+ROW_KERNELS = 2 * (2 * 2 + 2)
 WEIGHT_KERNELS = 2 * 3  # rows gathered left, right, not at all
 
 
@@ -72,5 +73,11 @@ def test_kernels_multiply_by_wgmma_and_keep_everything_in_registers(compile_for_
         assert "UTMALDG.3D" in kernel, name
         assert len(re.findall("USETMAXREG", kernel)) == 2, name
         assert "STG.E.128" in kernel and not re.search(r"\b(LDL|STL)\b", kernel), name
+        # no conversion of one element, no slow path of a division or an exponential
+        assert not re.search(r"\bF2F\.|\bCALL\b", kernel), name
+        # where the next tile lies is asked for before this one is written
+        of_consumers = re.findall(r"\b(HGMMA|LDG|STG)\b", kernel[: kernel.rindex("USETMAXREG")])
+        written = of_consumers.index("STG")
+        assert "HGMMA" not in of_consumers[written:] and of_consumers[written - 1] == "LDG", name
         plain_product = "Epilogue0E" in name
         assert ("LDGSTS.E.BYPASS.128" in kernel) is not plain_product, name

@@ -21,3 +21,11 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
     if (value != value) return {0x7fff};
     return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
+
+struct __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float first, float second) {
+    return {__float2bfloat16_rn(first), __float2bfloat16_rn(second)};
+}

@@ -33,3 +33,9 @@ inline __half __float2half_rn(float value) {
     // a carry of the rounding runs into the exponent's bits, which is what it must do
     return {static_cast<uint16_t>(sign | ((exponent + 14) * 1024 + steps))};
 }
+
+struct __half2 {
+    __half x, y;
+};
+
+inline __half2 __floats2half2_rn(float first, float second) { return {__float2half_rn(first), __float2half_rn(second)}; }
