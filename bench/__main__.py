@@ -1,6 +1,7 @@
 """The command line of the benchmarks.
 
-python -m bench run [--quick | --tiny] [--only logprob] [--device cpu|cuda] [--out OUT.json] [--add | --resume] [--limit SECONDS]
+python -m bench run [--quick | --tiny] [--only logprob] [--device cpu|cuda] [--out OUT.json] [--add | --resume] [--ours]
+                    [--limit SECONDS]
 python -m bench report OUT.json [--against OLD.json]
 python -m bench compare A.json B.json
 python -m bench precision [--out OUT.json]
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--only", action="append", default=[], metavar="NAME", help="a family or an op")
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     run.add_argument("--out", type=Path, help="the JSON file; default bench-results/DEVICE.json")
+    run.add_argument("--ours", action="store_true", help="our backends alone, no peers")
     run.add_argument(
         "--limit", type=float, default=math.inf, metavar="S", help="begin no case after S seconds"
     )
@@ -137,7 +139,9 @@ def _run(given: argparse.Namespace) -> int:
 
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     out = given.out or Path("bench-results") / f"{device}.json"
-    plan = run.Plan(device, given.only, given.quick, given.tiny, given.limit, given.add, given.resume)
+    plan = run.Plan(
+        device, given.only, given.quick, given.tiny, given.limit, given.add, given.resume, given.ours
+    )
     code = run.main(plan, out)
     _report(out, None)
     return code

@@ -69,9 +69,9 @@ def measure(device: torch.device, rounds: int = 5) -> Ceilings:
     for name, dtype in DTYPES.items():
         left = torch.randn(size, size, device=device).to(dtype)
         right = torch.randn(size, size, device=device).to(dtype)
-        flops[name] = 2 * size**3 / _best(device, rounds, lambda a=left, b=right: a @ b)  # type: ignore[misc]
+        flops[name] = 2 * size**3 / best_of(device, rounds, lambda a=left, b=right: a @ b)  # type: ignore[misc]
 
-    return Ceilings(_copy(device, rounds), flops, _exps(device, rounds))
+    return Ceilings(copy_rate(device, rounds), flops, _exps(device, rounds))
 
 
 def _exps(device: torch.device, rounds: int) -> float:
@@ -85,19 +85,19 @@ def _exps(device: torch.device, rounds: int) -> float:
             lambda x=cached, out=result: torch.exp(x, out=out),
             lambda x=cached, y=targets: r1kernels.token_logprobs(x, y),
         ):
-            seconds = _best(device, rounds, lambda f=function: [f() for _ in range(30)])  # type: ignore[misc]
+            seconds = best_of(device, rounds, lambda f=function: [f() for _ in range(30)])  # type: ignore[misc]
             found.append(30 * cached.numel() / seconds)
     return max(found)
 
 
-def _copy(device: torch.device, rounds: int) -> float:
+def copy_rate(device: torch.device, rounds: int) -> float:
     """Bytes a second, read plus written, of a copy far larger than the caches."""
     source = torch.ones(1 << 30 if device.type == "cuda" else 1 << 26, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _best(device, rounds, lambda: target.copy_(source))
+    return 2 * source.nbytes / best_of(device, rounds, lambda: target.copy_(source))
 
 
-def _best(device: torch.device, rounds: int, function: Callable[[], object]) -> float:
+def best_of(device: torch.device, rounds: int, function: Callable[[], object]) -> float:
     clock = Clock(device)
     function()
     seconds = []

@@ -28,10 +28,13 @@ class Op:
     peers: tuple[Peer, ...]
     comparable: Callable[[dict[str, Tensor]], dict[str, Tensor]] = _as_they_are
 
-    def peers_on(self, device: str, compiles: bool = True) -> tuple[Peer, ...]:
-        """The implementations, and on a GPU each backend of ours by name too; or only those that need no compilation."""
+    def peers_on(self, device: str, compiles: bool = True, ours: bool = False) -> tuple[Peer, ...]:
+        """The implementations, and on a GPU each backend of ours by name too; or only those that need no compilation, or are
+        ours."""
         every = (*self.peers, *self.ours.forced(device))
-        return tuple(peer for peer in every if compiles or not peer.compiles)
+        return tuple(
+            peer for peer in every if (compiles or not peer.compiles) and (peer.kind == "ours" or not ours)
+        )
 
 
 OPS: Mapping[str, Op] = {

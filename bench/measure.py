@@ -79,9 +79,13 @@ class _Running:
 
 
 def measure(
-    case: Case, effort: Effort, compiles: bool = True, progress: Callable[[str], None] = print
+    case: Case,
+    effort: Effort,
+    compiles: bool = True,
+    progress: Callable[[str], None] = print,
+    ours: bool = False,
 ) -> list[Row]:
-    """Rows of all implementations of a case; without ``compiles`` of those that need no compilation.
+    """Rows of all implementations of a case; without ``compiles`` of those that need no compilation, with ``ours`` of ours.
 
     Raises:
         Unavailable: the case does not fit the memory of the machine.
@@ -96,7 +100,7 @@ def measure(
     for leaf in inputs.leaves:
         inputs[leaf].requires_grad_()
     running, rows = [], []
-    for peer in op.peers_on(case.device, compiles):
+    for peer in op.peers_on(case.device, compiles, ours):
         row = Row(peer.name, peer.kind, peer.package, version(peer.package))
         rows.append(row)
         call = _first_calls(case, peer, row, inputs, exact)

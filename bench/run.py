@@ -33,7 +33,7 @@ class Plan:
     """What to run. only: names of families or ops. quick: fewer shapes and rounds. tiny: every op at a tiny shape.
 
     limit: seconds after which no further case is begun. add: keep the other cases that the file holds already.
-    resume: keep all of them, and run those that it lacks.
+    resume: keep all of them, and run those that it lacks. ours: no peers.
     """
 
     device: str
@@ -43,6 +43,7 @@ class Plan:
     limit: float = math.inf
     add: bool = False
     resume: bool = False
+    ours: bool = False
 
     def cases(self) -> tuple[list[Case], list[tuple[Case, str]]]:
         """Cases to run, the quick ones first, and those that are not run with the reason."""
@@ -91,7 +92,7 @@ def run(plan: Plan, out: Path, say: Callable[[str], None] = print) -> dict[str, 
         say(f"[{number}/{len(todo)}] {case.id} ({elapsed:.0f} s)")
         load, spread = load_average(), noise.of_machine(device)
         try:
-            found_rows = rows(case, effort, say, compiles=not plan.tiny)
+            found_rows = rows(case, effort, say, not plan.tiny, plan.ours)
         except Unavailable as reason:
             _put(record, "not_run", _left_out(case, str(reason)))
             say(f"  not run: {reason}")
@@ -160,15 +161,17 @@ def names(case: Case, compiles: bool = True) -> list[str]:
     return [peer.name for peer in families.OPS[case.op].peers_on(case.device, compiles)]
 
 
-def rows(case: Case, effort: Effort, say: Callable[[str], None], compiles: bool = True) -> list[Row]:
-    """What is measured about a case.
+def rows(
+    case: Case, effort: Effort, say: Callable[[str], None], compiles: bool = True, ours: bool = False
+) -> list[Row]:
+    """What is measured about a case; ``compiles`` and ``ours`` as in ``measure``.
 
     Raises:
         Unavailable: the case does not fit the memory of the machine.
     """
     if case.op == "grpo_step":
         return step.measure(case, effort, say)
-    return measure(case, effort, compiles, say)
+    return measure(case, effort, compiles, say, ours)
 
 
 def _say_failures(rows: list[Row], say: Callable[[str], None]) -> None:

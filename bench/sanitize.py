@@ -3,9 +3,10 @@
 python -m bench.sanitize
 compute-sanitizer --tool memcheck python -m bench.sanitize
 
-Besides the smallest call of every op there are calls that are cut into several tiles, pieces or launches, at sizes that
-kernels for one architecture take too. A call that fails, or that a backend refuses, is named, and the next one follows; after
-a fault on the device every later call fails: the first one named is the one to look at.
+What is most likely to go wrong comes first: bfloat16, the experts, and of every op the backend cuda; calls that are cut into
+several tiles, pieces or launches, at sizes that kernels for one architecture take too; then the smallest call of every op. A
+call that fails, or that a backend refuses, is named, and the next one follows; after a fault on the device every later call
+fails: the first one named is the one to look at.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 import r1kernels
 from r1kernels import backends, devices, examples
 
+TOKENS = 10_300  # 20,600 routed rows: more tiles of them than an H200 has multiprocessors
 _NO_GRADIENT = ("update_router_bias", "sort_by_expert")
 
 
@@ -30,9 +33,9 @@ def main() -> int:
     device = parser.parse_args().device
     backends.set_strict(True)
     failed = 0
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.bfloat16, torch.float32):
         small = ((op, *call) for op, call in examples.calls(device, dtype).items())
-        for op, args, kwargs in (*small, *_larger(device, dtype)):
+        for op, args, kwargs in (*larger(device, dtype), *small):
             names = [
                 name for name in backends.registered(op) if device in devices.SERVED.get(name, (device,))
             ]
@@ -49,7 +52,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _larger(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[object, ...], dict[str, object]]]:
+def larger(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """(op, args, kwargs): rows in pieces, vocabularies in slabs, sequences in blocks, experts in tiles."""
     generator = torch.Generator().manual_seed(1)
 
@@ -59,6 +62,13 @@ def _larger(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[object
     def below(high: int, *shape: int) -> torch.Tensor:
         return torch.randint(high, shape, generator=generator).to(device)
 
+    # a block of the Hopper kernels gets several tiles of eight k tiles, two rounds of its stages; of the gradients of the
+    # weights tiles of none, one and many, for the experts have different numbers of rows
+    tokens = TOKENS if dtype == torch.bfloat16 else 400
+    uneven = (4 * torch.rand(tokens, 2, generator=generator) ** 3).long()
+    uneven[0] = 6  # nobody's, as expert parallelism has it
+    experts = (normal(tokens, 512), uneven.to(device), torch.rand(tokens, 2, generator=generator).to(device))
+    yield "moe_experts", (*experts, normal(6, 256, 512), normal(6, 512, 128)), {}
     bounds = torch.tensor([0, 4, 6], device=device)
     logp = -torch.rand(2, 2100, generator=generator).to(device)
     mask = torch.ones(2, 2100, dtype=torch.bool, device=device)
@@ -75,8 +85,6 @@ def _larger(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[object
         (normal(300, 64), normal(3, 128, 64), torch.tensor([0, 9, 9, 290], device=device)),
         {},
     )
-    experts = (normal(400, 128), below(5, 400, 2), torch.rand(400, 2, generator=generator).to(device))
-    yield "moe_experts", (*experts, normal(4, 128, 128), normal(4, 128, 64)), {}
 
 
 def _both_ways(op: str, args: tuple[object, ...], kwargs: dict[str, object]) -> None:

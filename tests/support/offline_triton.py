@@ -87,27 +87,27 @@ class Resources:
     spill_instructions: int
     instructions: str
 
-    @property
-    def serialised_products(self) -> int:
-        """The wgmma instructions behind which the next one waits for the end."""
-        products = re.findall(r"\b(HGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d)", self.instructions)
-        return sum(
-            (product, wait, following) == ("HGMMA", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "HGMMA")
-            for product, wait, following in zip(products, products[1:], products[2:], strict=False)
-        )
-
     def widest_load_bits(self) -> int:
         """Of the loads from global memory."""
         widths = re.findall(r"\bLDG\.E(?:\.\w+)*?\.(64|128)\b", self.instructions)
         return max(map(int, widths), default=32)
 
 
+def serialised(instructions: str) -> int:
+    """The wgmma instructions behind which the next one waits for the end of all."""
+    products = re.findall(r"\b(HGMMA|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d)", instructions)
+    return sum(
+        (product, wait, following) == ("HGMMA", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "HGMMA")
+        for product, wait, following in zip(products, products[1:], products[2:], strict=False)
+    )
+
+
 def resources(compiled, folder: Path) -> Resources:
     """What a compiled kernel needs on its GPU."""
     cubin = folder / f"{compiled.name}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    usage = _cuobjdump("-res-usage", cubin)
-    instructions = _cuobjdump("-sass", cubin)
+    usage = cuobjdump("-res-usage", cubin)
+    instructions = cuobjdump("-sass", cubin)
     return Resources(
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         stack_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)),
@@ -117,6 +117,6 @@ def resources(compiled, folder: Path) -> Resources:
     )
 
 
-def _cuobjdump(option: str, cubin: Path) -> str:
+def cuobjdump(option: str, cubin: Path) -> str:
     command = [str(TOOLS / "cuobjdump"), option, str(cubin)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
