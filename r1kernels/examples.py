@@ -40,6 +40,7 @@ def calls(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dic
         "grpo_loss": ((logp, None, advantages, mask), {}),
         "linear_grpo_loss": ((normal(B, T, H), normal(V, H), targets, None, advantages, mask), {}),
         "route": ((normal(N, E), K), {}),
+        "router_logits": ((normal(N, H), normal(E, H)), {}),
         "sort_by_expert": ((experts, E), {}),
         "grouped_gemm": ((normal(N, H), normal(2, I, H), offsets), {}),
         "moe_experts": ((normal(N, H), experts, shares, normal(E, 2 * I, H), normal(E, H, I)), {}),

@@ -100,12 +100,21 @@ def experts(dtype):
     hidden, indices = on_gpu(8, 16, dtype=dtype), on_gpu(8, 2, dtype=torch.int64)
     weights = on_gpu(8, 2, dtype=torch.float32)
     return ExpertsCall(
-        hidden, indices, weights, on_gpu(4, 32, 16, dtype=dtype), on_gpu(4, 16, 16, dtype=dtype), 0, False
+        hidden,
+        indices,
+        weights,
+        on_gpu(4, 32, 16, dtype=dtype),
+        on_gpu(4, 16, 16, dtype=dtype),
+        0,
+        False,
+        False,
     )
 
 
 def gemm(dtype):
-    return GemmCall(on_gpu(8, 16, dtype=dtype), on_gpu(4, 16, 16, dtype=dtype), on_gpu(5, dtype=torch.int32))
+    return GemmCall(
+        on_gpu(8, 16, dtype=dtype), on_gpu(4, 16, 16, dtype=dtype), on_gpu(5, dtype=torch.int32), False
+    )
 
 
 ALL, WITH_HOPPER = "80 86 89 90 100 120", "80 86 89 90 90a 100 120"

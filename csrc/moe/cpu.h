@@ -33,12 +33,14 @@ struct ProductBlock {
     void* out;
     int64_t out_stride;
     bool float_out;       // out in float32, else in the element type
+    bool batch_invariant; // A B^T: few rows have the bits of many
 };
 
 // Rows [0, rows) of one expert and columns [0, columns) of I; pointers are at the first of both.
 struct GateBlock {
     Element element;
     Activation activation;
+    bool batch_invariant;      // few rows have the bits of many
     int64_t rows, columns, hidden, intermediate;
     BlockRows tokens;          // (rows, H): hidden states, or gradients of the output
     const void* weight;      // gate_up[e] at its first row (stride H), or down[e] at its first column (stride I)

@@ -34,7 +34,7 @@ template <typename T>
 void product_nt_of(const ProductBlock& product, const Workspace& workspace) {
     const Rows<T> a = rows_of<T>(product.a);
     const T* b = static_cast<const T*>(product.b);
-    if (product.m <= kFewRows) {
+    if (product.m <= kFewRows && !product.batch_invariant) {
         dot_product(a, product.m, b, product.b_stride, product.n, product.k, workspace.product(), kBlockColumns);
     } else {
         product_nt(a, product.m, b, product.b_stride, product.n, product.k, workspace.product(), kBlockColumns,
@@ -109,7 +109,7 @@ void up_of(const GateBlock& block, const Workspace& workspace) {
     const int64_t size = block.hidden, width = block.intermediate;
     float* gate = workspace.product();
     float* up = gate + kMoeGateColumns;
-    if (block.rows <= kFewRows) {
+    if (block.rows <= kFewRows && !block.batch_invariant) {
         dot_product(x, block.rows, weight, size, block.columns, size, gate, kBlockColumns);
         dot_product(x, block.rows, weight + width * size, size, block.columns, size, up, kBlockColumns);
     } else {

@@ -109,8 +109,9 @@ struct ExpertRows {
 enum class Transposed { no, yes };
 
 // out (S, columns of the weight from `column` on) = x weight[e]^T or, not transposed, x weight[e]; weight (E, N, K).
+// batch_invariant: the bits of a row of x weight[e]^T do not depend on how many rows an expert has.
 void grouped_product(Transposed transposed, const ExpertRows& x, const Tensor& weight, const int32_t* offsets,
-                     int64_t column, int64_t columns, void* out, bool float_out);
+                     int64_t column, int64_t columns, void* out, bool float_out, bool batch_invariant);
 
 // grad (E, M, N): grad[e] = a^T b over the rows of e; zeros for an expert without rows.
 void grouped_weight_gradient(const ExpertRows& a, const ExpertRows& b, const int32_t* offsets, const Tensor& grad);

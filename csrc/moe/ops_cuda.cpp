@@ -23,7 +23,8 @@ CudaGroupedGemm gemm_of(const Tensor& x, const Tensor& weight, const Tensor& off
     return {element, rows, experts, outputs, inputs, x.data_ptr(), weight.data_ptr(), data_of<int32_t>(offsets)};
 }
 
-Tensor gemm_forward(const Tensor& x, const Tensor& weight, const Tensor& offsets) {
+// The bits of a row depend on no other row in any case: nothing here asks for `batch_invariant`.
+Tensor gemm_forward(const Tensor& x, const Tensor& weight, const Tensor& offsets, bool) {
     const CudaGroupedGemm call = gemm_of(x, weight, offsets);
     const CudaHost host(x);
     const Tensor out = empty_on(x, {call.rows, call.outputs}, x.scalar_type());
@@ -80,7 +81,8 @@ CudaExperts experts_of(const Tensor& x, const Tensor& weights, const Tensor& gat
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_forward(const Tensor& x, const Tensor& indices,
                                                                    const Tensor& weights, const Tensor& gate_up,
-                                                                   const Tensor& down, int64_t activation, bool keep) {
+                                                                   const Tensor& down, int64_t activation, bool,
+                                                                   bool keep) {
     const int64_t rows = indices.numel();
     const Tensor offsets = empty_on(x, {down.size(0) + 1}, ScalarType::Int);
     const Tensor permutation = empty_on(x, {rows}, ScalarType::Int);
@@ -96,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_forward(const Tensor&
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down,
-    const Tensor& kept, const Tensor& offsets, const Tensor& permutation, const Tensor& inverse, int64_t activation,
+    const Tensor& kept, const Tensor& offsets, const Tensor& permutation, const Tensor& inverse, int64_t activation, bool,
     bool need_hidden, bool need_weights, bool need_gate_up, bool need_down) {
     const CudaExperts call = experts_of(x, weights, gate_up, down, offsets, permutation, inverse, activation);
     const bool is_kept = kept.size(0) == call.rows();

@@ -16,12 +16,15 @@ constexpr int64_t kCombineBytes = 8 << 20;  // of float32 rows that wait for the
 struct Experts {
     Element element;
     Activation activation;
+    bool batch_invariant;
     ScalarType dtype;
     int64_t tokens, hidden, intermediate, experts, top_k, rows;
     const Tensor &x, &gate_up, &down;
 
-    Experts(const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down, int64_t activation)
-        : element(element_of("hidden", x)), activation(static_cast<Activation>(activation)), dtype(x.scalar_type()),
+    Experts(const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down, int64_t activation,
+            bool batch_invariant)
+        : element(element_of("hidden", x)), activation(static_cast<Activation>(activation)),
+          batch_invariant(batch_invariant), dtype(x.scalar_type()),
           tokens(x.size(0)), hidden(x.size(1)), intermediate(down.size(2)), experts(down.size(0)),
           top_k(weights.size(1)), rows(tokens * top_k), x(x), gate_up(gate_up), down(down) {
         STD_TORCH_CHECK(hidden > 0 && intermediate > 0 && experts > 0, "hidden, gate_up, down: expected no empty size");
@@ -62,6 +65,7 @@ GateBlock gate_block(const Experts& call, const Block& block, const Tensor& rows
     GateBlock at = {};
     at.element = call.element;
     at.activation = call.activation;
+    at.batch_invariant = call.batch_invariant;
     at.rows = block.rows;
     at.columns = block.columns;
     at.hidden = call.hidden;
@@ -98,7 +102,8 @@ void product_and_combine(const Experts& call, Transposed transposed, const Tenso
     const Tensor waiting = kept_on(call.x, {call.rows, step}, ScalarType::Float);
     for (int64_t column = 0; column < call.hidden; column += step) {
         const int64_t columns = std::min(step, call.hidden - column);
-        grouped_product(transposed, {rows, nullptr}, weight, offsets, column, columns, waiting.data_ptr(), true);
+        grouped_product(transposed, {rows, nullptr}, weight, offsets, column, columns, waiting.data_ptr(), true,
+                        call.batch_invariant);
         constexpr int64_t kTokens = 16;
         const int64_t items = (call.tokens + kTokens - 1) / kTokens;
         share(items, call.rows * columns, 0, [&](int64_t item, void*) {
@@ -111,8 +116,9 @@ void product_and_combine(const Experts& call, Transposed transposed, const Tenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_forward(const Tensor& x, const Tensor& indices,
                                                                    const Tensor& weights, const Tensor& gate_up,
-                                                                   const Tensor& down, int64_t activation, bool keep) {
-    const Experts call(x, weights, gate_up, down, activation);
+                                                                   const Tensor& down, int64_t activation,
+                                                                   bool batch_invariant, bool keep) {
+    const Experts call(x, weights, gate_up, down, activation, batch_invariant);
     check("indices", indices, ScalarType::Long, {call.tokens, call.top_k});
     const Tensor out = kept_on(x, {call.tokens, call.hidden}, call.dtype);
     const Tensor pre_activation = kept_on(x, {keep ? call.rows : 0, 2 * call.intermediate}, call.dtype);
@@ -155,8 +161,8 @@ void finish_weights_gradient(const Experts& call, const std::vector<float>& part
 std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down,
     const Tensor& kept, const Tensor& offsets, const Tensor& permutation, const Tensor& inverse, int64_t activation,
-    bool need_hidden, bool need_weights, bool need_gate_up, bool need_down) {
-    const Experts call(x, weights, gate_up, down, activation);
+    bool batch_invariant, bool need_hidden, bool need_weights, bool need_gate_up, bool need_down) {
+    const Experts call(x, weights, gate_up, down, activation, batch_invariant);
     const Needed needed = {need_hidden, need_weights, need_gate_up, need_down};
     const MoeKernels& kernels = chosen_moe_kernels();
     const int64_t width = call.intermediate;

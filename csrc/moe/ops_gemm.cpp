@@ -49,7 +49,7 @@ std::vector<Block> blocks_of(const int32_t* offsets, int64_t experts, int64_t co
 // --- products over all experts ---
 
 void grouped_product(Transposed transposed, const ExpertRows& x, const Tensor& weight, const int32_t* offsets,
-                     int64_t column, int64_t columns, void* out, bool float_out) {
+                     int64_t column, int64_t columns, void* out, bool float_out, bool batch_invariant) {
     const MoeKernels& kernels = chosen_moe_kernels();
     const int64_t rows = weight.size(1), stride = weight.size(2);
     const int64_t depth = transposed == Transposed::yes ? stride : rows;
@@ -63,7 +63,7 @@ void grouped_product(Transposed transposed, const ExpertRows& x, const Tensor& w
               const int64_t at = block.expert * rows * stride + (transposed == Transposed::yes ? first * stride : first);
               run({element_of("weight", weight), x.at(block.row, 0), at_element(weight, at), stride, block.rows,
                    block.columns, depth, static_cast<char*>(out) + (block.row * columns + block.column) * out_size,
-                   columns, float_out},
+                   columns, float_out, batch_invariant},
                   workspace);
           });
 }
@@ -79,7 +79,7 @@ void grouped_weight_gradient(const ExpertRows& a, const ExpertRows& b, const int
               const int64_t first = offsets[block.expert], rows = offsets[block.expert + 1] - first;
               void* to = at_element(grad, (block.expert * m + block.row) * n + block.column);
               kernels.product_tn({element_of("grad", grad), a.at(first, block.row), nullptr, 0, block.rows,
-                                  block.columns, rows, to, n, false},
+                                  block.columns, rows, to, n, false, false},
                                  b.at(first, block.column), workspace);
           });
 }
@@ -121,11 +121,12 @@ void clear_rest(const Tensor& rows, int64_t first) {
     memset(at_element(rows, first * rows.size(1)), 0, (rows.size(0) - first) * rows.size(1) * rows.element_size());
 }
 
-Tensor gemm_forward(const Tensor& x, const Tensor& weight, const Tensor& offsets) {
+Tensor gemm_forward(const Tensor& x, const Tensor& weight, const Tensor& offsets, bool batch_invariant) {
     const int32_t* bounds = checked_offsets(offsets, x, weight);
     check("x", x, x.scalar_type(), {x.size(0), weight.size(2)});
     const Tensor out = kept_on(x, {x.size(0), weight.size(1)}, x.scalar_type());
-    grouped_product(Transposed::yes, {x, nullptr}, weight, bounds, 0, weight.size(1), out.data_ptr(), false);
+    grouped_product(Transposed::yes, {x, nullptr}, weight, bounds, 0, weight.size(1), out.data_ptr(), false,
+                    batch_invariant);
     clear_rest(out, bounds[weight.size(0)]);
     return out;
 }
@@ -139,7 +140,7 @@ std::tuple<Tensor, Tensor> gemm_backward(const Tensor& grad, const Tensor& x, co
     const Tensor grad_x = kept_on(x, {need_x ? rows : 0, n}, x.scalar_type());
     const Tensor grad_weight = kept_on(x, {need_weight ? experts : 0, m, n}, x.scalar_type());
     if (need_x) {
-        grouped_product(Transposed::no, {grad, nullptr}, weight, bounds, 0, n, grad_x.data_ptr(), false);
+        grouped_product(Transposed::no, {grad, nullptr}, weight, bounds, 0, n, grad_x.data_ptr(), false, false);
         clear_rest(grad_x, bounds[experts]);
     }
     if (need_weight) grouped_weight_gradient({grad, nullptr}, {x, nullptr}, bounds, grad_weight);

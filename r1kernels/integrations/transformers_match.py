@@ -17,11 +17,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backends
-from ..moe import Routing, route
+from .. import autocast, backends
+from ..moe import Routing, route, router_logits
 from ..moe.routing import CHOICES, GROUP_SCORES
 
 ARGUMENT = "(argument)"  # where the selection bias lies if the block hands it to the router
@@ -62,12 +61,11 @@ class Match:
         weight = _read(router, self.matrix)
         bias = _read(router, self.logit_bias) if self.logit_bias else None
         hidden = hidden.reshape(-1, weight.shape[1])
-        if self.float32_linear:
-            # autocast would make bfloat16 of what the model asks for in float32
-            with torch.autocast(hidden.device.type, enabled=False):
-                logits = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-        else:
-            logits = F.linear(hidden.to(weight.dtype), weight, bias)
+        # float32 also where the model's own linear layer is in fewer bits: rounded once, the same for a token in any batch
+        logits = router_logits(hidden if self.float32_linear else hidden.to(weight.dtype), weight, bias)
+        if not self.float32_linear:
+            (like,) = autocast.cast(weight)
+            logits = logits.to(like.dtype)
         if self.float32_logits:
             logits = logits.float()
         if self.factor:

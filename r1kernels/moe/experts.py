@@ -53,7 +53,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, *, backend: str | N
         check_ascending("offsets", offsets, x.shape[0])
         if int(offsets[0]) != 0:
             raise ValueError(f"offsets: expected 0 at position 0, got {int(offsets[0])}")
-    return GROUPED_GEMM(backend, GemmCall(x, weight, offsets))
+    return GROUPED_GEMM(backend, GemmCall(x, weight, offsets, False))
 
 
 def moe_experts(
@@ -65,6 +65,7 @@ def moe_experts(
     *,
     activation: str = "silu",
     save: str = "hidden",
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     r"""The routed experts of a mixture-of-experts layer: gated MLPs, weighted and summed over each token's experts.
@@ -81,6 +82,8 @@ def moe_experts(
         activation: "silu" (SwiGLU) or "gelu_tanh".
         save: "hidden" keeps the hidden states and the pre-activations for the backward, "nothing" only the
             arguments, and computes the rest again. (The reference backend keeps under "hidden" what autograd keeps.)
+        batch_invariant: a token's result is bitwise the same whatever other tokens are in the call, in any order, alone too: one
+            kernel for any number of rows an expert has, and tiles of one shape.
         backend: "cuda", "triton", "cpu" or "reference": that one or an error; None chooses (see r1kernels.backends).
 
     Returns:
@@ -95,7 +98,7 @@ def moe_experts(
     are cast as F.linear casts them. An expert without tokens gets a zero gradient. Deterministic, except that the
     reference, traced or on CUDA, adds weight gradients up with atomics unless
     ``torch.use_deterministic_algorithms(True)``. On cuda a token's result does not depend on the other tokens. Elsewhere
-    its last bits may: the kernel follows from how many rows an expert has (cpu: at most 24 or more of them; triton: from
+    its last bits may, without ``batch_invariant``: the kernel follows from how many rows an expert has (cpu: at most 24 or more of them; triton: from
     the mean over the experts), and torch's matrix products, which the reference uses, from their size.
 
     Source: SwiGLU experts as in Mixtral, DeepSeek-V3, Qwen3-MoE; the layout of transformers' expert modules.
@@ -115,13 +118,15 @@ def moe_experts(
     )
     checks.choice("activation", activation, ACTIVATIONS)
     checks.choice("save", save, SAVES)
+    checks.boolean("batch_invariant", batch_invariant)
     hidden, gate_up, down = autocast.cast(hidden, gate_up, down)
     checks.tensor("gate_up", gate_up, dtypes=(hidden.dtype,))
     checks.tensor("down", down, dtypes=(hidden.dtype,))
     if checks.values_visible(indices):
         checks.in_range("indices", indices, 0, experts, allow=experts)
     keep = save == "hidden" and torch.is_grad_enabled()
-    call = ExpertsCall(hidden, indices, weights, gate_up, down, ACTIVATIONS.index(activation), keep)
+    number = ACTIVATIONS.index(activation)
+    call = ExpertsCall(hidden, indices, weights, gate_up, down, number, batch_invariant, keep)
     return MOE_EXPERTS(backend, call)
 
 
@@ -135,6 +140,7 @@ class GemmCall(NamedTuple):
     x: Contiguous
     weight: Contiguous
     offsets: Int32
+    batch_invariant: bool  # the bits of a row depend on no other row
 
 
 class GemmBackwardCall(NamedTuple):
@@ -164,7 +170,7 @@ def _gemm_gradients(
     return GEMM_BACKWARD(backend, GemmBackwardCall(*grads, *inputs, *tensors, *needs))
 
 
-_recorded_gemm = recorded(
+gemm_on_kernels = recorded(
     "grouped_gemm",
     GEMM_FORWARD,
     differentiable=lambda call: (call.x, call.weight),
@@ -177,12 +183,16 @@ def _empty(weight: Tensor) -> tuple[str, ...]:
     return ("matrices without elements are served by the reference alone",) if 0 in weight.shape else ()
 
 
+def gemm_limits(backend: str, call: GemmCall) -> tuple[str, ...]:
+    return (*too_many(call.x.shape[0]), *_empty(call.weight))
+
+
 GROUPED_GEMM = Op(
     "grouped_gemm",
     reference.grouped_gemm,
-    _recorded_gemm,
+    gemm_on_kernels,
     decides="x",
-    limits=lambda backend, call: (*too_many(call.x.shape[0]), *_empty(call.weight)),
+    limits=gemm_limits,
     cuda_yields=devices.grouped_products_yield,
 )
 
@@ -194,6 +204,7 @@ class ExpertsCall(NamedTuple):
     gate_up: Contiguous
     down: Contiguous
     activation: int  # the place in ACTIVATIONS
+    batch_invariant: bool
     keep: bool  # the pre-activation, for the backward
 
 
@@ -208,6 +219,7 @@ class ExpertsBackwardCall(NamedTuple):
     permutation: Tensor
     inverse: Tensor
     activation: int
+    batch_invariant: bool  # what is computed again has the bits of the forward
     need_hidden: bool
     need_weights: bool
     need_gate_up: bool
@@ -243,7 +255,7 @@ EXPERTS_BACKWARD = Kernel("moe_experts", ExpertsBackwardCall, _experts_backward_
 def _experts_gradients(
     backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any
 ) -> tuple[Tensor, ...]:
-    row = (*grads, *inputs, *tensors, others, *needs)
+    row = (*grads, *inputs, *tensors, *others, *needs)
     return EXPERTS_BACKWARD(backend, ExpertsBackwardCall._make(row))
 
 
@@ -252,7 +264,7 @@ _recorded_experts = recorded(
     "moe_experts",
     EXPERTS_FORWARD,
     differentiable=lambda call: (call.hidden, call.weights, call.gate_up, call.down),
-    save=lambda call, results: (results[1:], call.activation),
+    save=lambda call, results: (results[1:], (call.activation, call.batch_invariant)),
     backward=_experts_gradients,
     give=lambda call, results: results[0],
 )

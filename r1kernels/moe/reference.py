@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 
 SCORES = ("sigmoid", "softmax", "sqrt_softplus")
+# a library GEMM of few rows differs in the last bits from a large one; all tiles of this many rows agree
+_INVARIANT_ROWS = 64
 
 
 def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,10 +136,10 @@ def grouped_gemm(call: GemmCall) -> Tensor:
     return _gemm(*call)
 
 
-def _gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _gemm(x: Tensor, weight: Tensor, offsets: Tensor, batch_invariant: bool) -> Tensor:
     if checks.values_visible(x, offsets):
-        return _gemm_by_expert(x, weight, offsets)
-    return _gemm_by_tile(x, weight, offsets)
+        return _gemm_by_expert(x, weight, offsets, batch_invariant)
+    return _gemm_by_tile(x, weight, offsets, batch_invariant)
 
 
 def moe_experts(call: ExpertsCall) -> Tensor:
@@ -147,16 +149,22 @@ def moe_experts(call: ExpertsCall) -> Tensor:
 
 
 def _moe_experts(
-    hidden: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: int
+    hidden: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: int,
+    batch_invariant: bool,
 ) -> Tensor:
     (tokens, size), experts, top_k = hidden.shape, down.shape[0], indices.shape[1]
     offsets, permutation, inverse = sorted_rows(indices.reshape(-1), experts)
     # Expanded before it is permuted: the backward is then one sum over K, with a float32 accumulator, and no
     # addition into rows that several experts share.
     rows = hidden.unsqueeze(1).expand(tokens, top_k, size).reshape(tokens * top_k, size)
-    pre_activation = _gemm(rows.index_select(0, permutation), gate_up, offsets)
+    pre_activation = _gemm(rows.index_select(0, permutation), gate_up, offsets, batch_invariant)
     activated = gated(pre_activation.to(_accumulator(hidden)), activation)
-    out = _gemm(activated.to(hidden.dtype), down, offsets)
+    out = _gemm(activated.to(hidden.dtype), down, offsets, batch_invariant)
     out = out.index_select(0, inverse).view(tokens, top_k, size).to(_accumulator(hidden))
     inside = (indices >= 0) & (indices < experts)
     scale = torch.where(inside, weights.to(out.dtype), 0.0)
@@ -218,24 +226,31 @@ def gated(pre_activation: Tensor, activation: int) -> Tensor:
     return (F.gelu(gate, approximate="tanh") if activation else F.silu(gate)) * up
 
 
-def _gemm_by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _product(rows: Tensor, matrix: Tensor, batch_invariant: bool) -> Tensor:
+    if not batch_invariant:
+        return F.linear(rows, matrix)
+    tiles = F.pad(rows, (0, 0, 0, -rows.shape[0] % _INVARIANT_ROWS)).split(_INVARIANT_ROWS)
+    return torch.cat([F.linear(tile, matrix) for tile in tiles])[: rows.shape[0]]
+
+
+def _gemm_by_expert(x: Tensor, weight: Tensor, offsets: Tensor, batch_invariant: bool) -> Tensor:
     bounds = offsets.tolist()
     sizes = [stop - start for start, stop in pairwise(bounds)]
     *rows, rest = x.split([*sizes, x.shape[0] - bounds[-1]])
     # unbind, not weight[e]: its backward writes the gradient of all experts once, and zeros for those without rows.
     # The first expert always takes part, so that gradients exist without any row too.
     used = [
-        F.linear(row, matrix)
+        _product(row, matrix, batch_invariant)
         for expert, (row, matrix) in enumerate(zip(rows, weight.unbind(0), strict=True))
         if sizes[expert] or expert == 0
     ]
     return torch.cat([*used, rest.new_zeros(rest.shape[0], weight.shape[1])])
 
 
-def _gemm_by_tile(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _gemm_by_tile(x: Tensor, weight: Tensor, offsets: Tensor, batch_invariant: bool) -> Tensor:
     """The rows of each expert start a new tile of ``height`` rows; at most S / height + E tiles are needed."""
     rows, experts = x.shape[0], weight.shape[0]
-    height = max(1, -(-rows // experts))
+    height = _INVARIANT_ROWS if batch_invariant else max(1, -(-rows // experts))
     tiles = -(-rows // height) + experts
     # nobody could check them: an offset below an earlier one counts as that one
     offsets = offsets.to(torch.int64).clamp(0, rows).cummax(0).values

@@ -20,8 +20,9 @@ from .triton_products import (
 
 @experts.GEMM_FORWARD.implement("triton")
 def grouped_gemm(call: experts.GemmCall) -> Tensor:
-    x, weight, offsets = call
-    rows = Rows(ascending(offsets, x.shape[0]), x.shape[0], x.dtype, tail=True)
+    x, weight, offsets, batch_invariant = call
+    bounds = ascending(offsets, x.shape[0])
+    rows = Rows(bounds, x.shape[0], x.dtype, tail=True, batch_invariant=batch_invariant)
     return multiply("rows", x, weight, rows)
 
 
@@ -39,9 +40,9 @@ def grouped_gemm_backward(call: experts.GemmBackwardCall) -> tuple[Tensor, Tenso
 def moe_experts(call: experts.ExpertsCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .triton_sort import sort_rows
 
-    hidden, indices, weights, gate_up, down, activation, keep = call
+    hidden, indices, weights, gate_up, down, activation, batch_invariant, keep = call
     offsets, permutation, inverse = sort_rows(indices.view(-1), down.shape[0], torch.int32)
-    rows = Rows(offsets, indices.numel(), hidden.dtype)
+    rows = Rows(offsets, indices.numel(), hidden.dtype, batch_invariant=batch_invariant)
     tokens = permutation // indices.shape[1]
     pre_activation = hidden.new_empty(rows.count if keep else 0, gate_up.shape[1])
     activated = hidden.new_empty(rows.count, down.shape[2])
@@ -56,7 +57,7 @@ def moe_experts(call: experts.ExpertsCall) -> tuple[Tensor, Tensor, Tensor, Tens
 def moe_experts_backward(call: experts.ExpertsBackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, weights, gate_up, down = call.hidden, call.weights, call.gate_up, call.down
     permutation, inverse, pre_activation = call.permutation, call.inverse, call.pre_activation
-    rows = Rows(call.offsets, permutation.shape[0], hidden.dtype)
+    rows = Rows(call.offsets, permutation.shape[0], hidden.dtype, batch_invariant=call.batch_invariant)
     tokens = permutation // weights.shape[1]
     if not pre_activation.shape[0]:
         pre_activation = hidden.new_empty(rows.count, gate_up.shape[1])

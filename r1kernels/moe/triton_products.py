@@ -19,6 +19,7 @@ SCHEDULED_TILES = 32  # row tiles that a program of schedule_kernel places, of f
 SCHEDULED_PAIRS = 32 * 128  # of a tile and an expert, which the program holds in registers
 COMBINED_COLUMNS = 1024
 SUMMED_ROWS = 256
+MANY_ROWS = 1 << 20  # of an expert: where the tile must not depend on their number, it is that of many
 CLEARED = (16, 512)  # rows and columns of a block
 
 
@@ -27,10 +28,18 @@ class Rows:
 
     offsets: (E + 1) int32, ascending.
     tail: products have a result for rows that no expert has, 0.
+    batch_invariant: the tile does not depend on how many rows there are, nor on where operands lie in memory.
     """
 
-    def __init__(self, offsets: Tensor, count: int, dtype: torch.dtype, tail: bool = False) -> None:
-        self.count, self.tail = count, tail
+    def __init__(
+        self,
+        offsets: Tensor,
+        count: int,
+        dtype: torch.dtype,
+        tail: bool = False,
+        batch_invariant: bool = False,
+    ) -> None:
+        self.count, self.tail, self.batch_invariant = count, tail, batch_invariant
         self.experts = offsets.shape[0] - 1
         self.offsets = offsets
         self._dtype = dtype
@@ -39,8 +48,11 @@ class Rows:
     def tile(self, kernel: str, unit: int, *described: Tensor) -> tuning.Tile:
         """The tile of a kernel for these rows. Where rows begin off the boundary of a vector it is that of few rows,
         without descriptors: it leaves registers for elements that are read one by one."""
-        found = self._entry(kernel, self.count)
-        if unit == 1 or (found.descriptors and any(each.data_ptr() % VECTOR_BYTES for each in described)):
+        found = self._entry(kernel, MANY_ROWS * self.experts if self.batch_invariant else self.count)
+        unaligned = any(each.data_ptr() % VECTOR_BYTES for each in described)
+        if unit > 1 and self.batch_invariant:
+            return found._replace(descriptors=found.descriptors and not unaligned)
+        if unit == 1 or (found.descriptors and unaligned):
             return self._entry(kernel, 1)._replace(descriptors=False)
         return found
 

@@ -41,12 +41,12 @@ def kernels(module):
 
 
 def experts(*arguments, activation="silu", save="hidden", backend="cuda"):
-    call = ExpertsCall(*arguments, ACTIVATIONS.index(activation), save == "hidden")
+    call = ExpertsCall(*arguments, ACTIVATIONS.index(activation), False, save == "hidden")
     return run_on(backend, MOE_EXPERTS, call)
 
 
 def gemm(*arguments):
-    return run_on("cuda", GROUPED_GEMM, GemmCall(*arguments))
+    return run_on("cuda", GROUPED_GEMM, GemmCall(*arguments, False))
 
 
 def assert_exact(case, dtype):
@@ -254,8 +254,8 @@ def test_grouped_gemm(counts, dtype):
 
     ours = run(gemm, (x, weight), grad)
     peers, truth = (
-        run(lambda *call: reference.grouped_gemm(GemmCall(*call)), (x, weight), grad),
-        run(lambda *call: reference.grouped_gemm(GemmCall(*call)), wide, grad.double()),
+        run(lambda *call: reference.grouped_gemm(GemmCall(*call, False)), (x, weight), grad),
+        run(lambda *call: reference.grouped_gemm(GemmCall(*call, False)), wide, grad.double()),
     )
     for mine, peer, exact in zip(ours, peers, truth, strict=True):
         assert_as_exact_as(mine, peer, exact, dtype)

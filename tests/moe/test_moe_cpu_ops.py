@@ -44,11 +44,11 @@ def test_nothing_outside_the_arguments_is_read(dtype, shape, offset):
     grad = zones.input(case.grad, offset=offset)
     results = []
     for arguments, upstream in ((plain, case.grad), (placed, grad)):
-        out, *order = ops.moe_experts_cpu(*arguments, 0, True)
+        out, *order = ops.moe_experts_cpu(*arguments, 0, False, True)
         hidden, _, *others = arguments
-        grads = ops.moe_experts_cpu_backward(upstream, hidden, *others, *order, 0, *(True,) * 4)
+        grads = ops.moe_experts_cpu_backward(upstream, hidden, *others, *order, 0, False, *(True,) * 4)
         again = ops.moe_experts_cpu_backward(
-            upstream, hidden, *others, order[0][:0], *order[1:], 0, *(True,) * 4
+            upstream, hidden, *others, order[0][:0], *order[1:], 0, False, *(True,) * 4
         )
         results.append((out, *order, *grads))
         assert all(same_bits(first, second) for first, second in zip(grads, again, strict=True))
@@ -108,7 +108,7 @@ def test_values_that_nobody_checked_are_errors():
         wild[1, 1] = bad
         match = rf"indices: expected values in \[0, 4\) or 4, got {bad} at position 3"
         with pytest.raises(RuntimeError, match=match):
-            ops.moe_experts_cpu(hidden, wild, weights, gate_up, down, 0, True)
+            ops.moe_experts_cpu(hidden, wild, weights, gate_up, down, 0, False, True)
         compiled = torch.compile(
             lambda i: moe_experts(hidden, i, weights, gate_up, down), backend="aot_eager", fullgraph=True
         )
@@ -117,17 +117,28 @@ def test_values_that_nobody_checked_are_errors():
     x, weight = torch.ones(4, 3), torch.ones(2, 5, 3)
     for offsets in ([0, 3, 2], [1, 2, 3], [0, 2, 5]):
         with pytest.raises(RuntimeError, match="offsets: expected"):
-            ops.grouped_gemm_cpu(x, weight, torch.tensor(offsets, dtype=torch.int32))
+            ops.grouped_gemm_cpu(x, weight, torch.tensor(offsets, dtype=torch.int32), False)
     with pytest.raises(RuntimeError, match=r"indices: expected values in \[0, 3\), got 3 at position 0"):
         ops.route_cpu_backward(torch.ones(1, 1), torch.zeros(1, 3), torch.tensor([[3]]), 0, True, 1e-20, 1.0)
     with pytest.raises(RuntimeError, match="score: expected 0, 1 or 2, got 3"):
         ops.route_cpu_backward(torch.ones(1, 1), torch.zeros(1, 3), torch.tensor([[0]]), 3, True, 1e-20, 1.0)
     out, pre, offsets, permutation, inverse = ops.moe_experts_cpu(
-        hidden, indices, weights, gate_up, down, 0, True
+        hidden, indices, weights, gate_up, down, 0, False, True
     )
     with pytest.raises(RuntimeError, match="expected what the forward returned"):
         ops.moe_experts_cpu_backward(
-            out, hidden, weights, gate_up, down, pre, offsets, permutation + 9, inverse, 0, *(True,) * 4
+            out,
+            hidden,
+            weights,
+            gate_up,
+            down,
+            pre,
+            offsets,
+            permutation + 9,
+            inverse,
+            0,
+            False,
+            *(True,) * 4,
         )
 
 
@@ -153,6 +164,7 @@ def test_the_op_itself_checks_what_the_kernels_trust(change, text):
         "gate_up": torch.zeros(4, 10, 8),
         "down": torch.zeros(4, 8, 5),
         "activation": 0,
+        "batch_invariant": False,
         "keep": True,
     }
     with pytest.raises(RuntimeError, match=text):
@@ -165,13 +177,13 @@ def test_opcheck(dtype):
     arguments = forward_arguments(case)
     hidden, indices, *others = arguments
     for keep in (True, False):
-        torch.library.opcheck(ops.moe_experts_cpu.default, (*arguments, 0, keep))
-        _, *saved = ops.moe_experts_cpu(*arguments, 0, keep)
+        torch.library.opcheck(ops.moe_experts_cpu.default, (*arguments, 0, False, keep))
+        _, *saved = ops.moe_experts_cpu(*arguments, 0, False, keep)
         for needs in ((True,) * 4, (False, True, False, True)):
-            backward = (case.grad, hidden, *others, *saved, 0, *needs)
+            backward = (case.grad, hidden, *others, *saved, 0, False, *needs)
             torch.library.opcheck(ops.moe_experts_cpu_backward.default, backward)
     offsets = torch.tensor([0, 3, 3, 8, 9], dtype=torch.int32)
-    torch.library.opcheck(ops.grouped_gemm_cpu.default, (hidden, others[1], offsets))
+    torch.library.opcheck(ops.grouped_gemm_cpu.default, (hidden, others[1], offsets, False))
     rows = torch.randn(9, 12).to(dtype)
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(

@@ -27,7 +27,7 @@ class EmulatedExperts:
         ):
             library.impl(name, function, "CPU")
 
-    def gemm(self, x, weight, offsets):
+    def gemm(self, x, weight, offsets, batch_invariant):
         zones = Zones(self.offset)
         out = zones.output(x, x.shape[0], weight.shape[1])
         self.module.gemm_forward(self.gemm_call(zones, x, weight, offsets), out.data_ptr())
@@ -46,7 +46,7 @@ class EmulatedExperts:
         pointers = (zones.input(x), zones.input(weight), zones.input(offsets))
         return self.module.Gemm(ELEMENTS.index(x.dtype), x.shape[0], *weight.shape, *pointers)
 
-    def experts(self, hidden, indices, weights, gate_up, down, activation, keep):
+    def experts(self, hidden, indices, weights, gate_up, down, activation, batch_invariant, keep):
         zones = Zones(self.offset)
         rows = indices.numel()
         out = zones.output(hidden, *hidden.shape)
@@ -59,7 +59,19 @@ class EmulatedExperts:
         return out, kept, *order
 
     def experts_backward(
-        self, grad, hidden, weights, gate_up, down, kept, offsets, permutation, inverse, activation, *needed
+        self,
+        grad,
+        hidden,
+        weights,
+        gate_up,
+        down,
+        kept,
+        offsets,
+        permutation,
+        inverse,
+        activation,
+        batch_invariant,
+        *needed,
     ):
         zones = Zones(self.offset)
         leaves = (hidden, weights, gate_up, down)

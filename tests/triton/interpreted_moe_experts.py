@@ -167,9 +167,9 @@ def test_nothing_outside_the_arguments_is_read_or_written(monkeypatch, dtype, si
 
     results = []
     for arguments, upstream in ((plain, case.grad), (placed, grad)):
-        out, *order = ops.moe_experts_triton(*arguments, 0, True)
+        out, *order = ops.moe_experts_triton(*arguments, 0, False, True)
         hidden, _, *others = arguments
-        grads = ops.moe_experts_triton_backward(upstream, hidden, *others, *order, 0, *(True,) * 4)
+        grads = ops.moe_experts_triton_backward(upstream, hidden, *others, *order, 0, False, *(True,) * 4)
         results.append((out, *order, *grads))
         monkeypatch.setattr(torch.Tensor, "new_empty", between_canaries)
     zones.check()
@@ -185,7 +185,8 @@ def test_indices_and_offsets_that_nobody_checked(monkeypatch):
     wild[0], wild[3, 1] = torch.tensor([-7, 10**12]), 4
     sentinels = torch.where((wild < 0) | (wild >= 3), 3, wild)
     outs = [
-        ops.moe_experts_triton(arguments[0], index, *arguments[2:], 0, True)[0] for index in (wild, sentinels)
+        ops.moe_experts_triton(arguments[0], index, *arguments[2:], 0, False, True)[0]
+        for index in (wild, sentinels)
     ]
     assert same_bits(*outs) and (outs[0][0] == 0).all()
     zones = Redzones()
@@ -199,7 +200,9 @@ def test_indices_and_offsets_that_nobody_checked(monkeypatch):
         )
 
     monkeypatch.setattr(torch.Tensor, "new_empty", between_canaries)
-    assert_every_row_is_written(lambda *arguments: run_on("triton", GROUPED_GEMM, GemmCall(*arguments)))
+    assert_every_row_is_written(
+        lambda *arguments: run_on("triton", GROUPED_GEMM, GemmCall(*arguments, False))
+    )
     zones.check()
 
 
@@ -218,7 +221,7 @@ def test_what_is_saved_for_sentinels_is_written(monkeypatch):
         )
 
     monkeypatch.setattr(torch.Tensor, "new_empty", full_of_nan)
-    _, kept, *_ = ops.moe_experts_triton(hidden, indices, weights.float(), gate_up, down, 0, True)
+    _, kept, *_ = ops.moe_experts_triton(hidden, indices, weights.float(), gate_up, down, 0, False, True)
     assert kept.shape == (10, 16) and kept[:2].isfinite().all() and (kept[2:] == 0).all()
 
 

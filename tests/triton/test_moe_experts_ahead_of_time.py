@@ -53,7 +53,7 @@ def forward(rows, dtype, size, keep=True, activation=0):
     indices = torch.zeros(rows // TOP_K, TOP_K, dtype=torch.int64)
     weights = torch.empty(EXPERTS, 2 * size, size, dtype=dtype), torch.empty(EXPERTS, size, size, dtype=dtype)
     shares = torch.empty(rows // TOP_K, TOP_K)
-    backend.moe_experts(ExpertsCall(hidden, indices, shares, *weights, activation, keep))
+    backend.moe_experts(ExpertsCall(hidden, indices, shares, *weights, activation, False, keep))
 
 
 def backward(rows, dtype, size, activation=0):
@@ -64,7 +64,7 @@ def backward(rows, dtype, size, activation=0):
     scores = torch.empty(rows // TOP_K, TOP_K)
     backend.moe_experts_backward(
         ExpertsBackwardCall(
-            hidden, hidden, scores, *weights, pre_activation, *order, activation, *(True,) * 4
+            hidden, hidden, scores, *weights, pre_activation, *order, activation, False, *(True,) * 4
         )
     )
 
@@ -104,7 +104,7 @@ def test_the_loads_of_a_tile_begin_under_the_epilogue_of_the_one_before(table_of
         backward(4096 * EXPERTS, torch.bfloat16, 256)
         gemm = (torch.empty(1 << 14, 256), torch.empty(EXPERTS, 256, 256))
         offsets = torch.zeros(EXPERTS + 1, dtype=torch.int32)
-        backend.grouped_gemm(GemmCall(*(each.bfloat16() for each in gemm), offsets))
+        backend.grouped_gemm(GemmCall(*(each.bfloat16() for each in gemm), offsets, False))
     names = ["up_kernel", "rows_kernel", "down_backward_kernel", "rows_kernel", "rows_kernel"]
     kernels = [kernel for kernel in compiled if kernel.name in names]
     assert [kernel.name for kernel in kernels] == names
@@ -139,7 +139,7 @@ def test_grouped_gemm_of_many_experts_fits(tmp_path, table_of, capability, exper
     x, weight = torch.empty(64, 64, dtype=torch.bfloat16), torch.empty(experts, 64, 64, dtype=torch.bfloat16)
     offsets = torch.zeros(experts + 1, dtype=torch.int32)
     with offline_triton.compile_only(capability) as compiled:
-        backend.grouped_gemm(GemmCall(x, weight, offsets))
+        backend.grouped_gemm(GemmCall(x, weight, offsets, False))
         backend.grouped_gemm_backward(GemmBackwardCall(x, x, weight, offsets, True, True))
     names = {kernel.name for kernel in compiled}
     assert names == {"ascend_kernel", "schedule_kernel", "rows_kernel", "weight_gradient_kernel"}
