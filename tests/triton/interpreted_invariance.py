@@ -1,0 +1,40 @@
+"""Gate, route and experts on Triton: a token has the same bits in any company. Run by test_interpreter.py in a process of its own."""
+
+import pytest
+import triton.language as tl
+from triton.runtime import interpreter
+
+from r1kernels.moe import tuning
+from tests.support import interpreter_bfloat16
+from tests.support.invariance_kernel import InvarianceKernel
+
+interpreter_bfloat16.repair()
+
+
+def in_order(self, a, b, d, *options):
+    """NumPy's product rounds by where a row stands in the matrix, which a tensor core does not: here k goes in order."""
+    left, right = (
+        interpreter_bfloat16.widen(x.data) if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b)
+    )
+    product = (left[:, :, None] * right[None, :, :]).sum(axis=1, dtype=left.dtype)
+    return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+
+interpreter.InterpreterBuilder.create_dot = in_order
+
+FEW = tuning.Tile(16, 32, 16, group=2, warps=4, stages=2, descriptors=False)
+MANY = tuning.Tile(32, 32, 32, group=2, warps=4, stages=2, descriptors=False)
+
+
+class TestInvarianceTriton(InvarianceKernel):
+    tokens, sizes, dims = 40, (1, 3, 9, 33), (40, 16, 3)
+
+    @pytest.fixture
+    def backend(self, monkeypatch):
+        """A table whose entries differ, as those of GPUs do."""
+
+        def tile(kernel, device, dtype, rows, experts):
+            return FEW if rows <= 8 * experts else MANY
+
+        monkeypatch.setattr(tuning, "tile", tile)
+        return "triton"
