@@ -152,10 +152,10 @@ def recorded(
     *,
     differentiable: Callable[[Any], tuple[Tensor | None, ...]],
     save: Callable[[Any, Any], tuple[Sequence[Tensor | None], Any]],
-    backward: Callable[..., Sequence[Tensor | None]],
+    backward: Callable[..., Sequence[Any]],
     give: Callable[[Any, Any], Any] | None = None,
     constant: Sequence[int] = (),
-    again: Callable[..., Sequence[Tensor | None]] | None = None,
+    again: Callable[..., Sequence[Any]] | None = None,
 ) -> Callable[[str, Any], Any]:
     """(backend, call) -> results, with the gradient that autograd asks for.
 
@@ -165,7 +165,7 @@ def recorded(
         differentiable: (call) -> its inputs that have a gradient, tensors or None; they are saved for the backward.
         save: (call, results) -> (further tensors, anything else) that the backward needs.
         backward: (backend, inputs, tensors, others, gradients of what is given, which inputs need one) -> gradients of the
-            inputs. It runs without autograd.
+            inputs, in any dtype. It runs without autograd.
         again: the same for a further backward through one graph, where the first overwrites what was saved; None: backward.
         give: (call, results) -> what is handed out, None: the results; the places in ``constant`` have no gradient.
     """
@@ -197,11 +197,9 @@ def recorded(
                 with torch.no_grad():
                     found = gradients(ctx.backend, inputs, tensors, ctx.others, grads, needs)
                 given = [x for x in inputs if x is not None]
-                found = [
-                    grad if grad is None else checks.first_derivative_only(name, grad, *given)
-                    for grad in found
-                ]
-            return None, None, *[found[place] if needed else None for place, needed in enumerate(needs)]
+                found = [x if x is None else checks.first_derivative_only(name, x, *given) for x in found]
+            cast = [found[i].to(inputs[i].dtype) if needed else None for i, needed in enumerate(needs)]
+            return None, None, *cast
 
     Function.__name__ = Function.__qualname__ = "".join(part.capitalize() for part in name.split("_"))
 

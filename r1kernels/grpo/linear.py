@@ -17,6 +17,7 @@ from ..logprob import linear_logprobs
 from ..logprob.arguments import Head, check_linear, check_temperature
 from ..logprob.kept import Kept, check_kept
 from ..logprob.sharded import shard_of
+from ..logprob.token import Rows
 from ..op import Kernel, Op, Size, recorded
 from . import loss
 from .layout import advantages_of, layout_of
@@ -171,12 +172,7 @@ class OnePassCall(NamedTuple):
 
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H)
-    bias: Tensor | None  # float32 (V,)
-    softcap: float  # 0: none
-    logit_scale: float
-    targets: Tensor  # (N,)
-    temperatures: Tensor | None  # float32 (N,); None: ``temperature`` holds for all
-    temperature: float
+    rows: Rows  # the whole vocabulary
     chunk_size: Size  # tokens whose logits are computed at a time; 0: chosen
     with_entropy: bool
     loss: KernelCall  # of tokens (1, N), each with a weight; only those that count are read
@@ -223,16 +219,13 @@ def _save(call: OnePassCall, results: Any) -> Any:
 def _gradients(backend: str, inputs: Any, saved: Any, _: Any, grads: Any, needs: Any) -> list[Tensor | None]:
     *held, unit = saved
     upstream = grads[0] / unit
-    return [
-        (grad * upstream).to(tensor.dtype) if needed else None
-        for grad, tensor, needed in zip(held, inputs, needs, strict=True)
-    ]
+    return [grad * upstream if needed else None for grad, needed in zip(held, needs, strict=True)]
 
 
 _recorded = recorded(
     "linear_grpo_loss",
     FORWARD,
-    differentiable=lambda call: (call.hidden, call.weight, call.bias),
+    differentiable=lambda call: (call.hidden, call.weight, call.rows.bias),
     save=_save,
     backward=_gradients,
     give=lambda call, results: results[:2],
@@ -281,16 +274,22 @@ def _on_kernels(backend: str, call: LinearCall) -> GRPOOutput:
     hidden, head = call.hidden, call.head
     temperatures, temperature = None, call.temperature
     if isinstance(temperature, Tensor):
-        temperatures, temperature = temperature.float().reshape(-1).contiguous(), 1.0
+        temperatures, temperature = temperature.reshape(-1), 1.0
+    rows = Rows(
+        head.bias,
+        head.logit_scale,
+        head.softcap or 0.0,
+        call.targets.reshape(-1),
+        temperatures,
+        float(temperature),
+        IGNORED,
+        0,
+        head.weight.shape[0],
+    )
     one_pass = OnePassCall(
         hidden.reshape(-1, hidden.shape[-1]),
         head.weight,
-        None if head.bias is None else head.bias.float().contiguous(),
-        head.softcap or 0.0,
-        head.logit_scale,
-        call.targets.reshape(-1).contiguous(),
-        temperatures,
-        float(temperature),
+        rows,
         call.chunk_size or 0,
         call.with_entropy,
         loss.kernel_call_of(_in_a_row(call.loss), objective, ONE, True, objective.entropy_coef != 0),
@@ -312,7 +311,7 @@ def _in_a_row(call: LossCall) -> Tokens:
     def row(values: Any) -> Any:
         if values is None:
             return None
-        return layout.to_tokens(values.detach()).float().reshape(1, -1).contiguous()
+        return layout.to_tokens(values.detach()).reshape(1, -1)
 
     weights = given.weights
     if weights is None:

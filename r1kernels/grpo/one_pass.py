@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .. import devices
 from ..logprob import cpu, cuda, tiles, triton_linear
-from ..logprob.token import Rows
 from . import loss
 from .linear import FORWARD, IGNORED, OnePassCall, Results
 from .loss import KernelCall, Tokens
@@ -26,15 +25,17 @@ FEWEST = 256  # tokens a chunk: with fewer the head is read too often
 
 def one_pass_of_counted(engine: tiles.Engine, call: OnePassCall) -> Results:
     """``one_pass``; the tokens that do not count cost nothing."""
-    counted = call.loss.tokens.mask.squeeze(0).nonzero().squeeze(1)
+    rows, counted = call.rows, call.loss.tokens.mask.squeeze(0).nonzero().squeeze(1)
     if counted.shape[0] == call.hidden.shape[0]:
         return one_pass(engine, call)
     results = one_pass(
         engine,
         call._replace(
             hidden=call.hidden[counted],
-            targets=call.targets[counted],
-            temperatures=None if call.temperatures is None else call.temperatures[counted],
+            rows=rows._replace(
+                targets=rows.targets[counted],
+                temperatures=None if rows.temperatures is None else rows.temperatures[counted],
+            ),
             loss=call.loss._replace(tokens=_some(call.loss.tokens, counted)),
         ),
     )
@@ -48,7 +49,8 @@ def one_pass_of_all(engine: tiles.Engine, call: OnePassCall) -> Results:
     """``one_pass`` on a GPU: which tokens count is not known on the host."""
     mask = call.loss.tokens.mask.squeeze(0)
     hidden = call.hidden.masked_fill(~mask.unsqueeze(1), 0)
-    return one_pass(engine, call._replace(hidden=hidden, targets=call.targets.where(mask, IGNORED)))
+    rows = call.rows._replace(targets=call.rows.targets.where(mask, IGNORED))
+    return one_pass(engine, call._replace(hidden=hidden, rows=rows))
 
 
 def one_pass(engine: tiles.Engine, call: OnePassCall) -> Results:
@@ -71,20 +73,9 @@ def one_pass(engine: tiles.Engine, call: OnePassCall) -> Results:
         bonus = call.loss.entropy_gradient
         return found.grad_logp.squeeze(0), found.grad_entropy.squeeze(0) if bonus else None
 
-    rows = Rows(
-        call.bias,
-        call.logit_scale,
-        call.softcap,
-        call.targets,
-        call.temperatures,
-        call.temperature,
-        IGNORED,
-        0,
-        weight.shape[0],
-    )
     chunk = call.chunk_size or _chunk_size(engine, hidden, weight.shape[0])
     tiling = tiles.Tiling(chunk, weight.shape[0], gemm_tokens=0)
-    problem = tiles.Problem(engine, hidden, weight, rows, tiling)
+    problem = tiles.Problem(engine, hidden, weight, call.rows, tiling)
     needs = (call.need_hidden, call.need_weight, call.need_bias)
     logp, entropy, grad_hidden, grad_weight, grad_bias = tiles.one_pass(
         problem, call.with_entropy, slopes, needs

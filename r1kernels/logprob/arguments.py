@@ -57,7 +57,7 @@ def split_temperature(
     # of a number nothing is looked at
     counted = targets != ignore_index if isinstance(temperature, Tensor) else None
     checked = check_temperature(temperature, targets, counted, dtype)
-    return (checked.reshape(-1).contiguous(), 1.0) if isinstance(checked, Tensor) else (None, checked)
+    return (checked.reshape(-1), 1.0) if isinstance(checked, Tensor) else (None, checked)
 
 
 def check_temperature(

@@ -45,9 +45,7 @@ class Completions(NamedTuple):
 
     def gradient(self, grad: Tensor | None) -> Tensor | None:
         """The gradient that every token of a completion gets, (B,), from that of the sum or mean."""
-        if grad is None or self.divisor is None:
-            return None if grad is None else grad.contiguous()
-        return grad / self.divisor
+        return grad if grad is None or self.divisor is None else grad / self.divisor
 
     def of_tokens(self, grad: Tensor, tokens: int) -> Tensor:
         """The gradient of each token (N,) from that of the sum or mean, (B,); 0 where no completion holds it."""

@@ -64,9 +64,9 @@ def _give(call: LogprobsCall, results: tuple[Tensor, ...]) -> tuple[Tensor, Tens
 
 
 def _gradient(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any) -> list[Tensor]:
-    (hidden,), (cu_seqlens, divisor, slope) = inputs, tensors
+    cu_seqlens, divisor, slope = tensors
     grad = Completions(others, cu_seqlens, divisor).of_tokens(grads[0], slope.shape[0])
-    return [(slope * grad.unsqueeze(1)).to(hidden.dtype)]
+    return [slope * grad.unsqueeze(1)]
 
 
 logprobs = recorded(

@@ -72,7 +72,7 @@ def grouped_logprobs(
     counted, ignored = _masked_targets(targets, mask, logits.shape[-1])
     temperatures, scalar = split_temperature(temperature, counted, ignored, logits.dtype)
     counts = _counts(counted != ignored, cu_seqlens)
-    rows = token.plain_rows(logits, counted.reshape(-1).contiguous(), temperatures, scalar, ignored)
+    rows = token.plain_rows(logits, counted.reshape(-1), temperatures, scalar, ignored)
     completions = _completions(counts, cu_seqlens, reduce)
     sets = check_kept(kept, counted, logits.shape[-1], ignored)
     call = token.TokenCall(in_rows(logits), rows, return_entropy, False, completions, sets)

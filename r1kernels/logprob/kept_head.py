@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import autocast
-from ..op import Kernel, Size, recorded
+from ..op import Contiguous, Float32, Kernel, Size, recorded
 from . import kept_rows, sharded
 from .completions import EACH_TOKEN
 from .kept import NO_SET, Entries, with_verdict
@@ -31,18 +31,18 @@ LinearResults = tuple[Tensor, Tensor, Tensor]  # log-prob, entropy, extra of Log
 
 
 class ProductsCall(NamedTuple):
-    hidden: Tensor  # (N, H) float32, bfloat16 or float16, contiguous
-    weight: Tensor  # (V, H), of the same dtype, contiguous: the rows [first, first + V) of the head
-    bias: Tensor | None  # (V,) float32, contiguous
+    hidden: Contiguous  # (N, H) float32, bfloat16 or float16
+    weight: Contiguous  # (V, H), of the same dtype: the rows [first, first + V) of the head
+    bias: Float32 | None  # (V,)
     ids: Tensor  # (Z,)
     tokens: Tensor  # Entries.tokens
     first: Size
 
 
 class ProductsBackwardCall(NamedTuple):
-    grad: Tensor  # (Z,) float32, contiguous; an entry at 0 takes no part, whatever its hidden states hold
-    hidden: Tensor
-    weight: Tensor
+    grad: Contiguous  # (Z,) float32; an entry at 0 takes no part, whatever its hidden states hold
+    hidden: Contiguous
+    weight: Contiguous
     ids: Tensor
     tokens: Tensor  # Entries.tokens
     offsets: Tensor  # (N + 1,)
@@ -154,7 +154,7 @@ def _gradients(
             rows.temperature,
             logp,
             stats,
-            *map(kept_rows.contiguous, upstream),
+            *upstream,
         ),
     )
     grad = of_logits * _slope(raw, rows)
@@ -163,7 +163,7 @@ def _gradients(
     )
     for_hidden, for_weight, for_bias = PRODUCTS_BACKWARD(backend, call)
     if shard is not None and call.need_hidden:
-        for_hidden = sharded.sum_over_ranks_(for_hidden, shard).to(hidden.dtype)
+        for_hidden = sharded.sum_over_ranks_(for_hidden, shard)
     return for_hidden, for_weight, for_bias
 
 
@@ -184,15 +184,14 @@ def on_kernels(
     """linear_logprobs with kept sets; ``dense`` serves the tokens that keep everything."""
     kept, rows = call.kept, call.rows
     assert kept is not None
-    bias = None if rows.bias is None else rows.bias.float().contiguous()
     entries = kept_rows.entries_of(backend, kept, rows)
     with autocast.off(call.hidden):
         results = _recorded(
             backend,
             HeadCall(
-                call.hidden.contiguous(),
-                call.weight.contiguous(),
-                rows._replace(bias=bias),
+                call.hidden,
+                call.weight,
+                rows,
                 *kept,
                 *entries[:3],
                 call.with_entropy,

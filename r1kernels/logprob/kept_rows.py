@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..op import Kernel, recorded
+from ..op import Contiguous, Kernel, recorded
 from .completions import EACH_TOKEN
 from .kept import ENTRIES, NO_SET, Entries, EntriesCall, Kept, with_verdict
 
@@ -41,8 +41,8 @@ class SetsBackwardCall(NamedTuple):
     temperature: float
     logp: Tensor  # (N,) and (3, N), as the forward gives them
     stats: Tensor
-    grad_logp: Tensor | None  # (N,) float32, contiguous
-    grad_entropy: Tensor | None
+    grad_logp: Contiguous | None  # (N,) float32
+    grad_entropy: Contiguous | None
 
 
 def _shapes(call: SetsCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -114,19 +114,13 @@ def _gradients(backend: str, inputs: Any, saved: Any, others: Any, grads: Any, n
     logits, ids, offsets, tokens, places, temperatures, logp, stats = saved
     temperature, with_entropy = others
     upstream = (grads[0], grads[1] if with_entropy else None)
-    call = SetsBackwardCall(
-        logits, offsets, places, temperatures, temperature, logp, stats, *map(contiguous, upstream)
-    )
+    call = SetsBackwardCall(logits, offsets, places, temperatures, temperature, logp, stats, *upstream)
     of_entries = BACKWARD(backend, call)
     grad = torch.zeros_like(inputs[0], memory_format=torch.contiguous_format)
     places_of = _entry_of(ChosenCall(grad, ids, offsets, tokens, places, None, temperature, with_entropy))
     # an entry that takes no part adds 0 to another, so that the order does not matter
     grad.index_put_(places_of, of_entries.to(grad.dtype), accumulate=True)
     return [grad]
-
-
-def contiguous(grad: Tensor | None) -> Tensor | None:
-    return None if grad is None else grad.contiguous()
 
 
 _recorded = recorded(

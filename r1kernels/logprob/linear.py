@@ -148,7 +148,7 @@ def call_of(
         head.bias,
         head.logit_scale,
         head.softcap or 0.0,
-        targets.reshape(-1).contiguous(),
+        targets.reshape(-1),
         temperatures,
         scalar,
         ignore_index,
@@ -304,7 +304,7 @@ def _gradients(
         saved = SavedBackwardCall(logits.data, call)
         for_hidden, for_weight, for_bias = BACKWARD_OF_SAVED(backend, saved)
     if shard is not None and call.need_hidden:
-        for_hidden = sharded.sum_over_ranks_(for_hidden, shard).to(hidden.dtype)
+        for_hidden = sharded.sum_over_ranks_(for_hidden, shard)
     return for_hidden, for_weight, for_bias
 
 
@@ -330,8 +330,8 @@ _recorded = recorded(
 def on_kernels(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
     if call.kept is not None:
         return kept_head.on_kernels(backend, call, partial(on_kernels, backend))
-    hidden, weight, rows, save_logits = call.hidden, call.weight, call.rows, call.save_logits
-    trained = weight.requires_grad or (rows.bias is not None and rows.bias.requires_grad)
+    hidden, weight, bias, save_logits = call.hidden, call.weight, call.rows.bias, call.save_logits
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     differentiable = torch.is_grad_enabled() and (trained or hidden.requires_grad)
     # a frozen head under the log-prob alone: its slope is worked out beside it, without the logits once more
     alone = not (call.with_entropy or save_logits or call.batch_invariant) and call.shard is None
@@ -340,20 +340,7 @@ def on_kernels(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor
         # in a compiled graph a length must not decide
         fits = 4 * hidden.shape[0] * weight.shape[0] <= devices.memory_budget(hidden, SAVED_BYTES)
         save_logits = fits and not torch.compiler.is_compiling()
-    if rows.bias is not None:
-        rows = rows._replace(bias=rows.bias.float().contiguous())
-    call = LogprobsCall(
-        hidden,
-        weight,
-        rows,
-        call.with_entropy,
-        call.with_extra,
-        call.chunk_size,
-        save_logits and differentiable,
-        call.batch_invariant,
-        call.shard,
-        call.completions,
-    )
+    call = call._replace(save_logits=save_logits and differentiable)
     with autocast.off(hidden):
         return frozen.logprobs(backend, call) if head_is_frozen else _recorded(backend, call)
 

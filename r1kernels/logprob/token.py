@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, transforms
-from ..op import Kernel, Op, Size, Written, recorded
+from ..op import Contiguous, Float32, Kernel, Op, Size, Written, recorded
 from . import kept_reference, kept_rows, reference
 from .arguments import in_rows, split_temperature, why_not_overwritable
 from .completions import EACH_TOKEN, Completions
@@ -79,7 +79,7 @@ def token_logprobs(
     temperatures, scalar = split_temperature(temperature, targets, ignore_index, logits.dtype)
     if checks.values_visible(targets):
         checks.in_range("targets", targets, 0, logits.shape[-1], allow=ignore_index)
-    rows = plain_rows(logits, targets.reshape(-1).contiguous(), temperatures, scalar, ignore_index)
+    rows = plain_rows(logits, targets.reshape(-1), temperatures, scalar, ignore_index)
     sets = check_kept(kept, targets, logits.shape[-1], ignore_index)
     call = TokenCall(in_rows(logits), rows, return_entropy, inplace_backward, EACH_TOKEN, sets)
     logp, entropy = TOKEN_LOGPROBS(backend, call)
@@ -102,11 +102,11 @@ class Rows(NamedTuple):
     kernels, NaN in that row on a GPU.
     """
 
-    bias: Tensor | None  # (V,) float32, contiguous
+    bias: Float32 | None  # (V,)
     logit_scale: float
     softcap: float
-    targets: Tensor  # (N,) int64, contiguous, in [0, vocabulary) or ignore_index
-    temperatures: Tensor | None  # (N,) float32, contiguous; None: ``temperature`` holds for all rows
+    targets: Contiguous  # (N,) int64, in [0, vocabulary) or ignore_index
+    temperatures: Float32 | None  # (N,); None: ``temperature`` holds for all rows
     temperature: float
     ignore_index: int
     first: Size  # the logits are the columns [first, first + V)
@@ -129,8 +129,8 @@ class Upstream(NamedTuple):
 
     logp: Tensor
     stats: Tensor
-    grad_logp: Tensor | None  # (N,) float32, contiguous
-    grad_entropy: Tensor | None  # the same
+    grad_logp: Contiguous | None  # (N,) float32
+    grad_entropy: Contiguous | None  # the same
     # (N,) int32, contiguous: row r takes grad_logp[sequences[r]] and grad_entropy[sequences[r]], which then have one entry
     # per sequence
     sequences: Tensor | None
