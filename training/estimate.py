@@ -18,7 +18,7 @@ from r1kernels.integrations.transformers import prefix_tree
 from training import traces
 from training.encoder import Encoder
 from training.format import short
-from training.loops.grpo import max_new_tokens
+from training.loops.passes import max_new_tokens
 from training.model import EXPERT_COUNTS, deepseek_config
 from training.needs import kinds_of
 from training.pipeline import parents_of, plan

@@ -15,6 +15,7 @@ from training.errors import UserError
 from training.loops import grpo, next_token
 from training.loops.loss import loss_arguments
 from training.loops.optim import MAX_BAD_STEPS, Optimizer, learning_rate, save_due
+from training.loops.passes import max_new_tokens
 from training.model import build_model
 from training.profile import profiling
 from training.progress import Progress
@@ -459,7 +460,7 @@ def test_minibatches_of_uneven_micro_batches_are_one_batch(tmp_path):
 
 def test_the_length_limit_follows_the_step():
     config = Grpo(max_new_tokens=8, max_new_tokens_from={10: 16, 20: 32})
-    assert [grpo.max_new_tokens(config, step) for step in (0, 9, 10, 19, 20, 99)] == [8, 8, 16, 16, 32, 32]
+    assert [max_new_tokens(config, step) for step in (0, 9, 10, 19, 20, 99)] == [8, 8, 16, 16, 32, 32]
 
 
 def test_rewards_of_the_trainer_are_scored_samples(tmp_path):

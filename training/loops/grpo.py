@@ -7,9 +7,7 @@ first update, with the routing of the rollout replayed in all passes.
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from statistics import fmean
@@ -24,13 +22,12 @@ from training import checkpoint, engines, rewards, seeding
 from training.context import StageContext
 from training.encoder import Encoder
 from training.engines import Engine, EngineError
-from training.loops.batch import Batch, collate, logprobs, pieces, routed, row_of
-from training.loops.loss import policy_loss
 from training.loops.off_policy import corrections, sampler_gap, staleness
 from training.loops.optim import Optimizer, learning_rate, save_due
+from training.loops.passes import Clock, Passes, max_new_tokens
 from training.loops.sample import Completion, Prompt, sample
 from training.loops.watch import Watch
-from training.model import StepLoad, frozen_copy, shares_prefixes
+from training.model import frozen_copy, shares_prefixes
 from training.profile import profiled
 from training.prompts import Prompter
 from training.recipe import Grpo
@@ -82,6 +79,7 @@ def train(
         closing(engines.connect(context.recipe.rollout, policy, tokenizer, start)) as engine,
         context.progress.grpo_bar(config.steps, start, context.name) as bar,
     ):
+        run = _Run(engine, policy, reference, tokenizer, optimizer, problems, prompt, reward, config, context)
 
         def save(step: int) -> None:
             tensors = optimizer.tensors()
@@ -93,19 +91,7 @@ def train(
             try:
                 engine.update(policy, step)
                 with profiled(context.stage.path, step, start, config.steps):
-                    metrics = _step(
-                        engine,
-                        policy,
-                        reference,
-                        tokenizer,
-                        optimizer,
-                        problems,
-                        prompt,
-                        reward,
-                        config,
-                        context,
-                        step,
-                    )
+                    metrics = _step(run, step)
             except EngineError:  # before the step changed anything: a run that goes on draws it again
                 if step > start:
                     save(step)
@@ -124,20 +110,25 @@ def train(
     return _final(context.stage.metrics(), config.steps)
 
 
-def _step(
-    engine: Engine,
-    policy: PreTrainedModel,
-    reference: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: Optimizer,
-    problems: Callable[[int], list[Problem]],
-    prompt: Prompter,
-    reward: Callable[[int, list[Sample]], list[Scored]],
-    config: Grpo,
-    context: StageContext,
-    step: int,
-) -> dict[str, Any]:
-    clock = _Clock(policy.device)
+@dataclass(frozen=True)
+class _Run:
+    """What all steps share."""
+
+    engine: Engine
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: Optimizer
+    problems: Callable[[int], list[Problem]]
+    prompt: Prompter
+    reward: Callable[[int, list[Sample]], list[Scored]]
+    config: Grpo
+    context: StageContext
+
+
+def _step(run: _Run, step: int) -> dict[str, Any]:
+    policy, config, context = run.policy, run.config, run.context
+    clock = Clock(policy.device)
     key = (context.recipe.seed, context.name)
     sampled: list[Completion] = []
     scored: list[Scored] = []
@@ -145,10 +136,10 @@ def _step(
     keep: list[int] = []  # the responses that carry a loss
     for number in range(config.sampling_rounds if config.keep_groups == "spread" else 1):
         # further rounds ask the questions of steps that never come
-        asked = problems(step + number * config.steps)
+        asked = run.problems(step + number * config.steps)
         drawn = sample(
-            engine,
-            [Prompt(problem, prompt(problem)) for problem in asked],
+            run.engine,
+            [Prompt(problem, run.prompt(problem)) for problem in asked],
             samples=config.group_size,
             temperature=config.temperature,
             max_new_tokens=max_new_tokens(config, step),
@@ -159,7 +150,7 @@ def _step(
         clock.mark("rollout")
         sampled += drawn
         metrics = staleness(sampled, step, context.recipe.rollout)
-        scored += reward(step, [_as_sample(each, context.recipe.response_format) for each in drawn])
+        scored += run.reward(step, [_as_sample(each, context.recipe.response_format) for each in drawn])
         clock.mark("reward")
         keep = _kept(sampled, scored, config)
         if len(keep) >= config.prompts * config.group_size:
@@ -179,12 +170,12 @@ def _step(
     completions, advantages, valid = [sampled[i] for i in keep], advantages[keep], valid[keep]
     if config.mask_truncated:
         valid &= torch.tensor([c.finished for c in completions], dtype=torch.bool)
-    pad = Encoder(policy, tokenizer).pad_id
+    pad = Encoder(policy, run.tokenizer).pad_id
     policy.eval()  # no dropout: the policy that samples and the one that learns are the same function
-    models = [policy, *([] if reference is None else [reference])]
+    models = [policy, *([] if run.reference is None else [run.reference])]
     shared = context.recipe.shared_prefix and all(shares_prefixes(each) for each in models)
-    work = _Work(policy, reference, optimizer, completions, advantages, pad, config, shared, clock)
-    old, ref, measured = _fixed_logprobs(work)
+    passes = Passes(policy, run.reference, run.optimizer, completions, advantages, pad, config, shared, clock)
+    old, ref, measured = passes.fixed_logprobs()
     measured |= sampler_gap(completions, old)
     weights = corrections(completions, old, context.recipe.rollout)
     order = seeding.numpy_rng(*key, "minibatches", step).permutation(len(completions))
@@ -200,13 +191,13 @@ def _step(
     for chosen in torch.from_numpy(order).tensor_split(config.minibatches):
         rows = [int(i) for i in chosen if valid[i]]
         if rows:
-            parts.append(_update(work, rows, old, ref, weights, lr))
+            parts.append(passes.update(rows, old, ref, weights, lr))
     return {
         **metrics,
         **measured,
         "lr": lr,
         **_mean(parts),
-        "skipped": optimizer.skipped,
+        "skipped": run.optimizer.skipped,
         **clock.seconds,
         "tokens_per_second": tokens / sum(clock.seconds.values()),
         "rollout_tokens_per_second": tokens / clock.seconds["rollout_seconds"],
@@ -235,125 +226,6 @@ def _kept(completions: list[Completion], scored: list[Scored], config: Grpo) -> 
         if len({scored[i].total for i in group} - {None}) > 1:
             groups.append(group)
     return [i for group in groups[: config.prompts] for i in group]
-
-
-def max_new_tokens(config: Grpo, step: int) -> int:
-    """The longest response at `step`: config.max_new_tokens, or the latest entry of max_new_tokens_from."""
-    reached = [first for first in config.max_new_tokens_from if first <= step]
-    return config.max_new_tokens_from[max(reached)] if reached else config.max_new_tokens
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What the log-prob passes and the updates of one step share."""
-
-    policy: PreTrainedModel
-    reference: PreTrainedModel | None
-    optimizer: Optimizer
-    completions: list[Completion]
-    advantages: Tensor  # one per completion
-    pad: int
-    config: Grpo
-    shared: bool  # a prompt is read once for its completions
-    clock: _Clock
-
-    def batches(self, rows: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
-        """The completions `rows` in batches of config.micro_batch_tokens, each with the numbers of its completions."""
-        read = [row_of(self.completions[i]) for i in rows]
-        for piece in pieces(read, self.config.micro_batch_tokens, self.shared):
-            ids = [rows[i] for i in piece]
-            chosen = [self.completions[i] for i in ids]
-            yield ids, collate(chosen, self.pad, self.policy.device, self.config.replay, self.shared)
-
-
-@torch.no_grad()
-def _fixed_logprobs(work: _Work) -> tuple[list[Tensor], list[Tensor] | None, dict[str, float]]:
-    """Log-probs of every response under the policy as it is now and under the reference; means over the tokens: the entropy
-    and, where the routing of the rollout is replayed, its agreement with that of either model."""
-    completions, temperature = work.completions, work.config.temperature
-    if not completions:
-        return [], None, {}
-    old: dict[int, Tensor] = {}
-    ref: dict[int, Tensor] = {}
-    tokens = sum(len(c.token_ids) for c in completions)
-    means: dict[str, float] = {"entropy": 0.0}
-    everything = range(len(completions))
-    for rows, batch in work.batches(everything):
-        found = logprobs(work.policy, batch, temperature, entropy=True)
-        means["entropy"] += float(found.entropy.sum()) / tokens
-        _add_agreement(means, "replay_agreement_old", batch, found.agreement, tokens)
-        old.update(zip(rows, found.logp.split(batch.lengths), strict=True))
-        work.clock.mark("old_logprob")
-        if work.reference is not None:
-            found = logprobs(work.reference, batch, temperature)
-            _add_agreement(means, "replay_agreement_reference", batch, found.agreement, tokens)
-            ref.update(zip(rows, found.logp.split(batch.lengths), strict=True))
-            work.clock.mark("reference_logprob")
-    return [old[i] for i in everything], [ref[i] for i in everything] if ref else None, means
-
-
-def _add_agreement(means: dict[str, float], name: str, batch: Batch, agreement: float, tokens: int) -> None:
-    """Adds the share of a replayed batch to a mean over all `tokens`."""
-    if batch.routing is not None:
-        means[name] = means.get(name, 0.0) + len(batch.targets) / tokens * agreement
-
-
-def _update(
-    work: _Work,
-    rows: list[int],
-    old: list[Tensor],
-    ref: list[Tensor] | None,
-    weights: list[Tensor] | None,
-    lr: float,
-) -> dict[str, float]:
-    """One optimizer step on the responses `rows`, in micro-batches whose losses add up to that of the minibatch."""
-    totals = {
-        "num_sequences": len(rows),
-        "num_tokens": sum(len(work.completions[i].token_ids) for i in rows),
-        "max_length": max_new_tokens(work.config, 0),
-    }
-    loss = 0.0
-    sums: dict[str, float] = {}
-    maxima = 0.0
-    load = StepLoad(work.policy)
-    for ids, batch in work.batches(rows):
-        with routed(work.policy, batch, load) as replay:
-            output = policy_loss(
-                work.policy,
-                batch,
-                [old[i] for i in ids],
-                None if ref is None else [ref[i] for i in ids],
-                None if weights is None else [weights[i] for i in ids],
-                work.advantages[ids],
-                work.config,
-                totals,
-            )
-            work.clock.mark("new_logprob")
-            output.loss.backward()
-            agreement = math.nan if replay is None else replay.agreement
-        loss += float(output.loss.detach())
-        share = len(batch.targets) / totals["num_tokens"]
-        measured = output.metrics.floats()
-        for name, source in METRICS.items():
-            if source in measured:
-                sums[name] = sums.get(name, 0.0) + share * measured[source]
-        _add_agreement(sums, "replay_agreement", batch, agreement, totals["num_tokens"])
-        maxima = max(maxima, measured.get("ratio/max", 0.0))
-        work.clock.mark("update")
-    norm, taken = work.optimizer.step(loss, lr)
-    if taken:
-        load.update_bias(work.config.bias_rate)
-    work.clock.mark("update")
-    return {"loss": loss, **sums, "ratio_max": maxima, "grad_norm": norm, "expert_load": load.max_over_mean()}
-
-
-# Name in metrics.jsonl -> name in the metrics of r1kernels.grpo_loss, all means over tokens.
-METRICS = {
-    "kl": "kl",
-    "ratio_mean": "ratio/mean",
-    "clip_low": "clip_ratio/low_mean",
-    "clip_high": "clip_ratio/high_mean",
-}
 
 
 def _reward_metrics(scored: list[Scored], values: Tensor, valid: Tensor, group_size: int) -> dict[str, Any]:
@@ -426,21 +298,3 @@ def _final(rows: list[dict[str, Any]], steps: int) -> dict[str, float]:
         if not name.endswith(("_seconds", "_per_second", "step")) and not isinstance(value, str)
     ]
     return {name: fmean(row[name] for row in last if name in row) for name in names} | {"steps": steps}
-
-
-class _Clock:
-    """Wall-clock seconds of the parts of a step, under their names in metrics.jsonl; what a part queued on a GPU is its."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
-        self._last = time.perf_counter()
-
-    def mark(self, part: str) -> None:
-        """Adds the time since the last mark to `part`."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        name = f"{part}_seconds"
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now

@@ -15,6 +15,7 @@ from typing import Any
 from training import checkpoint, preferences, prompts, responses, reward_model, rewards, seeding
 from training.context import StageContext
 from training.loops import grpo
+from training.loops.passes import max_new_tokens
 from training.model import load
 from training.own_rewards import own_rewards
 from training.responses import Source, as_sample
@@ -48,7 +49,7 @@ def run(context: StageContext) -> dict[str, Any]:
                 step=step,
                 steps=config.steps,
                 preference_share=config.preference_share,
-                length_limit=grpo.max_new_tokens(config, step),
+                length_limit=max_new_tokens(config, step),
             )
 
         metrics = grpo.train(

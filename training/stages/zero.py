@@ -7,6 +7,7 @@ from typing import Any
 from training import checkpoint, responses, rewards
 from training.context import StageContext
 from training.loops import grpo
+from training.loops.passes import max_new_tokens
 from training.model import load
 from training.own_rewards import own_rewards
 from training.prompts import Prompter
@@ -33,7 +34,7 @@ def reinforce(context: StageContext, prompt: Prompter) -> dict[str, Any]:
     with own_rewards(config.rewards, context.recipe.reward_seconds) as own:
 
         def reward(step: int, samples: list[Sample]) -> list[Scored]:
-            limit = grpo.max_new_tokens(config, step)
+            limit = max_new_tokens(config, step)
             return rewards.score(samples, config.rewards, tasks, own=own, length_limit=limit)
 
         metrics = grpo.train(policy, tokenizer, problems, prompt, reward, config, context)

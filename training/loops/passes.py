@@ -1,0 +1,159 @@
+"""The passes of a GRPO step over its responses: old and reference log-probs, and the updates of the policy."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from training.loops.batch import Batch, collate, logprobs, pieces, routed, row_of
+from training.loops.loss import policy_loss
+from training.loops.optim import Optimizer
+from training.loops.sample import Completion
+from training.model import StepLoad
+from training.recipe import Grpo
+
+# Name in metrics.jsonl -> name in the metrics of r1kernels.grpo_loss, all means over tokens.
+METRICS = {
+    "kl": "kl",
+    "ratio_mean": "ratio/mean",
+    "clip_low": "clip_ratio/low_mean",
+    "clip_high": "clip_ratio/high_mean",
+}
+
+
+def max_new_tokens(config: Grpo, step: int) -> int:
+    """The longest response at `step`: config.max_new_tokens, or the latest entry of max_new_tokens_from."""
+    reached = [first for first in config.max_new_tokens_from if first <= step]
+    return config.max_new_tokens_from[max(reached)] if reached else config.max_new_tokens
+
+
+class Clock:
+    """Wall-clock seconds of the parts of a step, under their names in metrics.jsonl; what a part queued on a GPU is its."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._last = time.perf_counter()
+
+    def mark(self, part: str) -> None:
+        """Adds the time since the last mark to `part`."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        name = f"{part}_seconds"
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes of one step over its completions."""
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
+    optimizer: Optimizer
+    completions: list[Completion]
+    advantages: Tensor  # one per completion
+    pad: int
+    config: Grpo
+    shared: bool  # a prompt is read once for its completions
+    clock: Clock
+
+    def batches(self, rows: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
+        """The completions `rows` in batches of config.micro_batch_tokens, each with the numbers of its completions."""
+        read = [row_of(self.completions[i]) for i in rows]
+        for piece in pieces(read, self.config.micro_batch_tokens, self.shared):
+            ids = [rows[i] for i in piece]
+            chosen = [self.completions[i] for i in ids]
+            yield ids, collate(chosen, self.pad, self.policy.device, self.config.replay, self.shared)
+
+    @torch.no_grad()
+    def fixed_logprobs(self) -> tuple[list[Tensor], list[Tensor] | None, dict[str, float]]:
+        """Log-probs of every response under the policy as it is now and under the reference; means over the tokens: the entropy
+        and, where the routing of the rollout is replayed, its agreement with that of either model."""
+        completions, temperature = self.completions, self.config.temperature
+        if not completions:
+            return [], None, {}
+        old: dict[int, Tensor] = {}
+        ref: dict[int, Tensor] = {}
+        tokens = sum(len(c.token_ids) for c in completions)
+        means: dict[str, float] = {"entropy": 0.0}
+        everything = range(len(completions))
+        for rows, batch in self.batches(everything):
+            found = logprobs(self.policy, batch, temperature, entropy=True)
+            means["entropy"] += float(found.entropy.sum()) / tokens
+            _add_agreement(means, "replay_agreement_old", batch, found.agreement, tokens)
+            old.update(zip(rows, found.logp.split(batch.lengths), strict=True))
+            self.clock.mark("old_logprob")
+            if self.reference is not None:
+                found = logprobs(self.reference, batch, temperature)
+                _add_agreement(means, "replay_agreement_reference", batch, found.agreement, tokens)
+                ref.update(zip(rows, found.logp.split(batch.lengths), strict=True))
+                self.clock.mark("reference_logprob")
+        return [old[i] for i in everything], [ref[i] for i in everything] if ref else None, means
+
+    def update(
+        self,
+        rows: list[int],
+        old: list[Tensor],
+        ref: list[Tensor] | None,
+        weights: list[Tensor] | None,
+        lr: float,
+    ) -> dict[str, float]:
+        """One optimizer step on the responses `rows`, in micro-batches whose losses add up to that of the minibatch."""
+        totals = {
+            "num_sequences": len(rows),
+            "num_tokens": sum(len(self.completions[i].token_ids) for i in rows),
+            "max_length": max_new_tokens(self.config, 0),
+        }
+        loss = 0.0
+        sums: dict[str, float] = {}
+        maxima = 0.0
+        load = StepLoad(self.policy)
+        for ids, batch in self.batches(rows):
+            with routed(self.policy, batch, load) as replay:
+                output = policy_loss(
+                    self.policy,
+                    batch,
+                    [old[i] for i in ids],
+                    None if ref is None else [ref[i] for i in ids],
+                    None if weights is None else [weights[i] for i in ids],
+                    self.advantages[ids],
+                    self.config,
+                    totals,
+                )
+                self.clock.mark("new_logprob")
+                output.loss.backward()
+                agreement = math.nan if replay is None else replay.agreement
+            loss += float(output.loss.detach())
+            share = len(batch.targets) / totals["num_tokens"]
+            measured = output.metrics.floats()
+            for name, source in METRICS.items():
+                if source in measured:
+                    sums[name] = sums.get(name, 0.0) + share * measured[source]
+            _add_agreement(sums, "replay_agreement", batch, agreement, totals["num_tokens"])
+            maxima = max(maxima, measured.get("ratio/max", 0.0))
+            self.clock.mark("update")
+        norm, taken = self.optimizer.step(loss, lr)
+        if taken:
+            load.update_bias(self.config.bias_rate)
+        self.clock.mark("update")
+        return {
+            "loss": loss,
+            **sums,
+            "ratio_max": maxima,
+            "grad_norm": norm,
+            "expert_load": load.max_over_mean(),
+        }
+
+
+def _add_agreement(means: dict[str, float], name: str, batch: Batch, agreement: float, tokens: int) -> None:
+    """Adds the share of a replayed batch to a mean over all `tokens`."""
+    if batch.routing is not None:
+        means[name] = means.get(name, 0.0) + len(batch.targets) / tokens * agreement
