@@ -193,7 +193,7 @@ def _refusal(model: Any, inner: Any) -> str:
     elif window is not None and window not in running.windows:
         return f"its layers attend without the window of {window} tokens that its configuration tells"
     rounded = states.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(states.device.type)
-    tolerance = 5e-2 if rounded else 1e-3
+    tolerance = 0.1 if rounded else 1e-3
     outside = torch.ones(tree.tokens, dtype=torch.bool, device=states.device)
     outside[branch.start : branch.end] = False
     changed, others = changed[outside], states[outside]

@@ -195,6 +195,21 @@ def test_autocast_rounds_as_the_repeated_form_does():
     assert all(grad.isfinite().all() for grad in models.gradients(model, logp).values())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "GptOss", "DeepseekV3"])
+def test_bfloat16_rounds_as_the_repeated_form_does(name):
+    rounded = models.build(name, torch.bfloat16)
+    model = models.build(name)
+    model.load_state_dict({key: value.float() for key, value in rounded.state_dict().items()})
+    prompts, completions = models.sequences()
+    exact = models.repeated(model, prompts, completions)[0]
+    logp = r1.shared_prefix_logprobs(
+        rounded, r1.prefix_tree(prompts, completions), temperature=models.TEMPERATURE
+    )
+    repeated = models.repeated(rounded, prompts, completions)[0]
+    assert models.difference(logp, exact) < 2 * models.difference(repeated, exact)
+
+
 def test_adapters_of_peft():
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
