@@ -181,7 +181,9 @@ class StandIn:
             return self._generate(body)
         if route == "/collective_rpc":
             return self._reload(body)
-        if route in ("/health", "/version", "/v1/models", "/tokenize"):
+        if route == "/health":
+            return 200, None
+        if route in ("/version", "/v1/models", "/tokenize"):
             return self._plain(method, route, body)
         return self._state(method, path, route, body)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -390,9 +391,9 @@ def test_settings_that_do_not_go_together(words, message, capsys):
 def a_server(tmp_path, program):
     """A `python` that runs `program` instead of vLLM."""
     path = tmp_path / "python"
-    path.write_text(f"#!{sys.executable}\n{program}")
+    path.write_text(f"#!{sys.executable}\n{program}", "utf-8")
     path.chmod(0o755)
-    return Rollout(engine="vllm", start=True, python=str(path), timeout=20.0)
+    return Rollout(engine="vllm", start=True, python=str(path), timeout=60.0)
 
 
 SERVES = """
@@ -402,6 +403,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200), self.end_headers()
 print("words:", sys.argv[1:], flush=True)
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+STANDS_IN = f"""
+import sys, threading
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.support.vllm_stand_in import StandIn
+print("started", flush=True)
+with StandIn(port=int(sys.argv[sys.argv.index("--port") + 1]), computes=True):
+    threading.Event().wait()
 """
 
 
@@ -422,6 +433,20 @@ def test_a_server_is_started_on_a_free_port_of_this_machine_and_stopped(tmp_path
         assert word in words
     started.stop()
     assert not listens(started.service)
+
+
+def test_one_server_is_started_for_all_engines_of_a_stage_whose_models_have_the_same_sizes(tmp_path):
+    rollout, model = a_server(tmp_path, STANDS_IN), policy()
+    with house.housed(tmp_path):
+        for version, each in enumerate((model, model, moved(policy(), 1))):
+            engine = connect(rollout, each, TOKENIZER, version)
+            assert engine.sample([Request((1, 40), 1, 4)], WAYS[0])[0].version == version
+            engine.close()
+        service = engine._service
+        assert listens(service)
+    assert (tmp_path / house.LOG).read_text().count("started") == 1
+    assert not listens(service)
+    assert not (tmp_path / house.WEIGHTS).exists()
 
 
 def test_a_server_that_does_not_start_tells_its_last_error(tmp_path):

@@ -8,9 +8,10 @@ before the first step.
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,6 +28,8 @@ from training.sections import Rollout
 
 PROBE = 64  # tokens of a probe
 TOLD = "what is 1 + 2 ? Why ?"  # a text whose tokens any tokenizer has
+# Entries of a config that transformers sets when it saves a model: they tell nothing about its sizes.
+WRITTEN = ("architectures", "dtype", "transformers_version", "_name_or_path")
 UNKNOWN = -1  # version of weights that this engine did not hand over
 
 _handed: set[str] = set()  # names of all versions that engines of this process gave to servers
@@ -78,15 +81,20 @@ class VllmEngine:
             return []
         self._hold()
         pool = ThreadPoolExecutor(min(params.batch_size, len(requests)))
+        drawn: list[Future[Output]] = []
         try:
-            drawn = [pool.submit(self._draw, request, params) for request in requests]
+            drawn += (pool.submit(self._draw, request, params) for request in requests)
             done, _ = wait(drawn, return_when=FIRST_EXCEPTION)
             for each in done:
                 each.result()
             return [each.result() for each in drawn]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            self._service.hang_up()
+            while not all(
+                each.done() for each in drawn
+            ):  # one that was about to ask is met by the next round
+                self._service.hang_up()
+                time.sleep(0.02)
             raise
         finally:
             pool.shutdown()
@@ -205,7 +213,7 @@ class VllmEngine:
 
     def _started(self, house: House) -> Service:
         """The server of the stage, started where there is none for a model of these sizes."""
-        config = self._model.config.to_dict()
+        config = {k: v for k, v in self._model.config.to_dict().items() if k not in WRITTEN}
         wanted = files.value_hash([str(config), self._rollout.options, self._rollout.dtype])
         if house.server is None or house.serves != wanted or not house.server.alive:
             house.stop()
