@@ -74,12 +74,17 @@ def train(
         optimizer.restore(state.tensors, state.counters)
         if reference is not None and config.reference_every:
             checkpoint.load_model_tensors(reference, state.tensors, "reference.")
+    policy.eval()  # no dropout: the policy that samples and the one that learns are the same function
+    models = [policy, *([] if reference is None else [reference])]
+    shared = context.recipe.shared_prefix and all(shares_prefixes(each) for each in models)
     watch = Watch(context.stage.metrics())
     with (
         closing(engines.connect(context.recipe.rollout, policy, tokenizer, start)) as engine,
         context.progress.grpo_bar(config.steps, start, context.name) as bar,
     ):
-        run = _Run(engine, policy, reference, tokenizer, optimizer, problems, prompt, reward, config, context)
+        run = _Run(
+            engine, policy, reference, tokenizer, optimizer, shared, problems, prompt, reward, config, context
+        )
 
         def save(step: int) -> None:
             tensors = optimizer.tensors()
@@ -106,7 +111,6 @@ def train(
                 reference.load_state_dict(policy.state_dict())
             if save_due(step + 1, config.steps, config.save_every, context.stage.unsaved_seconds):
                 save(step + 1)
-    policy.eval()
     return _final(context.stage.metrics(), config.steps)
 
 
@@ -119,6 +123,7 @@ class _Run:
     reference: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase
     optimizer: Optimizer
+    shared: bool  # what responses have in common goes through a model once
     problems: Callable[[int], list[Problem]]
     prompt: Prompter
     reward: Callable[[int, list[Sample]], list[Scored]]
@@ -171,10 +176,9 @@ def _step(run: _Run, step: int) -> dict[str, Any]:
     if config.mask_truncated:
         valid &= torch.tensor([c.finished for c in completions], dtype=torch.bool)
     pad = Encoder(policy, run.tokenizer).pad_id
-    policy.eval()  # no dropout: the policy that samples and the one that learns are the same function
-    models = [policy, *([] if run.reference is None else [run.reference])]
-    shared = context.recipe.shared_prefix and all(shares_prefixes(each) for each in models)
-    passes = Passes(policy, run.reference, run.optimizer, completions, advantages, pad, config, shared, clock)
+    passes = Passes(
+        policy, run.reference, run.optimizer, completions, advantages, pad, config, run.shared, clock
+    )
     old, ref, measured = passes.fixed_logprobs()
     measured |= sampler_gap(completions, old)
     weights = corrections(completions, old, context.recipe.rollout)
