@@ -1,7 +1,7 @@
 """What is measured: one table of cases, each an op at the shape of a real model, with its algorithmic work.
 
 Sizes: N tokens, V vocabulary, H hidden, B completions of at most L tokens, G completions a prompt, T tokens that are
-routed, I intermediate size of an expert, E experts, K experts a token.
+routed, I intermediate size of an expert, E experts, K experts a token, S ids that a sampler kept for a token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "logprob": ("token_logprobs", "linear_logprobs", "grouped_logprobs"),
+    "logprob": ("token_logprobs", "linear_logprobs", "grouped_logprobs", "kept_logprobs"),
     "grpo": ("grpo_loss", "linear_grpo_loss"),
     "moe": ("moe_experts", "route"),
     "step": ("grpo_step",),
@@ -84,7 +84,7 @@ class Case:
         a_logit = 24.0 if self.device == "cpu" else 4.0 * self.bytes_per_value
         if self.op in ("token_logprobs", "grouped_logprobs"):
             return a_logit * positions(self) * sizes["V"]
-        if self.op in ("linear_logprobs", "linear_grpo_loss"):
+        if self.op in ("linear_logprobs", "kept_logprobs", "linear_grpo_loss"):
             logits = a_logit * positions(self) * sizes["V"] if self.device == "cpu" else 0.0
             return logits + 20.0 * sizes["V"] * sizes["H"]
         if self.op == "moe_experts":
@@ -138,6 +138,21 @@ def _linear(case: Case) -> dict[str, Work]:
     }
 
 
+def _kept(case: Case) -> dict[str, Work]:
+    """S rows of the head for each token, read forward and backward; the gradient of the whole head is written."""
+    s = case.sizes
+    entries, tokens = float(s["N"] * s["S"]), float(s["N"] * s["H"])
+    # of rows drawn at random, those that are hit
+    rows = s["H"] * s["V"] * (1 - (1 - 1 / s["V"]) ** entries)
+    size = case.bytes_per_value
+    return {
+        "forward": Work(bytes=size * (tokens + rows), flops=2 * entries * s["H"], exps=entries),
+        "backward": Work(
+            bytes=size * (2 * tokens + rows + s["V"] * s["H"]), flops=4 * entries * s["H"], exps=entries
+        ),
+    }
+
+
 def _grpo(case: Case) -> dict[str, Work]:
     """float32 log-probs x, old, reference and entropy, a mask byte; the backward reads x, old, reference, writes dx."""
     places, tokens = float(positions(case)), float(counted(case))
@@ -181,6 +196,7 @@ WORK = {
     "token_logprobs": _logits,
     "grouped_logprobs": _logits,
     "linear_logprobs": _linear,
+    "kept_logprobs": _kept,
     "linear_grpo_loss": _linear,
     "grpo_loss": _grpo,
     "moe_experts": _moe,
@@ -227,6 +243,10 @@ def _cpu() -> list[Case]:
         Case("linear_logprobs", "cpu", BF16, {**small, "H": 512}),
         Case("linear_logprobs", "cpu", F32, {"N": 1024, "V": 151936, "H": 896}, model="Qwen2.5-0.5B"),
         Case("linear_logprobs", "cpu", BF16, {"N": 1024, "V": 151936, "H": 896}, model="Qwen2.5-0.5B"),
+        *(
+            Case("kept_logprobs", "cpu", dtype, {"N": 1024, "V": 151936, "H": 896, "S": 20}, model="top-k 20")
+            for dtype in (F32, BF16)
+        ),
         *(
             Case("grouped_logprobs", "cpu", dtype, group, layout)
             for dtype in (F32, BF16)
@@ -278,6 +298,7 @@ def _cuda() -> list[Case]:
             Case("linear_logprobs", "cuda", BF16, {"N": n, "V": v, "H": h}, quick=(n, v, h) in heads[2:])
             for n, v, h in heads
         ),
+        Case("kept_logprobs", "cuda", BF16, {"N": 8192, "V": 151936, "H": 2048, "S": 20}, model="top-k 20"),
         Case("grouped_logprobs", "cuda", BF16, group, "padded"),
         Case("grouped_logprobs", "cuda", BF16, group, "packed"),
         *_grpo_cases("cuda", quick=65536),
@@ -306,7 +327,7 @@ CASES: tuple[Case, ...] = (*_cpu(), *_cuda())
 def smallest(case: Case) -> Case:
     """The same op at a shape that takes next to no work."""
     small = {
-        "N": 24, "V": 199, "H": 16, "B": 4, "L": 6, "G": 2, "T": min(case.sizes.get("T", 1), 24), "I": 8, "E": 16, "K": 2,
+        "N": 24, "V": 199, "H": 16, "B": 4, "L": 6, "G": 2, "T": min(case.sizes.get("T", 1), 24), "I": 8, "E": 16, "K": 2, "S": 5,
     }  # fmt: skip
     sizes = {name: small[name] for name in case.sizes}
     if case.op == "grpo_step":

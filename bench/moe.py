@@ -308,6 +308,7 @@ EXPERTS = (
     Peer(EAGER, _transformers_experts("eager"), package="transformers"),
     OURS_EXPERTS.peer(),
     OURS_EXPERTS.peer(f"{OURS}, nothing saved", save="nothing"),
+    OURS_EXPERTS.peer(f"{OURS}, batch-invariant", batch_invariant=True),
     Peer("transformers, grouped_mm", _transformers_experts("grouped_mm"), package="transformers"),
     Peer("transformers, batched_mm", _batched_mm, package="transformers"),
     Peer("transformers, SonicMoE", _sonic, package="kernels"),
