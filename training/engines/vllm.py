@@ -73,7 +73,8 @@ class VllmEngine:
     def update(self, model: PreTrainedModel, version: int) -> None:
         """Hands the weights of `model` over and checks that the server computes with them."""
         self._model, self.version = model, version
-        self._hand_over(str(version))
+        if self._name != self._named(str(version)):  # the first step asks for what the engine has begun with
+            self._hand_over(str(version))
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Output]:
         """One output a request, in order; each is a call of its own with the seed of its key."""
@@ -147,8 +148,12 @@ class VllmEngine:
 
     # Weights
 
+    def _named(self, version: str) -> str:
+        """What the server calls a version of this engine's."""
+        return f"{version}-{self._identity}"
+
     def _hand_over(self, version: str) -> None:
-        call, name = self._service.call, f"{version}-{self._identity}"
+        call, name = self._service.call, self._named(version)
         weights.write(self._model, self._house.weights, self._dtype)
         call("POST", "/pause?mode=abort")
         folder = str(self._house.weights.resolve())
