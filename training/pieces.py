@@ -17,7 +17,7 @@ from training.engines import Engine
 from training.loops.sample import Completion, Prompt, sample
 from training.progress import Progress
 
-BATCHES = 4  # full batches in a piece: prompts of one length still share a batch, and a kill costs little
+BATCHES = 4  # full batches in a piece: seldom does one drain, and a kill costs little
 KEPT = [field.name for field in fields(Completion) if field.name not in ("problem", "routing")]
 
 

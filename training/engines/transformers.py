@@ -133,7 +133,7 @@ def _reason(model: PreTrainedModel) -> str:
             text = torch.tensor([request.prompt_ids + output.token_ids], device=model.device)
             logits = model(input_ids=text, use_cache=False).logits[0, first - 1 : -1].float()
             logp = logits.log_softmax(-1).gather(1, text[0, first:, None]).squeeze(1).cpu()
-            if not torch.allclose(logp, torch.tensor(output.logp).float(), rtol=0, atol=SAME):
+            if not torch.allclose(logp, torch.tensor(output.logp).float(), rtol=0, atol=SAME, equal_nan=True):
                 return "has an attention of its own"
     return ""
 
