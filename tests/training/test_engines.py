@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
+from tests.support.host_reads import NoHostReads
 from tests.support.own_models import FAMILIES
 from training import notices
 from training.engines import Request, SamplingParams, connect
@@ -165,6 +166,20 @@ def test_how_often_the_host_looks_changes_nothing(mixture, monkeypatch, steps):
     assert [output.token_ids for output in found] == [output.token_ids for output in expected]
     assert [output.logp for output in found] == [pytest.approx(output.logp, abs=1e-5) for output in expected]
     assert all(torch.equal(a.routing, b.routing) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_token_is_drawn_without_a_look_of_the_host(monkeypatch):
+    """Between two looks nothing waits for the device, where it is a GPU."""
+    model, step, steps = build("llama"), engine_module._Flight._step, []
+
+    def guarded(flight):
+        with NoHostReads():
+            step(flight)
+        steps.append(flight)
+
+    monkeypatch.setattr(engine_module._Flight, "_step", guarded)
+    drawn = draw(model, requests_of(texts(1, 9, 4)), temperature=0.7)
+    assert len(steps) >= max(len(output.token_ids) for output in drawn) - 1
 
 
 def test_each_of_several_tokens_ends_a_response(mixture):

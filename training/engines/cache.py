@@ -247,6 +247,9 @@ class TokenPass:
 
 
 _current: ContextVar[Pass] = ContextVar("pass")
+_windows: ContextVar[dict[int, int | None]] = ContextVar(
+    "windows"
+)  # of each layer, as a prompt pass was told
 
 
 @contextmanager
@@ -256,9 +259,11 @@ def attention(model: PreTrainedModel) -> Iterator[None]:
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _window)
     model.set_attn_implementation(NAME)
+    token = _windows.set({})
     try:
         yield
     finally:
+        _windows.reset(token)
         model.set_attn_implementation(before)
 
 
@@ -267,10 +272,13 @@ def forward(
 ) -> Tensor:
     """Logits (T, V), or those of the tokens `keep` alone, of tokens `ids` (T,) at `positions` (T,); inside of `attention`."""
     token = _current.set(current)
+    # A mask of four dimensions is handed on as it is; to make one, transformers would wait for the device at every token.
+    ready = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids.device)
     try:
         logits: Tensor = model(
             input_ids=ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
+            attention_mask=ready if isinstance(current, TokenPass) else None,
             use_cache=False,
             logits_to_keep=0 if keep is None else keep,
         ).logits
@@ -296,6 +304,9 @@ def _attend(
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query (1, Hq, T, D), key (1, Hk, T, D), value (1, Hk, T, Dv) -> (1, T, Hq, Dv)."""
-    window = None if attention_mask is None else int(attention_mask)
-    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap, s_aux)
+    windows = _windows.get()
+    if not isinstance(_current.get(), TokenPass):
+        windows[module.layer_idx] = None if attention_mask is None else int(attention_mask)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rule = Rule(scaling, windows[module.layer_idx], softcap, s_aux)
     return _current.get().attend(module.layer_idx, query[0], key[0], value[0], rule).unsqueeze(0), None
