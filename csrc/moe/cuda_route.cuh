@@ -2,6 +2,9 @@
 //
 // Scores are computed in float64 and rounded once to float32, so that equal logits have equal scores on every device. The
 // choice compares their keys: integers in the order of the floats, NaN above everything. Expert e lies in lane e % 32.
+//
+// Most GPUs have few units for float64: one for 64 of float32. So float32 makes the choice wherever it tells what the scores
+// would, and float64 is left for the experts that are chosen, for those too close to each other, and for sums over all.
 #pragma once
 
 #include "common/block_reduce.cuh"
@@ -39,6 +42,21 @@ struct SoftmaxSums {
     double largest, inverse;  // of the sum of e^(l - largest)
 };
 
+// The inverse is NaN if that of softmax_sums is, else 1: whether one of the logits is NaN or infinite, or all are -inf.
+template <class At>
+__device__ inline SoftmaxSums softmax_defined(int64_t count, At at) {
+    float most = -INFINITY;
+    bool is_nan = false;
+    for (int64_t i = lane_id(); i < count; i += kWarpSize) {
+        const float logit = at(i);
+        most = fmaxf(most, logit);
+        is_nan |= logit != logit;
+    }
+    most = warp_reduce(most, [](float a, float b) { return fmaxf(a, b); });
+    const bool undefined = __any_sync(kWholeWarp, is_nan) || fabsf(most) == INFINITY;
+    return {most, undefined ? NAN : 1.0};
+}
+
 // Of some logits of a token; at(i) is the logit i < count.
 template <class At>
 __device__ inline SoftmaxSums softmax_sums(int64_t count, At at) {
@@ -62,6 +80,13 @@ struct Row {
         return kind == Score::softmax ? exp(logit - sums.largest) * sums.inverse : score_alone(kind, logit);
     }
     __device__ float score(double logit) const { return static_cast<float>(wide_score(logit)); }
+
+    // Where the weights are a softmax over the chosen, no more of the sums over all is asked than whether they exist.
+    __device__ void sum_up(const R1kernelsRoute& call, bool wanted) {
+        if (kind != Score::softmax) return;
+        const auto at = [&](int64_t expert) { return logit(expert); };
+        sums = wanted ? softmax_sums(call.experts, at) : softmax_defined(call.experts, at);
+    }
 };
 
 // --- keys ---
@@ -110,12 +135,13 @@ struct Keys {
         return warp_best(mine);
     }
 
-    __device__ void remove(int number) {
+    __device__ void set(int number, int key) {
 #pragma unroll
         for (int i = 0; i < kOfLane; ++i) {
-            if (expert(i) == number) keys[i] = kNotEligible;
+            if (expert(i) == number) keys[i] = key;
         }
     }
+    __device__ void remove(int number) { set(number, kNotEligible); }
 };
 
 // --- choice ---
@@ -129,22 +155,29 @@ __device__ inline int group_key(const R1kernelsRoute& call, Keys<kOfLane> select
     return key_of(value_of(best.key) + value_of(selection.best(first, end).key));
 }
 
-// Makes the experts outside of the best groups not eligible. `groups` is memory for n_group integers of this warp alone.
+__device__ inline Best best_group(const int* groups, int n_group) {
+    Best mine = {kNotEligible, INT32_MAX};
+    for (int group = lane_id(); group < n_group; group += kWarpSize) {
+        if (groups[group] > mine.key) mine = {groups[group], group};
+    }
+    return warp_best(mine);
+}
+
+// Makes the experts outside of the best groups not eligible; returns by how much the last group kept leads the others.
+// `groups` is memory for n_group integers of this warp alone.
 template <int kOfLane>
-__device__ inline void keep_best_groups(const R1kernelsRoute& call, Keys<kOfLane>& selection, int* groups) {
+__device__ inline float keep_best_groups(const R1kernelsRoute& call, Keys<kOfLane>& selection, int* groups) {
     const int n_group = static_cast<int>(call.n_group), size = static_cast<int>(call.experts / call.n_group);
     for (int group = 0; group < n_group; ++group) {
         const int key = group_key(call, selection, group * size, (group + 1) * size);
         if (lane_id() == group % kWarpSize) groups[group] = key;
     }
+    Best last;
     for (int64_t kept = 0; kept < call.topk_group; ++kept) {
-        Best mine = {kNotEligible, INT32_MAX};
-        for (int group = lane_id(); group < n_group; group += kWarpSize) {
-            if (groups[group] > mine.key) mine = {groups[group], group};
-        }
-        const Best best = warp_best(mine);
-        if (lane_id() == best.number % kWarpSize) groups[best.number] = kNotEligible;
+        last = best_group(groups, n_group);
+        if (lane_id() == last.number % kWarpSize) groups[last.number] = kNotEligible;
     }
+    const Best next = best_group(groups, n_group);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) {
@@ -152,23 +185,15 @@ __device__ inline void keep_best_groups(const R1kernelsRoute& call, Keys<kOfLane
         if (expert < call.experts && groups[expert / size] != kNotEligible) selection.keys[i] = kNotEligible;
     }
     __syncwarp();  // the next token's keys come to the same place
+    return next.key == kNotEligible ? INFINITY : value_of(last.key) - value_of(next.key);
 }
 
-// Fills in the softmax sums of the row. The keys go through `memory`, E integers of this warp alone, so that the scores are
-// computed in a loop.
-template <int kOfLane, class Scalar>
-__device__ inline Keys<kOfLane> selection_keys(const R1kernelsRoute& call, Row<Scalar>& row, int* memory) {
+// The keys of value(expert), by way of `memory`, E integers of this warp alone, so that values are computed in a loop.
+template <int kOfLane, class Value>
+__device__ inline Keys<kOfLane> keys_of(const R1kernelsRoute& call, int* memory, Value value) {
     const int experts = static_cast<int>(call.experts);
-    if (row.kind == Score::softmax) {
-        row.sums = softmax_sums(experts, [&](int64_t expert) { return row.logit(expert); });
-    }
 #pragma unroll 4
-    for (int expert = lane_id(); expert < experts; expert += kWarpSize) {
-        const float logit = row.logit(expert);
-        float score = call.by_logits ? logit : row.score(logit);
-        if (call.bias != nullptr) score += call.bias[expert];
-        memory[expert] = key_of(score);
-    }
+    for (int expert = lane_id(); expert < experts; expert += kWarpSize) memory[expert] = key_of(value(expert));
     Keys<kOfLane> selection;
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) {
@@ -179,14 +204,113 @@ __device__ inline Keys<kOfLane> selection_keys(const R1kernelsRoute& call, Row<S
     return selection;
 }
 
+// What experts are chosen by.
+template <class Scalar>
+__device__ inline float selection_of(const R1kernelsRoute& call, const Row<Scalar>& row, int expert) {
+    const float logit = row.logit(expert);
+    const float score = call.by_logits ? logit : row.score(logit);
+    return call.bias == nullptr ? score : score + call.bias[expert];
+}
+
 template <int kOfLane>
-__device__ inline void choose(const R1kernelsRoute& call, Keys<kOfLane> selection, int* memory, int64_t* chosen) {
-    if (call.n_group > 1) keep_best_groups(call, selection, memory);
+__device__ inline void choose(const R1kernelsRoute& call, Keys<kOfLane> selection, int64_t* chosen) {
     for (int64_t k = 0; k < call.top_k; ++k) {
         const Best best = selection.best(0, static_cast<int>(call.experts));
         if (lane_id() == k % kWarpSize) chosen[k] = best.number;
         selection.remove(best.number);
     }
+}
+
+// --- choice by float32 ---
+
+// The values of float32 that stand for what experts are chosen by, and how far apart two of them must be for it to be in the
+// same order; equal ones may be told to be equal.
+//
+// A softmax keeps the order of the logits: e^(l - l') is the ratio of two scores, so that logits 2^-20 apart have float32
+// scores that differ, and equal logits equal ones, as long as the scores are no subnormals: e^-60 / E is none. A sigmoid in
+// float32 is off by 2^-22, and with B the largest |bias| both sums p + bias are rounded by (1 + B) 2^-24 at most.
+constexpr float kLogitsApart = 0x1p-20f, kRange = 60.0f;
+
+__device__ inline float sigmoid_narrow(float logit) { return 1.0f / (1.0f + expf(-logit)); }
+
+__device__ inline bool by_narrow_values(const R1kernelsRoute& call) {
+    if (call.by_logits) return false;  // they are float32 as it is
+    if (call.score == Score::softmax) return call.bias == nullptr && call.n_group == 1;
+    return call.score == Score::sigmoid;
+}
+
+__device__ inline float needed_apart(const R1kernelsRoute& call) {
+    if (call.score == Score::softmax) return kLogitsApart;
+    float most = 0.0f;
+    for (int64_t i = lane_id(); call.bias != nullptr && i < call.experts; i += kWarpSize) {
+        most = max_or_nan(most, fabsf(call.bias[i]));
+    }
+    return 2 * (1 + r1kernels::warp_max(most)) * 0x1p-21f;
+}
+
+// Where the values chosen follow each other too closely: the experts that could be among the K best, from `least` on, by the
+// keys of what they are chosen by; the others not eligible. `memory` is for E integers of this warp alone.
+template <int kOfLane, class Scalar>
+__device__ inline void recheck(const R1kernelsRoute& call, const Row<Scalar>& row, Keys<kOfLane>& values, float least,
+                               int* memory) {
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+        const bool close = values.keys[i] != kNotEligible && value_of(values.keys[i]) >= least;
+        const unsigned lanes = __ballot_sync(kWholeWarp, close);
+        if (close) memory[count + __popc(lanes & ((1u << lane_id()) - 1))] = Keys<kOfLane>::expert(i);
+        count += __popc(lanes);
+        values.keys[i] = kNotEligible;
+    }
+    __syncwarp();
+    for (int first = 0; first < count; first += kWarpSize) {
+        const int mine = first + lane_id() < count ? memory[first + lane_id()] : -1;
+        const int key = mine < 0 ? kNotEligible : key_of(selection_of(call, row, mine));
+        for (int lane = 0; lane < kWarpSize && first + lane < count; ++lane) {
+            values.set(__shfl_sync(kWholeWarp, mine, lane), __shfl_sync(kWholeWarp, key, lane));
+        }
+    }
+    __syncwarp();  // the memory is free again
+}
+
+// Whether float32 values make the choice; else nothing is written.
+template <int kOfLane, class Scalar>
+__device__ inline bool choose_by_values(const R1kernelsRoute& call, const Row<Scalar>& row, int* memory,
+                                        int64_t* chosen) {
+    const bool softmax = call.score == Score::softmax;
+    const float apart = needed_apart(call);
+    Keys<kOfLane> values = keys_of<kOfLane>(call, memory, [&](int expert) {
+        const float logit = row.logit(expert);
+        if (softmax) return logit;
+        return call.bias == nullptr ? sigmoid_narrow(logit) : sigmoid_narrow(logit) + call.bias[expert];
+    });
+    // the sum of two scores, rounded too, may be off by three times their error
+    if (call.n_group > 1 && !(keep_best_groups(call, values, memory) > 3 * apart)) return false;
+
+    Keys<kOfLane> left = values;
+    float first = 0.0f, last = 0.0f;
+    bool stand_apart = true;
+    for (int64_t k = 0; k <= call.top_k; ++k) {
+        const Best best = left.best(0, static_cast<int>(call.experts));
+        if (best.key == kNotEligible) break;  // of the experts none is left out
+        const float value = value_of(best.key);
+        if (k == 0) {
+            first = value;
+            if (!(fabsf(first) < INFINITY)) return false;
+        } else {
+            stand_apart &= last - value > apart || (softmax && last == value);
+        }
+        if (k == call.top_k) break;
+        last = value;
+        left.remove(best.number);
+    }
+    if (!(first - last <= kRange)) return false;  // a NaN too
+    if (!stand_apart) {
+        if (softmax) return false;
+        recheck(call, row, values, last - apart, memory);
+    }
+    choose(call, values, chosen);
+    return true;
 }
 
 // --- weights ---
@@ -229,6 +353,8 @@ __device__ inline int64_t all_warps_of_grid() { return gridDim.x * int64_t{kRout
 // How many blocks share a processor: the compiler, left to itself, spills to fit more of them.
 constexpr int route_blocks(int of_lane) { return of_lane > 16 ? 2 : of_lane > 4 ? 4 : 5; }
 
+constexpr int kMostOfLaneByValues = 16;  // keys; twice as many would not fit beside the values
+
 // counts are zeros before. Shared memory: E integers a warp.
 template <class Scalar, int kOfLane>
 __global__ void __launch_bounds__(kRouteThreads, route_blocks(kOfLane))
@@ -237,7 +363,17 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks(kOfLane))
     for (int64_t token = first_token(); token < call.tokens; token += all_warps_of_grid()) {
         Row<Scalar> row = {static_cast<const Scalar*>(call.logits) + token * call.experts, call.score, {}};
         int64_t* chosen = indices + token * call.top_k;
-        choose(call, selection_keys<kOfLane>(call, row, memory), memory, chosen);
+        bool known = false;
+        if constexpr (kOfLane <= kMostOfLaneByValues) {
+            known = by_narrow_values(call) && choose_by_values<kOfLane>(call, row, memory, chosen);
+        }
+        row.sum_up(call, !call.normalize || !(known || call.by_logits));
+        if (!known) {
+            Keys<kOfLane> selection =
+                keys_of<kOfLane>(call, memory, [&](int expert) { return selection_of(call, row, expert); });
+            if (call.n_group > 1) keep_best_groups(call, selection, memory);
+            choose(call, selection, chosen);
+        }
         weigh(call, row, chosen, weights + token * call.top_k, counts);
     }
 }
@@ -247,9 +383,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks(1))
     replay_kernel(R1kernelsRoute call, float* weights, int64_t* indices, int32_t* counts) {
     for (int64_t token = first_token(); token < call.tokens; token += all_warps_of_grid()) {
         Row<Scalar> row = {static_cast<const Scalar*>(call.logits) + token * call.experts, call.score, {}};
-        if (row.kind == Score::softmax) {
-            row.sums = softmax_sums(call.experts, [&](int64_t expert) { return row.logit(expert); });
-        }
+        row.sum_up(call, !call.normalize);
         int64_t* chosen = indices + token * call.top_k;
         for (int64_t k = lane_id(); k < call.top_k; k += kWarpSize) chosen[k] = call.replayed[token * call.top_k + k];
         weigh(call, row, chosen, weights + token * call.top_k, counts);

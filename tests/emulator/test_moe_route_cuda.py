@@ -7,8 +7,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import r1kernels
 from r1kernels.moe import reference
 from tests.support.emulated_routing import EmulatedRouting
+from tests.support.forced import public_on
 from tests.support.numerics import same_bits
 from tests.support.routing_cases import FAMILIES, families, normal
 from tests.support.routing_kernel import RoutingKernel, integers
@@ -62,6 +64,41 @@ class TestRoutingCuda(RoutingKernel):
             results.append(self.run(backend, normal(9, 40), **options))
         for other in results[1:]:
             assert all(same_bits(first, second) for first, second in zip(results[0], other, strict=True))
+
+
+MODELS = {  # E experts, and how many exponentials of float64 a token may cost: those of its weights, K or 2 K
+    "deepseek-v3": (256, 16, {"top_k": 8, "score": "sigmoid", "n_group": 8, "topk_group": 4, "bias": True}),
+    "sigmoid": (128, 16, {"top_k": 8, "score": "sigmoid"}),
+    "qwen3": (128, 16, {"top_k": 8, "score": "softmax"}),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_float64_is_for_the_experts_that_are_chosen(backend, module, model):
+    """GPUs of consumers compute one value of float64 in the time of 64 of float32."""
+    experts, most, options = MODELS[model]
+    options = options | {"bias": normal(experts, seed=1) / 10 if "bias" in options else None}
+    logits = normal(40, experts)
+    module.wide_exps()
+    _, indices, _ = public_on(backend, r1kernels.route, logits, **options)
+    assert module.wide_exps() <= 40 * (most + 2)  # a pair that is too close has to be looked at again
+    _, expected, _ = r1kernels.route(logits, **options, backend="reference")
+    assert torch.equal(indices, expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("steps", [1e-7, 1e-6, 1e-3, 0.5])
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_experts_that_are_close_are_in_the_order_of_their_exact_scores(backend, module, score, steps, bias):
+    """Logits on a grid, of which some fall together in float32 scores and some are equal."""
+    generator = torch.Generator().manual_seed(3)
+    logits = (torch.randint(-4, 5, (24, 40), generator=generator) * steps + 1).float()
+    offsets = torch.randint(-2, 3, (40,), generator=generator) * steps if bias else None
+    for n_group, topk_group in ((1, 1), (4, 2)):
+        options = {"score": score, "bias": offsets, "n_group": n_group, "topk_group": topk_group}
+        ours = public_on(backend, r1kernels.route, logits, 6, **options)
+        expected = r1kernels.route(logits, 6, **options, backend="reference")
+        assert torch.equal(ours[1], expected[1]), (n_group, topk_group)
 
 
 # one block, and three launches; the counters of many experts do not fit in shared memory
