@@ -10,6 +10,7 @@ python -m bench mixtures [--only FAMILY] [--out OUT.json]
 python -m bench prefix [--tiny] [--rounds N] [--out OUT.json]
 python -m bench rollout [--tiny] [--out OUT.json]
 python -m bench guard [--update]
+python -m bench roofline
 python -m bench documents
 """
 
@@ -85,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     guard = commands.add_parser("guard", help="are the CPU kernels slower than the committed baseline")
     guard.add_argument("--update", action="store_true", help="write the baseline")
     guard.set_defaults(command=_guard)
+    roofline = commands.add_parser("roofline", help="what the kernels for GPUs should take, by counting")
+    roofline.set_defaults(command=_roofline)
     documents = commands.add_parser("documents", help="write the tables of README and docs anew")
     documents.set_defaults(command=_documents)
     return parser
@@ -124,6 +127,12 @@ def _guard(given: argparse.Namespace) -> int:
     from . import guard
 
     return guard.main(given.update)
+
+
+def _roofline(given: argparse.Namespace) -> None:
+    from . import roofline
+
+    roofline.main()
 
 
 def _documents(given: argparse.Namespace) -> None:
