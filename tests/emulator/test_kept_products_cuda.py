@@ -10,7 +10,7 @@ from tests.support.numerics import same_bits
 
 @pytest.fixture(scope="module")
 def module(emulated):
-    return emulated("kept_products")
+    return emulated("token_logprobs")
 
 
 class EmulatedKernel:
@@ -21,7 +21,7 @@ class EmulatedKernel:
 
     def call(self, call):
         self.module.set_seed(self.seed)
-        return self.module.Call(
+        return self.module.KeptCall(
             address(call.hidden),
             address(call.weight),
             ELEMENTS.index(call.hidden.dtype),
@@ -34,7 +34,7 @@ class EmulatedKernel:
         )
 
     def products_into(self, call, raw):
-        assert self.module.products(self.call(call), address(call.bias), address(raw)) == 0
+        assert self.module.kept_products(self.call(call), address(call.bias), address(raw)) == 0
 
     def backward_into(self, call, for_hidden, for_weight, for_bias):
         needed = (call.need_hidden, call.need_weight, call.need_bias)
@@ -43,7 +43,9 @@ class EmulatedKernel:
             for result, need in zip((for_hidden, for_weight, for_bias), needed, strict=True)
         )
         places = map(address, (call.offsets, call.order, call.grad))
-        code = self.module.backward(self.call(call), *places, for_hidden, call.slab, for_weight, for_bias)
+        code = self.module.kept_backward(
+            self.call(call), *places, for_hidden, call.slab, for_weight, for_bias
+        )
         assert code == 0, self.module.error_text(code)
 
 

@@ -1,4 +1,4 @@
-// The CUDA launchers of the row ops under the emulator, for pytest. Addresses come as integers (Tensor.data_ptr()).
+// The CUDA launchers of the row ops and of kept rows of the head under the emulator, for pytest. Addresses come as integers (Tensor.data_ptr()).
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -8,6 +8,7 @@
 #include "logprob/cuda_sm80_backward.cu"
 #include "logprob/cuda_sm80_completions.cu"
 #include "logprob/cuda_sm80_forward.cu"
+#include "logprob/cuda_sm80_kept.cu"
 
 namespace {
 
@@ -67,6 +68,38 @@ int completion_numbers(uintptr_t cu_seqlens, int64_t completions, int64_t tokens
                                              reinterpret_cast<int32_t*>(numbers), nullptr);
 }
 
+// --- kept rows of the head ---
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+R1kernelsKeptProducts kept_call_of(uintptr_t hidden, uintptr_t weight, int element, int64_t tokens, int64_t width,
+                              int64_t vocabulary, int64_t first, int64_t entries, uintptr_t ids,
+                              uintptr_t entry_tokens) {
+    R1kernelsKeptProducts call = {};
+    call.hidden = at<const void>(hidden), call.weight = at<const void>(weight);
+    call.element = static_cast<r1kernels::Element>(element);
+    call.tokens = tokens, call.width = width, call.vocabulary = vocabulary, call.first = first;
+    call.entries = entries;
+    call.ids = at<const int64_t>(ids), call.entry_tokens = at<const int64_t>(entry_tokens);
+    return call;
+}
+
+int kept_products(R1kernelsKeptProducts call, uintptr_t bias, uintptr_t to) {
+    call.bias = at<const float>(bias);
+    return r1kernels_kept_products_cuda(&call, at<float>(to), nullptr);
+}
+
+int kept_backward(R1kernelsKeptProducts call, uintptr_t offsets, uintptr_t order, uintptr_t grad, uintptr_t for_hidden,
+             bool float32, uintptr_t for_weight, uintptr_t for_bias) {
+    call.offsets = at<const int64_t>(offsets), call.order = at<const int64_t>(order);
+    call.grad = at<const float>(grad);
+    return r1kernels_kept_products_cuda_backward(&call, at<void>(for_hidden), float32, at<void>(for_weight),
+                                                 at<float>(for_bias), nullptr);
+}
+
 float round_trip_half(float value) { return __half2float(__float2half_rn(value)); }
 float round_trip_bfloat16(float value) { return __bfloat162float(__float2bfloat16_rn(value)); }
 
@@ -80,6 +113,9 @@ PYBIND11_MODULE(token_logprobs, m) {
     m.def("set_max_blocks", [](unsigned blocks) { emulator::max_blocks = blocks; });
     m.def("forward", &forward);
     m.def("backward", &backward);
+    pybind11::class_<R1kernelsKeptProducts>(m, "KeptCall").def(pybind11::init(&kept_call_of));
+    m.def("kept_products", &kept_products);
+    m.def("kept_backward", &kept_backward);
     m.def("completion_sums", &completion_sums);
     m.def("completion_numbers", &completion_numbers);
     m.def("error_text", &r1kernels_cuda_error);

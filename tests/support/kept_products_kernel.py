@@ -11,8 +11,6 @@ Tensors lie in redzones. N tokens, H hidden, V vocabulary, Z entries.
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
@@ -100,7 +98,7 @@ class Case:
 
 class KeptProductsKernel:
     @pytest.mark.parametrize(
-        ("width", "dtype"), [(1, torch.float32), (64, torch.float32), *itertools.product((37, 300), DTYPES)]
+        ("width", "dtype"), [(1, torch.float32), *((37, dtype) for dtype in DTYPES), (300, torch.bfloat16)]
     )
     def test_products_and_gradients(self, kernel, width, dtype):
         case = Case(width, dtype)
@@ -108,18 +106,15 @@ class KeptProductsKernel:
         for ours, peer, exact in zip(case.run(kernel), eager, case.dense(torch.float64), strict=True):
             assert_as_exact_as(ours, peer.to(ours.dtype), exact, ours.dtype)
 
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_some_rows_of_a_larger_head(self, kernel, dtype):
+    def test_some_rows_of_a_larger_head(self, kernel):
         """The gradient of hidden is then a part of a sum, in float32."""
-        case = Case(37, dtype, first=20, columns=13)
+        case = Case(37, torch.bfloat16, first=20, columns=13)
         for ours, peer, exact in zip(
             case.run(kernel, slab=True), case.dense(torch.float32), case.dense(torch.float64), strict=True
         ):
             assert_as_exact_as(ours, peer.to(ours.dtype), exact, ours.dtype)
 
-    @pytest.mark.parametrize(
-        "needs", [(True, False, False), (False, True, False), (False, False, True), (False, False, False)]
-    )
+    @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
     def test_what_is_not_needed_is_not_written(self, kernel, needs):
         case = Case()
         _, *everything = case.run(kernel)
