@@ -96,6 +96,9 @@ def test_the_answer_of_the_driver_stands_in_a_compiled_graph(gpu):
     assert compiled(torch.ones(())) == 8
 
 
+SILU = (0, 1.0, float("inf"), 0.0)
+
+
 def experts(dtype):
     hidden, indices = on_gpu(8, 16, dtype=dtype), on_gpu(8, 2, dtype=torch.int64)
     weights = on_gpu(8, 2, dtype=torch.float32)
@@ -105,7 +108,7 @@ def experts(dtype):
         weights,
         on_gpu(4, 32, 16, dtype=dtype),
         on_gpu(4, 16, 16, dtype=dtype),
-        0,
+        *SILU,
         False,
         False,
     )

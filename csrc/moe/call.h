@@ -12,6 +12,14 @@
 namespace r1kernels {
 
 enum class Activation : int32_t { silu, gelu_tanh };
+
+// a = act(g') (u' + shift) of gate g and up projection u, with g' = min(g, limit) and u' = clamp(u, -limit, limit);
+// act(g) is g sigmoid(alpha g), or gelu_tanh.
+struct Gating {
+    Activation activation;
+    float alpha, limit, shift;
+};
+
 enum class Score : int32_t { sigmoid, softmax, sqrt_softplus };
 
 }  // namespace r1kernels
@@ -76,10 +84,10 @@ struct R1kernelsMoeRows {
 enum R1kernelsMoeEpilogue {
     // out = P
     R1KERNELS_MOE_STORE = 0,
-    // P (S, 2 I) has the gate, then the up projection: out = P; activated (S, I) = act(gate) * up, of the rounded P
+    // P (S, 2 I) has the gate, then the up projection: out = P; activated (S, I) = a of the rounded P (Gating)
     R1KERNELS_MOE_UP = 1,
-    // P (S, I) = dA' = dO W2. From it, the pre-activation (g, u), a = act(g) u rounded, and s = scales[order[r]]:
-    //     activated (S, I) = s a    out (S, 2 I) = (s dA' u act'(g), s dA' act(g))    partials = parts of <dA', a>
+    // P (S, I) = dA' = dO W2. From it, the pre-activation (g, u), its a (Gating) rounded, and s = scales[order[r]]:
+    //     activated (S, I) = s a    out (S, 2 I) = (s dA' da/dg, s dA' da/du)    partials = parts of <dA', a>
     R1KERNELS_MOE_GATE_BACKWARD = 2,
 };
 
@@ -90,7 +98,7 @@ enum { R1KERNELS_MOE_PART_COLUMNS = 64 };
 struct R1kernelsMoeProduct {
     r1kernels::Element element;            // of x, weight, out, activated and pre_activation
     R1kernelsMoeEpilogue epilogue;
-    r1kernels::Activation activation;
+    r1kernels::Gating gating;
     int32_t transposed;                    // the layout of weight
     int32_t clear_rest;                    // the rows of nobody get zeros (P = 0); else they stay as they are
     R1kernelsMoeRows x;                    // rows of `depth` elements

@@ -28,7 +28,7 @@ void product_tn_any(const ProductBlock& product, const BlockRows& b, void* works
 void up(const GateBlock& block, void* workspace) {
     with_element(block.element, [&](auto zero) {
         typedef decltype(zero) T;
-        if (block.activation == Activation::silu) {
+        if (block.gating.activation == Activation::silu) {
             up_of<T, Activation::silu>(block, workspace_at(workspace));
         } else {
             up_of<T, Activation::gelu_tanh>(block, workspace_at(workspace));
@@ -39,7 +39,7 @@ void up(const GateBlock& block, void* workspace) {
 void gate_backward(const GateBlock& block, void* workspace) {
     with_element(block.element, [&](auto zero) {
         typedef decltype(zero) T;
-        if (block.activation == Activation::silu) {
+        if (block.gating.activation == Activation::silu) {
             gate_backward_of<T, Activation::silu>(block, workspace_at(workspace));
         } else {
             gate_backward_of<T, Activation::gelu_tanh>(block, workspace_at(workspace));

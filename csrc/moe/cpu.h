@@ -39,7 +39,7 @@ struct ProductBlock {
 // Rows [0, rows) of one expert and columns [0, columns) of I; pointers are at the first of both.
 struct GateBlock {
     Element element;
-    Activation activation;
+    Gating gating;
     bool batch_invariant;      // few rows have the bits of many
     int64_t rows, columns, hidden, intermediate;
     BlockRows tokens;          // (rows, H): hidden states, or gradients of the output

@@ -1,8 +1,8 @@
 // The blocks of grouped_gemm and moe_experts on the CPU. Included by cpu.cpp alone, once for each instruction set.
 //
-// Notation: x token, (g, u) = pre-activation, A = act(g) u, s routing weight, dO gradient of the output,
+// Notation: x token, (g, u) = pre-activation, A what the gate makes of it (Gating), s routing weight, dO gradient of the output,
 //     dA' = dO W2        dS = <dA', A>        dW2 = dO^T (s A)
-//     dg = s dA' u act'(g)        du = s dA' act(g)        dW1 = (dg, du)^T X        dX = (dg, du) W1
+//     dg = s dA' dA/dg        du = s dA' dA/du        dW1 = (dg, du)^T X        dX = (dg, du) W1
 #pragma once
 
 #include "common/gemm/blocks.h"
@@ -59,14 +59,17 @@ void product_tn_of(const ProductBlock& product, const BlockRows& b, const Worksp
 // --- the activation ---
 
 struct Gate {
-    Floats value, slope;  // act(g), act'(g)
+    Floats value, by_gate, by_up;  // a, da/dg, da/du
 };
 
-// Both activations are g sigmoid(z): z = g for silu, z = 2 sqrt(2 / pi) (g + 0.044715 g^3) for gelu_tanh, so that
-// act' = sigmoid(z) + g sigmoid(z) sigmoid(-z) z'.
+// Both activations are g sigmoid(z): z = alpha g for silu, z = 2 sqrt(2 / pi) (g + 0.044715 g^3) for gelu_tanh, so that
+// act' = sigmoid(z) + g sigmoid(z) sigmoid(-z) z'. Beyond the limit nothing moves; NaN stays.
 template <Activation kActivation>
-Gate gate_of(Floats g) {
-    Floats z = g, z_slope = all(1.0f);
+Gate gate_of(const Gating& gating, Floats gate, Floats up) {
+    const Floats limit = all(gating.limit);
+    const Floats g = gate > limit ? limit : gate;
+    const Floats u = (up > limit ? limit : up < -limit ? -limit : up) + gating.shift;
+    Floats z = gating.alpha * g, z_slope = all(gating.alpha);
     if constexpr (kActivation == Activation::gelu_tanh) {
         const Floats square = g * g;
         z = g * (1.5957691216057308f + 0.07135481627159600f * square);
@@ -76,7 +79,8 @@ Gate gate_of(Floats g) {
     const Floats larger = 1.0f / (1.0f + e), smaller = e * larger;
     const Floats sigmoid = z < 0 ? smaller : larger;
     const Floats spread = g * (larger * smaller);
-    return {g * sigmoid, sigmoid + (spread == 0 ? Floats{} : spread * z_slope)};
+    const Floats act = g * sigmoid, slope = sigmoid + (spread == 0 ? Floats{} : spread * z_slope);
+    return {act * u, gate > limit ? Floats{} : u * slope, (up > limit) | (up < -limit) ? Floats{} : act};
 }
 
 template <typename T>
@@ -126,7 +130,7 @@ void up_of(const GateBlock& block, const Workspace& workspace) {
                 store_up_to(kept + i, g, count);
                 store_up_to(kept + width + i, u, count);
             }
-            store_up_to(activated + i, gate_of<kActivation>(g).value * u, count);
+            store_up_to(activated + i, gate_of<kActivation>(block.gating, g, u).value, count);
         }
     }
 }
@@ -151,15 +155,15 @@ void gate_backward_of(const GateBlock& block, const Workspace& workspace) {
         for (int64_t i = 0; i < block.columns; i += kLanes) {
             const int64_t count = block.columns - i;
             const Floats g = load_up_to(pre + i, count), u = load_up_to(pre + width + i, count);
-            const Gate gate = gate_of<kActivation>(g);
-            const Floats a = rounded<T>(gate.value * u);
+            const Gate gate = gate_of<kActivation>(block.gating, g, u);
+            const Floats a = rounded<T>(gate.value);
             if (scaled) store_up_to(scaled + i, s * a, count);
             if (!product) continue;
             const Floats da = load_up_to(unscaled + i, count);
             along += da * a;
             if (grad_pre) {
-                store_up_to(grad_pre + i, s * da * u * gate.slope, count);
-                store_up_to(grad_pre + width + i, s * da * gate.value, count);
+                store_up_to(grad_pre + i, s * da * gate.by_gate, count);
+                store_up_to(grad_pre + width + i, s * da * gate.by_up, count);
             }
         }
         if (block.grad_scales) block.grad_scales[row] = static_cast<float>(sum(along));

@@ -110,7 +110,7 @@ void run_backward(Host& host, const CudaGroupedGemm& call, const void* grad, voi
 
 struct CudaExperts {
     Element element;
-    Activation activation;
+    Gating gating;
     int64_t tokens, hidden, intermediate, experts, top_k;
     const void* x;                             // (T, H)
     const float* weights;                      // (T, K)
@@ -128,7 +128,7 @@ void run_up(Host& host, const CudaExperts& call, const R1kernelsMoeSchedule& sch
     R1kernelsMoeProduct product = {};
     product.element = call.element;
     product.epilogue = R1KERNELS_MOE_UP;
-    product.activation = call.activation;
+    product.gating = call.gating;
     product.transposed = 1;
     product.clear_rest = clear_rest;
     product.x = {call.x, call.permutation, static_cast<int32_t>(call.top_k)};
@@ -205,7 +205,7 @@ void run_backward(Host& host, const CudaExperts& call, const void* grad, const v
         R1kernelsMoeProduct product = {};
         product.element = call.element;
         product.epilogue = R1KERNELS_MOE_GATE_BACKWARD;
-        product.activation = call.activation;
+        product.gating = call.gating;
         product.x = grad_rows;
         product.weight = call.down;
         product.columns = call.intermediate;

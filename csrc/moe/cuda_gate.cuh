@@ -1,4 +1,4 @@
-// The activation of a gated expert and its slope.
+// What a gated expert makes of its two projections, and the slopes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 namespace r1kernels::moe {
 
 struct Gate {
-    float value, slope;  // act(g), act'(g)
+    float value, by_gate, by_up;  // a, da/dg, da/du
 };
 
 // e^-x and 1 / (1 + e^-x) of x >= 0.
@@ -35,12 +35,16 @@ __device__ inline Sigmoid sigmoid_of(float x) {
     return found;
 }
 
-// Both activations are g sigmoid(z): z = g for silu, z = 2 sqrt(2 / pi) (g + 0.044715 g^3) for gelu_tanh, so that
-// act' = sigmoid(z) + g sigmoid(z) sigmoid(-z) z'. An `activation` known to the compiler costs no choice.
+// Both activations are g sigmoid(z): z = alpha g for silu, z = 2 sqrt(2 / pi) (g + 0.044715 g^3) for gelu_tanh, so that
+// act' = sigmoid(z) + g sigmoid(z) sigmoid(-z) z'. Beyond the limit nothing moves; NaN stays. What the compiler knows of
+// `gating` costs nothing.
 template <bool kNarrow>
-__device__ inline Gate gate_of(Activation activation, float g) {
-    float z = g, z_slope = 1.0f;
-    if (activation == Activation::gelu_tanh) {
+__device__ inline Gate gate_of(const Gating& gating, float gate, float up) {
+    const float limit = gating.limit;
+    const float g = gate > limit ? limit : gate;
+    const float u = (up > limit ? limit : up < -limit ? -limit : up) + gating.shift;
+    float z = gating.alpha * g, z_slope = gating.alpha;
+    if (gating.activation == Activation::gelu_tanh) {
         const float square = g * g;
         z = g * (1.5957691216057308f + 0.07135481627159600f * square);
         z_slope = 1.5957691216057308f + 0.21406444881478800f * square;
@@ -49,7 +53,8 @@ __device__ inline Gate gate_of(Activation activation, float g) {
     const float larger = of_size.larger, smaller = of_size.smaller_odds * larger;
     const float sigmoid = z < 0.0f ? smaller : larger;
     const float spread = g * (larger * smaller);
-    return {g * sigmoid, sigmoid + (spread == 0.0f ? 0.0f : spread * z_slope)};
+    const float act = g * sigmoid, slope = sigmoid + (spread == 0.0f ? 0.0f : spread * z_slope);
+    return {act * u, gate > limit ? 0.0f : u * slope, up > limit || up < -limit ? 0.0f : act};
 }
 
 }  // namespace r1kernels::moe

@@ -77,8 +77,8 @@ __device__ inline void store_up(const R1kernelsMoeProduct& product, const R1kern
         for (int j = 0; j < kChunk<Scalar>; ++j) {
             gate[j] = from_float<Scalar>(sums.value(i, 0, j));
             up[j] = from_float<Scalar>(sums.value(i, 1, j));
-            const float act = gate_of<kNarrow<Scalar>>(product.activation, to_float(gate[j])).value;
-            activated[j] = from_float<Scalar>(act * to_float(up[j]));
+            const Gate of = gate_of<kNarrow<Scalar>>(product.gating, to_float(gate[j]), to_float(up[j]));
+            activated[j] = from_float<Scalar>(of.value);
         }
         if (Scalar* kept = row_of<Scalar>(product.out, row, product.columns)) {
             store_chunk(kept, column, size, gate);
@@ -110,12 +110,12 @@ __device__ inline void store_gate_backward(const R1kernelsMoeProduct& product, c
                 Scalar scaled[kChunk<Scalar>], grad_gate[kChunk<Scalar>], grad_up[kChunk<Scalar>];
 #pragma unroll
                 for (int j = 0; j < kChunk<Scalar>; ++j) {
-                    const Gate gate = gate_of<kNarrow<Scalar>>(product.activation, gates[j]);
-                    const float a = rounded<Scalar>(gate.value * ups[j]), da = sums.value(i, run, j);
+                    const Gate gate = gate_of<kNarrow<Scalar>>(product.gating, gates[j], ups[j]);
+                    const float a = rounded<Scalar>(gate.value), da = sums.value(i, run, j);
                     if (column + j < size) product_with_a += da * a;
                     scaled[j] = from_float<Scalar>(s * a);
-                    grad_gate[j] = from_float<Scalar>(s * da * ups[j] * gate.slope);
-                    grad_up[j] = from_float<Scalar>(s * da * gate.value);
+                    grad_gate[j] = from_float<Scalar>(s * da * gate.by_gate);
+                    grad_up[j] = from_float<Scalar>(s * da * gate.by_up);
                 }
                 if (activated) store_chunk(activated, column, size, scaled);
                 if (out) {

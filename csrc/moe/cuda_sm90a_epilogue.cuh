@@ -91,6 +91,12 @@ __device__ inline void store_tile(const Product& product, Scalar* out, int64_t r
     });
 }
 
+// The gates that Hopper's kernels serve (rows_serve): nothing of them is known at run time alone.
+template <Activation kActivation>
+__device__ inline Gate plain_gate(float gate, float up) {
+    return gate_of<true>({kActivation, 1.0f, INFINITY, 0.0f}, gate, up);
+}
+
 // cuda.h: R1KERNELS_MOE_UP. The first half of the tile is the gate, the second the up projection.
 template <class Scalar, Activation kActivation, class Product>
 __device__ inline void store_up(const Product& product, const R1kernelsMoeProduct& call, const R1kernelsMoeTile& tile,
@@ -112,8 +118,7 @@ __device__ inline void store_up(const Product& product, const R1kernelsMoeProduc
                     float values[2];
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const Gate act = gate_of<true>(kActivation, unpack<Scalar>(gate[b], i));
-                        values[i] = act.value * unpack<Scalar>(up[b], i);
+                        values[i] = plain_gate<kActivation>(unpack<Scalar>(gate[b], i), unpack<Scalar>(up[b], i)).value;
                     }
                     a[b] = pack_pair<Scalar>(values[0], values[1]);
                 }
@@ -149,21 +154,20 @@ __device__ inline void store_gate_backward(const Product& product, const R1kerne
             for (int b = 0; b < 4; ++b) {
                 const bool inside = b * kChunkElements < left;  // beyond, the product may be inf * 0
                 Gate act[2];
-                float u[2], d_gate[2], d_up[2], scaled[2];
+                float d_gate[2], d_up[2], scaled[2];
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    u[i] = unpack<Scalar>(up[b], i);
-                    act[i] = gate_of<true>(kActivation, unpack<Scalar>(gate[b], i));
+                    act[i] = plain_gate<kActivation>(unpack<Scalar>(gate[b], i), unpack<Scalar>(up[b], i));
                 }
                 // as the forward rounded them
-                const uint32_t values = pack_pair<Scalar>(act[0].value * u[0], act[1].value * u[1]);
+                const uint32_t values = pack_pair<Scalar>(act[0].value, act[1].value);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const float grad = inside ? product[(part * 4 + b) * 4 + half * 2 + i] : 0.0f;
                     const float value = unpack<Scalar>(values, i);
                     dot += grad * value;
-                    d_gate[i] = scale * grad * u[i] * act[i].slope;
-                    d_up[i] = scale * grad * act[i].value;
+                    d_gate[i] = scale * grad * act[i].by_gate;
+                    d_up[i] = scale * grad * act[i].by_up;
                     scaled[i] = scale * value;
                 }
                 gate[b] = pack_pair<Scalar>(d_gate[0], d_gate[1]);

@@ -142,8 +142,8 @@ auto row_kernel_of(const R1kernelsMoeProduct& product) {
 // The kernel that is compiled for a product.
 template <class Scalar>
 auto row_kernel_of(const R1kernelsMoeProduct& product) {
-    return product.activation == Activation::silu ? row_kernel_of<Scalar, Activation::silu>(product)
-                                                  : row_kernel_of<Scalar, Activation::gelu_tanh>(product);
+    return product.gating.activation == Activation::silu ? row_kernel_of<Scalar, Activation::silu>(product)
+                                                         : row_kernel_of<Scalar, Activation::gelu_tanh>(product);
 }
 
 }  // namespace r1kernels::moe::hopper

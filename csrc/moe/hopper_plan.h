@@ -10,6 +10,7 @@
 // completed that phase and free when its empty barrier has completed the one before.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "moe/cuda.h"
@@ -173,7 +174,13 @@ inline bool whole_chunks(int64_t elements) {
     return elements > 0 && elements % kChunkElements == 0 && elements < int64_t{1} << 31;
 }
 
+// The gates that are compiled; another one goes to the portable kernels.
+inline bool is_plain(const Gating& gating) {
+    return gating.alpha == 1.0f && gating.limit == INFINITY && gating.shift == 0.0f;
+}
+
 inline bool takes(const R1kernelsMoeProduct& product) {
+    if (product.epilogue != R1KERNELS_MOE_STORE && !is_plain(product.gating)) return false;
     const bool gathered = product.x.index != nullptr;
     const bool up = product.epilogue == R1KERNELS_MOE_UP, down = product.epilogue == R1KERNELS_MOE_STORE;
     // the combinations that are compiled: the up projection and the gradient of its output gather, the others do not

@@ -84,6 +84,12 @@ inline void add_choice(R1kernelsRoute& call, const Tensor& logits, bool by_logit
     }
 }
 
+inline Gating gating_of(int64_t activation, double alpha, double limit, double shift) {
+    STD_TORCH_CHECK(activation == 0 || activation == 1, "activation: expected 0 or 1, got ", activation);
+    return {static_cast<Activation>(activation), static_cast<float>(alpha), static_cast<float>(limit),
+            static_cast<float>(shift)};
+}
+
 // --- products over all experts on the CPU (ops_gemm.cpp) ---
 
 // Rows [row, row + rows) in expert order, all of one expert, or of a weight, and columns [column, column + columns).

@@ -50,9 +50,9 @@ std::tuple<Tensor, Tensor> gemm_backward(const Tensor& grad, const Tensor& x, co
 // --- moe_experts ---
 
 CudaExperts experts_of(const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down,
-                       const Tensor& offsets, const Tensor& permutation, const Tensor& inverse, int64_t activation) {
+                       const Tensor& offsets, const Tensor& permutation, const Tensor& inverse, const Gating& gating) {
     const CudaExperts call = {element_of("hidden", x),
-                              static_cast<Activation>(activation),
+                              gating,
                               x.size(0),
                               x.size(1),
                               down.size(2),
@@ -68,7 +68,6 @@ CudaExperts experts_of(const Tensor& x, const Tensor& weights, const Tensor& gat
     STD_TORCH_CHECK(call.hidden > 0 && call.intermediate > 0 && call.experts > 0,
                     "hidden, gate_up, down: expected no empty size");
     STD_TORCH_CHECK(call.rows() <= INT32_MAX, "indices: expected less than 2^31 entries, got ", call.rows());
-    STD_TORCH_CHECK(activation == 0 || activation == 1, "activation: expected 0 or 1, got ", activation);
     check_on("hidden", x, x, x.scalar_type(), {call.tokens, call.hidden});
     check_on("weights", weights, x, ScalarType::Float, {call.tokens, call.top_k});
     check_on("gate_up", gate_up, x, x.scalar_type(), {call.experts, 2 * call.intermediate, call.hidden});
@@ -81,13 +80,15 @@ CudaExperts experts_of(const Tensor& x, const Tensor& weights, const Tensor& gat
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_forward(const Tensor& x, const Tensor& indices,
                                                                    const Tensor& weights, const Tensor& gate_up,
-                                                                   const Tensor& down, int64_t activation, bool,
+                                                                   const Tensor& down, int64_t activation,
+                                                                   double alpha, double limit, double shift, bool,
                                                                    bool keep) {
     const int64_t rows = indices.numel();
     const Tensor offsets = empty_on(x, {down.size(0) + 1}, ScalarType::Int);
     const Tensor permutation = empty_on(x, {rows}, ScalarType::Int);
     const Tensor inverse = empty_on(x, {rows}, ScalarType::Int);
-    const CudaExperts call = experts_of(x, weights, gate_up, down, offsets, permutation, inverse, activation);
+    const CudaExperts call = experts_of(x, weights, gate_up, down, offsets, permutation, inverse,
+                                        gating_of(activation, alpha, limit, shift));
     check_on("indices", indices, x, ScalarType::Long, {call.tokens, call.top_k});
     const CudaHost host(x);
     const Tensor out = empty_on(x, {call.tokens, call.hidden}, x.scalar_type());
@@ -98,9 +99,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_forward(const Tensor&
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down,
-    const Tensor& kept, const Tensor& offsets, const Tensor& permutation, const Tensor& inverse, int64_t activation, bool,
-    bool need_hidden, bool need_weights, bool need_gate_up, bool need_down) {
-    const CudaExperts call = experts_of(x, weights, gate_up, down, offsets, permutation, inverse, activation);
+    const Tensor& kept, const Tensor& offsets, const Tensor& permutation, const Tensor& inverse, int64_t activation,
+    double alpha, double limit, double shift, bool, bool need_hidden, bool need_weights, bool need_gate_up,
+    bool need_down) {
+    const CudaExperts call = experts_of(x, weights, gate_up, down, offsets, permutation, inverse,
+                                        gating_of(activation, alpha, limit, shift));
     const bool is_kept = kept.size(0) == call.rows();
     check_on("grad", grad, x, x.scalar_type(), {call.tokens, call.hidden});
     check_on("pre_activation", kept, x, x.scalar_type(), {is_kept ? call.rows() : 0, 2 * call.intermediate});

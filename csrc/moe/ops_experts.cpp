@@ -15,21 +15,19 @@ constexpr int64_t kCombineBytes = 8 << 20;  // of float32 rows that wait for the
 
 struct Experts {
     Element element;
-    Activation activation;
+    Gating gating;
     bool batch_invariant;
     ScalarType dtype;
     int64_t tokens, hidden, intermediate, experts, top_k, rows;
     const Tensor &x, &gate_up, &down;
 
-    Experts(const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down, int64_t activation,
+    Experts(const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down, const Gating& gating,
             bool batch_invariant)
-        : element(element_of("hidden", x)), activation(static_cast<Activation>(activation)),
-          batch_invariant(batch_invariant), dtype(x.scalar_type()),
+        : element(element_of("hidden", x)), gating(gating), batch_invariant(batch_invariant), dtype(x.scalar_type()),
           tokens(x.size(0)), hidden(x.size(1)), intermediate(down.size(2)), experts(down.size(0)),
           top_k(weights.size(1)), rows(tokens * top_k), x(x), gate_up(gate_up), down(down) {
         STD_TORCH_CHECK(hidden > 0 && intermediate > 0 && experts > 0, "hidden, gate_up, down: expected no empty size");
         STD_TORCH_CHECK(rows <= INT32_MAX, "indices: expected less than 2^31 entries, got ", rows);
-        STD_TORCH_CHECK(activation == 0 || activation == 1, "activation: expected 0 or 1, got ", activation);
         check("hidden", x, dtype, {tokens, hidden});
         check("weights", weights, ScalarType::Float, {tokens, top_k});
         check("gate_up", gate_up, dtype, {experts, 2 * intermediate, hidden});
@@ -64,7 +62,7 @@ std::vector<int32_t> tokens_of(const int32_t* permutation, const Experts& call) 
 GateBlock gate_block(const Experts& call, const Block& block, const Tensor& rows, const int32_t* token) {
     GateBlock at = {};
     at.element = call.element;
-    at.activation = call.activation;
+    at.gating = call.gating;
     at.batch_invariant = call.batch_invariant;
     at.rows = block.rows;
     at.columns = block.columns;
@@ -117,8 +115,9 @@ void product_and_combine(const Experts& call, Transposed transposed, const Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_forward(const Tensor& x, const Tensor& indices,
                                                                    const Tensor& weights, const Tensor& gate_up,
                                                                    const Tensor& down, int64_t activation,
+                                                                   double alpha, double limit, double shift,
                                                                    bool batch_invariant, bool keep) {
-    const Experts call(x, weights, gate_up, down, activation, batch_invariant);
+    const Experts call(x, weights, gate_up, down, gating_of(activation, alpha, limit, shift), batch_invariant);
     check("indices", indices, ScalarType::Long, {call.tokens, call.top_k});
     const Tensor out = kept_on(x, {call.tokens, call.hidden}, call.dtype);
     const Tensor pre_activation = kept_on(x, {keep ? call.rows : 0, 2 * call.intermediate}, call.dtype);
@@ -161,8 +160,9 @@ void finish_weights_gradient(const Experts& call, const std::vector<float>& part
 std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down,
     const Tensor& kept, const Tensor& offsets, const Tensor& permutation, const Tensor& inverse, int64_t activation,
-    bool batch_invariant, bool need_hidden, bool need_weights, bool need_gate_up, bool need_down) {
-    const Experts call(x, weights, gate_up, down, activation, batch_invariant);
+    double alpha, double limit, double shift, bool batch_invariant, bool need_hidden, bool need_weights,
+    bool need_gate_up, bool need_down) {
+    const Experts call(x, weights, gate_up, down, gating_of(activation, alpha, limit, shift), batch_invariant);
     const Needed needed = {need_hidden, need_weights, need_gate_up, need_down};
     const MoeKernels& kernels = chosen_moe_kernels();
     const int64_t width = call.intermediate;

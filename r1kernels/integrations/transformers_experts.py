@@ -26,7 +26,7 @@ _FLAGS = {
     "has_bias": False,
     "has_post_expert_norm": False,
 }
-_gates: dict[Any, str] = {}  # what a trial of a class and its numbers found
+_gates: dict[Any, dict[str, Any]] = {}  # what a trial of a class and its numbers found
 _warned: set[tuple[type, str]] = set()
 
 
@@ -57,7 +57,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         top_k_weights,
         self.gate_up_proj,
         self.down_proj,
-        activation=gate_of(self),
+        **gate_of(self),
     )
     return out.to(hidden_states.dtype)
 
@@ -107,27 +107,44 @@ def not_fused(experts: Any) -> str:
 
 
 @torch._dynamo.assume_constant_result
-def gate_of(experts: Any) -> str:
-    """The activation of ``moe_experts`` that its gate is, found on random numbers; empty without one."""
+def gate_of(experts: Any) -> dict[str, Any]:
+    """The arguments of ``moe_experts`` with which its gate does what theirs does, found on random numbers; empty without."""
     activation = getattr(experts, "act_fn", None)
-    scalars = [(name, value) for name, value in vars(experts).items() if isinstance(value, (int, float, str))]
-    key = (type(experts)._apply_gate, type(activation), getattr(activation, "__name__", ""), *scalars)
+    scalars = {name: value for name, value in vars(experts).items() if isinstance(value, (int, float, str))}
+    key = (type(experts)._apply_gate, type(activation), getattr(activation, "__name__", ""), *scalars.items())
     if key not in _gates:
-        generator = torch.Generator("cpu").manual_seed(0)
-        # some far out, where a clamp shows
-        pre = torch.randn(64, 64, generator=generator, device="cpu") * torch.logspace(-1, 2, 64, device="cpu")
         with torch.no_grad(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
-            try:
-                own = experts._apply_gate(pre.clone())
-            except (AttributeError, RuntimeError, TypeError):  # weights of its own, say
-                own = pre
-            found = [
-                name
-                for place, name in enumerate(ACTIVATIONS)
-                if own.shape == (64, 32) and torch.allclose(gated(pre, place), own)
-            ]
-        _gates[key] = found[0] if found else ""
+            _gates[key] = _matching_gate(experts, scalars)
     return _gates[key]
+
+
+def _matching_gate(experts: Any, scalars: dict[str, Any]) -> dict[str, Any]:
+    positive = {name: value for name, value in scalars.items() if isinstance(value, float) and value > 0}
+    limits = [value for name, value in positive.items() if "limit" in name]
+    alphas = [value for name, value in positive.items() if "alpha" in name]
+    candidates: list[dict[str, Any]] = [{"activation": activation} for activation in ACTIVATIONS]
+    candidates += [
+        {"activation": activation, "limit": limit} for limit in limits for activation in ACTIVATIONS
+    ]
+    candidates += [
+        {"activation": "silu", "alpha": alpha, "limit": limit, "shift": 1.0}
+        for limit in limits
+        for alpha in alphas
+    ]
+    generator = torch.Generator("cpu").manual_seed(0)
+    # some far out, where a clamp shows
+    far = 10.0 * max([1.0, *limits])
+    pre = torch.randn(64, 64, generator=generator, device="cpu") * torch.linspace(0.1, far, 64, device="cpu")
+    try:
+        own = experts._apply_gate(pre.clone())
+    except (AttributeError, RuntimeError, TypeError):  # weights of its own, say
+        return {}
+    for candidate in candidates:
+        numbers = {name: value for name, value in candidate.items() if name != "activation"}
+        ours = gated(pre, ACTIVATIONS.index(candidate["activation"]), **numbers)
+        if own.shape == ours.shape and torch.allclose(ours, own):
+            return candidate
+    return {}
 
 
 def computed_by(experts: Any) -> str:
@@ -136,7 +153,8 @@ def computed_by(experts: Any) -> str:
         return f"transformers' grouped_mm, since {why}"
     if why := not_fused(experts):
         return f"grouped_gemm around its own gate, since {why}"
-    return f"moe_experts, {gate_of(experts)}"
+    activation, *numbers = gate_of(experts).items()
+    return ", ".join(["moe_experts", activation[1], *(f"{name} {value:g}" for name, value in numbers)])
 
 
 def fallen_back(experts_class: type, reason: str) -> str:

@@ -6,6 +6,7 @@ N inputs and M outputs of a GEMM.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,9 @@ def moe_experts(
     down: Tensor,
     *,
     activation: str = "silu",
+    alpha: float = 1.0,
+    limit: float | None = None,
+    shift: float = 0.0,
     save: str = "hidden",
     batch_invariant: bool = False,
     backend: str | None = None,
@@ -79,7 +83,11 @@ def moe_experts(
         weights: (T, K), any float dtype, the routing weights.
         gate_up: (E, 2 * I, H), the dtype of ``hidden``: rows G_e, then rows U_e.
         down: (E, H, I), the dtype of ``hidden``: D_e.
-        activation: "silu" (SwiGLU) or "gelu_tanh".
+        activation: "silu" (SwiGLU), g sigmoid(alpha g), or "gelu_tanh".
+        alpha: of "silu", above 0.
+        limit: clamps gate g and up projection u before the activation, g to at most ``limit``, u to at most ``limit`` either
+            way (DeepSeek-V4); what is beyond it gets no gradient. None: no clamp.
+        shift: added to u (1 in MiniMax-M3, with alpha 1.702 and limit 7).
         save: "hidden" keeps the hidden states and the pre-activations for the backward, "nothing" only the
             arguments, and computes the rest again. (The reference backend keeps under "hidden" what autograd keeps.)
         batch_invariant: a token's result is bitwise the same whatever other tokens are in the call, in any order, alone too: one
@@ -117,6 +125,11 @@ def moe_experts(
         "down", down, dtypes=checks.FLOATS, shape=(experts, size, gate_up.shape[1] // 2), like=hidden
     )
     checks.choice("activation", activation, ACTIVATIONS)
+    alpha = checks.positive("alpha", alpha)
+    if alpha != 1.0 and activation != "silu":
+        raise ValueError(f"alpha: expected 1 for activation {activation!r}, got {alpha}")
+    limit = math.inf if limit is None else checks.positive("limit", limit)
+    shift = checks.number("shift", shift)
     checks.choice("save", save, SAVES)
     checks.boolean("batch_invariant", batch_invariant)
     hidden, gate_up, down = autocast.cast(hidden, gate_up, down)
@@ -125,8 +138,8 @@ def moe_experts(
     if checks.values_visible(indices):
         checks.in_range("indices", indices, 0, experts, allow=experts)
     keep = save == "hidden" and torch.is_grad_enabled()
-    number = ACTIVATIONS.index(activation)
-    call = ExpertsCall(hidden, indices, weights, gate_up, down, number, batch_invariant, keep)
+    gating = (ACTIVATIONS.index(activation), float(alpha), float(limit), float(shift))
+    call = ExpertsCall(hidden, indices, weights, gate_up, down, *gating, batch_invariant, keep)
     return MOE_EXPERTS(backend, call)
 
 
@@ -204,6 +217,9 @@ class ExpertsCall(NamedTuple):
     gate_up: Contiguous
     down: Contiguous
     activation: int  # the place in ACTIVATIONS
+    alpha: float
+    limit: float
+    shift: float
     batch_invariant: bool
     keep: bool  # the pre-activation, for the backward
 
@@ -219,6 +235,9 @@ class ExpertsBackwardCall(NamedTuple):
     permutation: Tensor
     inverse: Tensor
     activation: int
+    alpha: float
+    limit: float
+    shift: float
     batch_invariant: bool  # what is computed again has the bits of the forward
     need_hidden: bool
     need_weights: bool
@@ -264,7 +283,7 @@ _recorded_experts = recorded(
     "moe_experts",
     EXPERTS_FORWARD,
     differentiable=lambda call: (call.hidden, call.weights, call.gate_up, call.down),
-    save=lambda call, results: (results[1:], (call.activation, call.batch_invariant)),
+    save=lambda call, results: (results[1:], call[5:10]),
     backward=_experts_gradients,
     give=lambda call, results: results[0],
 )

@@ -10,6 +10,7 @@ and size depend on shapes only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -155,6 +156,9 @@ def _moe_experts(
     gate_up: Tensor,
     down: Tensor,
     activation: int,
+    alpha: float,
+    limit: float,
+    shift: float,
     batch_invariant: bool,
 ) -> Tensor:
     (tokens, size), experts, top_k = hidden.shape, down.shape[0], indices.shape[1]
@@ -163,7 +167,7 @@ def _moe_experts(
     # addition into rows that several experts share.
     rows = hidden.unsqueeze(1).expand(tokens, top_k, size).reshape(tokens * top_k, size)
     pre_activation = _gemm(rows.index_select(0, permutation), gate_up, offsets, batch_invariant)
-    activated = gated(pre_activation.to(_accumulator(hidden)), activation)
+    activated = gated(pre_activation.to(_accumulator(hidden)), activation, alpha, limit, shift)
     out = _gemm(activated.to(hidden.dtype), down, offsets, batch_invariant)
     out = out.index_select(0, inverse).view(tokens, top_k, size).to(_accumulator(hidden))
     inside = (indices >= 0) & (indices < experts)
@@ -220,10 +224,22 @@ def _keep_best_groups(
     return grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(1)
 
 
-def gated(pre_activation: Tensor, activation: int) -> Tensor:
-    """act(gate) * up of (..., 2 * I), the gate first; activation is the place in experts.ACTIVATIONS."""
+def gated(
+    pre_activation: Tensor,
+    activation: int,
+    alpha: float = 1.0,
+    limit: float = math.inf,
+    shift: float = 0.0,
+) -> Tensor:
+    """act(gate) * (up + shift) of (..., 2 * I), the gate first, both clamped; activation is the place in experts.ACTIVATIONS."""
     gate, up = pre_activation.chunk(2, dim=-1)
-    return (F.gelu(gate, approximate="tanh") if activation else F.silu(gate)) * up
+    if limit != math.inf:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if activation:
+        activated = F.gelu(gate, approximate="tanh")
+    else:
+        activated = F.silu(gate) if alpha == 1.0 else gate * (alpha * gate).sigmoid()
+    return activated * (up + shift if shift else up)
 
 
 def _product(rows: Tensor, matrix: Tensor, batch_invariant: bool) -> Tensor:

@@ -40,13 +40,13 @@ def grouped_gemm_backward(call: experts.GemmBackwardCall) -> tuple[Tensor, Tenso
 def moe_experts(call: experts.ExpertsCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .triton_sort import sort_rows
 
-    hidden, indices, weights, gate_up, down, activation, batch_invariant, keep = call
+    hidden, indices, weights, gate_up, down, keep = *call[:5], call.keep
     offsets, permutation, inverse = sort_rows(indices.view(-1), down.shape[0], torch.int32)
-    rows = Rows(offsets, indices.numel(), hidden.dtype, batch_invariant=batch_invariant)
+    rows = Rows(offsets, indices.numel(), hidden.dtype, batch_invariant=call.batch_invariant)
     tokens = permutation // indices.shape[1]
     pre_activation = hidden.new_empty(rows.count if keep else 0, gate_up.shape[1])
     activated = hidden.new_empty(rows.count, down.shape[2])
-    up_into(pre_activation if keep else None, activated, hidden, tokens, gate_up, activation, rows)
+    up_into(pre_activation if keep else None, activated, hidden, tokens, gate_up, _gating(call), rows)
     if keep:
         clear_rest(pre_activation, rows)
     out = combine(multiply("rows", activated, down, rows), inverse, weights, rows, hidden.shape[0])
@@ -61,7 +61,7 @@ def moe_experts_backward(call: experts.ExpertsBackwardCall) -> tuple[Tensor, Ten
     tokens = permutation // weights.shape[1]
     if not pre_activation.shape[0]:
         pre_activation = hidden.new_empty(rows.count, gate_up.shape[1])
-        up_into(pre_activation, None, hidden, tokens, gate_up, call.activation, rows)
+        up_into(pre_activation, None, hidden, tokens, gate_up, _gating(call), rows)
 
     d_pre = None
     if call.need_hidden or call.need_gate_up:
@@ -79,7 +79,7 @@ def moe_experts_backward(call: experts.ExpertsBackwardCall) -> tuple[Tensor, Ten
         weights,
         permutation,
         inverse,
-        call.activation,
+        _gating(call),
         rows,
     )
     d_down = _nothing(down) if scaled is None else weight_gradient(call.grad, tokens, scaled, None, rows)
@@ -91,6 +91,10 @@ def moe_experts_backward(call: experts.ExpertsBackwardCall) -> tuple[Tensor, Ten
         d_rows = multiply("rows_transposed", d_pre, gate_up, rows)
         d_hidden = combine(d_rows, inverse, None, rows, hidden.shape[0])
     return d_hidden, _nothing(weights) if d_weights is None else d_weights, d_gate_up, d_down
+
+
+def _gating(call: experts.ExpertsCall | experts.ExpertsBackwardCall) -> dict[str, int | float]:
+    return {"ACTIVATION": call.activation, "ALPHA": call.alpha, "LIMIT": call.limit, "SHIFT": call.shift}
 
 
 def _nothing(like: Tensor) -> Tensor:

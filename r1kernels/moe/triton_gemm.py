@@ -14,7 +14,7 @@ Every kernel runs with any number of programs, each takes every so-many-th tile.
 import triton
 import triton.language as tl
 
-from .triton_gating import activated, activated_with_derivative
+from .triton_gating import gated, gated_with_derivatives
 from .triton_tiles import (
     expert_start,
     expert_stop,
@@ -93,8 +93,11 @@ def up_kernel(
     DESCRIPTORS: tl.constexpr,
     UNIT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):
-    """(gate, up) = gate_up[expert of r] @ hidden[token of r], rounded; activation = act(gate) * up from the rounded values."""
+    """(gate, up) = gate_up[expert of r] @ hidden[token of r], rounded; activation = act(gate) * (up + shift) of these, clamped."""
     dtype = hidden.dtype.element_ty
     size *= UNIT
     width *= UNIT
@@ -130,7 +133,8 @@ def up_kernel(
             tl.store(at, rounded_gate, mask=mask)
             tl.store(at + width, rounded_up, mask=mask)
         if activation is not None:
-            value = activated(rounded_gate.to(tl.float32), ACTIVATION) * rounded_up.to(tl.float32)
+            wide_gate, wide_up = rounded_gate.to(tl.float32), rounded_up.to(tl.float32)
+            value = gated(wide_gate, wide_up, ACTIVATION, ALPHA, LIMIT, SHIFT)
             tl.store(activation + row_offset + column[None, :], value.to(dtype), mask=mask)
 
 
@@ -165,6 +169,9 @@ def down_backward_kernel(
     DESCRIPTORS: tl.constexpr,
     UNIT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):
     """dA' = dO[token of r] @ down[expert of r]; with the weight s of a row, dA = s dA', and the gradient of (gate, up) from it."""
     size *= UNIT
@@ -212,6 +219,9 @@ def down_backward_kernel(
                 scaled,
                 COLUMNS // 4,
                 ACTIVATION,
+                ALPHA,
+                LIMIT,
+                SHIFT,
             )
         if parts is not None:
             tl.store(parts + column_block.to(tl.int64) * rows + row, part, mask=present)
@@ -230,6 +240,9 @@ def gated_backward(
     scaled,
     COLUMNS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):
     """Store s A and the gradient of the pre-activation in these columns, each if wanted; returns their <dA', A>."""
     dtype = pre_activation.dtype.element_ty
@@ -239,14 +252,14 @@ def gated_backward(
     at = 2 * row_offset + column[None, :]
     gate = tl.load(pre_activation + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(pre_activation + at + width, mask=mask, other=0.0).to(tl.float32)
-    value, derivative = activated_with_derivative(gate, ACTIVATION)
-    forward = (value * up).to(dtype).to(tl.float32)  # A, as the forward rounded it
+    value, by_gate, by_up = gated_with_derivatives(gate, up, ACTIVATION, ALPHA, LIMIT, SHIFT)
+    forward = value.to(dtype).to(tl.float32)  # A, as the forward rounded it
     if scaled is not None:
         tl.store(scaled + row_offset + column[None, :], (scale[:, None] * forward).to(dtype), mask=mask)
     if d_pre_activation is not None:
         scaled_gradient = scale[:, None] * d_activation
-        tl.store(d_pre_activation + at, (scaled_gradient * up * derivative).to(dtype), mask=mask)
-        tl.store(d_pre_activation + at + width, (scaled_gradient * value).to(dtype), mask=mask)
+        tl.store(d_pre_activation + at, (scaled_gradient * by_gate).to(dtype), mask=mask)
+        tl.store(d_pre_activation + at + width, (scaled_gradient * by_up).to(dtype), mask=mask)
     return tl.sum(tl.where(mask, d_activation * forward, 0.0), axis=1)
 
 

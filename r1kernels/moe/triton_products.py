@@ -138,7 +138,7 @@ def up_into(
     hidden: Tensor,
     tokens: Tensor,
     gate_up: Tensor,
-    activation: int,
+    gating: dict[str, int | float],
     rows: Rows,
 ) -> None:
     """The pre-activation (S, 2 I) and the activation (S, I), either or both."""
@@ -162,7 +162,7 @@ def up_into(
             width // unit,
             **_shape(tile, unit),
             DESCRIPTORS=tile.descriptors,
-            ACTIVATION=activation,
+            **gating,
         )
 
 
@@ -189,7 +189,7 @@ def down_backward_into(
     weights: Tensor,
     permutation: Tensor,
     inverse: Tensor,
-    activation: int,
+    gating: dict[str, int | float],
     rows: Rows,
 ) -> None:
     """The gradient of the pre-activation (S, 2 I), s A (S, I) and the gradient of the routing weights (T, K), each if given."""
@@ -221,7 +221,7 @@ def down_backward_into(
             rows.count,
             **_shape(tile, unit),
             DESCRIPTORS=tile.descriptors,
-            ACTIVATION=activation,
+            **gating,
         )
         if d_weights is not None:
             triton_combine.sum_parts_kernel[(-(-rows.count // SUMMED_ROWS),)](

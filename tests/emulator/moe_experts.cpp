@@ -75,11 +75,11 @@ struct Gemm : CudaGroupedGemm {
 };
 
 struct Experts : CudaExperts {
-    Experts(int element, int activation, int64_t tokens, int64_t hidden, int64_t intermediate, int64_t experts,
+    Experts(int element, int activation, float alpha, float limit, float shift, int64_t tokens, int64_t hidden, int64_t intermediate, int64_t experts,
             int64_t top_k, uintptr_t x, uintptr_t weights, uintptr_t gate_up, uintptr_t down, uintptr_t offsets,
             uintptr_t permutation, uintptr_t inverse)
         : CudaExperts{static_cast<Element>(element),
-                      static_cast<Activation>(activation),
+                      {static_cast<Activation>(activation), alpha, limit, shift},
                       tokens,
                       hidden,
                       intermediate,
@@ -140,7 +140,7 @@ PYBIND11_MODULE(moe_experts, m) {
     pybind11::class_<Gemm>(m, "Gemm")
         .def(pybind11::init<int, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t>());
     pybind11::class_<Experts>(m, "Experts")
-        .def(pybind11::init<int, int, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
+        .def(pybind11::init<int, int, float, float, float, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
                             uintptr_t, uintptr_t, uintptr_t, uintptr_t>());
     m.def("set_seed", &emulator::set_seed);
     m.def("gemm_forward", &gemm_forward);

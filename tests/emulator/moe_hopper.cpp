@@ -48,7 +48,7 @@ R1kernelsMoeProduct product_of(const py::dict& call) {
     R1kernelsMoeProduct product = {};
     product.element = Element{get<int32_t>(call, "element")};
     product.epilogue = R1kernelsMoeEpilogue(get<int32_t>(call, "epilogue"));
-    product.activation = Activation{get<int32_t>(call, "activation")};
+    product.gating = {Activation{get<int32_t>(call, "activation")}, 1.0f, INFINITY, 0.0f};
     product.transposed = get<int32_t>(call, "transposed");
     product.clear_rest = get<int32_t>(call, "clear_rest");
     product.x = rows_of(call, "x");

@@ -6,6 +6,7 @@ T tokens, H hidden size, I intermediate size, E experts, K experts per token, S 
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -17,7 +18,7 @@ from r1kernels.moe import reference
 from r1kernels.moe.experts import ACTIVATIONS, GROUPED_GEMM, MOE_EXPERTS, ExpertsCall, GemmCall
 from tests.support.emulated_experts import ELEMENTS, EmulatedExperts
 from tests.support.forced import run_on
-from tests.support.moe_case import NAMES, Case, in_eager
+from tests.support.moe_case import NAMES, Case, check_clamped_gates, in_eager
 from tests.support.numerics import assert_as_exact_as, same_bits
 from tests.support.unchecked_offsets import assert_every_row_is_written
 
@@ -40,8 +41,11 @@ def kernels(module):
     library._destroy()
 
 
-def experts(*arguments, activation="silu", save="hidden", backend="cuda"):
-    call = ExpertsCall(*arguments, ACTIVATIONS.index(activation), False, save == "hidden")
+def experts(
+    *arguments, activation="silu", alpha=1.0, limit=math.inf, shift=0.0, save="hidden", backend="cuda"
+):
+    gating = (ACTIVATIONS.index(activation), alpha, limit, shift)
+    call = ExpertsCall(*arguments, *gating, False, save == "hidden")
     return run_on(backend, MOE_EXPERTS, call)
 
 
@@ -110,6 +114,11 @@ def test_gelu():
         torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_clamped_and_shifted_gates(dtype):
+    check_clamped_gates(experts, dtype)
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gates_of_any_size(activation):
     # H = I = 1 and weights of 1: the output is act(x) x
@@ -161,7 +170,7 @@ def test_sentinels_of_expert_parallelism(away, dtype, save):
 def test_what_is_saved_for_sentinels_is_written(module):
     case = Case(5, 16, 8, 3, 2, dtype=torch.bfloat16, indices=torch.full((5, 2), 3))
     arguments = [argument.detach() for argument in case.arguments()]
-    _, kept, *_ = EmulatedExperts(module).experts(*arguments, 0, True)
+    _, kept, *_ = EmulatedExperts(module).experts(*arguments, 0, 1.0, math.inf, 0.0, False, True)
     assert kept.shape == (10, 16) and (kept == 0).all()
 
 

@@ -6,6 +6,7 @@ has its own copy, so the tests of all backends also run once for each (``test_ev
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(exte
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ops = torch.ops.r1kernels
+SILU = (0, 1.0, math.inf, 0.0, False)  # activation, alpha, limit, shift, batch_invariant
 
 
 def forward_arguments(case):
@@ -44,11 +46,11 @@ def test_nothing_outside_the_arguments_is_read(dtype, shape, offset):
     grad = zones.input(case.grad, offset=offset)
     results = []
     for arguments, upstream in ((plain, case.grad), (placed, grad)):
-        out, *order = ops.moe_experts_cpu(*arguments, 0, False, True)
+        out, *order = ops.moe_experts_cpu(*arguments, *SILU, True)
         hidden, _, *others = arguments
-        grads = ops.moe_experts_cpu_backward(upstream, hidden, *others, *order, 0, False, *(True,) * 4)
+        grads = ops.moe_experts_cpu_backward(upstream, hidden, *others, *order, *SILU, *(True,) * 4)
         again = ops.moe_experts_cpu_backward(
-            upstream, hidden, *others, order[0][:0], *order[1:], 0, False, *(True,) * 4
+            upstream, hidden, *others, order[0][:0], *order[1:], *SILU, *(True,) * 4
         )
         results.append((out, *order, *grads))
         assert all(same_bits(first, second) for first, second in zip(grads, again, strict=True))
@@ -108,7 +110,7 @@ def test_values_that_nobody_checked_are_errors():
         wild[1, 1] = bad
         match = rf"indices: expected values in \[0, 4\) or 4, got {bad} at position 3"
         with pytest.raises(RuntimeError, match=match):
-            ops.moe_experts_cpu(hidden, wild, weights, gate_up, down, 0, False, True)
+            ops.moe_experts_cpu(hidden, wild, weights, gate_up, down, *SILU, True)
         compiled = torch.compile(
             lambda i: moe_experts(hidden, i, weights, gate_up, down), backend="aot_eager", fullgraph=True
         )
@@ -123,22 +125,11 @@ def test_values_that_nobody_checked_are_errors():
     with pytest.raises(RuntimeError, match="score: expected 0, 1 or 2, got 3"):
         ops.route_cpu_backward(torch.ones(1, 1), torch.zeros(1, 3), torch.tensor([[0]]), 3, True, 1e-20, 1.0)
     out, pre, offsets, permutation, inverse = ops.moe_experts_cpu(
-        hidden, indices, weights, gate_up, down, 0, False, True
+        hidden, indices, weights, gate_up, down, *SILU, True
     )
     with pytest.raises(RuntimeError, match="expected what the forward returned"):
         ops.moe_experts_cpu_backward(
-            out,
-            hidden,
-            weights,
-            gate_up,
-            down,
-            pre,
-            offsets,
-            permutation + 9,
-            inverse,
-            0,
-            False,
-            *(True,) * 4,
+            out, hidden, weights, gate_up, down, pre, offsets, permutation + 9, inverse, *SILU, *(True,) * 4
         )
 
 
@@ -164,6 +155,9 @@ def test_the_op_itself_checks_what_the_kernels_trust(change, text):
         "gate_up": torch.zeros(4, 10, 8),
         "down": torch.zeros(4, 8, 5),
         "activation": 0,
+        "alpha": 1.0,
+        "limit": math.inf,
+        "shift": 0.0,
         "batch_invariant": False,
         "keep": True,
     }
@@ -177,10 +171,10 @@ def test_opcheck(dtype):
     arguments = forward_arguments(case)
     hidden, indices, *others = arguments
     for keep in (True, False):
-        torch.library.opcheck(ops.moe_experts_cpu.default, (*arguments, 0, False, keep))
-        _, *saved = ops.moe_experts_cpu(*arguments, 0, False, keep)
+        torch.library.opcheck(ops.moe_experts_cpu.default, (*arguments, *SILU, keep))
+        _, *saved = ops.moe_experts_cpu(*arguments, *SILU, keep)
         for needs in ((True,) * 4, (False, True, False, True)):
-            backward = (case.grad, hidden, *others, *saved, 0, False, *needs)
+            backward = (case.grad, hidden, *others, *saved, *SILU, *needs)
             torch.library.opcheck(ops.moe_experts_cpu_backward.default, backward)
     offsets = torch.tensor([0, 3, 3, 8, 9], dtype=torch.int32)
     torch.library.opcheck(ops.grouped_gemm_cpu.default, (hidden, others[1], offsets, False))

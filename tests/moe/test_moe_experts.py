@@ -7,6 +7,8 @@ T tokens, H hidden size, I intermediate size, E experts, K experts per token, S 
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 import r1kernels
 from r1kernels import checks
 from r1kernels.moe import grouped_gemm, moe_experts, sort_by_expert
-from tests.support.moe_case import NAMES, Case, in_eager, normal
+from tests.support.moe_case import NAMES, Case, check_clamped_gates, in_eager, normal
 from tests.support.numerics import assert_as_exact_as, same_bits
 from tests.support.unchecked_offsets import assert_every_row_is_written
 
@@ -249,6 +251,25 @@ def test_autocast_is_that_of_linear(form):
     assert all(grad.dtype == torch.float32 for grad in results[1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_clamped_and_shifted_gates(dtype):
+    check_clamped_gates(moe_experts, dtype)
+
+
+def test_what_a_clamp_keeps():
+    # H = I = 1 and weights of 1: gate and up are x
+    x = torch.tensor([[-9.0], [-1.0], [2.0], [9.0], [torch.nan]], requires_grad=True)
+    indices, weights = torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1)
+    ones = torch.ones(1, 2, 1), torch.ones(1, 1, 1)
+    out = moe_experts(x, indices, weights, *ones, limit=2.0)
+    out[:4].sum().backward()
+    silu = [value / (1 + math.exp(-value)) for value in (-9.0, -1.0, 2.0)]
+    expected = torch.tensor([silu[0] * -2, silu[1] * -1, silu[2] * 2, silu[2] * 2])
+    torch.testing.assert_close(out[:4, 0].detach(), expected)
+    assert out[4].isnan()
+    assert x.grad[3] == 0 and (x.grad[:3] != 0).all()
+
+
 def test_gelu():
     case = Case(6, 5, 3, 1, 1)
     out = moe_experts(*case.arguments(), activation="gelu_tanh")
@@ -349,6 +370,13 @@ BAD = {
     "down: expected shape": (ValueError, {"down": torch.zeros(4, 6, 8)}),
     "down: expected dtype float32": (TypeError, {"down": torch.zeros(4, 8, 6, dtype=torch.float64)}),
     "activation: expected one of 'silu', 'gelu_tanh', got 'relu'": (ValueError, {"activation": "relu"}),
+    "alpha: expected 1 for activation 'gelu_tanh', got 2": (
+        ValueError,
+        {"activation": "gelu_tanh", "alpha": 2},
+    ),
+    "alpha: expected a number above 0, got 0": (ValueError, {"alpha": 0}),
+    "limit: expected a number above 0, got -1": (ValueError, {"limit": -1}),
+    "shift: expected a finite number, got inf": (ValueError, {"shift": float("inf")}),
     "save: expected one of 'hidden', 'nothing'": (ValueError, {"save": "all"}),
 }
 

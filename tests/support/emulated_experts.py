@@ -46,47 +46,39 @@ class EmulatedExperts:
         pointers = (zones.input(x), zones.input(weight), zones.input(offsets))
         return self.module.Gemm(ELEMENTS.index(x.dtype), x.shape[0], *weight.shape, *pointers)
 
-    def experts(self, hidden, indices, weights, gate_up, down, activation, batch_invariant, keep):
+    def experts(
+        self, hidden, indices, weights, gate_up, down, activation, alpha, limit, shift, batch_invariant, keep
+    ):
         zones = Zones(self.offset)
         rows = indices.numel()
         out = zones.output(hidden, *hidden.shape)
         kept = zones.output(hidden, rows if keep else 0, gate_up.shape[1])
         order = [zones.redzones.output(size, dtype=torch.int32) for size in (down.shape[0] + 1, rows, rows)]
         pointers = [tensor.data_ptr() for tensor in order]
-        call = self.experts_call(zones, hidden, weights, gate_up, down, activation, pointers)
+        gating = (activation, alpha, limit, shift)
+        call = self.experts_call(zones, hidden, weights, gate_up, down, gating, pointers)
         self.module.experts_forward(call, zones.input(indices), address(kept), out.data_ptr())
         zones.check()
         return out, kept, *order
 
     def experts_backward(
-        self,
-        grad,
-        hidden,
-        weights,
-        gate_up,
-        down,
-        kept,
-        offsets,
-        permutation,
-        inverse,
-        activation,
-        batch_invariant,
-        *needed,
+        self, grad, hidden, weights, gate_up, down, kept, offsets, permutation, inverse, *gating_and_needed
     ):
+        gating, needed = gating_and_needed[:4], gating_and_needed[5:]  # between: batch_invariant
         zones = Zones(self.offset)
         leaves = (hidden, weights, gate_up, down)
         grads = [zones.gradient(leaf, need) for leaf, need in zip(leaves, needed, strict=True)]
         order = [zones.input(tensor) for tensor in (offsets, permutation, inverse)]
-        call = self.experts_call(zones, hidden, weights, gate_up, down, activation, order)
+        call = self.experts_call(zones, hidden, weights, gate_up, down, gating, order)
         is_kept = zones.input(kept) if kept.numel() else 0
         self.module.experts_backward(call, zones.input(grad), is_kept, *map(address, grads))
         zones.check()
         return tuple(grads)
 
-    def experts_call(self, zones, hidden, weights, gate_up, down, activation, order):
+    def experts_call(self, zones, hidden, weights, gate_up, down, gating, order):
         sizes = (*hidden.shape, down.shape[2], down.shape[0], weights.shape[1])
         pointers = [zones.input(tensor) for tensor in (hidden, weights, gate_up, down)]
-        return self.module.Experts(ELEMENTS.index(hidden.dtype), activation, *sizes, *pointers, *order)
+        return self.module.Experts(ELEMENTS.index(hidden.dtype), *gating, *sizes, *pointers, *order)
 
 
 class Zones:

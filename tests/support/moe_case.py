@@ -5,6 +5,7 @@ T tokens, H hidden size, I intermediate size, E experts, K experts per token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -69,7 +70,9 @@ class Case:
         out = function(*self.arguments())
         return out.detach(), *torch.autograd.grad(out, self.leaves, self.grad.to(out.dtype))
 
-    def exact(self, activation: Callable[[Tensor], Tensor] = F.silu) -> tuple[Tensor, ...]:
+    def exact(
+        self, activation: Callable[[Tensor], Tensor] = F.silu, limit: float = math.inf, shift: float = 0.0
+    ) -> tuple[Tensor, ...]:
         """The same in float64, by a loop over the experts and their tokens."""
         wide = [leaf.detach().double().requires_grad_() for leaf in self.leaves]
         hidden, weights, gate_up, down = wide
@@ -77,6 +80,7 @@ class Case:
         for expert in range(gate_up.shape[0]):
             token, place = torch.where(self.indices == expert)
             gate, up = (hidden[token] @ gate_up[expert].T).chunk(2, dim=-1)
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + shift
             rows = (activation(gate) * up) @ down[expert].T * weights[token, place, None]
             out = out.index_add(0, token, rows)
         grads = torch.autograd.grad(out, wide, self.grad.double(), allow_unused=True)
@@ -84,6 +88,19 @@ class Case:
             torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wide, grads, strict=True)
         ]
         return out.detach(), *zeros
+
+
+def check_clamped_gates(experts: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """Output and gradients of gates that are clamped, and shifted with a slope of their own, against float64."""
+    case = Case(8, 24, 19, 3, 2, dtype=dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    for alpha, limit, shift in ((1.0, 0.5, 0.0), (1.702, 0.5, 1.0)):
+        results = case.run(
+            lambda *arguments, a=alpha, m=limit, s=shift: experts(*arguments, alpha=a, limit=m, shift=s)
+        )
+        exact = case.exact(lambda gate, a=alpha: gate * (a * gate).sigmoid(), limit, shift)
+        for ours, expected in zip(results, exact, strict=True):
+            torch.testing.assert_close(ours.double(), expected, **tolerance)
 
 
 def in_eager(hidden: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import r1kernels
 from r1kernels.moe import grouped_gemm, moe_experts, sort_by_expert
-from tests.support.moe_case import NAMES, Case, in_eager
+from tests.support.moe_case import NAMES, Case, check_clamped_gates, in_eager
 from tests.support.numerics import assert_as_exact_as, same_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,6 +93,10 @@ class MoeExpertsKernel:
         exact = case.exact(lambda gate: F.gelu(gate, approximate="tanh"))
         for ours, expected in zip(results, exact, strict=True):
             torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_clamped_and_shifted_gates(self, backend, dtype):
+        check_clamped_gates(moe_experts, dtype)
 
     @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
     def test_gates_of_any_size(self, backend, activation):

@@ -19,6 +19,7 @@ interpreter_bfloat16.repair()
 
 SMALL = tuning.Tile(16, 32, 32, group=2, warps=4, stages=2, descriptors=False)
 ops = torch.ops.r1kernels
+SILU = (0, 1.0, float("inf"), 0.0, False)  # activation, alpha, limit, shift, batch_invariant
 SMALL_SHAPES = {  # as SHAPES
     "odd, prime E": (7, 37, 19, 7, 3),
     "2I == H": (9, 64, 32, 3, 2),
@@ -167,9 +168,9 @@ def test_nothing_outside_the_arguments_is_read_or_written(monkeypatch, dtype, si
 
     results = []
     for arguments, upstream in ((plain, case.grad), (placed, grad)):
-        out, *order = ops.moe_experts_triton(*arguments, 0, False, True)
+        out, *order = ops.moe_experts_triton(*arguments, *SILU, True)
         hidden, _, *others = arguments
-        grads = ops.moe_experts_triton_backward(upstream, hidden, *others, *order, 0, False, *(True,) * 4)
+        grads = ops.moe_experts_triton_backward(upstream, hidden, *others, *order, *SILU, *(True,) * 4)
         results.append((out, *order, *grads))
         monkeypatch.setattr(torch.Tensor, "new_empty", between_canaries)
     zones.check()
@@ -185,7 +186,7 @@ def test_indices_and_offsets_that_nobody_checked(monkeypatch):
     wild[0], wild[3, 1] = torch.tensor([-7, 10**12]), 4
     sentinels = torch.where((wild < 0) | (wild >= 3), 3, wild)
     outs = [
-        ops.moe_experts_triton(arguments[0], index, *arguments[2:], 0, False, True)[0]
+        ops.moe_experts_triton(arguments[0], index, *arguments[2:], *SILU, True)[0]
         for index in (wild, sentinels)
     ]
     assert same_bits(*outs) and (outs[0][0] == 0).all()
@@ -221,7 +222,7 @@ def test_what_is_saved_for_sentinels_is_written(monkeypatch):
         )
 
     monkeypatch.setattr(torch.Tensor, "new_empty", full_of_nan)
-    _, kept, *_ = ops.moe_experts_triton(hidden, indices, weights.float(), gate_up, down, 0, False, True)
+    _, kept, *_ = ops.moe_experts_triton(hidden, indices, weights.float(), gate_up, down, *SILU, True)
     assert kept.shape == (10, 16) and kept[:2].isfinite().all() and (kept[2:] == 0).all()
 
 
@@ -229,11 +230,11 @@ def test_what_is_saved_for_sentinels_is_written(monkeypatch):
 def test_the_ops_keep_their_schemas(keep):
     case = Case(4, 16, 8, 3, 2, dtype=torch.float32)
     hidden, indices, weights, gate_up, down = (argument.detach() for argument in case.arguments())
-    arguments = (hidden, indices, weights, gate_up, down, 0, keep)
+    arguments = (hidden, indices, weights, gate_up, down, *SILU, keep)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops.moe_experts_triton.default, arguments, test_utils=checks)
     _, *saved = ops.moe_experts_triton(*arguments)
-    backward = (case.grad, hidden, weights, gate_up, down, *saved, 0, True, keep, True, keep)
+    backward = (case.grad, hidden, weights, gate_up, down, *saved, *SILU, True, keep, True, keep)
     torch.library.opcheck(ops.moe_experts_triton_backward.default, backward, test_utils=checks)
     x, offsets = torch.randn(9, 16), torch.tensor([0, 4, 4, 8], dtype=torch.int32)
     torch.library.opcheck(ops.grouped_gemm_triton.default, (x, gate_up, offsets), test_utils=checks)

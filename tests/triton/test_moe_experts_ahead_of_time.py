@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -47,16 +48,21 @@ def table_of(monkeypatch):
     return choose
 
 
-def forward(rows, dtype, size, keep=True, activation=0):
+SILU = (0, 1.0, math.inf, 0.0)  # activation, alpha, limit, shift
+GELU = (1, 1.0, math.inf, 0.0)
+CLAMPED = (0, 1.702, 7.0, 1.0)
+
+
+def forward(rows, dtype, size, keep=True, gating=SILU):
     """The launches of moe_experts behind the sort."""
     hidden = torch.empty(rows // TOP_K, size, dtype=dtype)
     indices = torch.zeros(rows // TOP_K, TOP_K, dtype=torch.int64)
     weights = torch.empty(EXPERTS, 2 * size, size, dtype=dtype), torch.empty(EXPERTS, size, size, dtype=dtype)
     shares = torch.empty(rows // TOP_K, TOP_K)
-    backend.moe_experts(ExpertsCall(hidden, indices, shares, *weights, activation, False, keep))
+    backend.moe_experts(ExpertsCall(hidden, indices, shares, *weights, *gating, False, keep))
 
 
-def backward(rows, dtype, size, activation=0):
+def backward(rows, dtype, size, gating=SILU):
     hidden = torch.empty(rows // TOP_K, size, dtype=dtype)
     weights = torch.empty(EXPERTS, 2 * size, size, dtype=dtype), torch.empty(EXPERTS, size, size, dtype=dtype)
     order = (torch.zeros(length, dtype=torch.int32) for length in (EXPERTS + 1, rows, rows))
@@ -64,7 +70,7 @@ def backward(rows, dtype, size, activation=0):
     scores = torch.empty(rows // TOP_K, TOP_K)
     backend.moe_experts_backward(
         ExpertsBackwardCall(
-            hidden, hidden, scores, *weights, pre_activation, *order, activation, False, *(True,) * 4
+            hidden, hidden, scores, *weights, pre_activation, *order, *gating, False, *(True,) * 4
         )
     )
 
@@ -123,8 +129,9 @@ def test_the_loads_of_a_tile_begin_under_the_epilogue_of_the_one_before(table_of
 def test_odd_sizes_take_pointers_and_fit(tmp_path, table_of, capability, dtype):
     table_of(capability)
     with offline_triton.compile_only(capability) as compiled:
-        forward(4096 * EXPERTS, dtype, 255, activation=1)
-        backward(4096 * EXPERTS, dtype, 255, activation=1)
+        for gating in (GELU, CLAMPED):
+            forward(4096 * EXPERTS, dtype, 255, gating=gating)
+            backward(4096 * EXPERTS, dtype, 255, gating=gating)
     for kernel in compiled:
         needs = offline_triton.resources(kernel, tmp_path)
         assert needs.shared_bytes <= offline_triton.SHARED_BYTES[capability], kernel.name
