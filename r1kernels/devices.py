@@ -15,20 +15,16 @@ from torch import Tensor
 
 from . import extension
 
-FLOATS = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-)  # float32, which kernels compute in, holds all of them exactly
+# float32, which kernels compute in, holds all of them exactly
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (8, 0)  # the capability of sm_80
 _MMA_SYNC_IS_SLOW = (9, 10, 11)  # majors whose tensor cores reach their rate by wgmma or tcgen05 alone
 
 # read once: torch.compile can not trace a call into the extension
 _no_cpu, _no_cuda = extension.missing(), extension.cuda_missing()
 _BUILT = sorted(divmod(int(name), 10) for name in extension.cuda_architectures() if name.isdigit())
-_NATIVE = (
-    {9} if "90a" in extension.cuda_architectures() else set()
-)  # majors with grouped products of their own
+# majors with grouped products of their own
+_NATIVE = {9} if "90a" in extension.cuda_architectures() else set()
 _NO_TRITON = None if importlib.util.find_spec("triton") else "the package triton is not installed"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 SERVED = {"cuda": ("cuda",), "triton": ("cuda", "cpu") if _INTERPRETED else ("cuda",), "cpu": ("cpu",)}

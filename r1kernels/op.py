@@ -33,11 +33,8 @@ Float32 = Annotated[Tensor, torch.float32]
 Int32 = Annotated[Tensor, torch.int32]
 """Annotate a tensor that kernels take contiguous, and in this dtype, whatever a call holds."""
 
-_KEYS = {
-    "cpu": ("CPU",),
-    "cuda": ("CUDA",),
-    "triton": ("CUDA", "CPU"),
-}  # triton on the CPU: in its interpreter
+# triton on the CPU: in its interpreter
+_KEYS = {"cpu": ("CPU",), "cuda": ("CUDA",), "triton": ("CUDA", "CPU")}
 _TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",

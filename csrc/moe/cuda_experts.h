@@ -66,19 +66,26 @@ struct CudaGroupedGemm {
     const int32_t* offsets;
 };
 
-template <class Host>
-void run_forward(Host& host, const CudaGroupedGemm& call, void* out) {
-    const Schedule<Host> schedule(host, call.element, call.rows, call.experts, call.offsets);
+// Rows times the weight (E, M, N), or its transpose.
+inline R1kernelsMoeProduct product_of(const CudaGroupedGemm& call, bool transposed, const void* rows, void* out) {
     R1kernelsMoeProduct product = {};
     product.element = call.element;
     product.epilogue = R1KERNELS_MOE_STORE;
-    product.transposed = product.clear_rest = 1;
-    product.x = {call.x, nullptr, 1};
+    product.transposed = transposed;
+    product.clear_rest = 1;
+    product.x = {rows, nullptr, 1};
     product.weight = call.weight;
-    product.columns = call.outputs;
-    product.depth = call.inputs;
-    product.schedule = *schedule;
+    product.columns = transposed ? call.outputs : call.inputs;
+    product.depth = transposed ? call.inputs : call.outputs;
     product.out = out;
+    return product;
+}
+
+template <class Host>
+void run_forward(Host& host, const CudaGroupedGemm& call, void* out) {
+    const Schedule<Host> schedule(host, call.element, call.rows, call.experts, call.offsets);
+    R1kernelsMoeProduct product = product_of(call, true, call.x, out);
+    product.schedule = *schedule;
     host.check(run(product, host.stream));
 }
 
@@ -87,16 +94,8 @@ template <class Host>
 void run_backward(Host& host, const CudaGroupedGemm& call, const void* grad, void* grad_x, void* grad_weight) {
     const Schedule<Host> schedule(host, call.element, call.rows, call.experts, call.offsets);
     if (grad_x != nullptr) {
-        R1kernelsMoeProduct product = {};
-        product.element = call.element;
-        product.epilogue = R1KERNELS_MOE_STORE;
-        product.clear_rest = 1;
-        product.x = {grad, nullptr, 1};
-        product.weight = call.weight;
-        product.columns = call.inputs;
-        product.depth = call.outputs;
+        R1kernelsMoeProduct product = product_of(call, false, grad, grad_x);
         product.schedule = *schedule;
-        product.out = grad_x;
         host.check(run(product, host.stream));
     }
     if (grad_weight != nullptr) {

@@ -14,9 +14,8 @@ from torch import Tensor
 from .. import checks
 from ..op import Kernel, Size
 
-NO_SET = (
-    -1
-)  # the place of the target of a token whose set does not matter: it is empty, or the token is ignored
+# the place of the target of a token whose set does not matter: it is empty, or the token is ignored
+NO_SET = -1
 
 
 class Kept(NamedTuple):

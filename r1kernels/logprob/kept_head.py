@@ -48,9 +48,8 @@ class ProductsBackwardCall(NamedTuple):
     offsets: Tensor  # (N + 1,)
     order: Tensor  # Entries.order
     first: Size
-    slab: (
-        bool  # the head is some rows of a larger one: the gradient of hidden, a part of a sum, stays float32
-    )
+    # the head is some rows of a larger one: the gradient of hidden, a part of a sum, stays float32
+    slab: bool
     need_hidden: bool
     need_weight: bool
     need_bias: bool

@@ -21,9 +21,8 @@ from .kept import Kept, check_kept
 from .token import Rows, Upstream, row_results, upstream_of
 
 STATS = ("log_sum_sq_probs", "mean_logits", "is_top1")
-SAVED_BYTES = (
-    256 << 20
-)  # on a CPU: logits up to this size are kept for the backward where the caller does not say
+# on a CPU: logits up to this size are kept for the backward where the caller does not say
+SAVED_BYTES = 256 << 20
 
 
 def linear_logprobs(

@@ -33,11 +33,8 @@ LANES = 256  # threads' worth of sums in a forward program; a lane takes GROUP l
 GROUP = 8  # where rows are no vectors
 BLOCK = 1024  # logits that a backward program holds at a time
 WARPS = 4
-FINISH_ROWS, FINISH_PARTS, FINISH_WARPS = (
-    32,
-    32,
-    4,
-)  # rows of a program of the merge, parts that it holds at a time
+# rows of a program of the merge, parts that it holds at a time
+FINISH_ROWS, FINISH_PARTS, FINISH_WARPS = 32, 32, 4
 
 NOT_SPECIALISED = (
     "ignore_index",

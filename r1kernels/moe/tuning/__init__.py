@@ -26,9 +26,8 @@ class Tile(NamedTuple):
     group: int  # row tiles that go through the columns together
     warps: int
     stages: int
-    descriptors: (
-        bool  # weights, and rows that need no gather, come by tensor descriptors, in persistent programs
-    )
+    # weights, and rows that need no gather, come by tensor descriptors, in persistent programs
+    descriptors: bool
 
 
 def tile(kernel: str, device: torch.device, dtype: torch.dtype, rows: int, experts: int) -> Tile:
