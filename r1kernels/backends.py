@@ -123,7 +123,6 @@ def choose(op: str, backend: str | None, /, *call: Any) -> Backend:
         ValueError: ``backend`` is not the name of a backend of this op.
         BackendError: ``backend`` refuses the call, or strict mode is on and the call fell back.
     """
-    available = _backends_of(op)
     if backend is not None and backend != AUTO:
         chosen = _named(op, backend)
         refusal = chosen.refuses(*call)
@@ -131,8 +130,8 @@ def choose(op: str, backend: str | None, /, *call: Any) -> Backend:
             raise BackendError(_refusal_text(chosen, refusal))
         return chosen
     wanted = _preference(op)
-    if wanted != AUTO and wanted in available:
-        chosen = available[wanted]
+    if wanted != AUTO and wanted in _backends_of(op):
+        chosen = _backends_of(op)[wanted]
         refusal = chosen.refuses(*call)
         if not refusal:
             return chosen

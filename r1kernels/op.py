@@ -162,7 +162,7 @@ def recorded(
         differentiable: (call) -> its inputs that have a gradient, tensors or None; they are saved for the backward.
         save: (call, results) -> (further tensors, anything else) that the backward needs.
         backward: (backend, inputs, tensors, others, gradients of what is given, which inputs need one) -> gradients of the
-            inputs, in any dtype. It runs without autograd.
+            inputs, which autograd casts to their dtypes. It runs without autograd.
         again: the same for a further backward through one graph, where the first overwrites what was saved; None: backward.
         give: (call, results) -> what is handed out, None: the results; the places in ``constant`` have no gradient.
     """
@@ -195,8 +195,7 @@ def recorded(
                     found = gradients(ctx.backend, inputs, tensors, ctx.others, grads, needs)
                 given = [x for x in inputs if x is not None]
                 found = [x if x is None else checks.first_derivative_only(name, x, *given) for x in found]
-            cast = [found[i].to(inputs[i].dtype) if needed else None for i, needed in enumerate(needs)]
-            return None, None, *cast
+            return None, None, *[found[place] if needed else None for place, needed in enumerate(needs)]
 
     Function.__name__ = Function.__qualname__ = "".join(part.capitalize() for part in name.split("_"))
 
