@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ _BUILT = sorted(divmod(int(name), 10) for name in extension.cuda_architectures()
 _NATIVE = {9} if "90a" in extension.cuda_architectures() else set()
 _NO_TRITON = None if importlib.util.find_spec("triton") else "the package triton is not installed"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_gpus: dict[int, Any] = {}
 SERVED = {"cuda": ("cuda",), "triton": ("cuda", "cpu") if _INTERPRETED else ("cuda",), "cpu": ("cpu",)}
 """The types of the devices whose tensors a backend may serve; the first is the one that its kernels are for."""
 
@@ -50,7 +52,7 @@ def grouped_products_yield(tensor: Tensor) -> str:
     """Why the grouped products of cuda are better left to Triton on the GPU of ``tensor``; empty: they are not."""
     if _no_cuda or _NO_TRITON or not tensor.is_cuda or tensor.dtype not in (torch.bfloat16, torch.float16):
         return ""
-    major = torch.cuda.get_device_properties(tensor.device.index).major
+    major = _gpu(tensor).major
     if major not in _MMA_SYNC_IS_SLOW or major in _NATIVE:
         return ""
     without = "the extension was built without the wgmma kernels, for which it needs CUTLASS"
@@ -78,7 +80,7 @@ def memory_budget(tensor: Tensor, on_cpu: int) -> int:
     """
     if not tensor.is_cuda:
         return on_cpu
-    return max(int(torch.cuda.get_device_properties(tensor.device.index).total_memory) // 16, on_cpu)
+    return max(int(_gpu(tensor).total_memory) // 16, on_cpu)
 
 
 def _not_interpreted(name: str, tensor: Tensor) -> list[str]:
@@ -92,9 +94,18 @@ def _not_interpreted(name: str, tensor: Tensor) -> list[str]:
     return [f"{name}: bfloat16, whose raw bits Triton's interpreter multiplies"]
 
 
+def _gpu(tensor: Tensor) -> Any:
+    """The properties of the GPU of ``tensor``, for which torch is asked once: every call of every op wants them."""
+    index = tensor.device.index
+    if torch.compiler.is_compiling():  # it takes the properties, not the capability, for constants
+        return torch.cuda.get_device_properties(index)
+    if index not in _gpus:
+        _gpus[index] = torch.cuda.get_device_properties(index)
+    return _gpus[index]
+
+
 def _too_old(tensor: Tensor) -> list[str]:
-    # torch.compile takes the properties, not the capability, for constants
-    properties = torch.cuda.get_device_properties(tensor.device.index)
+    properties = _gpu(tensor)
     old = (properties.major, properties.minor) < OLDEST
     return [f"{tensor.device} is older than sm_{OLDEST[0]}{OLDEST[1]}"] if old else []
 
@@ -104,7 +115,7 @@ def _not_loaded(tensor: Tensor) -> list[str]:
 
     A binary runs on its major from its minor on, and the newest architecture is there as PTX too, which later ones translate.
     """
-    properties = torch.cuda.get_device_properties(tensor.device.index)
+    properties = _gpu(tensor)
     here = (properties.major, properties.minor)
     if here < _BUILT[-1] and not any(built[0] == here[0] and built <= here for built in _BUILT):
         names = ", ".join(f"sm_{major}{minor}" for major, minor in _BUILT)

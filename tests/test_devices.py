@@ -24,6 +24,7 @@ def gpu(monkeypatch):
     def make(capability, built="80 86 89 90 100 120", triton=True, problem=""):
         properties = SimpleNamespace(major=capability[0], minor=capability[1], total_memory=80 << 30)
         names = built.split()
+        monkeypatch.setattr(devices, "_gpus", {})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         monkeypatch.setattr(
             devices, "_BUILT", sorted(divmod(int(name), 10) for name in names if name != "90a")
@@ -85,6 +86,17 @@ def test_a_driver_that_is_too_old_is_a_reason_and_is_asked_once(gpu, monkeypatch
     for _ in range(3):
         (reason,) = devices.cuda("x", on_gpu(2))
         assert "driver version is insufficient" in reason
+    assert asked == [0]
+
+
+def test_torch_is_asked_for_the_properties_of_a_gpu_once(gpu, monkeypatch):
+    gpu((9, 0), "90 90a")
+    asked = []
+    found = torch.cuda.get_device_properties()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or found)
+    for _ in range(3):
+        assert devices.cuda("x", on_gpu(2)) == devices.triton("x", on_gpu(2)) == []
+        assert devices.grouped_products_yield(on_gpu(2)) == ""
     assert asked == [0]
 
 
