@@ -46,6 +46,9 @@ def check_kept(kept: Any, targets: Tensor, vocabulary: int, ignore_index: int) -
         )
     if checks.values_visible(offsets):
         checks.boundaries("kept offsets", offsets, ids.shape[0])
+    elif offsets.is_cuda:  # whatever they hold, nothing outside is reached
+        offsets = offsets.clamp(0, ids.shape[0]).cummax(0).values
+        offsets[0], offsets[-1] = 0, ids.shape[0]
     ids, offsets = ids.long().contiguous(), offsets.to(targets.device, torch.int64).contiguous()
     if ids.shape[0] == 0:
         return None

@@ -1,7 +1,7 @@
 """The kernels of kept_rows.py on every backend: sets of similar size, padded by -inf, are rows for its row kernels.
 
 A set of n entries becomes a row of the smallest power of two that is at least n and 16: at most twice the work, and a token's
-bits depend on nothing but its set. How many sets there are of each width is read on the host, the one sync of kept sets on CUDA.
+bits depend on nothing but its set. How many sets there are of each width is read on the host.
 
 N tokens, Z entries, n rows of w columns.
 """
