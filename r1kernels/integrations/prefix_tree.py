@@ -15,6 +15,7 @@ B sequences (prompt and completion), S tokens of all of them, N completion token
 from __future__ import annotations
 
 import bisect
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -108,9 +109,11 @@ def prefix_tree(
         tokens of its forward, for the size of micro-batches.
 
     Raises:
-        ValueError: no sequences, another number of completions than prompts, or an empty prompt.
+        ValueError: no sequences, another number of completions than prompts, or an empty prompt. TypeError: a row is not a
+            list or tensor of integers.
     """
-    prompts, completions = ([_ids(ids) for ids in rows] for rows in (prompt_ids, completion_ids))
+    prompts = [_ids("prompt_ids", ids) for ids in prompt_ids]
+    completions = [_ids("completion_ids", ids) for ids in completion_ids]
     if not prompts or len(prompts) != len(completions):
         raise ValueError(
             f"completion_ids: expected one completion per prompt and at least one, got {len(completions)} for "
@@ -180,8 +183,13 @@ def build(rows: list[list[int]], prompt_lengths: list[int], least_saved: int = L
     )
 
 
-def _ids(ids: Sequence[int] | Tensor) -> list[int]:
-    return ids.tolist() if isinstance(ids, Tensor) else [*ids]
+def _ids(name: str, ids: Sequence[int] | Tensor) -> list[int]:
+    try:
+        return [operator.index(token) for token in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+    except TypeError:
+        raise TypeError(
+            f"{name}: expected lists of token ids, or tensors (L,) of them, got {ids!r}"
+        ) from None
 
 
 def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:

@@ -160,9 +160,14 @@ def output_head(model: Any) -> Head:
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside the wrappers of torch, which have no method or attribute of it."""
+    """The model inside the wrappers of torch, which have no method or attribute of it; ValueError: none of transformers."""
     while isinstance(model, (DistributedDataParallel, torch._dynamo.OptimizedModule)):
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    if not hasattr(model, "get_output_embeddings"):
+        raise ValueError(
+            "model: expected a causal language model of transformers, alone or inside PEFT, DistributedDataParallel or "
+            f"torch.compile, got {type(model).__name__}"
+        )
     return model
 
 

@@ -83,9 +83,9 @@ def shared_prefix_states(model: Any, tree: PrefixTree) -> Tensor:
     Args:
         model: a causal language model of transformers, also inside PEFT or DistributedDataParallel, whose layers are full or
             sliding-window attention through transformers' attention interface. Gradient checkpointing is served, dropout is
-            not. At the first call for a model, in training and in evaluation, it is tried on a few tokens: a change in one branch must leave the states of
-            every other branch bitwise as they were (to rounding in mixtures, whose experts see other rows then), and all
-            states must be those of the repeated form.
+            not. At the first call for a model, in training and in evaluation, it is tried on a few tokens: a change in one
+            branch must leave the states of every other branch bitwise as they were (to rounding in mixtures, whose experts
+            see other rows then), and all states must be those of the repeated form.
         tree: of ``prefix_tree``.
 
     Returns:

@@ -78,3 +78,6 @@ def test_bad_sequences_are_errors():
         ValueError, match="prompt_ids: expected at least one token in each prompt, got none in prompt 1"
     ):
         prefix_tree([[1], []], [[3], [4]])
+    for ids in (torch.tensor([1.5]), [1.5], torch.tensor([[1, 2]]), 1):
+        with pytest.raises(TypeError, match="completion_ids: expected lists of token ids"):
+            prefix_tree([[1]], [ids])

@@ -264,6 +264,15 @@ def test_what_a_layer_does_besides_is_noticed():
         r1.shared_prefix_states(model, tree)
 
 
+@pytest.mark.parametrize("wrong", [torch.nn.DataParallel, lambda model: "a name"])
+def test_what_is_no_model_of_transformers_is_refused(wrong):
+    model, tree = wrong(models.build("Llama")), r1.prefix_tree([[5]], [[7]])
+    for call in (r1.shared_prefix_logprobs, r1.shared_prefix_states):
+        with pytest.raises(ValueError, match="model: expected a causal language model of transformers"):
+            call(model, tree)
+    assert r1.explain_shared_prefix(model, tree).startswith("refused: model: expected a causal")
+
+
 def test_dropout_is_refused():
     tree = r1.prefix_tree([[5, 6, 7]] * 2, [[8], [9]])
     model = models.build("Llama", attention_dropout=0.1)

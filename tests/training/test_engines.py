@@ -5,7 +5,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from tests.support.host_reads import NoHostReads
 from tests.support.own_models import FAMILIES
@@ -255,6 +262,25 @@ def test_the_model_is_left_as_it_was(mixture):
         assert mixture.training and mixture.config._attn_implementation == before
     finally:
         mixture.eval()
+
+
+def test_each_part_and_each_module_of_a_model_is_left_as_it_was():
+    """A policy that sees images too, with an attention for its texts alone and a layer that is kept in eval mode."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**MODELS["gemma3_text"], "vocab_size": V, "pad_token_id": 0}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).train()
+    model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    model.get_decoder().layers[0].eval()
+
+    def state():
+        return [
+            (m.training, m.config._attn_implementation if hasattr(m, "config") else None)
+            for m in model.modules()
+        ]
+
+    before = state()
+    draw(model, requests_of(texts(1)))
+    assert state() == before
 
 
 def test_outputs_carry_the_version_of_the_weights(mixture):

@@ -255,7 +255,9 @@ _windows: ContextVar[dict[int, int | None]] = ContextVar(
 @contextmanager
 def attention(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block the layers of `model` ask the pass of `forward` for their attention."""
-    before = model.config._attn_implementation
+    # of a model of several parts, each of which has a configuration
+    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    before = [config._attn_implementation for config in configs]
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _window)
     model.set_attn_implementation(NAME)
@@ -264,7 +266,8 @@ def attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         _windows.reset(token)
-        model.set_attn_implementation(before)
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
 
 
 def forward(

@@ -65,10 +65,8 @@ class TransformersEngine:
         """One output a request, in order."""
         if not requests:
             return []
-        was_training = self.model.training
-        self.model.eval()
         with ExitStack() as stack:
-            stack.callback(self.model.train, was_training)
+            stack.enter_context(_evaluated(self.model))
             stack.enter_context(_weights_cast_once())
             if not _served(self.model):
                 return equal_lengths.draw(self.model, requests, params, self.version)
@@ -77,6 +75,18 @@ class TransformersEngine:
             if params.record_routing and is_patched(self.model):
                 record = stack.enter_context(integration.record_routing(self.model))
             return _Flight(self.model, requests, params, record, self.version).run()
+
+
+@contextmanager
+def _evaluated(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block `model` is in eval mode; behind it each of its modules is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
