@@ -5,8 +5,9 @@ T tokens, H hidden size, I intermediate size, E experts, K experts per token, S 
 
 from __future__ import annotations
 
+import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +27,17 @@ _FLAGS = {
     "has_bias": False,
     "has_post_expert_norm": False,
 }
-_gates: dict[Any, dict[str, Any]] = {}  # what a trial of a class and its numbers found
+_gates: dict[Any, Gate | None] = {}  # what a trial of a class and its numbers found
 _warned: set[tuple[type, str]] = set()
+
+
+class Gate(NamedTuple):
+    """What ``moe_experts`` is told of a gate."""
+
+    activation: str
+    alpha: float = 1.0
+    limit: float = math.inf
+    shift: float = 0.0
 
 
 def register() -> None:
@@ -51,13 +61,19 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         top_k_index = top_k_index.clamp(max=self.num_experts)
     if not_fused(self):
         return _between_products(self, hidden_states, top_k_index, top_k_weights)
+    activation, *numbers = gate_of(self)
+    # new numbers: Dynamo has no guard for those of assume_constant_result
+    alpha, limit, shift = (1.0 * number for number in numbers)
     out = moe_experts(
         hidden_states.to(self.gate_up_proj.dtype),
         top_k_index,
         top_k_weights,
         self.gate_up_proj,
         self.down_proj,
-        **gate_of(self),
+        activation=activation,
+        alpha=alpha,
+        limit=None if limit == math.inf else limit,
+        shift=shift,
     )
     return out.to(hidden_states.dtype)
 
@@ -107,30 +123,26 @@ def not_fused(experts: Any) -> str:
 
 
 @torch._dynamo.assume_constant_result
-def gate_of(experts: Any) -> dict[str, Any]:
-    """The arguments of ``moe_experts`` with which its gate does what theirs does, found on random numbers; empty without."""
+def gate_of(experts: Any) -> tuple[Any, ...]:
+    """The fields of the Gate that theirs is, found on random numbers; empty without one. (Dynamo keeps plain tuples.)"""
     activation = getattr(experts, "act_fn", None)
     scalars = {name: value for name, value in vars(experts).items() if isinstance(value, (int, float, str))}
     key = (type(experts)._apply_gate, type(activation), getattr(activation, "__name__", ""), *scalars.items())
     if key not in _gates:
         with torch.no_grad(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
             _gates[key] = _matching_gate(experts, scalars)
-    return _gates[key]
+    found = _gates[key]
+    return () if found is None else tuple(found)
 
 
-def _matching_gate(experts: Any, scalars: dict[str, Any]) -> dict[str, Any]:
+def _matching_gate(experts: Any, scalars: dict[str, Any]) -> Gate | None:
     positive = {name: value for name, value in scalars.items() if isinstance(value, float) and value > 0}
     limits = [value for name, value in positive.items() if "limit" in name]
     alphas = [value for name, value in positive.items() if "alpha" in name]
-    candidates: list[dict[str, Any]] = [{"activation": activation} for activation in ACTIVATIONS]
-    candidates += [
-        {"activation": activation, "limit": limit} for limit in limits for activation in ACTIVATIONS
+    candidates = [
+        Gate(activation, limit=limit) for limit in (math.inf, *limits) for activation in ACTIVATIONS
     ]
-    candidates += [
-        {"activation": "silu", "alpha": alpha, "limit": limit, "shift": 1.0}
-        for limit in limits
-        for alpha in alphas
-    ]
+    candidates += [Gate("silu", alpha, limit, 1.0) for limit in limits for alpha in alphas]
     generator = torch.Generator("cpu").manual_seed(0)
     # some far out, where a clamp shows
     far = 10.0 * max([1.0, *limits])
@@ -138,13 +150,12 @@ def _matching_gate(experts: Any, scalars: dict[str, Any]) -> dict[str, Any]:
     try:
         own = experts._apply_gate(pre.clone())
     except (AttributeError, RuntimeError, TypeError):  # weights of its own, say
-        return {}
-    for candidate in candidates:
-        numbers = {name: value for name, value in candidate.items() if name != "activation"}
-        ours = gated(pre, ACTIVATIONS.index(candidate["activation"]), **numbers)
+        return None
+    for gate in candidates:
+        ours = gated(pre, ACTIVATIONS.index(gate.activation), gate.alpha, gate.limit, gate.shift)
         if own.shape == ours.shape and torch.allclose(ours, own):
-            return candidate
-    return {}
+            return gate
+    return None
 
 
 def computed_by(experts: Any) -> str:
@@ -153,8 +164,13 @@ def computed_by(experts: Any) -> str:
         return f"transformers' grouped_mm, since {why}"
     if why := not_fused(experts):
         return f"grouped_gemm around its own gate, since {why}"
-    activation, *numbers = gate_of(experts).items()
-    return ", ".join(["moe_experts", activation[1], *(f"{name} {value:g}" for name, value in numbers)])
+    gate = Gate(*gate_of(experts))
+    numbers = [
+        f"{name} {value:g}"
+        for name, value in gate._asdict().items()
+        if name != "activation" and value != Gate._field_defaults[name]
+    ]
+    return ", ".join(["moe_experts", gate.activation, *numbers])
 
 
 def fallen_back(experts_class: type, reason: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -38,6 +38,9 @@ class Match:
 
     experts: int
     matrix: str  # (E, H), of the linear layer
+    norm: str = ""  # a module that the hidden states go through before it
+    input_scale: str = ""  # (H,), and
+    input_factor: str = ""  # a number, both of which multiply them then
     logit_bias: str = ""  # (E,), added to the logits
     factor: str = ""  # a number that multiplies the logits
     softcap: str = ""  # a number c: c * tanh(logits / c)
@@ -52,6 +55,8 @@ class Match:
     normalize: bool = True
     eps: float = 1e-20
     scale: float | str = 1.0
+    expert_scale: str = ""  # (E,), multiplies the weights of its experts
+    gives: str = "logits"  # or "probabilities", their softmax: what comes before weights and indices
     float32_linear: bool = True
     float32_logits: bool = True
     weights_like: str = ""  # "logits" or "hidden", whose dtype the weights are given in; "": float32
@@ -61,6 +66,11 @@ class Match:
         weight = _read(router, self.matrix)
         bias = _read(router, self.logit_bias) if self.logit_bias else None
         hidden = hidden.reshape(-1, weight.shape[1])
+        if self.norm:
+            hidden = _read(router, self.norm)(hidden)
+        for name in (self.input_scale, self.input_factor):
+            if name:
+                hidden = hidden * _read(router, name)
         # float32 also where the model's own linear layer is in fewer bits: rounded once, the same for a token in any batch
         logits = router_logits(hidden if self.float32_linear else hidden.to(weight.dtype), weight, bias)
         if not self.float32_linear:
@@ -74,6 +84,10 @@ class Match:
             cap = _read(router, self.softcap)
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    def first(self, logits: Tensor) -> Tensor:
+        """What the router returns before weights and indices."""
+        return logits.softmax(dim=-1, dtype=torch.float32) if self.gives == "probabilities" else logits
 
     def options(self, router: Any, *arguments: Any) -> dict[str, Any]:
         """The arguments of ``route`` but the logits, given what the router is called with after the hidden states."""
@@ -101,16 +115,19 @@ class Match:
     def experts_per_token(self, router: Any) -> int:
         return int(_value(router, self.top_k))
 
-    def weights(self, routing: Routing, logits: Tensor, hidden: Tensor) -> Tensor:
-        """The weights of ``route`` in the dtype in which the router gives them."""
+    def weights(self, router: Any, routing: Routing, logits: Tensor, hidden: Tensor) -> Tensor:
+        """The weights of ``route``, in the dtype in which the router gives them."""
+        weights = routing.weights
+        if self.expert_scale:
+            weights = weights * _read(router, self.expert_scale)[routing.indices]
         like = {"logits": logits, "hidden": hidden, "": routing.weights}[self.weights_like]
-        return routing.weights.to(like.dtype)
+        return weights.to(like.dtype)
 
     def __str__(self) -> str:
         said = [f"{self.score} {'of the chosen' if self.normalize else 'of all'}"]
         said += [
             f"{name.replace('_', ' ')} {where}"
-            for name in ("logit_bias", "factor", "softcap", "selection_bias")
+            for name in ("norm", "logit_bias", "factor", "softcap", "selection_bias", "expert_scale")
             if (where := getattr(self, name))
         ]
         if self.choose_by == "logits":
@@ -199,7 +216,7 @@ class _Trial:
         if linear is None:
             return "its logits are not those of a linear layer"
         linear = replace(linear, top_k=self._top_k(parts, own[2].shape[1]))
-        found = self._choice(copied, parts, linear, own, arguments)
+        found = self._choice(copied, parts, linear, linear.logits(copied, hidden).detach(), own, arguments)
         if isinstance(found, str):
             return found
         if not self._same_gradients(copied, found, hidden, own, arguments):
@@ -258,13 +275,37 @@ class _Trial:
             ):
                 if _close(found.logits(copied, hidden), logits):
                     return found
+        return self._normed(copied, parts, floats, hidden, logits)
+
+    def _normed(
+        self, copied: nn.Module, parts: _Found, floats: Iterable[str], hidden: Tensor, first: Tensor
+    ) -> Match | None:
+        """A linear layer of normed and scaled hidden states, whose logits these are, or probabilities."""
+        size = hidden.shape[1]
+        norms = [name for name, one in copied.named_children() if not any(True for _ in one.parameters())]
+        scales = [
+            name for name, one in _tensors(copied) if one.shape == (size,) and name not in parts.vectors
+        ]
+        for norm, scale, factor in itertools.product(norms, ("", *scales), ("", *floats)):
+            found = Match(self.experts, parts.matrices[0], norm=norm, input_scale=scale, input_factor=factor)
+            logits = found.logits(copied, hidden)
+            for gives in ("logits", "probabilities"):
+                found = replace(found, gives=gives)
+                if _close(found.first(logits), first):
+                    return found
         return None
 
     def _choice(
-        self, copied: nn.Module, parts: _Found, linear: Match, own: Any, arguments: tuple[Tensor, ...]
+        self,
+        copied: nn.Module,
+        parts: _Found,
+        linear: Match,
+        logits: Tensor,
+        own: Any,
+        arguments: tuple[Tensor, ...],
     ) -> Match | str:
         """What chooses these experts and gives them these weights."""
-        logits, weights, indices = (one.detach() for one in own)
+        weights, indices = own[1].detach(), own[2]
         dense = _spread(weights, indices, self.experts)
         chosen = _spread(torch.ones_like(weights), indices, self.experts)
         counts = [name for name in parts.numbers if name.endswith("group")]
@@ -276,6 +317,7 @@ class _Trial:
         if arguments:
             biases, table = ([ARGUMENT], "") if arguments[0].is_floating_point() else ([""], self._table())
         scales = (1.0, 1.0 / indices.shape[1], *(name for name in parts.numbers if "scal" in name))
+        expert_scales = [name for name in parts.vectors if "scal" in name]
         refused, same_choice = "", False
         # where one expert of weight 1 is chosen, every score serves: the plainer one
         for bias, (n_group, topk_group), score, choose_by, group_score in itertools.product(
@@ -303,6 +345,9 @@ class _Trial:
                 for scale in scales:
                     if _close(ours_dense * float(_value(copied, scale)), dense):
                         return replace(candidate, scale=scale)
+                for name in expert_scales:
+                    if _close(ours_dense * _read(copied, name).detach(), dense):
+                        return replace(candidate, expert_scale=name)
         return refused or f"it gives other weights{'' if same_choice else ' to other experts'}"
 
     def _same_gradients(
@@ -313,8 +358,9 @@ class _Trial:
         upstream = [torch.randn(own[0].shape, generator=self.generator) for _ in range(2)]
         ours = found.logits(copied, hidden)
         routing = route(ours.float(), **found.options(copied, *arguments))
+        our_weights = found.weights(copied, routing, ours, hidden)
         gradients = []
-        for logits, weights, indices in (own, (ours, routing.weights, routing.indices)):
+        for logits, weights, indices in (own, (found.first(ours), our_weights, routing.indices)):
             dense = _spread(weights, indices, self.experts)
             total = (upstream[0] * logits).sum() + (upstream[1] * dense).sum()
             gradients.append(
@@ -347,7 +393,9 @@ class _Trial:
             )
             for linear in (True, False)
         ]
-        return min(candidates, key=lambda one: float((one.logits(copied, hidden) - logits).abs().sum()))
+        return min(
+            candidates, key=lambda one: float((one.first(one.logits(copied, hidden)) - logits).abs().sum())
+        )
 
     def _narrow(self, dtype: torch.dtype, tensor: Tensor) -> Tensor:
         values = self._random(tensor)

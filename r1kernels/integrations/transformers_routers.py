@@ -86,7 +86,7 @@ def _router_forward(self: Any, hidden_states: Tensor, *arguments: Any) -> tuple[
     indices = options.pop("indices")  # given by the ids of the tokens
     if _trial.running:
         routing = route(logits.float(), **options, indices=indices)
-        return logits, match.weights(routing, logits, hidden_states), routing.indices
+        return match.first(logits), match.weights(self, routing, logits, hidden_states), routing.indices
     control, recomputing = state.control, _recomputing()
     if recomputing and state.replayed and control.replay is None:
         raise RuntimeError(
@@ -107,7 +107,7 @@ def _router_forward(self: Any, hidden_states: Tensor, *arguments: Any) -> tuple[
             if tree is not None and counts is None:
                 counts = tree.multiplicity  # as often as the repeated form computes each token
             control.load.add(state.layer, routing.indices, counts)
-    return logits, match.weights(routing, logits, hidden_states), routing.indices
+    return match.first(logits), match.weights(self, routing, logits, hidden_states), routing.indices
 
 
 def _recomputing() -> bool:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from bench import mixtures
 from r1kernels.integrations import transformers as r1
 
 # One of each kind: the bias comes from the block, 3-d hidden states, logits with a bias, a soft cap, a factor, groups, softmax
-# with a bias, experts by the ids of tokens, a choice by logits, another eps, groups by two of a softmax; experts that lie transposed, that are clamped, that are not gated, with a norm.
+# with a bias, experts by the ids of tokens, normed hidden states, a choice by logits, another eps, groups by two of a softmax; experts that lie transposed, that are clamped, that are not gated, with a norm.
 SOME = (
     "afmoe",
     "deepseek_v4",
+    "gemma4",
     "kolibri1",
     "lfm2_moe",
     "mistral4",
@@ -44,7 +46,7 @@ def test_every_mixture_computes_what_transformers_computes():
     rows = [mixtures.compare(family) for family in mixtures.files()]
     for row in rows:
         assert_agrees(row)
-    assert sum(row["routes"] for row in rows) >= 59
+    assert sum(row["routes"] for row in rows) >= 61
     assert sum(row["computed"].startswith("moe_experts") for row in rows) >= 58
 
 
@@ -64,3 +66,18 @@ def test_the_selection_bias_is_found_wherever_it_lies(family):
     direction = (load.counts[0].float().mean() - load.counts[0]).sign()
     expected = before.reshape(-1) + 0.5 * (direction - direction.mean())
     assert (bias.reshape(-1) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("family", ["minimax_m3_vl", "nemotron_h"])
+def test_experts_found_by_what_they_do_compile(family):
+    model = mixtures.build(family)
+    experts = next(module for module in model.modules() if hasattr(module, "_apply_gate"))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 32, generator=generator)
+    arguments = hidden, torch.randint(8, (6, 2), generator=generator), torch.rand(6, 2, generator=generator)
+
+    def call(*arguments):
+        return r1.experts_forward(experts, *arguments)
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), call(*arguments))
