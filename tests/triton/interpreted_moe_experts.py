@@ -237,6 +237,6 @@ def test_the_ops_keep_their_schemas(keep):
     backward = (case.grad, hidden, weights, gate_up, down, *saved, *SILU, True, keep, True, keep)
     torch.library.opcheck(ops.moe_experts_triton_backward.default, backward, test_utils=checks)
     x, offsets = torch.randn(9, 16), torch.tensor([0, 4, 4, 8], dtype=torch.int32)
-    torch.library.opcheck(ops.grouped_gemm_triton.default, (x, gate_up, offsets), test_utils=checks)
+    torch.library.opcheck(ops.grouped_gemm_triton.default, (x, gate_up, offsets, False), test_utils=checks)
     call = (torch.randn(9, 16), x, gate_up, offsets, keep, True)
     torch.library.opcheck(ops.grouped_gemm_triton_backward.default, call, test_utils=checks)
