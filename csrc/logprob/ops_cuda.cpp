@@ -1,5 +1,5 @@
 // The torch ops of token_logprobs and over completions on CUDA. Schemas and fakes of the latter stand in
-// r1kernels/logprob/cuda.py.
+// r1kernels/logprob/completions.py.
 #ifdef R1KERNELS_CUDA
 
 #include "common/cuda_host.h"

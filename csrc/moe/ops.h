@@ -1,5 +1,5 @@
 // What the torch ops of the MoE family share: checks on all devices, and on the CPU products over all experts.
-// Schemas and fakes stand in r1kernels/moe/ops.py; the shapes are explained there.
+// Schemas and fakes stand beside the public functions in r1kernels/moe; the shapes are explained there.
 // T tokens, E experts, K experts per token, S = T * K routed rows.
 #pragma once
 
@@ -61,9 +61,16 @@ inline R1kernelsRoute router_of(const Tensor& logits, int64_t top_k, int64_t sco
     return call;
 }
 
-// Adds groups and bias, or the choice that is replayed.
-inline void add_choice(R1kernelsRoute& call, const Tensor& logits, bool by_logits, const std::optional<Tensor>& bias,
-                       int64_t n_group, int64_t topk_group, bool two_best, const std::optional<Tensor>& replayed) {
+using Choose = void (*)(const R1kernelsRoute& call, const Tensor& logits, float* weights, int64_t* indices,
+                        int32_t* counts);
+
+// The op, by what a device has to run.
+template <Choose choose>
+std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, int64_t score, bool by_logits,
+                                         const std::optional<Tensor>& bias, int64_t n_group, int64_t topk_group,
+                                         bool two_best, bool normalize, double eps, double scale,
+                                         const std::optional<Tensor>& replayed) {
+    R1kernelsRoute call = router_of(logits, top_k, score, normalize, eps, scale);
     call.by_logits = by_logits;
     call.two_best = two_best;
     if (replayed) {
@@ -82,6 +89,11 @@ inline void add_choice(R1kernelsRoute& call, const Tensor& logits, bool by_logit
         check_on("bias", *bias, logits, ScalarType::Float, {call.experts});
         call.bias = data_of<float>(*bias);
     }
+    const Tensor weights = empty_on(logits, {call.tokens, top_k}, ScalarType::Float);
+    const Tensor indices = empty_on(logits, {call.tokens, top_k}, ScalarType::Long);
+    const Tensor counts = empty_on(logits, {call.experts}, ScalarType::Int);
+    choose(call, logits, data_of<float>(weights), data_of<int64_t>(indices), data_of<int32_t>(counts));
+    return {weights, indices, counts};
 }
 
 inline Gating gating_of(int64_t activation, double alpha, double limit, double shift) {

@@ -140,21 +140,11 @@ std::tuple<Tensor, Tensor, Tensor> sort(const Tensor& indices, int64_t experts) 
 
 // --- route ---
 
-std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, int64_t score, bool by_logits,
-                                         const std::optional<Tensor>& bias, int64_t n_group, int64_t topk_group,
-                                         bool two_best, bool normalize, double eps, double scale,
-                                         const std::optional<Tensor>& replayed) {
-    R1kernelsRoute call = router_of(logits, top_k, score, normalize, eps, scale);
-    add_choice(call, logits, by_logits, bias, n_group, topk_group, two_best, replayed);
+void choose(const R1kernelsRoute& call, const Tensor& logits, float* weights, int64_t* indices, int32_t* counts) {
     constexpr int64_t most = R1KERNELS_ROUTE_MOST_EXPERTS;
-    STD_TORCH_CHECK(replayed || call.experts <= most, "logits: expected at most ", most, " experts, got ", call.experts);
+    STD_TORCH_CHECK(call.replayed || call.experts <= most, "logits: expected at most ", most, " experts, got ", call.experts);
     const CudaHost host(logits);
-    const Tensor weights = empty_on(logits, {call.tokens, top_k}, ScalarType::Float);
-    const Tensor indices = empty_on(logits, {call.tokens, top_k}, ScalarType::Long);
-    const Tensor counts = empty_on(logits, {call.experts}, ScalarType::Int);
-    host.check(r1kernels_route_cuda(&call, data_of<float>(weights), data_of<int64_t>(indices), data_of<int32_t>(counts),
-                                    host.stream));
-    return {weights, indices, counts};
+    host.check(r1kernels_route_cuda(&call, weights, indices, counts, host.stream));
 }
 
 Tensor route_backward(const Tensor& grad_weights, const Tensor& logits, const Tensor& indices, int64_t score,
@@ -175,7 +165,7 @@ STABLE_TORCH_LIBRARY_IMPL(r1kernels, CUDA, library) {
     library.impl("moe_experts_cuda", TORCH_BOX(&experts_forward));
     library.impl("moe_experts_cuda_backward", TORCH_BOX(&experts_backward));
     library.impl("sort_by_expert_cuda", TORCH_BOX(&sort));
-    library.impl("route_cuda", TORCH_BOX(&route));
+    library.impl("route_cuda", TORCH_BOX(&route<choose>));
     library.impl("route_cuda_backward", TORCH_BOX(&route_backward));
 }
 

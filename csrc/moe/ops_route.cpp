@@ -39,17 +39,8 @@ int64_t share_tokens(const R1kernelsRoute& call, int64_t tokens, const Run& run)
     return items;
 }
 
-std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, int64_t score, bool by_logits,
-                                         const std::optional<Tensor>& bias, int64_t n_group, int64_t topk_group,
-                                         bool two_best, bool normalize, double eps, double scale,
-                                         const std::optional<Tensor>& replayed) {
-    R1kernelsRoute call = router_of(logits, top_k, score, normalize, eps, scale);
-    add_choice(call, logits, by_logits, bias, n_group, topk_group, two_best, replayed);
-    const int64_t tokens = call.tokens;
-    const Tensor weights = empty_on(logits, {tokens, top_k}, ScalarType::Float);
-    const Tensor indices = empty_on(logits, {tokens, top_k}, ScalarType::Long);
-    const Tensor counts = empty_on(logits, {call.experts}, ScalarType::Int);
-    int64_t* chosen = data_of<int64_t>(indices);
+void choose(const R1kernelsRoute& call, const Tensor&, float* weights, int64_t* chosen, int32_t* count) {
+    const int64_t tokens = call.tokens, top_k = call.top_k;
     if (call.replayed) {
         memcpy(chosen, call.replayed, tokens * top_k * sizeof(int64_t));
         check_choice(call, chosen, tokens);
@@ -57,18 +48,16 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, in
     const MoeKernels& kernels = chosen_moe_kernels();
     std::vector<int32_t> item_counts(std::min(tokens / kRouteTokens + 1, kRouteItems) * call.experts, 0);
     const int64_t items = share_tokens(call, tokens, [&](int64_t item, void* scratch, int64_t begin, int64_t end) {
-        kernels.route(call, chosen, data_of<float>(weights), scratch, begin, end);
-        int32_t* count = item_counts.data() + item * call.experts;
-        for (int64_t i = begin * top_k; i < end * top_k; ++i) ++count[chosen[i]];
+        kernels.route(call, chosen, weights, scratch, begin, end);
+        int32_t* of_item = item_counts.data() + item * call.experts;
+        for (int64_t i = begin * top_k; i < end * top_k; ++i) ++of_item[chosen[i]];
     });
-    int32_t* count = data_of<int32_t>(counts);
     memset(count, 0, call.experts * sizeof(int32_t));
     for (int64_t item = 0; item < items; ++item) {
         for (int64_t expert = 0; expert < call.experts; ++expert) {
             count[expert] += item_counts[item * call.experts + expert];
         }
     }
-    return {weights, indices, counts};
 }
 
 Tensor route_backward(const Tensor& grad_weights, const Tensor& logits, const Tensor& indices, int64_t score,
@@ -88,7 +77,7 @@ Tensor route_backward(const Tensor& grad_weights, const Tensor& logits, const Te
 }
 
 STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, library) {
-    library.impl("route_cpu", TORCH_BOX(&route));
+    library.impl("route_cpu", TORCH_BOX(&route<choose>));
     library.impl("route_cpu_backward", TORCH_BOX(&route_backward));
 }
 

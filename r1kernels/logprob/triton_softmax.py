@@ -323,7 +323,7 @@ def store_row(
     extra,
     SLAB: tl.constexpr,
 ):
-    """Write the results of rows from the sums over their logits and the logit of their target (see ops.py)."""
+    """Write the results of rows from the sums over their logits and the logit of their target (token.row_results)."""
     others, spread, squares, total, place = sums
     spread *= LN_2
     ignored = target == ignore_index
