@@ -102,7 +102,8 @@ def moe_experts(
         IndexError: an index outside [0, E] (on the CPU; on CUDA it counts as a sentinel unless ``debug_checks(True)``).
 
     Precision: GEMMs accumulate in float32; pre-activation and activation are rounded to the dtype of ``hidden``; gating
-    and the weighted sum are computed in float32 (float64 for float64). Under autocast hidden, gate_up and down
+    and the weighted sum are computed in float32 (float64 for float64; on cuda the gates of 16-bit inputs by the special
+    function unit, whose e^-|z| is off by 2^-22 + |z| 2^-24 of itself, far below their rounding). Under autocast hidden, gate_up and down
     are cast as F.linear casts them. An expert without tokens gets a zero gradient. Deterministic, except that the
     reference, traced or on CUDA, adds weight gradients up with atomics unless
     ``torch.use_deterministic_algorithms(True)``. On cuda a token's result does not depend on the other tokens. Elsewhere
