@@ -51,6 +51,12 @@ MODELS = {
 # Models whose attention the engine cannot be asked for, and how they are told.
 OTHERS = {
     "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4}, "does not ask"),
+    # keeps no keys and values
+    "openai-gpt": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, "does not ask"),
+    # keeps states of which no row can be taken out
+    "mamba": ({"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}, "does not ask"),
+    # looks into the mask
+    "doge": ({**SMALL, **WINDOW}, "cannot be asked"),
     "diffllama": (SMALL, "has an attention of its own"),
     "llama4_text": (
         {
@@ -128,7 +134,7 @@ def test_greedy_is_what_transformers_generates(family):
         assert output.logp == (0.0,) * 12 and not output.finished
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "gemma2", "bloom"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma2", "bloom", "mamba"])
 def test_a_response_is_the_same_in_every_batch(family):
     model = build(family, OTHERS[family][0] if family in OTHERS else None)
     asked = requests_of(texts(1, 9, 4, 2, 30), samples=4)

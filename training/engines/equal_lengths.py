@@ -1,4 +1,4 @@
-"""Sampling with transformers' own attention and cache, for models whose attention cannot be asked for (training.engines.cache).
+"""Sampling with a model's own attention and cache, where its attention cannot be asked for (training.engines.cache).
 
 Only prompts of one length share a batch, so that nothing is padded; responses are keyed as everywhere.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from training.engines import Output, Request, SamplingParams
 from training.engines.choice import choose_tokens, uniforms
@@ -38,29 +39,31 @@ def _draw_batch(
     uniform = uniforms([request.key for request in requests], most).to(model.device)
     tokens: list[list[int]] = [[] for _ in requests]
     logps: list[list[float]] = [[] for _ in requests]
-    rows = list(range(len(requests)))  # those whose responses are still growing
-    cache = DynamicCache(config=model.config)
-    ids = torch.tensor([request.prompt_ids for request in requests], device=model.device)
-    while True:
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
-        step = len(tokens[rows[0]])
+    growing = set(
+        range(len(requests))
+    )  # rows whose responses have not ended; the others are read on and left alone
+    text = read = torch.tensor([request.prompt_ids for request in requests], device=model.device)
+    kept: dict[str, Any] = {}
+    for step in range(most):
+        outputs = model(input_ids=read, use_cache=True, **kept)
         chosen, logp = choose_tokens(
-            logits, uniform[rows, step], params.temperature, params.top_p, params.top_k
+            outputs.logits[:, -1], uniform[:, step], params.temperature, params.top_p, params.top_k
         )
-        for row, token, value in zip(rows, chosen.tolist(), logp.tolist(), strict=True):
+        for row, (token, value) in enumerate(zip(chosen.tolist(), logp.tolist(), strict=True)):
+            if row not in growing:
+                continue
             tokens[row].append(token)
             logps[row].append(value)
-        going = [
-            i
-            for i, row in enumerate(rows)
-            if tokens[row][-1] not in params.stop_ids and step + 1 < requests[row].max_new_tokens
-        ]
-        if not going:
+            if token in params.stop_ids or step + 1 == requests[row].max_new_tokens:
+                growing.remove(row)
+        if not growing:
             break
-        if len(going) < len(rows):
-            cache.batch_select_indices(torch.tensor(going, device=model.device))
-        rows = [rows[i] for i in going]
-        ids = chosen[going].unsqueeze(1)
+        text = torch.cat((text, chosen.unsqueeze(1)), dim=1)
+        cache = getattr(outputs, "past_key_values", None)
+        kept = {} if cache is None else {"past_key_values": cache}
+        read = (
+            text if cache is None else text[:, -1:]
+        )  # a model that keeps nothing reads the whole text again
     return [
         Output(tuple(ids), tuple(logp), ids[-1] in params.stop_ids, version)
         for ids, logp in zip(tokens, logps, strict=True)

@@ -136,7 +136,7 @@ def _reason(model: PreTrainedModel) -> str:
         try:
             with attention(model):
                 drawn = _Flight(model, requests, SamplingParams(), None, 0).run()
-        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             return f"cannot be asked for its attention ({str(error).splitlines()[0]})"
         for request, output in zip(requests, drawn, strict=True):
             first = len(request.prompt_ids)
