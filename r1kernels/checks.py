@@ -118,7 +118,7 @@ def in_range(name: str, value: Tensor, low: int, high: int, *, allow: int | None
     # most calls end here, at a tenth of the price of what follows
     if _within(value, low, high):
         return
-    if allow is not None and _within(torch.where(value == allow, low, value), low, high):
+    if allow is not None and _within(value.masked_fill(value == allow, low), low, high):
         return
     bad = (value < low) | (value >= high)
     if allow is not None:
