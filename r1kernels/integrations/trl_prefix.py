@@ -51,7 +51,8 @@ def logps_and_entropies(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """In place of ``GRPOTrainer._get_per_token_logps_and_entropies``: the same log-probs, entropies, (B, T), and auxiliary loss.
 
-    A chunk of ``batch_size`` rows holds those whose prompts are equal or begin alike.
+    A chunk of ``batch_size`` rows holds those whose prompts are equal or begin alike, so that the auxiliary loss, a mean over
+    chunks, is that of other chunks than TRL's. TRL asks for it without chunks.
 
     Raises:
         ValueError: images or another input beside the tokens, padding that does not stand in front of the prompts and behind
