@@ -53,12 +53,13 @@ class TestRoutingTriton(RoutingKernel):
 
 def test_nothing_outside_the_arguments_is_read():
     logits, bias = normal(2, 21), normal(21, seed=1)
-    for softmax, normalize in ((False, True), (True, True), (True, False)):
+    for score, normalize in ((0, True), (1, True), (1, False), (2, True)):
         results = []
         for place in (torch.clone, Redzones().input):
-            choice = ops.route_triton(place(logits), 4, softmax, place(bias), 3, 2, normalize, 2.5, None)
+            selection = (place(bias), 3, 2, score != 1)
+            choice = ops.route_triton(place(logits), 4, score, False, *selection, normalize, 1e-20, 2.5, None)
             grad = ops.route_triton_backward(
-                place(choice[0]), place(logits), place(choice[1]), softmax, normalize, 2.5
+                place(choice[0]), place(logits), place(choice[1]), score, normalize, 1e-20, 2.5
             )
             results.append((*choice, grad))
         assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
@@ -76,9 +77,9 @@ def test_the_order_in_int32(rows):
 def test_the_ops_keep_their_schemas():
     logits, indices = normal(2, 8), integers(0, 8, 2, 3)
     for given in (None, indices):
-        arguments = (logits, 3, False, None, 4, 2, True, 2.5, given)
+        arguments = (logits, 3, 0, False, None, 4, 2, True, True, 1e-20, 2.5, given)
         torch.library.opcheck(ops.route_triton.default, arguments, test_utils=SCHEMA)
-    backward = (normal(2, 3), logits, indices, True, False, 1.0)
+    backward = (normal(2, 3), logits, indices, 1, False, 1e-20, 1.0)
     torch.library.opcheck(ops.route_triton_backward.default, backward, test_utils=SCHEMA)
     torch.library.opcheck(ops.sort_by_expert_triton.default, (indices.flatten(), 8), test_utils=SCHEMA)
 
