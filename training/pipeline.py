@@ -16,7 +16,7 @@ import torch
 from training import files, notices
 from training.config import rounding_differences, unknown
 from training.context import StageContext
-from training.engines.house import housed
+from training.engines.workspace import workspace_in
 from training.errors import UserError
 from training.placement import device_of, placed
 from training.progress import Progress
@@ -305,7 +305,7 @@ def _run_stage(
         if stage.add_warning(kind, text):
             progress.say(f"warning: {name}: {text}")
 
-    with placed(recipe), housed(run_dir.path), notices.listening(hear):
+    with placed(recipe), workspace_in(run_dir.path), notices.listening(hear):
         metrics = stages[name].run(context)
     stage.finish(metrics)
     return True

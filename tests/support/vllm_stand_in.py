@@ -30,10 +30,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from training import checkpoint, seeding
 from training.engines import Output, Request, SamplingParams, server
 from training.engines.describe import describe
-from training.engines.house import housed
 from training.engines.service import Refused, Service
 from training.engines.transformers import TransformersEngine
 from training.engines.vllm import VllmEngine
+from training.engines.workspace import workspace_in
 from training.sections import Rollout
 from training.tokenizer import build_tokenizer
 
@@ -350,7 +350,7 @@ def record(path: Path = RECORDING) -> None:
         checkpoint.save_model(model, tokenizer, folder / "model")
         real = server.Server(rollout, folder / "model", folder / "log", None)
         try:
-            with StandIn(real.service) as recorder, housed(folder):
+            with StandIn(real.service) as recorder, workspace_in(folder):
                 describe(recorder.rollout)
                 engine = VllmEngine(recorder.rollout, model, tokenizer)
                 talk(engine, model)

@@ -26,7 +26,7 @@ from tests.support.vllm_stand_in import (
 )
 from training.checkpoint import save_model
 from training.cli import main
-from training.engines import EngineError, Request, SamplingParams, connect, house
+from training.engines import EngineError, Request, SamplingParams, connect, workspace
 from training.engines.server import Server
 from training.engines.service import Service
 from training.engines.transformers import TransformersEngine
@@ -40,7 +40,7 @@ TOKENIZER = build_tokenizer()
 
 @pytest.fixture(autouse=True)
 def at_home(tmp_path):
-    with house.housed(tmp_path):
+    with workspace.workspace_in(tmp_path):
         yield
 
 
@@ -347,7 +347,7 @@ def test_a_run_whose_server_dies_draws_the_step_again(brought, tmp_path, capsys)
     with StandIn(computes=True, port=stand_in.port):
         assert main([*brought, "--run", "cut", f"rollout.url={stand_in.url}"]) == 0
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
-    assert not (tmp_path / "cut" / house.WEIGHTS).exists()
+    assert not (tmp_path / "cut" / workspace.WEIGHTS).exists()
 
 
 def test_a_dry_run_names_the_engine_and_says_whether_its_server_answers(brought, capsys):
@@ -436,16 +436,16 @@ def test_a_server_is_started_on_a_free_port_of_this_machine_and_stopped(tmp_path
 
 def test_one_server_is_started_for_all_engines_of_a_stage_whose_models_have_the_same_sizes(tmp_path):
     rollout, model = a_server(tmp_path, STANDS_IN), policy()
-    with house.housed(tmp_path):
+    with workspace.workspace_in(tmp_path):
         for version, each in enumerate((model, model, moved(policy(), 1))):
             engine = connect(rollout, each, TOKENIZER, version)
             assert engine.sample([Request((1, 40), 1, 4)], WAYS[0])[0].version == version
             engine.close()
         service = engine._service
         assert listens(service)
-    assert (tmp_path / house.LOG).read_text().count("started") == 1
+    assert (tmp_path / workspace.LOG).read_text().count("started") == 1
     assert not listens(service)
-    assert not (tmp_path / house.WEIGHTS).exists()
+    assert not (tmp_path / workspace.WEIGHTS).exists()
 
 
 def test_a_server_that_does_not_start_tells_its_last_error(tmp_path):

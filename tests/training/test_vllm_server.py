@@ -10,7 +10,7 @@ from tests.support.vllm_stand_in import PYTHON, StandIn, moved, policy, requests
 from training import corpus, pipeline
 from training.checkpoint import save_model
 from training.context import StageContext
-from training.engines import EngineError, SamplingParams, connect, house, weights
+from training.engines import EngineError, SamplingParams, connect, weights, workspace
 from training.loops import next_token
 from training.progress import Progress
 from training.recipe import load
@@ -28,8 +28,8 @@ TOKENIZER = build_tokenizer()
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """One house for all tests, whose server is started once for a size of model."""
-    with house.housed(tmp_path_factory.mktemp("home")):
+    """One workspace for all tests, whose server is started once for a size of model."""
+    with workspace.workspace_in(tmp_path_factory.mktemp("home")):
         yield
 
 
@@ -139,4 +139,4 @@ def test_a_run_of_grpo_ends_with_the_same_marks_whatever_engine_draws(base, tmp_
         noise = ((variance(a) + variance(b)) / LAST) ** 0.5
         assert abs(fmean(a) - fmean(b)) < 4 * noise + 1e-3, (mark, a, b)
     assert fmean(row["reward"] for row in theirs[-LAST:]) > theirs[0]["reward"] + 0.2
-    assert not (tmp_path / "theirs" / house.WEIGHTS).exists()
+    assert not (tmp_path / "theirs" / workspace.WEIGHTS).exists()

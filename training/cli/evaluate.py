@@ -7,7 +7,7 @@ from pathlib import Path
 from training import files
 from training.check import check
 from training.cli.arguments import add_out, add_run, checkpoint, existing_run, with_stage
-from training.engines.house import current_house
+from training.engines.workspace import current_workspace
 from training.errors import UserError
 from training.format import align, percent
 from training.placement import placed
@@ -48,7 +48,7 @@ def run_command(arguments: argparse.Namespace) -> None:
     from training.stages.evaluate import marks
 
     recipe, stage, name, path = _asked(arguments)
-    with placed(recipe), current_house():  # one server for all that is asked
+    with placed(recipe), current_workspace():  # one server for all that is asked
         source = responses.load_source(stage, path, recipe, arguments.prompt)
         rows, _ = marks(source, name, recipe, recipe.evaluate)
     hidden = ("checkpoint", "split", "language", "problems", "length", "k", "reward_errors")

@@ -1,4 +1,4 @@
-"""A vLLM server of the run's own: it is started for a model, serves this machine alone and is stopped by whom it was started."""
+"""A vLLM server of the run's own: it is started for a model, serves this machine alone and is stopped by what started it."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from training import files
 from training.encoder import Encoder
 from training.engines import EngineError, Output, Request, SamplingParams, weights
-from training.engines.house import House, current_house
 from training.engines.server import Server, check_python
 from training.engines.service import Refused, Service
+from training.engines.workspace import Workspace, current_workspace
 from training.sections import Rollout
 
 PROBE = 64  # tokens of a probe
@@ -58,8 +58,8 @@ class VllmEngine:
         self._name = ""
         self._stack = ExitStack()
         with ExitStack() as stack:
-            self._house = stack.enter_context(current_house())
-            self._service = self._started(self._house) if rollout.start else self._found()
+            self._workspace = stack.enter_context(current_workspace())
+            self._service = self._started(self._workspace) if rollout.start else self._found()
             self._context = self._examine()
             with weights.scrambled(model):
                 self._hand_over("proof")
@@ -154,9 +154,9 @@ class VllmEngine:
 
     def _hand_over(self, version: str) -> None:
         call, name = self._service.call, self._named(version)
-        weights.write(self._model, self._house.weights, self._dtype)
+        weights.write(self._model, self._workspace.weights, self._dtype)
         call("POST", "/pause?mode=abort")
-        folder = str(self._house.weights.resolve())
+        folder = str(self._workspace.weights.resolve())
         call("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
         if not call("POST", "/reset_prefix_cache")["success"]:
             raise EngineError(f"{self._service.url} keeps its prefix cache over an update: restart it")
@@ -216,17 +216,17 @@ class VllmEngine:
     def _found(self) -> Service:
         return Service(self._rollout.url, self._rollout.timeout)
 
-    def _started(self, house: House) -> Service:
+    def _started(self, workspace: Workspace) -> Service:
         """The server of the stage, started where there is none for a model of these sizes."""
         config = {k: v for k, v in self._model.config.to_dict().items() if k not in WRITTEN}
         wanted = files.value_hash([str(config), self._rollout.options, self._rollout.dtype])
-        if house.server is None or house.serves != wanted or not house.server.alive:
-            house.stop()
+        if workspace.server is None or workspace.serves != wanted or not workspace.server.alive:
+            workspace.stop()
             check_python(self._rollout.python)
-            weights.write(self._model, house.weights, self._dtype)
-            house.server = Server(self._rollout, house.weights, house.log, self.encoder.positions)
-            house.serves = wanted
-        return house.server.service
+            weights.write(self._model, workspace.weights, self._dtype)
+            workspace.server = Server(self._rollout, workspace.weights, workspace.log, self.encoder.positions)
+            workspace.serves = wanted
+        return workspace.server.service
 
     def _examine(self) -> int:
         """The context of the server in tokens, after checks that it can serve this model at all."""

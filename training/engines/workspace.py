@@ -1,4 +1,4 @@
-"""Where engines keep files and a server between calls: for the length of a stage, then all of it goes."""
+"""Where engines keep files and a server between calls: for the length of a stage, then all of it is removed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOG = "vllm.log"
 
 
 @dataclass
-class House:
+class Workspace:
     """folder: of the run. server: the one that was started last, and `serves` says for which model and settings."""
 
     folder: Path
@@ -44,30 +44,30 @@ class House:
         self.server, self.serves = None, ""
 
 
-_house: ContextVar[House | None] = ContextVar("house", default=None)
+_workspace: ContextVar[Workspace | None] = ContextVar("workspace", default=None)
 
 
 @contextmanager
-def housed(folder: Path) -> Iterator[None]:
+def workspace_in(folder: Path) -> Iterator[None]:
     """Inside the block engines keep what a server needs in `folder`; at its end their server is stopped and the weights are removed."""
-    house = House(folder)
-    token = _house.set(house)
+    workspace = Workspace(folder)
+    token = _workspace.set(workspace)
     try:
         yield
     finally:
-        _house.reset(token)
-        house.stop()
-        files.remove(house.weights)
+        _workspace.reset(token)
+        workspace.stop()
+        files.remove(workspace.weights)
 
 
 @contextmanager
-def current_house() -> Iterator[House]:
-    """The house of the stage that runs; outside of every stage, one in a temporary folder, for the length of the block."""
-    house = _house.get()
-    if house is not None:
-        yield house
+def current_workspace() -> Iterator[Workspace]:
+    """The workspace of the stage that runs; outside of every stage, one in a temporary folder, for the length of the block."""
+    workspace = _workspace.get()
+    if workspace is not None:
+        yield workspace
         return
-    with tempfile.TemporaryDirectory(prefix="rollout-") as folder, housed(Path(folder)):
-        made = _house.get()
+    with tempfile.TemporaryDirectory(prefix="rollout-") as folder, workspace_in(Path(folder)):
+        made = _workspace.get()
         assert made is not None
         yield made
