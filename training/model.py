@@ -214,11 +214,6 @@ def is_patched(model: nn.Module) -> bool:
     return integration.routes(model)
 
 
-def has_bias(model: nn.Module) -> bool:
-    """Whether the model has routers with a selection bias, which evens the load of the experts."""
-    return any(hasattr(module, "e_score_correction_bias") for module in model.modules())
-
-
 class StepLoad:
     """Tokens of every expert in one optimizer step, over all its micro-batches; nothing where no router is patched."""
 
@@ -238,7 +233,7 @@ class StepLoad:
 
     def update_bias(self, rate: float) -> None:
         """Moves the bias of every router that has one a step of `rate` towards an even load; once an optimizer step."""
-        if self.load is not None and has_bias(self.model):
+        if self.load is not None and integration.has_selection_bias(self.model):
             integration.update_bias(self.model, self.load, rate)
 
     def max_over_mean(self) -> float:

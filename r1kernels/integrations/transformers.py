@@ -58,6 +58,7 @@ __all__ = [
     "explain",
     "explain_shared_prefix",
     "fused_logprobs",
+    "has_selection_bias",
     "head_inputs",
     "output_head",
     "pad_routing",
@@ -221,6 +222,15 @@ def collect_load(
         load = ExpertLoad(len(routers), max(router._r1kernels.match.experts for router in routers))
     with _set(control, load=load, attention_mask=attention_mask):
         yield load
+
+
+def has_selection_bias(model: nn.Module) -> bool:
+    """Whether routers of a patched model have a selection bias, which ``update_bias`` moves.
+
+    Raises:
+        ValueError: the model is not patched, or a router of it is not served.
+    """
+    return any(selection_bias(model, router) is not None for router in _routers(model))
 
 
 def update_bias(

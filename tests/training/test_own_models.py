@@ -9,6 +9,8 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench import mixtures
+from r1kernels.integrations import transformers as integration
 from tests.support.own_models import FAMILIES, edit_json, write_folder
 from training import notices, prompts, responses, reward_model
 from training.checkpoint import load_model, save_model
@@ -22,7 +24,7 @@ from training.judge import judge
 from training.loops import grpo, next_token
 from training.loops.batch import collate, logprobs
 from training.loops.sample import Prompt, sample
-from training.model import has_bias, is_patched, load
+from training.model import StepLoad, is_patched, load, prepare
 from training.placement import placed
 from training.pretrained import load_pretrained, pretrained_config
 from training.progress import Progress
@@ -138,10 +140,22 @@ def test_models_without_a_cache_of_keys_and_values_are_refused_by_name(tmp_path,
 # --- mixtures ---
 
 
+@pytest.mark.parametrize("family", ["afmoe", "lfm2_moe"])
+def test_a_selection_bias_of_any_name_evens_the_load(family):
+    model = prepare(mixtures.build(family))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    load = StepLoad(model)
+    with load.counting(None), torch.no_grad():
+        model(input_ids=torch.arange(8).unsqueeze(0))
+    load.update_bias(0.5)
+    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert moved and all(name.endswith("expert_bias") for name in moved)
+
+
 @pytest.mark.parametrize("family", MIXTURES)
 def test_the_routing_of_a_rollout_is_replayed_in_every_mixture(tmp_path, family):
     model, tokenizer = load(write_folder(tmp_path / "own", family))
-    assert is_patched(model) and has_bias(model) == (family == "deepseek_v3")
+    assert is_patched(model) and integration.has_selection_bias(model) == (family == "deepseek_v3")
     drawn = sample(
         TransformersEngine(model, tokenizer),
         ASKED,
