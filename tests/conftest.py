@@ -10,6 +10,8 @@ os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 import pytest
 import torch
 
+from r1kernels import backends
+
 # the tests of a GPU run without it
 with contextlib.suppress(ModuleNotFoundError):
     import hypothesis
@@ -23,3 +25,11 @@ torch.set_num_threads(1)
 def fixed_seed():
     """Fresh random inputs that are the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_backends():
+    """A test leaves the choice of backends as it found it: what it left would decide later tests of the process."""
+    before = backends.strict(), dict(backends._preferred)
+    yield
+    assert (backends.strict(), backends._preferred) == before

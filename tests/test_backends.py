@@ -20,6 +20,7 @@ X = torch.zeros(3)
 def op():
     """An op with a reference, and a cpu backend that refuses more than five entries."""
     name = "test_backends_op"
+    preferred = dict(backends._preferred)
     backends.register(name, "reference", lambda x: "reference")
     backends.register(name, "triton", lambda x: "triton", lambda x: ("not a CUDA tensor",))
     backends.register(
@@ -27,7 +28,8 @@ def op():
     )
     yield name
     del backends._registry[name]
-    r1kernels.set_backend("auto")
+    backends._preferred.clear()
+    backends._preferred.update(preferred)
     r1kernels.set_strict(False)
 
 
