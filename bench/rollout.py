@@ -270,7 +270,7 @@ def _note(record: Mapping[str, Any]) -> str:
     sizes, step = record["sizes"], record["decode"]
     took, floor = statistics.median(step["seconds"]), step["floor_seconds"]
     return (
-        f"Tokens a second, medians of {sizes['rounds']} paired rounds on {record['environment']['threads']} thread, from a Qwen2 "
+        f"Tokens a second, medians of {sizes['rounds']} paired rounds, {record['environment']['threads']} threads of torch, from a Qwen2 "
         f"model of {sizes['layers']} layers of width {sizes['hidden_size']} and {sizes['vocab_size']:,} entries; responses of at most "
         f"{sizes['longest']} tokens. A decode step of `tiny` with {step['rows']} rows takes {milliseconds(took)} ms, {took / floor:.1f} times "
         f"its floor of {milliseconds(floor)} ms ({step['bound']})."
