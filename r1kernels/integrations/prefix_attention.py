@@ -17,7 +17,7 @@ T packed tokens, H heads, D the size of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .prefix_kernels import Kernel, Options
+from .prefix_kernels import Kernel, Operands, Options
 from .prefix_tree import Node
 
 _SHORT = 64  # own parts of nodes up to this length are padded and computed together
@@ -130,6 +130,11 @@ class Call(NamedTuple):
     kernel: Kernel
     masked: Kernel  # for parts of which the window hides something
 
+    def own(self, qkv: Iterable[Tensor]) -> Operands:
+        """Of tokens that attend to their own node: each to those before it and to itself."""
+        q, k, v = qkv
+        return Operands(q, k, v, True, None, self.options)
+
     def other(self, part: Part, dtype: torch.dtype) -> tuple[Kernel, Tensor | None, Tensor | None]:
         """The kernel of a part, what the window hides of it (0 or -inf), and which queries see anything of it."""
         if not part.masked:
@@ -158,18 +163,16 @@ class _TreeAttention(torch.autograd.Function):
         out = q.new_empty(*shape, v.shape[-1], dtype=wide).transpose(1, 2)
         lse = q.new_empty(shape, dtype=wide).transpose(1, 2)
         for own in call.parts.own:
-            qkv = (t[:, :, own] for t in (q, k, v))
-            out[:, :, own], lse[:, :, own] = call.kernel.forward(*qkv, True, None, call.options)
+            operands = call.own(t[:, :, own] for t in (q, k, v))
+            out[:, :, own], lse[:, :, own] = call.kernel.forward(operands)
         for batch in call.parts.batches:
-            qkv = (batch.gather(t) for t in (q, k, v))
-            for whole, part in zip(
-                (out, lse), call.kernel.forward(*qkv, True, None, call.options), strict=True
-            ):
+            operands = call.own(batch.gather(t) for t in (q, k, v))
+            for whole, part in zip((out, lse), call.kernel.forward(operands), strict=True):
                 batch.scatter(whole, part)
         for other in call.parts.others:
             kernel, mask, sees = call.other(other, q.dtype)
-            kv = (t[:, :, other.keys] for t in (k, v))
-            o, log_sum = kernel.forward(q[:, :, other.queries], *kv, False, mask, call.options)
+            qkv = q[:, :, other.queries], k[:, :, other.keys], v[:, :, other.keys]
+            o, log_sum = kernel.forward(Operands(*qkv, False, mask, call.options))
             if sees is not None:  # what comes out of a row that sees no key is not defined
                 o, log_sum = o.masked_fill(~sees.unsqueeze(1), 0.0), log_sum.masked_fill(~sees, float("-inf"))
             _merge(out[:, :, other.queries], lse[:, :, other.queries], o, log_sum)
@@ -190,23 +193,23 @@ class _TreeAttention(torch.autograd.Function):
             for t in (q, k, v)
         )
         for own in call.parts.own:
-            tensors = (t[:, :, own] for t in (do, q, k, v, out, lse))
-            parts = call.kernel.backward(*tensors, True, None, call.options)
+            operands = call.own(t[:, :, own] for t in (q, k, v))
+            parts = call.kernel.backward(operands, *(t[:, :, own] for t in (do, out, lse)))
             for whole, part in zip(gradients, parts, strict=True):
                 whole[:, :, own] = part
         for batch in call.parts.batches:
             # padding has no gradient upstream, so it has none at all
             upstream = batch.gather(do).masked_fill(batch.padding, 0.0)
-            tensors = (batch.gather(t) for t in (q, k, v, out, lse))
-            parts = call.kernel.backward(upstream, *tensors, True, None, call.options)
+            operands = call.own(batch.gather(t) for t in (q, k, v))
+            parts = call.kernel.backward(operands, upstream, batch.gather(out), batch.gather(lse))
             for whole, part in zip(gradients, parts, strict=True):
                 batch.scatter(whole, part)
         for other in call.parts.others:
             kernel, mask, _ = call.other(other, q.dtype)
             queries, keys = other.queries, other.keys
-            places = (queries, queries, keys, keys, queries, queries)
-            tensors = (t[:, :, place] for t, place in zip((do, q, k, v, out, lse), places, strict=True))
-            parts = kernel.backward(*tensors, False, mask, call.options)
+            qkv = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+            operands = Operands(*qkv, False, mask, call.options)
+            parts = kernel.backward(operands, *(t[:, :, queries] for t in (do, out, lse)))
             for whole, place, part in zip(gradients, (queries, keys, keys), parts, strict=True):
                 whole[:, :, place] += part
         of_sinks = None

@@ -22,60 +22,54 @@ class Options(NamedTuple):
     softcap: float | None
 
 
+class Operands(NamedTuple):
+    """What a kernel attends with."""
+
+    q: Tensor  # (B, H, T, D)
+    k: Tensor  # k and v may have fewer heads
+    v: Tensor
+    causal: bool
+    mask: Tensor | None  # (queries, keys), added to the scores
+    options: Options
+
+
 class Kernel(NamedTuple):
     """An attention and its gradient.
 
-    ``forward(q, k, v, causal, mask, options)`` gives (o, l); ``backward(do, q, k, v, o, l, causal, mask, options)`` gives
-    (dq, dk, dv). q is (B, H, T, D), k and v may have fewer heads; l is (B, H, T); mask (queries, keys) is added to the scores.
+    ``forward(operands)`` gives (o, l), l (B, H, T); ``backward(operands, do, o, l)`` gives (dq, dk, dv).
     """
 
     name: str
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[[Operands], tuple[Tensor, Tensor]]
+    backward: Callable[[Operands, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-def _flash_cpu(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor]:
+def _flash_cpu(operands: Operands) -> tuple[Tensor, Tensor]:
+    q, k, v, causal, mask, options = operands
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=mask, scale=options.scale
     )
 
 
 def _flash_cpu_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    options: Options,
+    operands: Operands, do: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, causal, mask, options = operands
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=options.scale
     )
 
 
-def _flash_cuda(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor]:
+def _flash_cuda(operands: Operands) -> tuple[Tensor, Tensor]:
+    q, k, v, causal, _, options = operands
     result = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=options.scale)
     return result[0], result[1]
 
 
 def _flash_cuda_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    options: Options,
+    operands: Operands, do: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, causal, _, options = operands
     no_dropout = torch.empty(0, dtype=torch.int64, device=q.device)
     lengths = (None, None, q.shape[2], k.shape[2])
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -83,9 +77,8 @@ def _flash_cuda_backward(
     )
 
 
-def _efficient_cuda(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor]:
+def _efficient_cuda(operands: Operands) -> tuple[Tensor, Tensor]:
+    q, k, v, causal, mask, options = operands
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     result = torch.ops.aten._scaled_dot_product_efficient_attention(
         q, k, v, _bias(mask, q), True, 0.0, causal, scale=options.scale
@@ -94,16 +87,9 @@ def _efficient_cuda(
 
 
 def _efficient_cuda_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    options: Options,
+    operands: Operands, do: Tensor, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, causal, mask, options = operands
     key_heads = k.shape[1]
     k, v = (t.repeat_interleave(q.shape[1] // key_heads, dim=1) for t in (k, v))
     # the kernel reads whole blocks of 32 queries
@@ -135,28 +121,17 @@ def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return padded[:, : mask.shape[1]].expand(*q.shape[:2], -1, -1)
 
 
-def _eager(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor]:
-    scores, _ = _scores(q, k, causal, mask, options)
+def _eager(operands: Operands) -> tuple[Tensor, Tensor]:
+    scores, _ = _scores(operands)
     lse = scores.logsumexp(dim=-1)
     # a row that sees nothing: exp(-inf - 0) = 0
     p = (scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp()
-    return (p @ v.to(p.dtype).unsqueeze(2)).flatten(1, 2), lse.flatten(1, 2)
+    return (p @ operands.v.to(p.dtype).unsqueeze(2)).flatten(1, 2), lse.flatten(1, 2)
 
 
-def _eager_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    causal: bool,
-    mask: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    scores, slope = _scores(q, k, causal, mask, options)
+def _eager_backward(operands: Operands, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, *_ = operands
+    scores, slope = _scores(operands)
     heads = scores.shape[1:3]
     do, o, lse, grouped = (t.to(scores.dtype).unflatten(1, heads) for t in (do, o, lse, q))
     p = (scores - lse.unsqueeze(-1)).exp()
@@ -167,10 +142,9 @@ def _eager_backward(
     return dq.flatten(1, 2), dk, dv
 
 
-def _scores(
-    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor | float]:
+def _scores(operands: Operands) -> tuple[Tensor, Tensor | float]:
     """Scores (B, key heads, queries per key head, queries, keys), and their slope in q k^T; float32 at least."""
+    q, k, _, causal, mask, options = operands
     dtype = torch.promote_types(q.dtype, torch.float32)
     q = q.to(dtype).unflatten(1, (k.shape[1], -1))
     scores = q @ k.to(dtype).unsqueeze(2).mT * options.scale

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from r1kernels.integrations.prefix_kernels import EAGER, EFFICIENT_CUDA, FLASH_CPU, FLASH_CUDA, Options
+from r1kernels.integrations.prefix_kernels import (
+    EAGER,
+    EFFICIENT_CUDA,
+    FLASH_CPU,
+    FLASH_CUDA,
+    Operands,
+    Options,
+)
 from tests.support import prefix_kernels as cases
 
 
@@ -37,7 +44,8 @@ def test_the_ops_of_cuda_are_called_as_they_are_declared(kernel, masked):
         torch.empty(1, n, t, 16, dtype=torch.bfloat16, device="meta") for n, t in ((4, 40), (2, 25), (2, 25))
     )
     mask = torch.empty(40, 25, dtype=torch.bfloat16, device="meta") if masked else None
-    o, lse = kernel.forward(q, k, v, False, mask, Options(0.3, None))
+    operands = Operands(q, k, v, False, mask, Options(0.3, None))
+    o, lse = kernel.forward(operands)
     assert (o.shape, lse.shape, lse.dtype) == (q.shape, (1, 4, 40), torch.float32)
-    grads = kernel.backward(o, q, k, v, o, lse, False, mask, Options(0.3, None))
+    grads = kernel.backward(operands, o, o, lse)
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]

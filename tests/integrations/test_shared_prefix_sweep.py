@@ -45,15 +45,8 @@ def outcome(name, model_class):
 
 @pytest.mark.slow
 def test_every_causal_language_model():
-    found = {}
-    for name, model_class in causal_models.classes():
-        found[model_class.__name__] = outcome(name, model_class)
-    table = "\n".join(f"{name:45} {what:10} {details[:160]}" for name, (what, details) in found.items())
+    names, table = causal_models.sweep(outcome)
     print(table)
-    names = {
-        what: [name for name, (one, _) in found.items() if one == what]
-        for what in ("refused", "wrong", "served")
-    }
     assert not names["wrong"], table
     assert {"Llama4ForCausalLM", "Qwen3NextForCausalLM"} <= {*names["refused"]}, table
     assert len(names["served"]) > 85, table

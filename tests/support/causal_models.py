@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -69,3 +69,12 @@ def classes() -> Iterator[tuple[str, type]]:
     for config_class, found in MODEL_FOR_CAUSAL_LM_MAPPING.items():
         for model_class in found if isinstance(found, tuple) else (found,):
             yield config_class.model_type, model_class
+
+
+def sweep(outcome: Callable[[str, type], tuple[str, str]]) -> tuple[dict[str, list[str]], str]:
+    """``outcome(model type, class)``, (what, details), of all of them: names of classes by what, and a table to print."""
+    found = {model_class.__name__: outcome(name, model_class) for name, model_class in classes()}
+    names: dict[str, list[str]] = {"refused": [], "wrong": [], "served": []}
+    for name, (what, _) in found.items():
+        names.setdefault(what, []).append(name)
+    return names, "\n".join(f"{name:45} {what:10} {details[:160]}" for name, (what, details) in found.items())
