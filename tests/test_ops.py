@@ -14,10 +14,11 @@ from tests.support.sample_calls import differentiable_call, first
 
 DOCS = "\n".join(page.read_text() for page in Path(__file__).parents[1].joinpath("docs").glob("*.md"))
 EVERY = sorted(examples.calls("cpu"))
+# two sets, and tokens that keep everything
 KEPT = (
     torch.tensor([3, 0, 9, 5]),
     torch.tensor([0, 2, 2, 4, 4, 4, 4]),
-)  # two sets, and tokens that keep everything
+)
 KERNELS = [op for op in EVERY if "cpu" in backends.registered(op)]
 
 

@@ -113,9 +113,8 @@ def test_forward_mode_agrees_with_the_backward(op, name):
     upstream = torch.randn_like(out)
     expected = (backward(function, value, upstream) * direction).sum()
     assert expected != 0
-    ours = (
-        (tangent * upstream).sum().to(expected.dtype)
-    )  # torch makes a float64 tangent of a 0-d product with a number
+    # torch makes a float64 tangent of a 0-d product with a number
+    ours = (tangent * upstream).sum().to(expected.dtype)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -227,9 +227,8 @@ def _grpo(
     # of the questions, those that have a response in a minibatch, and how many they have there
     present = 1 - (1 - 1 / config.minibatches) ** group
     most, shared = config.micro_batch_tokens, recipe.shared_prefix
-    fixed = 1 + bool(
-        config.kl_coef
-    )  # passes for old and reference log-probs; the update takes three, forward and backward
+    # passes for old and reference log-probs; the update takes three, forward and backward
+    fixed = 1 + bool(config.kl_coef)
     tokens = sampling = training = read = 0.0
     for step in range(config.steps):
         length = _length(max_new_tokens(config, step))

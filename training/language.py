@@ -52,10 +52,11 @@ _SCRIPT_LANGUAGES = {
 }
 _WORD_PER_CHARACTER = ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA")
 _LISTED_SCRIPTS = ("LATIN", "CYRILLIC", "ARABIC", "DEVANAGARI")  # whose languages are told apart by lists
+# of those in _SCRIPT_LANGUAGES
 _LETTER_OWNERS = {
     **dict.fromkeys("іїєґ", "uk"),
     **dict.fromkeys("ыэё", "ru"),
-}  # of those in _SCRIPT_LANGUAGES
+}
 
 _TAG = re.compile(r"[a-z]{2,3}(?:-[a-z0-9]{1,8})*", re.IGNORECASE)
 _SAME = {"nb": "no", "nn": "no", "iw": "he", "in": "id", "fil": "tl", "cmn": "zh", "yue": "zh"}

@@ -106,9 +106,8 @@ def _brought(recipe: Recipe, stage: str) -> dict[str, Path]:
     others = [getattr(section, "data", ""), "" if start in STAGE_NAMES else start]
     pretrained = [student.pretrained for student in getattr(section, "students", {}).values()]
     pretrained += [recipe.model.pretrained] if stage == "base" else []
-    others += [
-        each for each in pretrained if Path(each).is_dir()
-    ]  # the others are names of what does not change
+    # the others are names of what does not change
+    others += [each for each in pretrained if Path(each).is_dir()]
     return found | {each: Path(each) for each in others if each}
 
 

@@ -40,10 +40,11 @@ PROFILE = "profile.txt"
 _WARNINGS = "warnings.jsonl"
 _TENSOR_FILES = ("state-0.safetensors", "state-1.safetensors")  # taken in turn, so that one is always whole
 _PIECES = "pieces"
+# what a person was asked and said; see training.cli.review
 REVIEW_FILES = (
     "unreviewed.jsonl",
     "review.jsonl",
-)  # what a person was asked and said; see training.cli.review
+)
 _BOOKKEEPING = (
     *APPEND_ONLY,
     *_TENSOR_FILES,

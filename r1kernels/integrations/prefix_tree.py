@@ -135,9 +135,8 @@ def build(rows: list[list[int]], prompt_lengths: list[int], least_saved: int = L
     nodes: list[Node] = []
     parents: list[int] = []
     paths: dict[tuple[int, ...], list[int]] = {}
-    stack = [
-        (0, len(distinct), 0, -1)
-    ]  # sequences [low, high) that have `depth` tokens laid out, up to node `parent`
+    # sequences [low, high) that have `depth` tokens laid out, up to node `parent`
+    stack = [(0, len(distinct), 0, -1)]
     while stack:
         low, high, depth, parent = stack.pop()
         cuts = []

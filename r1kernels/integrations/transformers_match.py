@@ -25,9 +25,8 @@ from ..moe.routing import CHOICES, GROUP_SCORES
 
 ARGUMENT = "(argument)"  # where the selection bias lies if the block hands it to the router
 _TOKENS = 64
-_LOWEST = (
-    -12.0
-)  # the logits of some tokens are lower by as much, so that a sum of scores that is not alone shows
+# the logits of some tokens are lower by as much, so that a sum of scores that is not alone shows
+_LOWEST = -12.0
 _TOLERANCE = 1e-4
 _SCALARS = (bool, int, float, str, type(None))
 

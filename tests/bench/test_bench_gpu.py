@@ -108,8 +108,7 @@ def test_sanitizers_see_the_riskiest_kernels_first(monkeypatch):
     k_tiles = set((rows // 64).tolist())
     assert 0 in k_tiles and max(k_tiles) > 100 and len(k_tiles) > 3
     row_tiles, column_tiles = -(-rows // 128).sum(), -(-gate_up.shape[1] // 256)
-    assert (
-        row_tiles * column_tiles > 132 and gate_up.shape[2] // 64 > 4
-    )  # a block's second tile reuses its stages
+    # a block's second tile reuses its stages
+    assert row_tiles * column_tiles > 132 and gate_up.shape[2] // 64 > 4
     dtypes = [dtype for op, dtype, _ in seen if op == "moe_experts"]
     assert dtypes.index(torch.float32) == len(dtypes) // 2

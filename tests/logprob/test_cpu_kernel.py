@@ -92,9 +92,8 @@ def test_gradients_are_rounded_to_nearest_even(dtype):
     narrow = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(
         dtype if dtype.itemsize == 2 else torch.float16
     )
-    halfway = narrow.float() * (
-        1 + 2.0**-9
-    )  # many of these lie between two values of the dtype, some right at the middle
+    # many of these lie between two values of the dtype, some right at the middle
+    halfway = narrow.float() * (1 + 2.0**-9)
     grad = torch.cat((bits.view(torch.float32), halfway, torch.tensor([0.0, 131008.0, 131040.0, INF])))
     if dtype == torch.bfloat16:
         grad = grad[~(grad.abs() < 2.0**-120)]  # the bf16 instructions flush subnormal numbers to 0
@@ -248,9 +247,8 @@ def test_nothing_outside_the_logits_is_read_or_written(dtype):
 
 def test_offsets_beyond_two_to_the_thirtyone():
     far = 2**31 + 64
-    buffer = torch.empty(
-        far + 100, dtype=torch.bfloat16
-    )  # the operating system gives memory only where it is touched
+    # the operating system gives memory only where it is touched
+    buffer = torch.empty(far + 100, dtype=torch.bfloat16)
     logits = buffer.as_strided((1, 2, 100), (0, far, 1))
     logits.copy_(torch.randn(2, 100, generator=torch.Generator().manual_seed(5)))
     packed = logits.clone()

@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+# bytes of shared memory that a block may have
 SHARED_BYTES = {
     80: 163 << 10,
     86: 99 << 10,
@@ -24,7 +25,7 @@ SHARED_BYTES = {
     100: 227 << 10,
     103: 227 << 10,
     120: 99 << 10,
-}  # that a block may have
+}
 CAPABILITIES = {number: divmod(number, 10) for number in SHARED_BYTES}
 # the tensor cores' instruction for tiles of 64 rows and more; fewer rows, and other GPUs, take HMMA
 WIDE_PRODUCTS = {90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA"}

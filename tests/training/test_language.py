@@ -133,9 +133,8 @@ ARTICLE = json.loads(Path(__file__).parents[1].joinpath("support/human_rights.js
 def test_a_text_is_most_of_all_in_its_own_language(language):
     text = ARTICLE[language]
     shares = {other: consistency(text, other) for other in ARTICLE}
-    near = {"af": "nl"}.get(
-        language, language
-    )  # the short list of Afrikaans holds little that is not Dutch too
+    # the short list of Afrikaans holds little that is not Dutch too
+    near = {"af": "nl"}.get(language, language)
     assert shares[near] == max(shares.values()) and shares[language] > 0.6
     if language != "en":
         assert shares["en"] < 0.4 and consistency(ARTICLE["en"], language) < 0.4

@@ -161,9 +161,8 @@ def test_documents_without_a_common_prompt_are_read_side_by_side(tmp_path, docum
     with counted(policy) as read:
         next_token.train(policy, TOKENIZER, documents, replace(LEARNT, steps=1, batch_size=8), at)
     lengths = {len(TOKENIZER.encode(each.text, add_special_tokens=False)) + 2 for each in documents}
-    assert (
-        len(lengths) == 1 and 8 * lengths.pop() in read and len(read) == 2
-    )  # the other is the trial of the head
+    # the other is the trial of the head
+    assert len(lengths) == 1 and 8 * lengths.pop() in read and len(read) == 2
 
 
 def llama4():

@@ -25,12 +25,13 @@ MATRIX = [
 ]
 EXPERTS, TOP_K = 4, 2
 PRODUCTS = ("up_kernel", "rows_kernel", "down_backward_kernel", "weight_gradient_kernel")
+# those of the sort have tests of their own
 OTHERS = (
     "schedule_kernel",
     "clear_rest_kernel",
     "combine_kernel",
     "sum_parts_kernel",
-)  # those of the sort have tests of their own
+)
 
 
 @pytest.fixture

@@ -247,9 +247,8 @@ class TokenPass:
 
 
 _current: ContextVar[Pass] = ContextVar("pass")
-_windows: ContextVar[dict[int, int | None]] = ContextVar(
-    "windows"
-)  # of each layer, as a prompt pass was told
+# of each layer, as a prompt pass was told
+_windows: ContextVar[dict[int, int | None]] = ContextVar("windows")
 
 
 @contextmanager

@@ -39,9 +39,8 @@ def _draw_batch(
     uniform = uniforms([request.key for request in requests], most).to(model.device)
     tokens: list[list[int]] = [[] for _ in requests]
     logps: list[list[float]] = [[] for _ in requests]
-    growing = set(
-        range(len(requests))
-    )  # rows whose responses have not ended; the others are read on and left alone
+    # rows whose responses have not ended; the others are read on and left alone
+    growing = set(range(len(requests)))
     text = read = torch.tensor([request.prompt_ids for request in requests], device=model.device)
     kept: dict[str, Any] = {}
     for step in range(most):
@@ -61,9 +60,8 @@ def _draw_batch(
         text = torch.cat((text, chosen.unsqueeze(1)), dim=1)
         cache = getattr(outputs, "past_key_values", None)
         kept = {} if cache is None else {"past_key_values": cache}
-        read = (
-            text if cache is None else text[:, -1:]
-        )  # a model that keeps nothing reads the whole text again
+        # a model that keeps nothing reads the whole text again
+        read = text if cache is None else text[:, -1:]
     return [
         Output(tuple(ids), tuple(logp), ids[-1] in params.stop_ids, version)
         for ids, logp in zip(tokens, logps, strict=True)

@@ -41,9 +41,8 @@ PROMPT_TOKENS = 4096  # of one pass over prompts
 SHORTEST_HEAD = 16  # a common head of fewer tokens costs more than it saves
 SAME = 1e-2  # most that two ways of one log-prob may differ
 FIRST_ROOM = 128  # tokens of a response that the cache has room for at first
-STEPS_UNSEEN = {
-    "cuda": 8
-}  # tokens that a device draws before the host looks which responses have ended; others 1
+# tokens that a device draws before the host looks which responses have ended; others 1
+STEPS_UNSEEN = {"cuda": 8}
 
 
 class TransformersEngine:

@@ -33,9 +33,8 @@ def run(context: StageContext) -> dict[str, Any]:
         counts: dict[str, Any] = {"asked": len(documents), "rejections": {}}
     else:
         documents, counts = _taught(context)
-    of_teacher = functools.cache(
-        lambda: _tokenizer_and_positions(context)
-    )  # once for all students that are left
+    # once for all students that are left
+    of_teacher = functools.cache(lambda: _tokenizer_and_positions(context))
 
     def train(part: StageContext, name: str) -> dict[str, Any]:
         sizes = config.students[name]

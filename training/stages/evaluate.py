@@ -18,10 +18,11 @@ from training.responses import Source
 from training.rewards import Sample
 from training.tasks.problem import Task
 
+# stages whose checkpoints score or judge and answer nothing themselves
 NO_POLICY = (
     "judge",
     "reward_models",
-)  # stages whose checkpoints score or judge and answer nothing themselves
+)
 SHOWN = ("accuracy", "format", "language_consistency", "helpful", "harmless")
 SAMPLES_SHOWN = 8  # responses of every checkpoint in samples.jsonl
 
