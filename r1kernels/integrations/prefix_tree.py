@@ -130,7 +130,7 @@ def prefix_tree(
 def build(rows: list[list[int]], prompt_lengths: list[int], least_saved: int = LEAST_SAVED) -> PrefixTree:
     """The tree of the sequences ``rows``, whose tokens are predicted from ``prompt_lengths`` on."""
     distinct = sorted({tuple(row) for row in rows})
-    common = [0, *(_common(one, other) for one, other in pairwise(distinct))]
+    common = [0, *(common_length(one, other) for one, other in pairwise(distinct))]
     ids: list[int] = []
     nodes: list[Node] = []
     parents: list[int] = []
@@ -191,7 +191,7 @@ def _ids(name: str, ids: Sequence[int] | Tensor) -> list[int]:
         ) from None
 
 
-def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two sequences have in common at their beginning."""
     lengths = range(1, min(len(one), len(other)) + 1)
     return bisect.bisect_left(lengths, True, key=lambda length: one[:length] != other[:length])

@@ -20,7 +20,7 @@ from tests.training.test_loops import (
 from training import notices, prompts, student
 from training.document import Document
 from training.loops import grpo, next_token
-from training.loops.batch import Row, common, lay_out, micro_trees
+from training.loops.batch import Row, lay_out, micro_trees, shared_tokens
 from training.loops.optim import Optimizer
 from training.placement import placed
 from training.sections import NextToken, Student
@@ -227,10 +227,10 @@ def test_pieces_keep_a_group_together_and_fit_the_tokens_of_their_tree(most):
 
 def test_what_prompts_have_in_common():
     long = tuple(range(20))
-    assert [common(long, other) for other in ((*long[:17], 99, 18), long[:16], (7, *long), ())] == [
+    assert [shared_tokens(long, other) for other in ((*long[:17], 99, 18), long[:16], (7, *long), ())] == [
         17,
         16,
         0,
         0,
     ]
-    assert common(long, long[:3]) == 0  # a tree computes so few again
+    assert shared_tokens(long, long[:3]) == 0  # a tree computes so few again

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1kernels.integrations import transformers as integration
+from r1kernels.integrations.prefix_tree import common_length
 from r1kernels.integrations.routing_record import RoutingRecord
 from training import notices
 from training.encoder import Encoder
@@ -445,8 +446,6 @@ def _common_head(prompts: Sequence[tuple[int, ...]]) -> int:
     distinct = sorted(set(prompts))
     if len(distinct) < 2:
         return 0
-    first, last = distinct[0], distinct[-1]  # of sorted texts, those that differ earliest
-    head = 0
-    while head < min(len(prompt) for prompt in distinct) - 1 and first[head] == last[head]:
-        head += 1
+    # of sorted texts, the first and the last differ earliest
+    head = min(common_length(distinct[0], distinct[-1]), min(map(len, distinct)) - 1)
     return head if head >= SHORTEST_HEAD else 0

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import r1kernels
 from r1kernels.integrations import transformers as integration
-from r1kernels.integrations.prefix_tree import LEAST_SAVED
+from r1kernels.integrations.prefix_tree import LEAST_SAVED, common_length
 from r1kernels.integrations.routing_record import RoutingReplay
 from r1kernels.integrations.transformers import PrefixTree
 from training.loops.sample import Completion
@@ -171,7 +171,7 @@ def micro_trees(rows: Sequence[Row], most: int) -> Iterator[list[int]]:
     before: Ids = ()
     for prompt, group in groupby(order, key=lambda i: rows[i].prompt_ids):
         members = {i: len(rows[i].ids) - len(prompt) for i in group}
-        new = len(prompt) - common(before, prompt)
+        new = len(prompt) - shared_tokens(before, prompt)
         if piece and tokens + new + sum(members.values()) > most:
             yield piece
             piece, tokens, new = [], 0, len(prompt)
@@ -187,10 +187,9 @@ def micro_trees(rows: Sequence[Row], most: int) -> Iterator[list[int]]:
         yield piece
 
 
-def common(one: Ids, other: Ids) -> int:
+def shared_tokens(one: Ids, other: Ids) -> int:
     """How many tokens of their beginnings a tree shares between two prompts; a few are not worth it."""
-    pairs = zip(one, other, strict=False)
-    alike = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    alike = common_length(one, other)
     return alike if alike >= LEAST_SAVED else 0
 
 
