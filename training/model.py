@@ -168,8 +168,9 @@ def check_causal(model: PreTrainedModel) -> None:
     ids = torch.arange(4).expand(2, 4).clone() % model.config.get_text_config().vocab_size
     ids[1, -1] = 0
     with torch.no_grad():
-        logits = model(input_ids=ids.to(model.device)).logits[:, 0].float()
-    if not torch.allclose(*logits, rtol=0, atol=1e-2, equal_nan=True):
+        logits = model(input_ids=ids.to(model.device)).logits[:, 0]
+    rounding = torch.finfo(logits.dtype).eps ** 0.5 * float(logits.abs().max())
+    if not torch.allclose(*logits, rtol=0, atol=rounding, equal_nan=True):
         raise UserError(
             f"{type(model).__name__} is not causal: a later token changes the logits of an earlier one; expected a model "
             "that reads from left to right"
