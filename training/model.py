@@ -170,7 +170,7 @@ def check_causal(model: PreTrainedModel) -> None:
     with torch.no_grad():
         logits = model(input_ids=ids.to(model.device)).logits[:, 0]
     rounding = torch.finfo(logits.dtype).eps ** 0.5 * float(logits.abs().max())
-    if not torch.allclose(*logits, rtol=0, atol=rounding, equal_nan=True):
+    if not torch.allclose(logits[0], logits[1], rtol=0, atol=rounding, equal_nan=True):
         raise UserError(
             f"{type(model).__name__} is not causal: a later token changes the logits of an earlier one; expected a model "
             "that reads from left to right"
