@@ -6,6 +6,7 @@ from . import kept_padded as kept_padded
 from . import triton as triton
 from . import triton_kept as triton_kept
 from . import triton_linear as triton_linear
+from .divergence import linear_divergence
 from .grouped import GroupedLogprobs, grouped_logprobs, linear_grouped_logprobs
 from .linear import linear_logprobs
 from .token import token_logprobs
@@ -13,6 +14,7 @@ from .token import token_logprobs
 __all__ = [
     "GroupedLogprobs",
     "grouped_logprobs",
+    "linear_divergence",
     "linear_grouped_logprobs",
     "linear_logprobs",
     "token_logprobs",

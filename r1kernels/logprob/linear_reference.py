@@ -41,18 +41,10 @@ def run(call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
         if shard is not None:
             hidden = sharded.copy_to_group(hidden, shard)
         call = call._replace(hidden=hidden, weight=call.weight.to(dtype), rows=rows._replace(bias=bias))
-        tokens, vocabulary = hidden.shape[0], call.weight.shape[0]
-        if not call.chunk_size and torch.compiler.is_compiling():
-            pieces = [slice(None)]  # a loop whose length is N would be compiled again for every N
-        else:
-            step = call.chunk_size or max(_CHUNK_BYTES // (4 * vocabulary), _MIN_CHUNK)
-            pieces = [slice(start, start + step) for start in range(0, max(tokens, 1), step)]
-        save_logits = call.save_logits
-        if save_logits is None:
-            save_logits = torch.compiler.is_compiling() or tokens * vocabulary * 4 <= _SAVED_BYTES
-        keep = save_logits or not torch.is_grad_enabled() or transforms.active()
+        size = hidden.shape[0], call.weight.shape[0]
+        keep = keeps(call.save_logits, *size)
         chunks = []
-        for piece in pieces:
+        for piece in pieces(call.chunk_size, *size):
             chunk = _part(call, piece)
             if keep:
                 chunks.append(_chunk(chunk))
@@ -66,6 +58,21 @@ def run(call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
         logp, entropy, extra = kept.with_verdict(verdict, logp, entropy, extra)
     reduce = call.completions.reduce
     return reduce(logp), reduce(entropy) if call.with_entropy else entropy, extra
+
+
+def pieces(chunk_size: int, tokens: int, vocabulary: int) -> list[slice]:
+    """The chunks of the tokens; chunk_size 0: chosen by the memory that the logits of a chunk take."""
+    if not chunk_size and torch.compiler.is_compiling():
+        return [slice(None)]  # a loop whose length is N would be compiled again for every N
+    step = chunk_size or max(_CHUNK_BYTES // (4 * vocabulary), _MIN_CHUNK)
+    return [slice(start, start + step) for start in range(0, max(tokens, 1), step)]
+
+
+def keeps(save_logits: bool | None, tokens: int, vocabulary: int) -> bool:
+    """Whether what the backward needs is kept, and not computed once more; None: by the memory that it takes."""
+    if save_logits is None:
+        save_logits = torch.compiler.is_compiling() or tokens * vocabulary * 4 <= _SAVED_BYTES
+    return save_logits or not torch.is_grad_enabled() or transforms.active()
 
 
 def _part(call: LogprobsCall, piece: slice) -> LogprobsCall:
