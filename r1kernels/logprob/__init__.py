@@ -1,6 +1,7 @@
 """Log-probabilities of chosen tokens: from logits, from hidden states and the head, one by one or by completion."""
 
-from . import cpu as cpu  # implements kernels
+from . import columns_tiles as columns_tiles  # implements kernels
+from . import cpu as cpu
 from . import cuda as cuda
 from . import kept_padded as kept_padded
 from . import triton as triton

@@ -30,10 +30,11 @@ def check_linear(
     softcap: float | None,
     logit_scale: float,
     whose: str = "",
+    several: bool = False,
 ) -> tuple[Tensor, Head]:
     """Check the arguments that all ops on hidden states and a head share, and cast them as autocast those of F.linear.
 
-    ``whose``: what stands before their names in errors.
+    ``whose``: what stands before their names in errors. ``several``: the targets may be K of each token (..., K).
     """
     checks.tensor(f"{whose}hidden", hidden, dtypes=checks.FLOATS)
     if hidden.ndim == 0 or hidden.shape[-1] == 0:
@@ -41,7 +42,10 @@ def check_linear(
     checks.tensor(f"{whose}weight", weight, dtypes=checks.FLOATS, shape=(None, hidden.shape[-1]), like=hidden)
     if weight.shape[0] == 0:
         raise ValueError(f"{whose}weight: expected shape (V, H) with V >= 1, got {tuple(weight.shape)}")
-    checks.tensor("targets", targets, dtypes=(torch.int64,), shape=hidden.shape[:-1], like=hidden)
+    if not several:
+        checks.tensor("targets", targets, dtypes=(torch.int64,), shape=hidden.shape[:-1], like=hidden)
+    else:
+        check_targets(targets, hidden.shape[:-1], hidden)
     if bias is not None:
         checks.tensor(f"{whose}bias", bias, dtypes=checks.FLOATS, shape=(weight.shape[0],), like=hidden)
     hidden, weight, bias = autocast.cast(hidden, weight, bias)
@@ -54,6 +58,23 @@ def check_linear(
         softcap = checks.positive(f"{whose}softcap", softcap)
     logit_scale = checks.number(f"{whose}logit_scale", logit_scale)
     return hidden, Head(weight, bias, softcap, logit_scale)
+
+
+def check_targets(targets: Tensor, shape: torch.Size, like: Tensor) -> bool:
+    """Check targets of tokens of this shape (...), one (...) or K (..., K) of each; whether they are K."""
+    several = isinstance(targets, Tensor) and targets.ndim == len(shape) + 1
+    wanted = (*shape, None) if several else shape
+    checks.tensor("targets", targets, dtypes=(torch.int64,), shape=wanted, like=like)
+    if several and targets.shape[-1] == 0:
+        raise ValueError(f"targets: expected shape (..., K) with K >= 1, got {tuple(targets.shape)}")
+    return several
+
+
+def refuse_for_several(**given: bool) -> None:
+    """Raise ValueError at the first option that is given and does not go together with K targets a token."""
+    for name, there in given.items():
+        if there:
+            raise ValueError(f"{name}: expected none together with K targets a token")
 
 
 def split_temperature(
