@@ -1,10 +1,10 @@
-"""The tables of README and docs that come from committed results, written between marks.
+"""The tables and pictures of README and docs that come from committed results; tables are written between marks.
 
     <!-- bench: headline -->
     ...
     <!-- end -->
 
-``python -m bench documents`` writes them anew; a test holds them against the results.
+``python -m bench documents`` writes them; a test holds them against the results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import precision, results, saved
+from . import pictures, precision, results, saved
 from .report import markdown, tables
 
 ROOT = Path(__file__).parents[1]
@@ -35,24 +35,18 @@ def _ops() -> dict[str, Any]:
     return results.load(ROOT / "bench/results/cpu/ops.json")
 
 
-def headline() -> str:
-    """The headline table of the cases of a quick run, and of all cases those where we are not the best."""
-    record = _ops()
-    quick = {**record, "cases": [case for case in record["cases"] if case["quick"]]}
-    return _against_the_best(record, quick)
+def ops() -> str:
+    """A row per op."""
+    return markdown.rows(tables.summary(_ops()))
 
 
 def every_case() -> str:
     """The headline table of all cases."""
     record = _ops()
-    return _against_the_best(record, record)
-
-
-def _against_the_best(record: dict[str, Any], shown: dict[str, Any]) -> str:
-    table = tables.headline(shown)
+    table = tables.headline(record)
     lists = {
         "Where we are not the best": tables.not_best(record),
-        "Cases whose rounds do not repeat": tables.noisy(shown),
+        "Cases whose rounds do not repeat": tables.noisy(record),
     }
     parts = [markdown.summary(record), table.note, markdown.rows(table), f"**{tables.NOT_ON_A_GPU}**"]
     parts += [
@@ -123,15 +117,8 @@ def truncated() -> str:
     return truncation.note(truncation.load_record(TRUNCATION))
 
 
-def pictures() -> dict[Path, str]:
-    """The pictures of docs, from committed results."""
-    from . import truncation
-
-    return {ROOT / "docs/kept-sets.svg": truncation.picture(truncation.load_record(TRUNCATION))}
-
-
 BLOCKS: Mapping[str, Callable[[], str]] = {
-    "headline": headline,
+    "ops": ops,
     "every case": every_case,
     "inference": inference,
     "floors": floors,
@@ -161,7 +148,5 @@ def main() -> None:
         if after != before:
             path.write_text(after, encoding="utf-8")
             print(path.relative_to(ROOT))
-    for path, after in pictures().items():
-        if not path.is_file() or path.read_text(encoding="utf-8") != after:
-            path.write_text(after, encoding="utf-8")
-            print(path.relative_to(ROOT))
+    for path in pictures.write(ROOT):
+        print(path.relative_to(ROOT))

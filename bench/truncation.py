@@ -76,47 +76,6 @@ def note(record: Mapping[str, Any]) -> str:
     )
 
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 260, 56, 150, 34, 36
-COLOURS = {WITHOUT: "#c2410c", WITH: "#1d6fb8"}
-LOW, HIGH, TICK = 0.92, 1.02, 0.02
-
-
-def picture(record: Mapping[str, Any]) -> str:
-    """The mean ratio of every step as an SVG."""
-    runs = {name: run["ratio_mean"] for name, run in record["runs"].items()}
-    steps = len(runs[WITH])
-
-    def x(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * step / max(1, steps - 1)
-
-    def y(value: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (HIGH - value) / (HIGH - LOW)
-
-    def text(at_x: float, at_y: float, words: str, anchor: str, colour: str = "#777") -> str:
-        return f'<text x="{at_x:.1f}" y="{at_y:.1f}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
-
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
-        text(
-            LEFT, 18, f"mean importance ratio of a step before its update, sampled at top-p {TOP_P}", "start"
-        ),
-    ]
-    for number in range(round((HIGH - LOW) / TICK) + 1):
-        value = LOW + number * TICK
-        lines.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#999" stroke-opacity="0.4"/>'
-        )
-        lines.append(text(LEFT - 8, y(value) + 4, f"{value:.2f}", "end"))
-    for step in range(0, steps, 10):
-        lines.append(text(x(step), HEIGHT - 14, str(step), "middle"))
-    lines.append(text(WIDTH - RIGHT, HEIGHT - 14, "step", "middle"))
-    for name, values in runs.items():
-        points = " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(values))
-        lines.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"/>')
-        lines.append(text(WIDTH - RIGHT + 8, y(values[-1]) + 4, name, "start", COLOURS[name]))
-    return "\n".join([*lines, "</svg>", ""])
-
-
 def main(out: Path, tiny: bool) -> None:
     """The command."""
     record = measure(2, 5) if tiny else measure(STEPS)

@@ -10,7 +10,7 @@ from torch import Tensor
 import r1kernels
 from r1kernels import examples
 
-LEADING = {"grpo_loss": 1, "linear_grpo_loss": 2, "group_advantages": 0}
+LEADING = {"grpo_loss": 1, "linear_grpo_loss": 2, "linear_divergence": 2, "group_advantages": 0}
 """How many of the first arguments have a gradient, where not all floating-point ones have."""
 
 

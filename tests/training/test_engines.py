@@ -258,6 +258,43 @@ def test_equal_probabilities_at_the_edge_of_top_p_keep_the_lowest_tokens():
     assert logp.exp().tolist() == pytest.approx([0.5] * 4)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Request((), 0, 4), "prompt_ids: expected one or more token ids of at least 0, got \\(\\)"),
+        (lambda: Request((3, -1), 0, 4), "prompt_ids: expected one or more token ids"),
+        (lambda: Request((3,), 0, 0), "max_new_tokens: expected at least 1, got 0"),
+        (
+            lambda: SamplingParams(temperature=-0.1),
+            "temperature: expected a finite number of at least 0, got -0.1",
+        ),
+        (lambda: SamplingParams(temperature=float("nan")), "temperature: expected a finite number"),
+        (lambda: SamplingParams(top_p=0.0), "top_p: expected above 0 and at most 1, got 0.0"),
+        (lambda: SamplingParams(top_k=-1), "top_k: expected at least 0, got -1"),
+        (lambda: SamplingParams(batch_size=0), "batch_size: expected at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_no_memory_is_not_taken_for_a_model_that_cannot_be_served(error):
+    model = build("deepseek_v3")
+
+    def fails(module, args, kwargs):
+        raise error
+
+    handle = model.register_forward_pre_hook(fails, with_kwargs=True)
+    with pytest.raises(type(error), match="memory"):
+        draw(model, requests_of(texts(2)))
+    handle.remove()
+    assert all(output.token_ids for output in draw(model, requests_of(texts(2))))
+
+
 def test_the_model_is_left_as_it_was(mixture):
     before = mixture.config._attn_implementation
     mixture.train()

@@ -193,6 +193,7 @@ def report(tmp_path_factory):
 def test_every_section_is_there_with_its_numbers(report):
     page = parsed(report)
     text = " ".join(page.text)
+    assert "tiny: every stage of DeepSeek-R1" in text
     for heading in (
         "Stages",
         "Lineage",

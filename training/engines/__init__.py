@@ -6,6 +6,7 @@ around it, from turns to token ids and from token ids to text, is `training.loop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -37,6 +38,14 @@ class Request:
     key: int
     max_new_tokens: int
 
+    def __post_init__(self) -> None:
+        if not self.prompt_ids or min(self.prompt_ids) < 0:
+            raise ValueError(
+                f"prompt_ids: expected one or more token ids of at least 0, got {self.prompt_ids}"
+            )
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -55,6 +64,16 @@ class SamplingParams:
     batch_size: int = 384
     record_routing: bool = False
     record_kept: bool = False
+
+    def __post_init__(self) -> None:
+        for name, holds, expected in (
+            ("temperature", 0 <= self.temperature < math.inf, "a finite number of at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+        ):
+            if not holds:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
     @property
     def truncated(self) -> bool:

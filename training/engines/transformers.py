@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from r1kernels import devices
 from r1kernels.integrations import transformers as integration
 from r1kernels.integrations.prefix_tree import common_length
 from r1kernels.integrations.routing_record import RoutingRecord
@@ -137,6 +138,8 @@ def _reason(model: PreTrainedModel) -> str:
             with attention(model):
                 drawn = _Flight(model, requests, SamplingParams(), None, 0).run()
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if devices.out_of_memory(error):
+                raise
             return f"cannot be asked for its attention ({str(error).splitlines()[0]})"
         for request, output in zip(requests, drawn, strict=True):
             first = len(request.prompt_ids)
