@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "logprob": ("token_logprobs", "linear_logprobs", "grouped_logprobs", "kept_logprobs"),
+    "logprob": (
+        "token_logprobs",
+        "linear_logprobs",
+        "grouped_logprobs",
+        "linear_grouped_logprobs",
+        "kept_logprobs",
+    ),
     "grpo": ("grpo_loss", "linear_grpo_loss"),
-    "moe": ("moe_experts", "route"),
+    "moe": ("moe_experts", "grouped_gemm", "route", "router_logits"),
     "step": ("grpo_step",),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -84,7 +90,7 @@ class Case:
         a_logit = 24.0 if self.device == "cpu" else 4.0 * self.bytes_per_value
         if self.op in ("token_logprobs", "grouped_logprobs"):
             return a_logit * positions(self) * sizes["V"]
-        if self.op in ("linear_logprobs", "kept_logprobs", "linear_grpo_loss"):
+        if self.op in ("linear_logprobs", "linear_grouped_logprobs", "kept_logprobs", "linear_grpo_loss"):
             logits = a_logit * positions(self) * sizes["V"] if self.device == "cpu" else 0.0
             return logits + 20.0 * sizes["V"] * sizes["H"]
         if self.op == "moe_experts":
@@ -92,6 +98,8 @@ class Case:
             return 3.0 * weights * self.bytes_per_value + 30.0 * sizes["T"] * sizes["K"] * (
                 sizes["H"] + sizes["I"]
             )
+        if self.op == "grouped_gemm":
+            return 6.0 * self.bytes_per_value * sizes["E"] * sizes["I"] * sizes["H"]
         return 100.0 * positions(self)
 
 
@@ -183,6 +191,18 @@ def _moe(case: Case) -> dict[str, Work]:
     }
 
 
+def _gemm(case: Case) -> dict[str, Work]:
+    """2THI FLOPs forward, of a router with I = E, 4THI backward; the matrices that are hit are read, all gradients written."""
+    s = case.sizes
+    each = s["H"] * s.get("I", s["E"])
+    hit, every = (s["E"] * (1 - (1 - 1 / s["E"]) ** s["T"]), s["E"]) if "I" in s else (1, 1)
+    rows, size = float(s["T"]) * (s["H"] + s.get("I", s["E"])), case.bytes_per_value
+    return {
+        "forward": Work(bytes=size * (rows + hit * each), flops=2.0 * s["T"] * each),
+        "backward": Work(bytes=size * (2 * rows + (hit + every) * each), flops=4.0 * s["T"] * each),
+    }
+
+
 def _route(case: Case) -> dict[str, Work]:
     """float32 logits in, K weights and indices out; the backward writes a dense gradient."""
     tokens, experts, chosen = case.sizes["T"], case.sizes["E"], case.sizes["K"]
@@ -196,11 +216,14 @@ WORK = {
     "token_logprobs": _logits,
     "grouped_logprobs": _logits,
     "linear_logprobs": _linear,
+    "linear_grouped_logprobs": _linear,
     "kept_logprobs": _kept,
     "linear_grpo_loss": _linear,
     "grpo_loss": _grpo,
     "moe_experts": _moe,
+    "grouped_gemm": _gemm,
     "route": _route,
+    "router_logits": _gemm,
 }
 
 F32, BF16 = "float32", "bfloat16"
@@ -252,6 +275,9 @@ def _cpu() -> list[Case]:
             for dtype in (F32, BF16)
             for layout in ("padded", "packed")
         ),
+        Case(
+            "linear_grouped_logprobs", "cpu", F32, {"B": 32, "L": 64, "G": 8, "V": 32768, "H": 512}, "padded"
+        ),
         Case("linear_grpo_loss", "cpu", BF16, {"B": 16, "L": 128, "V": 32768, "H": 512}, "padded"),
         *_grpo_cases("cpu", quick=65536),
         Case("linear_grpo_loss", "cpu", F32, {"B": 16, "L": 128, "V": 32768, "H": 512}, "padded"),
@@ -270,6 +296,9 @@ def _cpu() -> list[Case]:
             Case("moe_experts", "cpu", dtype, {**experts, "T": 1}, quick=True, model="decode")
             for dtype in (F32, BF16)
         ),
+        Case("grouped_gemm", "cpu", F32, {"T": 1024, "H": 512, "I": 256, "E": 64}),
+        Case("grouped_gemm", "cpu", BF16, {"T": 1024, "H": 512, "I": 256, "E": 64}),
+        Case("router_logits", "cpu", F32, {"T": 256, "H": 2048, "E": 128}, model="Qwen3-30B-A3B"),
         Case("route", "cpu", F32, router, quick=True, model="DeepSeek-V3"),
         Case("route", "cpu", F32, router, "softmax", quick=True, model="Qwen3, Mixtral"),
         Case("route", "cpu", F32, router, "softmax-plain", model="OLMoE"),
@@ -302,6 +331,13 @@ def _cuda() -> list[Case]:
         Case("grouped_logprobs", "cuda", BF16, group, "padded"),
         Case("grouped_logprobs", "cuda", BF16, group, "packed"),
         *_grpo_cases("cuda", quick=65536),
+        Case(
+            "linear_grouped_logprobs",
+            "cuda",
+            BF16,
+            {"B": 64, "L": 128, "G": 16, "V": 151936, "H": 2048},
+            "padded",
+        ),
         Case("linear_grpo_loss", "cuda", BF16, {"B": 16, "L": 512, "V": 151936, "H": 2048}, "padded"),
         *(
             Case(
@@ -315,6 +351,10 @@ def _cuda() -> list[Case]:
             for model, sizes in MODELS.items()
             for tokens in (32768, 4096, 256, 1)
         ),
+        Case(
+            "grouped_gemm", "cuda", BF16, {"T": 32768, "H": 2048, "I": 1536, "E": 128}, model="Qwen3-30B-A3B"
+        ),
+        Case("router_logits", "cuda", BF16, {"T": 4096, "H": 2048, "E": 128}, model="Qwen3-30B-A3B"),
         Case("route", "cuda", F32, {"T": 4096, "E": 256, "K": 8}, quick=True, model="DeepSeek-V3"),
         Case("grpo_step", "cuda", F32, {"B": 32, "L": 64}, model="recipe tiny"),
         Case("grpo_step", "cuda", F32, {"B": 64, "L": 128, "H": 1024, "I": 512, "E": 64}, model="random"),

@@ -90,6 +90,22 @@ def grouped_inputs(case: Case, device: torch.device) -> Inputs:
     return Inputs(tensors, ("logits",), {"logp": normal(sizes["B"] // sizes["G"], sizes["G"])})
 
 
+def linear_grouped_inputs(case: Case, device: torch.device) -> Inputs:
+    """Those of linear_logprobs as completions of uneven lengths, padded: hidden states (B, L, H) and a mask."""
+    sizes = case.sizes
+    tokens = replace(case, sizes={**sizes, "N": sizes["B"] * sizes["L"]})
+    given = linear_inputs(tokens, device).tensors
+    normal = _normal(torch.Generator(device).manual_seed(1), device)
+    tensors = {
+        "hidden": given["hidden"].view(sizes["B"], sizes["L"], -1),
+        "weight": given["weight"],
+        "targets": given["targets"].view(sizes["B"], sizes["L"]),
+        "mask": torch.arange(sizes["L"], device=device) < lengths(case).to(device).unsqueeze(1),
+    }
+    above = normal(sizes["B"] // sizes["G"], sizes["G"])
+    return Inputs(tensors, ("hidden", "weight"), {"logp": above})
+
+
 def _normal(generator: torch.Generator, device: torch.device) -> Callable[..., Tensor]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
@@ -164,6 +180,24 @@ def grouped_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
     }
 
 
+def linear_grouped_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
+    """Sums of linear_exact, given each token the gradient of its completion, 0 where the mask is 0."""
+    mask, shape = inputs["mask"], inputs["targets"].shape
+    above = (inputs.upstream["logp"].reshape(-1, 1) * mask).flatten()
+    tokens = {
+        "hidden": inputs["hidden"].flatten(0, 1),
+        "weight": inputs["weight"],
+        "targets": inputs["targets"].flatten(),
+    }
+    found = linear_exact(case, Inputs(tokens, (), {"logp": above}))
+    sums = (found["logp"].values.view(shape) * mask).sum(-1)
+    return {
+        "logp": Exact(sums.view(-1, case.sizes["G"])),
+        "d hidden": Exact(found["d hidden"].values.view(inputs["hidden"].shape)),
+        "d weight": found["d weight"],
+    }
+
+
 def softmax_rows(
     logits: Tensor, targets: Tensor, grad_logp: Tensor, grad_entropy: Tensor | None = None
 ) -> dict[str, Tensor]:
@@ -207,6 +241,10 @@ def _masked_sums(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     return (log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1) * mask).sum(-1)
 
 
+def _linear_masked_sums(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    return (_linear_log_softmax(hidden, weight, targets) * mask).sum(-1)
+
+
 def _packed_sums(logits: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
     log_probs = F.log_softmax(logits.float(), dim=-1)
     logp = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
@@ -237,6 +275,11 @@ def _grouped_torch(case: Case, wrap: Callable[..., Any]) -> Call:
     return call
 
 
+def _linear_grouped_torch(case: Case, wrap: Callable[..., Any]) -> Call:
+    function, names = wrap(_linear_masked_sums), ("hidden", "weight", "targets", "mask")
+    return lambda inputs: {"logp": function(*map(inputs.__getitem__, names)).view(-1, case.sizes["G"])}
+
+
 def _same(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
@@ -260,6 +303,15 @@ OURS_LINEAR = Ours(
     lambda found: {"logp": found},
 )
 OURS_GROUPED = Ours("grouped_logprobs", _grouped_arguments, lambda found: {"logp": found.logp})
+
+OURS_LINEAR_GROUPED = Ours(
+    "linear_grouped_logprobs",
+    lambda case, inputs: (
+        (inputs["hidden"], inputs["weight"], inputs["targets"]),
+        {"mask": inputs["mask"], "group_size": case.sizes["G"]},
+    ),
+    lambda found: {"logp": found.logp},
+)
 
 
 def _overwritable(inputs: Inputs) -> Inputs:
@@ -424,4 +476,10 @@ GROUPED = (
     Peer(EAGER, lambda case, inputs: _grouped_torch(case, _same)),
     OURS_GROUPED.peer(),
     Peer(COMPILED, lambda case, inputs: _grouped_torch(case, compiled), compiles=True),
+)
+LINEAR_GROUPED = (
+    Peer(EAGER, lambda case, inputs: _linear_grouped_torch(case, _same)),
+    OURS_LINEAR_GROUPED.peer(),
+    Peer(COMPILED, lambda case, inputs: _linear_grouped_torch(case, compiled), compiles=True),
+    Peer("three bare GEMMs", bare_gemms(recompute=False), kind="floor"),
 )

@@ -1,4 +1,4 @@
-"""Every public op by the table of ops: it has a reference, torch ops that keep their schemas, a page and a sample call."""
+"""Every public op by the table of ops: it has a reference, torch ops that keep their schemas, a page, a sample call and a case."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import r1kernels
+from bench.cases import CASES
 from r1kernels import backends, examples, extension
 from tests.support.sample_calls import differentiable_call, first
 
@@ -49,27 +50,12 @@ def test_an_op_has_a_reference_an_explanation_and_a_page(op):
     assert f"`{op}" in DOCS, "docs/ says nothing of it"
 
 
-@pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
-@pytest.mark.parametrize("save_logits", [False, True])
-def test_the_torch_ops_of_several_targets_a_token_keep_their_schemas_and_shapes(save_logits):
-    hidden, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
-    targets = torch.tensor([[3, 0], [9, 9], [5, -100], [-100, -100], [1, 2], [15, 4]]).view(2, 3, 2)
-    with Recorder() as recorder:
-        one = r1kernels.linear_logprobs(hidden, weight, targets, save_logits=save_logits)
-        other, entropy = r1kernels.token_logprobs(hidden @ weight.T, targets, return_entropy=True)
-        (one.sum() + other.sum() + entropy.sum()).backward()
-    assert {"columns", "linear_columns"} <= {
-        op.name().split("::")[1].split("_cpu")[0] for op, _ in recorder.calls
-    }
-    keep_their_schemas(recorder)
-
-
-def keep_their_schemas(recorder):
-    assert recorder.calls
-    for function, arguments in recorder.calls:
-        torch.library.opcheck(
-            function, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
-        )
+@pytest.mark.parametrize("op", KERNELS)
+def test_a_kernel_that_is_differentiated_races_others(op):
+    """What has no gradient, and what is plain PyTorch, is in ``python -m bench overhead`` alone."""
+    function, leaves = differentiable_call(op)
+    if leaves and first(function(*leaves)).requires_grad:
+        assert op in {case.op for case in CASES}
 
 
 @pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
@@ -83,4 +69,8 @@ def test_the_torch_ops_of_a_call_keep_their_schemas_and_shapes(op, options):
         result = first(function(*leaves))
         if result.requires_grad:
             result.sum().backward()
-    keep_their_schemas(recorder)
+    assert recorder.calls
+    for function, arguments in recorder.calls:
+        torch.library.opcheck(
+            function, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+        )

@@ -8,10 +8,8 @@ from typing import Any
 from torch import Tensor
 
 import r1kernels
+from bench.overhead import LEADING
 from r1kernels import examples
-
-LEADING = {"grpo_loss": 1, "linear_grpo_loss": 2, "linear_divergence": 2, "group_advantages": 0}
-"""How many of the first arguments have a gradient, where not all floating-point ones have."""
 
 
 def first(result: Any) -> Tensor:

@@ -1,0 +1,141 @@
+"""``python -m bench overhead``: what a call of each public op costs beside its work.
+
+At the shapes of r1kernels.examples there is next to no work: what a call takes is its checks, the choice of the backend,
+autograd and the torch op. Processes take turns, since one differs from the next (where its memory lies); each calls an op in
+batches, on one thread, and the shortest batch of all counts, by the CPU time of the thread, which no other process enters.
+``--against FOLDER``, another checkout with its extension built: its processes take turns with those of this one.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+LEADING = {"grpo_loss": 1, "linear_grpo_loss": 2, "group_advantages": 0, "update_router_bias": 0}
+"""How many of the first arguments of a sample call have a gradient, where not all floating-point ones have."""
+
+ROOT = Path(__file__).parents[1]
+PHASES = ("inference", "forward", "forward+backward")
+BATCH_SECONDS = 2e-3
+
+Times = dict[str, dict[str, float]]
+
+
+def measure(batches: int, only: Sequence[str] = ()) -> Times:
+    """Op -> phase -> seconds of a call, the shortest of so many batches; "forward" records for a backward. Of all ops, or some."""
+    import torch
+
+    import r1kernels
+    from r1kernels import examples
+
+    torch.set_num_threads(1)
+    found: Times = {}
+    for op, (args, kwargs) in examples.calls("cpu").items():
+        if only and op not in only:
+            continue
+        function = getattr(r1kernels, op)
+        leaves = [
+            value.requires_grad_()
+            for value in args[: LEADING.get(op, len(args))]
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        ]
+
+        def forward(function: Any = function, args: Any = args, kwargs: Any = kwargs) -> Any:
+            return function(*args, **kwargs)
+
+        with torch.no_grad():
+            found[op] = {"inference": _shortest(forward, batches)}
+        result = forward()
+        while isinstance(result, tuple):
+            result = result[0]
+        if result is None or not result.requires_grad:
+            continue
+        above = torch.ones_like(result)
+
+        def both(forward: Any = forward, leaves: Any = leaves, above: Any = above) -> None:
+            result = forward()
+            while isinstance(result, tuple):
+                result = result[0]
+            torch.autograd.grad(result, leaves, above)
+
+        found[op] |= {"forward": _shortest(forward, batches), "forward+backward": _shortest(both, batches)}
+    return found
+
+
+def _shortest(call: Callable[[], object], batches: int) -> float:
+    """Seconds of a call in the shortest of so many batches."""
+    clock = time.thread_time
+    for _ in range(20):
+        call()
+    begin = clock()
+    call()
+    count = max(int(BATCH_SECONDS / max(clock() - begin, 1e-7)), 1)
+    shortest = float("inf")
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(batches):
+            begin = clock()
+            for _ in range(count):
+                call()
+            shortest = min(shortest, (clock() - begin) / count)
+    finally:
+        if collects:
+            gc.enable()
+    return shortest
+
+
+def in_turns(folders: list[Path], rounds: int, batches: int, only: Sequence[str] = ()) -> list[Times]:
+    """``measure`` in processes that import r1kernels of each folder in turn; the shortest times of each folder."""
+    best: list[Times] = [{} for _ in folders]
+    for number in range(rounds):
+        # whoever runs second does so as often as the other
+        for place, folder in [*enumerate(folders)][:: 1 if number % 2 == 0 else -1]:
+            environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+            # -P: not this file's folder, but PYTHONPATH
+            command = [sys.executable, "-P", __file__, str(batches), *only]
+            output = subprocess.run(
+                command, env=environment, cwd=folder, check=True, capture_output=True, text=True
+            ).stdout
+            for op, times in json.loads(output).items():
+                before = best[place].get(op, {})
+                best[place][op] = {
+                    phase: min(seconds, before.get(phase, seconds)) for phase, seconds in times.items()
+                }
+    return best
+
+
+def main(only: Sequence[str], against: Path | None, rounds: int, out: Path | None) -> None:
+    from training.format import align
+
+    folders = [ROOT] if against is None else [ROOT, against.resolve()]
+    here, *others = in_turns(folders, rounds, 60, only)
+    head = ["microseconds a call", *PHASES]
+    rows = [[op, *(_cell(here, others, op, phase) for phase in PHASES)] for op in here]
+    print("\n".join(align([head, *rows])))
+    if out is not None:
+        from .environment import environment
+
+        record = {"schema": 1, "environment": environment("cpu"), "rounds": rounds, "seconds": here}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record | ({"against": others[0]} if others else {}), indent=1) + "\n")
+
+
+def _cell(here: Times, others: list[Times], op: str, phase: str) -> str:
+    seconds = here[op].get(phase)
+    if seconds is None:
+        return "-"
+    text = f"{1e6 * seconds:.2f}"
+    before = others[0].get(op, {}).get(phase) if others else None
+    return text if before is None else f"{text} ({1e6 * (seconds - before):+.2f})"
+
+
+if __name__ == "__main__":
+    json.dump(measure(int(sys.argv[1]), sys.argv[2:]), sys.stdout)
