@@ -5,6 +5,8 @@ Triton is imported at the first launch, never before. B sequences, T or N tokens
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from .objective import RATIOS, VARIANTS, Numbers, has_clip, terms_are_of_tokens
 from .reductions import COUNTS
 from .reference import SCALES
 
-TILES = {"block": 512, "sequences": 32, "slots": 8, "many": 1024}  # see triton_sums.Call
+TILES: dict[str, Any] = {"block": 512, "sequences": 32, "slots": 8, "many": 1024}  # see triton_sums.Call
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -30,6 +32,7 @@ def loss_forward(call: loss.KernelCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
     numbers = Numbers(*call.numbers.tolist())
     variant, ratio = VARIANTS[call.variant], RATIOS[call.ratio]
     compiled_for = triton_sums.Call(
+        **TILES,
         variant=variant,
         ratio=ratio,
         kl=ESTIMATORS[call.kl],
@@ -38,7 +41,6 @@ def loss_forward(call: loss.KernelCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
         clips=has_clip(variant),
         sequence_advantages=_one_per_sequence(given.advantages),
         sequence_weights=given.policy_weights is not None and _one_per_sequence(given.policy_weights),
-        **TILES,
     )
     with torch.cuda.device_of(given.logp):
         if slots > 0:
@@ -66,17 +68,6 @@ def loss_backward(call: loss.BackwardCall) -> tuple[Tensor, Tensor]:
     results = loss.backward_shapes(call)
     *sizes, slots = _sizes(mask, cu_seqlens)
     if slots > 0:
-        compiled_for = triton_sums.Call(
-            variant="",
-            ratio="",
-            kl="",
-            counted="",
-            token_terms=False,
-            clips=False,
-            sequence_advantages=False,
-            sequence_weights=False,
-            **TILES,
-        )
         with torch.cuda.device_of(mask):
             triton_kernels.backward_kernel[(slots,)](
                 grad_loss,
@@ -85,7 +76,7 @@ def loss_backward(call: loss.BackwardCall) -> tuple[Tensor, Tensor]:
                 cu_seqlens,
                 *results,
                 *sizes,
-                compiled_for,
+                triton_sums.Call(**TILES),
                 **LAUNCH,
             )
     return results

@@ -49,20 +49,20 @@ IMPOSSIBLE = tl.constexpr(14)  # tokens of the mask that take no part
 
 
 class Call(NamedTuple):
-    """What the kernels are compiled for."""
+    """What the kernels are compiled for; the backward for the first four alone."""
 
-    variant: str
-    ratio: str
-    kl: str
-    counted: str  # of ``reductions.COUNTS``
-    token_terms: bool  # the term of a token depends on that token alone
-    clips: bool  # the variant has a clip
-    sequence_advantages: bool  # one per sequence, (B,)
-    sequence_weights: bool  # policy weights likewise
     block: int  # tokens of a slot
     sequences: int  # that the loss is added up of at a time
     slots: int  # of each
     many: int  # counts or lengths read at a time
+    variant: str = ""
+    ratio: str = ""
+    kl: str = ""
+    counted: str = ""  # of ``reductions.COUNTS``
+    token_terms: bool = False  # the term of a token depends on that token alone
+    clips: bool = False  # the variant has a clip
+    sequence_advantages: bool = False  # one per sequence, (B,)
+    sequence_weights: bool = False  # policy weights likewise
 
 
 @triton.jit

@@ -55,12 +55,12 @@ class ProductsBackwardCall(NamedTuple):
     need_bias: bool
 
 
-def _shape(call: ProductsCall) -> Tensor:
+def shape(call: ProductsCall) -> Tensor:
     """r_e (Z,) float32; 0 where an entry takes no part, or its row of the head is not here."""
     return call.hidden.new_empty(call.ids.shape[0], dtype=torch.float32)
 
 
-def _backward_shapes(call: ProductsBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+def backward_shapes(call: ProductsBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and, in float32, bias, summed in float32; (0,) where not needed."""
     hidden, weight = call.hidden, call.weight
     return (
@@ -72,8 +72,8 @@ def _backward_shapes(call: ProductsBackwardCall) -> tuple[Tensor, Tensor, Tensor
     )
 
 
-PRODUCTS = Kernel("kept_products", ProductsCall, _shape)
-PRODUCTS_BACKWARD = Kernel("kept_products", ProductsBackwardCall, _backward_shapes, suffix="_backward")
+PRODUCTS = Kernel("kept_products", ProductsCall, shape)
+PRODUCTS_BACKWARD = Kernel("kept_products", ProductsBackwardCall, backward_shapes, suffix="_backward")
 
 
 class HeadCall(NamedTuple):
@@ -82,48 +82,32 @@ class HeadCall(NamedTuple):
     hidden: Tensor
     weight: Tensor
     rows: Rows
-    ids: Tensor
-    offsets: Tensor
-    tokens: Tensor
-    order: Tensor
-    places: Tensor
+    sets: kept_rows.Sets
+    order: Tensor  # Entries.order
     with_entropy: bool
     with_extra: bool
     shard: sharded.Shard | None
 
 
 def _forward(backend: str, call: HeadCall) -> tuple[Tensor, ...]:
-    rows = call.rows
-    raw = PRODUCTS(
-        backend, ProductsCall(call.hidden, call.weight, rows.bias, call.ids, call.tokens, rows.first)
-    )
+    rows, sets = call.rows, call.sets
+    products = ProductsCall(call.hidden, call.weight, rows.bias, sets.ids, sets.tokens, rows.first)
+    raw = PRODUCTS(backend, products)
     if call.shard is not None:
         raw = sharded.sum_over_ranks_(raw, call.shard)
-    sets = kept_rows.SetsCall(
-        _logits(raw, call.tokens, rows),
-        call.ids,
-        call.offsets,
-        call.tokens,
-        call.places,
-        rows.temperatures,
-        rows.temperature,
-        call.with_entropy,
-        call.with_extra,
-    )
-    return *kept_rows.FORWARD(backend, sets), raw
+    logits = _logits(raw, sets.tokens, rows)
+    results = kept_rows.FORWARD(backend, kept_rows.SetsCall(logits, sets, call.with_entropy, call.with_extra))
+    return *results, raw
 
 
 def _logits(raw: Tensor, tokens: Tensor, rows: Rows) -> Tensor:
-    return capped(raw, rows).masked_fill(tokens < 0, -torch.inf)
-
-
-def capped(raw: Tensor, rows: Rows) -> Tensor:
-    """The logits of raw ones that have their bias."""
     logits = raw * rows.logit_scale
-    return rows.softcap * torch.tanh(logits / rows.softcap) if rows.softcap else logits
+    if rows.softcap:
+        logits = rows.softcap * torch.tanh(logits / rows.softcap)
+    return logits.masked_fill(tokens < 0, -torch.inf)
 
 
-def slope(raw: Tensor, rows: Rows) -> Tensor | float:
+def _slope(raw: Tensor, rows: Rows) -> Tensor | float:
     """dz / dr; 1 - tanh^2 u = 4 e / (1 + e)^2 with e = e^-2|u| does not cancel where the cap is reached."""
     if not rows.softcap:
         return rows.logit_scale
@@ -132,9 +116,9 @@ def slope(raw: Tensor, rows: Rows) -> Tensor | float:
 
 
 def _save(call: HeadCall, results: tuple[Tensor, ...]) -> Any:
-    (_, targets, temperatures), numbers = call.rows.apart()
+    (_, targets, _), numbers = call.rows.apart()
     logp, _, stats, _, raw = results
-    tensors = (targets, temperatures, *call[3:8], logp, stats, raw)
+    tensors = (*call.sets[:-1], targets, call.order, logp, stats, raw)
     return tensors, (numbers, call.with_entropy, call.shard)
 
 
@@ -142,27 +126,16 @@ def _gradients(
     backend: str, inputs: Any, saved: Any, others: Any, grads: Any, needs: Any
 ) -> tuple[Tensor, ...]:
     hidden, weight, bias = inputs
-    targets, temperatures, ids, offsets, tokens, order, places, logp, stats, raw = saved
+    *of_sets, targets, order, logp, stats, raw = saved
     numbers, with_entropy, shard = others
-    rows = Rows.together((bias, targets, temperatures), numbers)
+    rows = Rows.together((bias, targets, of_sets[-1]), numbers)
+    sets = kept_rows.Sets._make((*of_sets, rows.temperature))
     upstream = (grads[0], grads[1] if with_entropy else None)
-    of_logits = kept_rows.BACKWARD(
-        backend,
-        kept_rows.SetsBackwardCall(
-            _logits(raw, tokens, rows),
-            offsets,
-            places,
-            temperatures,
-            rows.temperature,
-            logp,
-            stats,
-            *upstream,
-        ),
-    )
-    grad = of_logits * slope(raw, rows)
-    call = ProductsBackwardCall(
-        grad, hidden, weight, ids, tokens, offsets, order, rows.first, shard is not None, *needs
-    )
+    logits = _logits(raw, sets.tokens, rows)
+    of_logits = kept_rows.BACKWARD(backend, kept_rows.SetsBackwardCall(logits, sets, logp, stats, *upstream))
+    grad = of_logits * _slope(raw, rows)
+    of_head = (sets.ids, sets.tokens, sets.offsets, order, rows.first, shard is not None)
+    call = ProductsBackwardCall(grad, hidden, weight, *of_head, *needs)
     for_hidden, for_weight, for_bias = PRODUCTS_BACKWARD(backend, call)
     if shard is not None and call.need_hidden:
         for_hidden = sharded.sum_over_ranks_(for_hidden, shard)
@@ -186,21 +159,10 @@ def on_kernels(
     """linear_logprobs with kept sets; ``dense`` serves the tokens that keep everything."""
     kept, rows = call.kept, call.rows
     assert kept is not None
-    entries = kept_rows.entries_of(backend, kept, rows)
+    entries, sets = kept_rows.entries_of(backend, kept, rows)
+    flags = (call.with_entropy, call.with_extra, call.shard)
     with autocast.off(call.hidden):
-        results = _recorded(
-            backend,
-            HeadCall(
-                call.hidden,
-                call.weight,
-                rows,
-                *kept,
-                *entries[:3],
-                call.with_entropy,
-                call.with_extra,
-                call.shard,
-            ),
-        )
+        results = _recorded(backend, HeadCall(call.hidden, call.weight, rows, sets, entries.order, *flags))
     results = with_verdict(entries.verdict, *results)
     if kept_rows.some_keep_all(entries.places != NO_SET, rows):
         results = _with_dense(call, entries, results, dense)

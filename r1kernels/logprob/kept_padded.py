@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import kept_rows, token
 from .kept import NO_SET
+from .kept_rows import Sets
 from .token import Rows, RowsBackwardCall, RowsCall, Upstream
 
 WIDTHS = (0, *(16 << i for i in range(27)))
@@ -29,16 +30,17 @@ class Block(NamedTuple):
     entries: Tensor  # (n, w), 0 where a row is padded
     valid: Tensor  # (n, w) bool
 
-    def rows_of(self, call: kept_rows.SetsCall | kept_rows.SetsBackwardCall) -> tuple[Tensor, Rows]:
+    def rows_of(self, logits: Tensor, sets: Sets) -> tuple[Tensor, Rows]:
         """(logits (1, n, w), what the row kernels are told about them)"""
-        logits = torch.where(self.valid, call.logits[self.entries], -torch.inf)
-        temperatures = None if call.temperatures is None else call.temperatures[self.tokens]
-        rows = token.plain_rows(logits, call.places[self.tokens], temperatures, call.temperature, NO_SET)
+        logits = torch.where(self.valid, logits[self.entries], -torch.inf)
+        temperatures = None if sets.temperatures is None else sets.temperatures[self.tokens]
+        rows = token.plain_rows(logits, sets.places[self.tokens], temperatures, sets.temperature, NO_SET)
         return logits.unsqueeze(0), rows
 
 
-def _blocks(offsets: Tensor, places: Tensor) -> Iterator[Block]:
-    lengths = torch.where(places == NO_SET, 0, offsets.diff())
+def _blocks(sets: Sets) -> Iterator[Block]:
+    offsets = sets.offsets
+    lengths = torch.where(sets.places == NO_SET, 0, offsets.diff())
     widths = torch.tensor(WIDTHS, device=offsets.device)
     kind = torch.bucketize(lengths, widths)
     order = kind.argsort(stable=True)
@@ -53,32 +55,26 @@ def _blocks(offsets: Tensor, places: Tensor) -> Iterator[Block]:
 
 
 def forward(backend: str, call: kept_rows.SetsCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    count = call.places.shape[0]
-    results = (
-        call.logits.new_zeros(count),
-        call.logits.new_zeros(count if call.with_entropy else 0),
-        call.logits.new_zeros((3, count)),
-        call.logits.new_zeros((3 if call.with_extra else 0, count)),
-    )
-    for block in _blocks(call.offsets, call.places):
-        logits, rows = block.rows_of(call)
+    results = kept_rows.shapes(call)
+    for result in results:
+        result.zero_()
+    for block in _blocks(call.sets):
+        logits, rows = block.rows_of(call.logits, call.sets)
         found = token.FORWARD(backend, RowsCall(logits, rows, call.with_entropy, call.with_extra))
         if call.with_extra:
-            _finish_extra(call, block, logits[0], rows, *found[2:])
+            _finish_extra(call.sets, block, logits[0], rows, *found[2:])
         for result, values in zip(results, found, strict=True):
             if result.numel():
                 result[..., block.tokens] = values
     return results
 
 
-def _finish_extra(
-    call: kept_rows.SetsCall, block: Block, logits: Tensor, rows: Rows, stats: Tensor, extra: Tensor
-) -> None:
+def _finish_extra(sets: Sets, block: Block, logits: Tensor, rows: Rows, stats: Tensor, extra: Tensor) -> None:
     """The mean is over the kept logits alone; of equal logits the lowest id is top, as in the whole vocabulary."""
-    taken = block.valid & (call.tokens[block.entries] >= 0)
+    taken = block.valid & (sets.tokens[block.entries] >= 0)
     temperature = rows.temperature if rows.temperatures is None else rows.temperatures
     extra[1] = torch.where(taken, logits, 0.0).sum(1) / taken.sum(1) / temperature
-    ids = call.ids[block.entries]
+    ids = sets.ids[block.entries]
     largest = torch.where(logits == stats[0].unsqueeze(1), ids, torch.iinfo(ids.dtype).max).amin(1)
     extra[2] = largest == ids.gather(1, rows.targets.unsqueeze(1)).squeeze(1)
 
@@ -87,8 +83,8 @@ def backward(backend: str, call: kept_rows.SetsBackwardCall) -> Tensor:
     count = call.logits.shape[0]
     # padding goes to the place after the last entry
     grads = call.logits.new_zeros(count + 1)
-    for block in _blocks(call.offsets, call.places):
-        logits, rows = block.rows_of(call)
+    for block in _blocks(call.sets):
+        logits, rows = block.rows_of(call.logits, call.sets)
         upstream = Upstream(
             call.logp[block.tokens],
             call.stats[:, block.tokens],

@@ -19,35 +19,38 @@ if TYPE_CHECKING:
     from .token import Rows, TokenCall
 
 
-class SetsCall(NamedTuple):
-    """The distribution of each token over its kept logits; numbers in results that have no set are 0."""
+class Sets(NamedTuple):
+    """What every kernel is told about kept sets."""
 
-    logits: Tensor  # (Z,) float32; an entry that takes no part is -inf
     ids: Tensor  # (Z,)
     offsets: Tensor  # (N + 1,)
     tokens: Tensor  # Entries.tokens
     places: Tensor  # Entries.places
     temperatures: Tensor | None  # (N,) float32; None: ``temperature`` holds for all
     temperature: float
+
+
+class SetsCall(NamedTuple):
+    """The distribution of each token over its kept logits; numbers in results that have no set are 0."""
+
+    logits: Tensor  # (Z,) float32; an entry that takes no part is -inf
+    sets: Sets
     with_entropy: bool
     with_extra: bool
 
 
 class SetsBackwardCall(NamedTuple):
     logits: Tensor
-    offsets: Tensor
-    places: Tensor
-    temperatures: Tensor | None
-    temperature: float
+    sets: Sets
     logp: Tensor  # (N,) and (3, N), as the forward gives them
     stats: Tensor
     grad_logp: Contiguous | None  # (N,) float32
     grad_entropy: Contiguous | None
 
 
-def _shapes(call: SetsCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def shapes(call: SetsCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy, stats, extra as the row kernels give them (token.row_results)."""
-    tokens = call.places.shape[0]
+    tokens = call.sets.places.shape[0]
     return (
         call.logits.new_empty(tokens),
         call.logits.new_empty(tokens if call.with_entropy else 0),
@@ -60,66 +63,51 @@ def _backward_shape(call: SetsBackwardCall) -> Tensor:
     return torch.empty_like(call.logits)
 
 
-FORWARD = Kernel("kept_rows", SetsCall, _shapes)
+FORWARD = Kernel("kept_rows", SetsCall, shapes)
 BACKWARD = Kernel("kept_rows", SetsBackwardCall, _backward_shape, suffix="_backward")
 
 
-def entries_of(backend: str, kept: Kept, rows: Rows) -> Entries:
+def entries_of(backend: str, kept: Kept, rows: Rows) -> tuple[Entries, Sets]:
     call = EntriesCall(*kept, rows.targets, rows.ignore_index, rows.vocabulary)
-    return Entries(*ENTRIES(backend, call))
+    entries = Entries(*ENTRIES(backend, call))
+    return entries, Sets(*kept, entries.tokens, entries.places, rows.temperatures, rows.temperature)
 
 
 class ChosenCall(NamedTuple):
     """token_logprobs of the tokens with a set: log-prob, entropy, both (N,), 0 elsewhere."""
 
     logits: Tensor  # (B, T, V)
-    ids: Tensor
-    offsets: Tensor
-    tokens: Tensor
-    places: Tensor
-    temperatures: Tensor | None
-    temperature: float
+    sets: Sets
     with_entropy: bool
 
 
-def _entry_of(call: ChosenCall) -> tuple[Tensor, Tensor, Tensor]:
+def _entry_of(logits: Tensor, sets: Sets) -> tuple[Tensor, Tensor, Tensor]:
     """The place of each entry in the logits (B, T, V); of one that takes no part, any."""
-    tokens = call.tokens.clamp(min=0)
-    length = call.logits.shape[1]
-    return tokens // length, tokens % length, torch.where(call.tokens < 0, 0, call.ids)
+    tokens, length = sets.tokens.clamp(min=0), logits.shape[1]
+    return tokens // length, tokens % length, torch.where(sets.tokens < 0, 0, sets.ids)
 
 
 def _forward(backend: str, call: ChosenCall) -> tuple[Tensor, ...]:
-    logits = call.logits[_entry_of(call)].float().masked_fill(call.tokens < 0, -torch.inf)
-    sets = SetsCall(
-        logits,
-        call.ids,
-        call.offsets,
-        call.tokens,
-        call.places,
-        call.temperatures,
-        call.temperature,
-        call.with_entropy,
-        False,
-    )
-    return *FORWARD(backend, sets), logits
+    logits, sets, with_entropy = call
+    logits = logits[_entry_of(logits, sets)].float().masked_fill(sets.tokens < 0, -torch.inf)
+    return *FORWARD(backend, SetsCall(logits, sets, with_entropy, False)), logits
 
 
 def _save(call: ChosenCall, results: tuple[Tensor, ...]) -> Any:
     logp, _, stats, _, logits = results
-    return (logits, *call[1:6], logp, stats), (call.temperature, call.with_entropy)
+    *of_sets, temperature = call.sets
+    return (*of_sets, logits, logp, stats), (temperature, call.with_entropy)
 
 
 def _gradients(backend: str, inputs: Any, saved: Any, others: Any, grads: Any, needs: Any) -> list[Tensor]:
-    logits, ids, offsets, tokens, places, temperatures, logp, stats = saved
+    *of_sets, logits, logp, stats = saved
     temperature, with_entropy = others
+    sets = Sets._make((*of_sets, temperature))
     upstream = (grads[0], grads[1] if with_entropy else None)
-    call = SetsBackwardCall(logits, offsets, places, temperatures, temperature, logp, stats, *upstream)
-    of_entries = BACKWARD(backend, call)
+    of_entries = BACKWARD(backend, SetsBackwardCall(logits, sets, logp, stats, *upstream))
     grad = torch.zeros_like(inputs[0], memory_format=torch.contiguous_format)
-    places_of = _entry_of(ChosenCall(grad, ids, offsets, tokens, places, None, temperature, with_entropy))
     # an entry that takes no part adds 0 to another, so that the order does not matter
-    grad.index_put_(places_of, of_entries.to(grad.dtype), accumulate=True)
+    grad.index_put_(_entry_of(grad, sets), of_entries.to(grad.dtype), accumulate=True)
     return [grad]
 
 
@@ -139,19 +127,8 @@ def on_kernels(
     """token_logprobs with kept sets; ``dense`` serves the tokens that keep everything."""
     kept, rows = call.kept, call.rows
     assert kept is not None
-    entries = entries_of(backend, kept, rows)
-    logp, entropy = _recorded(
-        backend,
-        ChosenCall(
-            call.logits,
-            *kept,
-            entries.tokens,
-            entries.places,
-            rows.temperatures,
-            rows.temperature,
-            call.with_entropy,
-        ),
-    )
+    entries, sets = entries_of(backend, kept, rows)
+    logp, entropy = _recorded(backend, ChosenCall(call.logits, sets, call.with_entropy))
     logp, entropy, _ = with_verdict(entries.verdict, logp, entropy, logp.new_empty((0, 0)))
     with_set = entries.places != NO_SET
     if some_keep_all(with_set, rows):

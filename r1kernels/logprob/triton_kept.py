@@ -10,20 +10,15 @@ from . import kept_head
 
 @kept_head.PRODUCTS.implement("triton")
 def products(call: kept_head.ProductsCall) -> Tensor:
-    raw = call.hidden.new_empty(call.ids.shape[0], dtype=torch.float32)
+    raw = kept_head.shape(call)
     products_into(call, raw)
     return raw
 
 
 @kept_head.PRODUCTS_BACKWARD.implement("triton")
 def backward(call: kept_head.ProductsBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight = call.hidden, call.weight
-    for_hidden = hidden.new_empty(
-        hidden.shape if call.need_hidden else 0, dtype=torch.float32 if call.slab else hidden.dtype
-    )
-    for_weight = weight.new_zeros(weight.shape if call.need_weight else 0)
-    for_bias = weight.new_zeros(weight.shape[0] if call.need_bias else 0, dtype=torch.float32)
-    backward_into(call, for_hidden, for_weight, for_bias)
+    for_hidden, for_weight, for_bias = kept_head.backward_shapes(call)
+    backward_into(call, for_hidden, for_weight.zero_(), for_bias.zero_())
     return for_hidden, for_weight, for_bias
 
 
