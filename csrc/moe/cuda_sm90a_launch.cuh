@@ -45,6 +45,12 @@ inline EncodeTiled encode_tiled() {
     return function;
 }
 
+// Whether the kernels run here and take a product. A driver that is too old could not describe its operands.
+template <class Product>
+bool serves(const Product& product) {
+    return takes(product) && current_device().is_hopper && encode_tiled() != nullptr;
+}
+
 inline cudaError_t encode(const Boxes& boxes, Element element, CUtensorMap* map) {
     const CUtensorMapDataType type =
         element == Element::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;

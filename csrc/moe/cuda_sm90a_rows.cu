@@ -3,8 +3,7 @@
 #include "moe/cuda_sm90a_rows.cuh"
 
 extern "C" int r1kernels_moe_hopper_serves(const R1kernelsMoeProduct* product) {
-    using namespace r1kernels::moe::hopper;
-    return takes(*product) && current_device().is_hopper && encode_tiled() != nullptr;
+    return r1kernels::moe::hopper::serves(*product);
 }
 
 extern "C" int r1kernels_moe_hopper_product_cuda(const R1kernelsMoeProduct* product, void* stream) {

@@ -16,8 +16,7 @@ auto kernel_of(const R1kernelsMoeWeightProduct& product) {
 }  // namespace r1kernels::moe::hopper
 
 extern "C" int r1kernels_moe_hopper_serves_weights(const R1kernelsMoeWeightProduct* product) {
-    using namespace r1kernels::moe::hopper;
-    return takes(*product) && current_device().is_hopper && encode_tiled() != nullptr;
+    return r1kernels::moe::hopper::serves(*product);
 }
 
 extern "C" int r1kernels_moe_hopper_weight_product_cuda(const R1kernelsMoeWeightProduct* product, void* stream) {

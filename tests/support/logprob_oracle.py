@@ -10,14 +10,8 @@ from torch import Tensor
 def row(logits: list[float], target: int, temperature: float = 1.0) -> tuple[float, float]:
     """(log-prob, entropy) of one row of logits."""
     with mpmath.workdps(60):
-        x = [mpmath.mpf(value) / mpmath.mpf(temperature) for value in logits]
-        largest = max(x)
-        weights = [
-            mpmath.e ** (value - largest) if value != mpmath.mpf("-inf") else mpmath.mpf(0) for value in x
-        ]
-        total = mpmath.fsum(weights)
-        logp = mpmath.log(weights[target] / total) if weights[target] > 0 else mpmath.mpf("-inf")
-        entropy = -mpmath.fsum(w / total * mpmath.log(w / total) for w in weights if w > 0)
+        probs, entropy = _softmax(logits, temperature)
+        logp = mpmath.log(probs[target]) if probs[target] > 0 else mpmath.mpf("-inf")
         return float(logp), float(entropy)
 
 
@@ -26,14 +20,7 @@ def gradient(
 ) -> list[float]:
     """d (grad_logp logp + grad_entropy H) / d logits of one row, from the derivatives of the textbook formulas."""
     with mpmath.workdps(60):
-        x = [mpmath.mpf(value) / mpmath.mpf(temperature) for value in logits]
-        largest = max(x)
-        weights = [
-            mpmath.e ** (value - largest) if value != mpmath.mpf("-inf") else mpmath.mpf(0) for value in x
-        ]
-        total = mpmath.fsum(weights)
-        probs = [w / total for w in weights]
-        entropy = -mpmath.fsum(p * mpmath.log(p) for p in probs if p > 0)
+        probs, entropy = _softmax(logits, temperature)
         result = []
         for index, p in enumerate(probs):
             value = grad_logp * ((1 if index == target else 0) - p)
@@ -41,6 +28,16 @@ def gradient(
                 value -= grad_entropy * p * (mpmath.log(p) + entropy)
             result.append(float(value / mpmath.mpf(temperature)))
         return result
+
+
+def _softmax(logits: list[float], temperature: float) -> tuple[list[mpmath.mpf], mpmath.mpf]:
+    """The distribution of a row and its entropy."""
+    x = [mpmath.mpf(value) / mpmath.mpf(temperature) for value in logits]
+    largest = max(x)
+    weights = [mpmath.e ** (value - largest) if value != mpmath.mpf("-inf") else mpmath.mpf(0) for value in x]
+    total = mpmath.fsum(weights)
+    probs = [weight / total for weight in weights]
+    return probs, -mpmath.fsum(p * mpmath.log(p) for p in probs if p > 0)
 
 
 def rows(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
