@@ -16,7 +16,6 @@ from .grpo import (
 from .logprob import (
     GroupedLogprobs,
     grouped_logprobs,
-    linear_divergence,
     linear_grouped_logprobs,
     linear_logprobs,
     token_logprobs,
@@ -49,7 +48,6 @@ __all__ = [
     "grpo_loss",
     "grpo_preset",
     "importance_weights",
-    "linear_divergence",
     "linear_grouped_logprobs",
     "linear_grpo_loss",
     "linear_logprobs",

@@ -269,11 +269,12 @@ def _preference(op: str) -> str:
 
 
 def _device_type(values: tuple[Any, ...]) -> str:
+    """That of the first tensor; a call, or what is nested in it, begins with one."""
     for value in values:
+        while isinstance(value, tuple) and value:
+            value = value[0]
         if isinstance(value, torch.Tensor):
             return value.device.type
-        if isinstance(value, tuple):  # a call
-            return _device_type(value)
     return ""
 
 

@@ -124,8 +124,12 @@ class Kernel:
     def __call__(self, backend: str, call: Any) -> Any:
         row = [*self.fields.of(call)]
         for place, dtype in self._taken:
-            if row[place] is not None:
-                row[place] = _taken(row[place], dtype)
+            value = row[place]
+            # asked first: each call that would change nothing costs as much as the kernel of a small batch
+            if value is not None and not (
+                (dtype is None or value.dtype is dtype) and value.is_contiguous() and not value.requires_grad
+            ):
+                row[place] = _taken(value, dtype)
         return self._ops[backend](*row)
 
     def implement(self, backend: str, *keys: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -264,7 +268,6 @@ class Op:
 
 def _taken(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A tensor as kernels take it: in this dtype, contiguous, without gradient."""
-    # asked first: each call that would change nothing costs as much as the kernel of a small batch
     if tensor.requires_grad and torch.is_grad_enabled():
         tensor = tensor.detach()
     if dtype is not None and tensor.dtype is not dtype:

@@ -17,9 +17,10 @@ from torch.autograd import forward_ad
 
 def active() -> bool:
     """Whether ``torch.func`` or ``torch.export`` looks on, so that an autograd function must not be entered."""
-    if torch.compiler.is_exporting():
-        return True
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    # an export is compiled too
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._are_functorch_transforms_active()
 
 
 def reasons(call: tuple[Any, ...]) -> tuple[str, ...]:

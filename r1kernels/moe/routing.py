@@ -209,8 +209,7 @@ _recorded = recorded(
 
 
 def _limits(backend: str, call: RouteCall) -> tuple[str, ...]:
-    experts = call.logits.shape[1]
-    if backend == "cpu" or experts <= MOST_EXPERTS:
+    if backend == "cpu" or (experts := call.logits.shape[1]) <= MOST_EXPERTS:
         return ()
     return (f"{experts} experts are more than the {MOST_EXPERTS} that a GPU kernel chooses from",)
 
