@@ -1,5 +1,5 @@
 # make run and make test set up everything that they need in .venv; only python3 (3.11 or newer), a C++20 compiler and
-# make are taken from the machine. An nvcc is used where there is one.
+# make are taken from the machine. An nvcc is used where there is a GPU to compile for.
 PYTHON ?= python3
 PYTEST_ARGS ?= -n auto
 VENV := .venv
@@ -8,9 +8,16 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
+# Of CUDA kernels those for the GPUs of this machine; R1KERNELS_CUDA=ON builds all of them, on any machine with an nvcc.
+ifndef R1KERNELS_CUDA
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^\([0-9]*\)\.\([0-9]\)$$/\1\2/p' | sort -u)
+R1KERNELS_CUDA := $(if $(GPUS),AUTO,OFF)
+R1KERNELS_CUDA_ARCHITECTURES ?= $(GPUS)
+endif
+export R1KERNELS_CUDA R1KERNELS_CUDA_ARCHITECTURES
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup run test test-all bench smollm2 vllm cutlass lint clean
+.PHONY: help setup run test test-all bench smollm2 vllm cutlass lint clean FORCE
 
 help:
 	@echo "make setup      create .venv with every dependency and build the package into it, editable"
@@ -33,7 +40,8 @@ test: setup
 	$(ONE_THREAD) $(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 # the headers come first, for a build that finds them holds the Hopper kernels too
-test-all: cutlass setup smollm2
+test-all: cutlass smollm2
+	$(MAKE) setup R1KERNELS_CUDA=AUTO
 	$(ONE_THREAD) $(PY) -m pytest $(PYTEST_ARGS)
 
 bench: setup
@@ -77,6 +85,12 @@ $(VLLM)/.built: constraints-vllm.txt
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	touch $@
 
-$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+# what was compiled for; another choice compiles again
+$(VENV)/.cuda: FORCE | $(VENV)/.dependencies
+	@echo "$(R1KERNELS_CUDA) $(R1KERNELS_CUDA_ARCHITECTURES)" | cmp -s - $@ || \
+		echo "$(R1KERNELS_CUDA) $(R1KERNELS_CUDA_ARCHITECTURES)" > $@
+
+$(VENV)/.built: $(VENV)/.dependencies $(VENV)/.cuda $(SOURCES)
+	$(if $(filter 90,$(R1KERNELS_CUDA_ARCHITECTURES)),$(PIP) install -c constraints.txt --no-deps nvidia-cutlass)
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[training,bench,test,dev]"
 	touch $@

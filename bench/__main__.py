@@ -9,6 +9,7 @@ python -m bench saved [--out OUT.json]
 python -m bench mixtures [--only FAMILY] [--out OUT.json]
 python -m bench prefix [--tiny] [--rounds N] [--out OUT.json]
 python -m bench rollout [--tiny] [--out OUT.json]
+python -m bench truncation [--tiny] [--out OUT.json]
 python -m bench overhead [--only OP] [--against FOLDER] [--rounds N] [--out OUT.json]
 python -m bench guard [--update]
 python -m bench roofline
@@ -84,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     rollout.add_argument("--tiny", action="store_true", help="tiny sizes: does it work at all")
     rollout.add_argument("--out", type=Path, default=Path("bench-results/rollout.json"))
     rollout.set_defaults(command=_rollout)
+    truncation = commands.add_parser(
+        "truncation", help="importance ratios of GRPO under top-p sampling, without kept sets and with them"
+    )
+    truncation.add_argument("--tiny", action="store_true", help="two steps: does it work at all")
+    truncation.add_argument("--out", type=Path, default=Path("bench-results/truncation.json"))
+    truncation.set_defaults(command=_truncation)
     overhead = commands.add_parser("overhead", help="what a call of each op costs beside its work")
     overhead.add_argument("--only", action="append", default=[], metavar="OP", help="an op")
     overhead.add_argument(
@@ -124,6 +131,12 @@ def _prefix(given: argparse.Namespace) -> None:
     from . import prefix
 
     prefix.main(given.out, given.rounds, given.tiny)
+
+
+def _truncation(given: argparse.Namespace) -> None:
+    from . import truncation
+
+    truncation.main(given.out, given.tiny)
 
 
 def _rollout(given: argparse.Namespace) -> None:

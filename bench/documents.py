@@ -1,10 +1,10 @@
-"""The tables of README and docs that come from committed results, written between marks.
+"""The tables and pictures of README and docs that come from committed results; tables are written between marks.
 
     <!-- bench: headline -->
     ...
     <!-- end -->
 
-``python -m bench documents`` writes them anew; a test holds them against the results.
+``python -m bench documents`` writes them; a test holds them against the results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import precision, results, saved
+from . import pictures, precision, results, saved
 from .report import markdown, tables
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,9 @@ FILES = (
     ROOT / "docs/logprob.md",
     ROOT / "docs/shared-prefix.md",
     ROOT / "docs/mixtures.md",
+    ROOT / "docs/training.md",
 )
+TRUNCATION = ROOT / "bench/results/cpu/truncation.json"
 _BLOCK = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -33,24 +35,18 @@ def _ops() -> dict[str, Any]:
     return results.load(ROOT / "bench/results/cpu/ops.json")
 
 
-def headline() -> str:
-    """The headline table of the cases of a quick run, and of all cases those where we are not the best."""
-    record = _ops()
-    quick = {**record, "cases": [case for case in record["cases"] if case["quick"]]}
-    return _against_the_best(record, quick)
+def ops() -> str:
+    """A row per op."""
+    return markdown.rows(tables.summary(_ops()))
 
 
 def every_case() -> str:
     """The headline table of all cases."""
     record = _ops()
-    return _against_the_best(record, record)
-
-
-def _against_the_best(record: dict[str, Any], shown: dict[str, Any]) -> str:
-    table = tables.headline(shown)
+    table = tables.headline(record)
     lists = {
         "Where we are not the best": tables.not_best(record),
-        "Cases whose rounds do not repeat": tables.noisy(shown),
+        "Cases whose rounds do not repeat": tables.noisy(record),
     }
     parts = [markdown.summary(record), table.note, markdown.rows(table), f"**{tables.NOT_ON_A_GPU}**"]
     parts += [
@@ -114,8 +110,15 @@ def rollouts() -> str:
     return f"{found.note}\n\n{markdown.rows(found)}"
 
 
+def truncated() -> str:
+    """The means of ``python -m bench truncation``."""
+    from . import truncation  # which needs transformers
+
+    return truncation.note(truncation.load_record(TRUNCATION))
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
-    "headline": headline,
+    "ops": ops,
     "every case": every_case,
     "inference": inference,
     "floors": floors,
@@ -124,6 +127,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "prefix": prefixes,
     "mixtures": every_mixture,
     "rollout": rollouts,
+    "truncation": truncated,
 }
 
 
@@ -144,3 +148,5 @@ def main() -> None:
         if after != before:
             path.write_text(after, encoding="utf-8")
             print(path.relative_to(ROOT))
+    for path in pictures.write(ROOT):
+        print(path.relative_to(ROOT))

@@ -18,7 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-LEADING = {"grpo_loss": 1, "linear_grpo_loss": 2, "group_advantages": 0, "update_router_bias": 0}
+LEADING = {
+    "grpo_loss": 1,
+    "linear_grpo_loss": 2,
+    "linear_divergence": 2,
+    "group_advantages": 0,
+    "update_router_bias": 0,
+}
 """How many of the first arguments of a sample call have a gradient, where not all floating-point ones have."""
 
 ROOT = Path(__file__).parents[1]

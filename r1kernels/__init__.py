@@ -16,6 +16,7 @@ from .grpo import (
 from .logprob import (
     GroupedLogprobs,
     grouped_logprobs,
+    linear_divergence,
     linear_grouped_logprobs,
     linear_logprobs,
     token_logprobs,
@@ -48,6 +49,7 @@ __all__ = [
     "grpo_loss",
     "grpo_preset",
     "importance_weights",
+    "linear_divergence",
     "linear_grouped_logprobs",
     "linear_grpo_loss",
     "linear_logprobs",

@@ -33,9 +33,10 @@ def built() -> list[str]:
     ]
     if info["cuda_architectures"]:
         lines.append(f"CUDA {info['cuda']} kernels for sm_{info['cuda_architectures'].replace(' ', ', sm_')}")
-        if "90a" not in extension.cuda_architectures():
+        if {"90", "90a"} & {*extension.cuda_architectures()} == {"90"}:
             lines.append(
-                "no wgmma kernels for sm_90: CUTLASS was not found when this was built (docs/building.md)"
+                "no wgmma kernels for H100 and H200, which run the portable ones: pip install --no-deps nvidia-cutlass, "
+                "and build r1kernels again"
             )
     else:
         lines.append(f"CUDA kernels: {extension.cuda_missing()}")

@@ -33,6 +33,11 @@ SERVED = {"cuda": ("cuda",), "triton": ("cuda", "cpu") if _INTERPRETED else ("cu
 """The types of the devices whose tensors a backend may serve; the first is the one that its kernels are for."""
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether ``error`` says that a GPU or the CPU has no more memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def cpu(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> list[str]:
     """Why the C++ kernels for CPUs can not take ``tensor``, the argument ``name``."""
     if tensor.is_cpu and tensor.dtype in dtypes and not _no_cpu:  # as most are

@@ -31,6 +31,10 @@ def calls(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dic
     return {
         "token_logprobs": ((normal(B, T, V), targets), {"return_entropy": True}),
         "linear_logprobs": ((normal(B, T, H), normal(V, H), targets), {"return_entropy": True}),
+        "linear_divergence": (
+            (normal(B, T, H), normal(V, H), normal(B, T, I), normal(V, I)),
+            {"kind": "jsd", "return_entropy": True},
+        ),
         "grouped_logprobs": ((normal(B, T, V), targets), {"mask": mask, "group_size": 2}),
         "linear_grouped_logprobs": (
             (normal(B, T, H), normal(V, H), targets),

@@ -59,6 +59,29 @@ def test_a_kernel_that_is_differentiated_races_others(op):
 
 
 @pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+@pytest.mark.parametrize("save_logits", [False, True])
+def test_the_torch_ops_of_several_targets_a_token_keep_their_schemas_and_shapes(save_logits):
+    hidden, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+    targets = torch.tensor([[3, 0], [9, 9], [5, -100], [-100, -100], [1, 2], [15, 4]]).view(2, 3, 2)
+    with Recorder() as recorder:
+        one = r1kernels.linear_logprobs(hidden, weight, targets, save_logits=save_logits)
+        other, entropy = r1kernels.token_logprobs(hidden @ weight.T, targets, return_entropy=True)
+        (one.sum() + other.sum() + entropy.sum()).backward()
+    assert {"columns", "linear_columns"} <= {
+        op.name().split("::")[1].split("_cpu")[0] for op, _ in recorder.calls
+    }
+    keep_their_schemas(recorder)
+
+
+def keep_their_schemas(recorder):
+    assert recorder.calls
+    for function, arguments in recorder.calls:
+        torch.library.opcheck(
+            function, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+        )
+
+
+@pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 @pytest.mark.parametrize(
     ("op", "options"),
     [(op, {}) for op in KERNELS] + [(op, {"kept": KEPT}) for op in KERNELS if op.endswith("_logprobs")],
@@ -69,8 +92,4 @@ def test_the_torch_ops_of_a_call_keep_their_schemas_and_shapes(op, options):
         result = first(function(*leaves))
         if result.requires_grad:
             result.sum().backward()
-    assert recorder.calls
-    for function, arguments in recorder.calls:
-        torch.library.opcheck(
-            function, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
-        )
+    keep_their_schemas(recorder)

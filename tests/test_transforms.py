@@ -30,6 +30,7 @@ EXPERTS = torch.stack((torch.arange(T) % E, (torch.arange(T) + 1) % E), -1)
 SETS = [[int(y), (int(y) + 3) % V, (int(y) + n) % V][: n % 4] for n, y in enumerate(TARGETS.flatten())]
 KEPT = (torch.tensor([v for ids in SETS for v in ids]), torch.tensor([0, *map(len, SETS)]).cumsum(0))
 HEAD = {"hidden": noise(2, T, H), "weight": noise(V, H), "bias": noise(V)}
+TEACHER = noise(2, T, I), noise(V, I)
 
 
 def _linear(op: str, **options: Any):
@@ -38,6 +39,10 @@ def _linear(op: str, **options: Any):
         return result if isinstance(result, Tensor) else result[0]
 
     return call
+
+
+def _divergence(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return r1kernels.linear_divergence(hidden, weight, *TEACHER, kind="jsd", bias=bias)
 
 
 def _linear_grpo(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -61,6 +66,7 @@ CALLS = {
         {"logits": noise(2, T, V)},
     ),
     "linear_logprobs": (_linear("linear_logprobs"), HEAD),
+    "linear_divergence": (_divergence, HEAD),
     "recomputed": (_linear("linear_logprobs", save_logits=False), HEAD),
     "kept tokens": (
         lambda logits: r1kernels.token_logprobs(logits, TARGETS, kept=KEPT),

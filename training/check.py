@@ -50,6 +50,13 @@ def check(recipe: Recipe, stages: Mapping[str, Stage] = STAGES, *, data: bool = 
             _check_folders(name, recipe)
     _check_tasks(recipe)
     _check_rollout(recipe.rollout)
+    if recipe.rollout.stale == "correct":
+        for name in order:
+            if getattr(getattr(recipe, name), "old_logprobs", "") == "sampler":
+                raise UserError(
+                    f"{name}.old_logprobs: expected recomputed with rollout.stale=correct, which weighs the sampler's log-probs "
+                    "against them, got sampler"
+                )
     return check_needs(recipe, order) if data else []
 
 

@@ -6,6 +6,7 @@ A tokenizer with a chat template writes the prompt by it; another one reads `pro
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -21,8 +22,10 @@ from training.response import SPECIAL, THINK_CLOSE, THINK_OPEN
 
 # A thinking block that a chat template opens at the end of a prompt.
 _OPENED = re.compile(rf"{re.escape(THINK_OPEN)}\s*$")
-# The date for a template that takes one, as Llama 3's does: a run that goes on tomorrow must read the same prompts.
-_TODAY = "01 Jan 2025"
+# The date for a template that takes one or asks for one: a run that goes on tomorrow must read the same prompts.
+_DAY = datetime.date(2025, 1, 1)
+_TODAY = "01 Jan 2025"  # as Llama 3's template writes it
+_ASKS_FOR_DATE = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<form>.*?)(?P=quote)\s*\)""")
 _PROBE = "qzx"  # an answer that no chat template writes by itself
 
 
@@ -140,10 +143,21 @@ class Encoder:
                 raise
             return self._template(_merged(turns, "system"), **options)
 
+    @cached_property
+    def _chat_template(self) -> str:
+        """The chat template; where it asks for today's date, in the form of its literal, the one day of all runs stands."""
+        return _ASKS_FOR_DATE.sub(
+            lambda match: repr(_DAY.strftime(match["form"])), self.tokenizer.get_chat_template()
+        )
+
     def _template(self, turns: Turns, **options: Any) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
-                [turn._asdict() for turn in turns], tokenize=False, date_string=_TODAY, **options
+                [turn._asdict() for turn in turns],
+                tokenize=False,
+                chat_template=self._chat_template,
+                date_string=_TODAY,
+                **options,
             )
         except TemplateError as error:
             if any(turn.role == "system" for turn in turns):

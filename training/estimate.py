@@ -228,7 +228,7 @@ def _grpo(
     present = 1 - (1 - 1 / config.minibatches) ** group
     most, shared = config.micro_batch_tokens, recipe.shared_prefix
     # passes for old and reference log-probs; the update takes three, forward and backward
-    fixed = 1 + bool(config.kl_coef)
+    fixed = (config.old_logprobs == "recomputed") + bool(config.kl_coef)
     tokens = sampling = training = read = 0.0
     for step in range(config.steps):
         length = _length(max_new_tokens(config, step))

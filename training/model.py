@@ -162,6 +162,21 @@ def check_head(model: PreTrainedModel) -> None:
         raise UserError(str(error).replace("\n", " ")) from None
 
 
+def check_causal(model: PreTrainedModel) -> None:
+    """Raises a UserError where a later token changes the logits of an earlier one: such a model draws no text from left to
+    right. transformers lists some of these among its causal language models (BERT, unless its config says is_decoder)."""
+    ids = torch.arange(4).expand(2, 4).clone() % model.config.get_text_config().vocab_size
+    ids[1, -1] = 0
+    with torch.no_grad():
+        logits = model(input_ids=ids.to(model.device)).logits[:, 0]
+    rounding = torch.finfo(logits.dtype).eps ** 0.5 * float(logits.abs().max())
+    if not torch.allclose(logits[0], logits[1], rtol=0, atol=rounding, equal_nan=True):
+        raise UserError(
+            f"{type(model).__name__} is not causal: a later token changes the logits of an earlier one; expected a model "
+            "that reads from left to right"
+        )
+
+
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy in eval mode with buffers (the router bias included) and without gradients: the reference policy."""
     return copy.deepcopy(model).eval().requires_grad_(False)

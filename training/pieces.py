@@ -18,7 +18,7 @@ from training.loops.sample import Completion, Prompt, sample
 from training.progress import Progress
 
 BATCHES = 4  # full batches in a piece: seldom does one drain, and a kill costs little
-KEPT = [field.name for field in fields(Completion) if field.name not in ("problem", "routing")]
+KEPT = [field.name for field in fields(Completion) if field.name not in ("problem", "routing", "kept")]
 
 
 def sample_in_pieces(
@@ -39,7 +39,7 @@ def sample_in_pieces(
             None keeps and shows nothing.
         identity: JSON value that tells this call from others of the stage with the same seed_parts, problems and
             settings, such as the hash of the checkpoint.
-        engine, prompts, samples, batch_size, seed_parts, settings: as in `sample`, without routing.
+        engine, prompts, samples, batch_size, seed_parts, settings: as in `sample`, without routing and kept sets.
     """
     size = max(1, BATCHES * batch_size // samples)
     call = files.value_hash([identity, samples, list(seed_parts), settings])

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import safetensors
 import transformers
 
 from training.checkpoint import TOKENIZER_FILES, load_config, load_model, load_tokenizer
 from training.config import nearest
 from training.errors import UserError
-from training.model import check_head
+from training.model import check_causal, check_head
 
 SMOLLM2 = "smollm2"
 CONFIG_FILES = ("*.json",)
@@ -45,6 +46,7 @@ def load_pretrained(spec: str, key: str = "model.pretrained") -> tuple[Any, Any]
     if tokenizer is None:
         raise UserError(f"{key}: {spec} holds no tokenizer.json")
     check_head(model)
+    check_causal(model)
     return model, tokenizer
 
 
@@ -93,6 +95,12 @@ def check_pretrained(spec: str, key: str) -> None:
     ):
         if not any(path for pattern in patterns for path in folder.glob(pattern)):
             raise UserError(f"{key}: {spec} holds no {what}")
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(path, "pt"):  # reads the header, which says how long the file is
+                pass
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{key}: {path} is no whole safetensors file: {error}") from None
 
 
 def pretrained_folder(spec: str, key: str, files: Sequence[str] = HUB_FILES) -> Path:

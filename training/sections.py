@@ -136,6 +136,13 @@ class Grpo:
     kl_coef: float = setting(1e-3, "weight of the KL term; 0: no reference is held", minimum=0)
     clip: float = setting(0.2, "the ratio is clipped to 1 - clip and 1 + clip", minimum=0)
     temperature: float = setting(1.0, "of the rollout", above=0)
+    top_p: float = setting(
+        1.0,
+        "the rollout draws from the likeliest tokens that reach this probability together, and all log-probs are those among them",
+        above=0,
+        maximum=1,
+    )
+    top_k: int = setting(0, "likewise from that many likeliest tokens, before top_p; 0: from all", minimum=0)
     max_new_tokens: int = setting(64, "longest response, in tokens", minimum=1, pretrained=1024)
     max_new_tokens_from: dict[int, int] = field(
         default_factory=dict, metadata=about("step -> max_new_tokens from that step on")
@@ -159,6 +166,10 @@ class Grpo:
         False, "hidden states to loss in one op, for large vocabularies; the same to rounding"
     )
     replay: bool = setting(True, "routing of the rollout is replayed in the log-prob passes")
+    old_logprobs: Literal["recomputed", "sampler"] = setting(
+        "recomputed",
+        "log-probs of the policy that drew: recomputed by a pass before the first update, or the sampler's own, which saves it",
+    )
     rewards: dict[str, float] = field(
         default_factory=lambda: {"accuracy": 1.0, "format": 1.0},
         metadata=about('weight of each reward term; a reward of one\'s own is "python:FILE:FUNCTION"'),
@@ -210,6 +221,13 @@ class Rollout:
         "between the log-probs of a server and the trainer's own after an update, on average over the tokens of a probe; more "
         "stops the run",
         above=0,
+        operational=True,
+    )
+    max_gap: float = setting(
+        0.0,
+        "largest |log-prob of a token as the sampler gives it - as the trainer does| in a step of GRPO; more stops the run. 0: "
+        "in the process 1e-4, or 1e-3 of a pretrained model; of a server 1e-2; with bfloat16 1",
+        minimum=0,
         operational=True,
     )
     timeout: float = setting(

@@ -358,6 +358,38 @@ def not_run(record: Mapping[str, Any]) -> Table:
     return Table("Not run", ("case", "reason"), rows)
 
 
+def one_per_op(record: Mapping[str, Any]) -> list[Case]:
+    """Of each op the case that stands for it: float32 at the shape of a model, else of a quick run, else the first."""
+
+    def rank(case: Case) -> tuple[bool, ...]:
+        model = case["model"] and "decode" not in case["model"] and "scaled" not in case["model"]
+        return case["dtype"] != "float32", not model, not case["quick"]
+
+    return [min(cases, key=rank) for _, cases in by_op(record["cases"])]
+
+
+def summary(record: Mapping[str, Any]) -> Table:
+    """A row per op: ours, the best of the others, eager PyTorch, and the errors."""
+    head = (
+        "op",
+        "shape",
+        "ours, ms",
+        "best of the others",
+        "its ms",
+        "others / ours",
+        "eager / ours",
+        "our error",
+        "its error",
+    )
+    table = Table("Summary", head)
+    for case in one_per_op(record):
+        own = results.main_row(case)
+        if own is not None and own["status"] == "ok":
+            row = _headline_row(case, own, results.main_phase(case))
+            table.rows.append([*row[:2], *row[3:8], *row[9:]])
+    return table
+
+
 def by_op(cases: Sequence[Case]) -> Iterable[tuple[str, list[Case]]]:
     """Cases grouped by op, in order."""
     for op in dict.fromkeys(case["op"] for case in cases):

@@ -195,6 +195,12 @@ class RoutingReplay:
         compared = int(self._compared.sum())
         return int(self._agreed.sum()) / compared if compared else float("nan")
 
+    @property
+    def agreements(self) -> list[float]:
+        """The same share for each layer."""
+        shares: list[float] = (self._agreed / self._compared).tolist()
+        return shares
+
 
 def _check_mask(attention_mask: Tensor) -> tuple[int, int]:
     if attention_mask.ndim != 2 or 0 in attention_mask.shape:

@@ -34,6 +34,7 @@ from ..moe import update_router_bias
 from .prefix_tree import PrefixTree, prefix_tree
 from .routing_record import ExpertLoad, RoutingRecord, RoutingReplay, pad_routing
 from .transformers_experts import NAME, computed_by, experts_forward, fallen_back, register, unsupported
+from .transformers_kept import KeptRecord, kept_sets, record_kept
 from .transformers_logprobs import fused_logprobs, head_inputs, output_head
 from .transformers_match import Match
 from .transformers_prefix import explain_shared_prefix, shared_prefix_logprobs, shared_prefix_states
@@ -49,6 +50,7 @@ from .transformers_routers import (
 
 __all__ = [
     "ExpertLoad",
+    "KeptRecord",
     "Patch",
     "PrefixTree",
     "RoutingRecord",
@@ -60,13 +62,16 @@ __all__ = [
     "fused_logprobs",
     "has_selection_bias",
     "head_inputs",
+    "kept_sets",
     "output_head",
     "pad_routing",
     "patch",
     "prefix_tree",
+    "record_kept",
     "record_routing",
     "register",
     "replay_routing",
+    "router_names",
     "routes",
     "shared_prefix_logprobs",
     "shared_prefix_states",
@@ -297,6 +302,16 @@ def replay_routing(model: nn.Module, routing: RoutingRecord | Tensor) -> Iterato
     replay = RoutingReplay(recorded)
     with _set(routers[0]._r1kernels.control, replay=replay):
         yield replay
+
+
+def router_names(model: nn.Module) -> list[str]:
+    """The names of the routers of a patched model, in the order of a record's layers.
+
+    Raises:
+        ValueError: the model is not patched, or a router of it is not served.
+    """
+    routers = _routers(model)
+    return [name for name, module in model.named_modules() if any(module is router for router in routers)]
 
 
 def routes(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import checks
 from ..logprob import linear_logprobs
 from ..logprob.arguments import Head
+from ..logprob.kept import check_kept
 from ..logprob.linear_reference import head_logits
 from .transformers_routers import unobserved
 
@@ -46,6 +47,7 @@ def fused_logprobs(
     *,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob (and entropy) of each next token: the model up to its head, then ``linear_logprobs`` with the head.
 
@@ -61,6 +63,8 @@ def fused_logprobs(
             at t - 1: nothing is predicted from padding.
         temperature: a number above 0.
         return_entropy: also return the entropy, in nats.
+        kept: (ids, offsets), what a truncated sampler kept for each of the B (L - 1) labels, as in ``linear_logprobs``; those of
+            labels at -100 are not looked at.
 
     Returns:
         logp (B, L - 1), or (logp, entropy): at t that of label t + 1; 0 where the label is -100. float32, with gradients.
@@ -85,11 +89,13 @@ def fused_logprobs(
     hidden = head_inputs(model, input_ids=input_ids, attention_mask=attention_mask)
     head = output_head(model)  # once more: FSDP2 may have taken its weight away after the forward
     wanted = targets != IGNORED
+    sets = check_kept(kept, targets, head.weight.shape[0], IGNORED)
     results = linear_logprobs(
         hidden[:, :-1][wanted],
         targets=targets[wanted],
         temperature=temperature,
         return_entropy=return_entropy,
+        kept=None if sets is None else sets.some(wanted.flatten()),
         **head._asdict(),
     )
     if return_entropy:

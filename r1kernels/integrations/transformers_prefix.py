@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import devices
 from ..logprob import linear_logprobs
 from .prefix_tree import PrefixTree, build
 from .transformers_logprobs import forward_to_head, head_inputs, output_head, unwrapped
@@ -147,6 +148,8 @@ def check_model(model: Any) -> None:
         try:
             tried[model.training] = _refusal(model, inner)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if devices.out_of_memory(error):
+                raise
             reason = f"its forward over a packed tree fails: {error}"
             raise ValueError(f"model: {name} cannot share prefixes: {reason}") from error
     if tried[model.training]:

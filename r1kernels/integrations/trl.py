@@ -16,14 +16,14 @@ from typing import Any
 
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from . import trl_grpo, trl_linear, trl_prefix
+from . import trl_grpo, trl_kept, trl_linear, trl_prefix
 from .patching import Patch
 from .trl_logprobs import replacements
 
 __all__ = ["Patch", "patch", "patch_logprobs", "patch_loss"]
 
 
-def patch(*, linear: bool = False, prefix: bool = False) -> Patch:
+def patch(*, linear: bool = False, prefix: bool = False, kept: bool = False) -> Patch:
     """``patch_logprobs`` and ``patch_loss`` together.
 
     Args:
@@ -32,6 +32,9 @@ def patch(*, linear: bool = False, prefix: bool = False) -> Patch:
             and the new log-probs: a prompt once for all its completions, wherever their rows stand. Log-probs, entropies and
             gradients are those of the repeated form to rounding (``shared_prefix_logprobs``). Images and a model that cannot
             share are errors, when a pass meets them.
+        kept: ``GRPOTrainer`` scores a token among those that its generation drew from by top_p, top_k and min_p, in the passes
+            for the old, the reference and the new log-probs. Errors, when a pass meets them: vLLM, continuous batching, tools,
+            ``rollout_func``, images, an auxiliary loss, a head that is sharded.
 
     Returns:
         Patch, with ``undo()``; also a context manager.
@@ -42,7 +45,11 @@ def patch(*, linear: bool = False, prefix: bool = False) -> Patch:
     functions = replacements()
     trl_grpo.check_trainer()
     methods = [_loss(linear, prefix)]
-    if prefix:
+    if kept:
+        trl_kept.check_trainer()
+        states = trl_prefix.states if prefix else trl_linear.states
+        methods = trl_kept.methods(methods[0][2], states)
+    elif prefix:
         trl_prefix.check_trainer()
         methods.append((GRPOTrainer, trl_prefix.METHOD, trl_prefix.logps_and_entropies))
     return Patch("trl", functions, methods)

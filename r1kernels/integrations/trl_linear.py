@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..grpo import linear_grpo_loss
-from . import trl_grpo, trl_prefix
+from . import trl_grpo, trl_kept, trl_prefix
 from .transformers_logprobs import head_inputs, output_head
 from .trl_metrics import Tokens, log_metrics
 from .trl_options import bound_below_clip, check_options, kl_of, mask_of, reduction_of, term_of
@@ -25,7 +25,7 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     Where it does not fit, ``trl_grpo.compute_loss`` serves the call and one log line says why; in strict mode
     (``r1kernels.set_strict``) that is an error.
     """
-    return _loss(self, model, inputs, _states)
+    return _loss(self, model, inputs, states)
 
 
 def compute_loss_shared(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -33,7 +33,7 @@ def compute_loss_shared(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor
     return _loss(self, model, inputs, trl_prefix.states)
 
 
-def _states(model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Tensor:
+def states(model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> Tensor:
     """The states (B, T, H) that predict the completion tokens."""
     hidden = head_inputs(model, input_ids=input_ids, attention_mask=attention_mask)
     return hidden[:, -logits_to_keep - 1 : -1]  # the state before each token predicts it
@@ -64,6 +64,7 @@ def _loss(trainer: Any, model: Any, inputs: dict[str, Any], states_of: Callable[
             mask=mask,
             temperature=trainer.temperature,
             entropy=True,
+            kept=trl_kept.joined(inputs.get(trl_kept.KEY), targets.shape[1]),
             **output_head(model)._asdict(),
             **term_of(trainer),
             **reduction_of(trainer, mask, inputs["num_items_in_batch"]),

@@ -12,6 +12,9 @@ N tokens, H hidden, V vocabulary, B responses of at most T tokens.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from .verl_losses import LOSSES, policy_loss
 
 __all__ = [
     "Patch",
+    "among",
     "linear_cross_entropy",
     "logprobs_from_logits",
     "patch",
@@ -32,6 +36,7 @@ __all__ = [
 ]
 
 _FORWARD = ("ctx", "hidden", "weight", "labels", "temperature", "reduction", "dist_process_group")
+_sets: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("kept", default=None)
 _POLICY_LOSS = ("old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config",
                 "rollout_is_weights")  # fmt: skip
 
@@ -46,7 +51,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (N,) of labels (...), N in all, under hidden (..., H) and the head (V, H): ``linear_logprobs``.
 
-    With ``dist_process_group`` the head is this rank's part of the vocabulary.
+    With ``dist_process_group`` the head is this rank's part of the vocabulary. Inside of ``among`` both are those among its sets.
 
     Raises:
         ValueError: a reduction other than "none".
@@ -62,6 +67,7 @@ def linear_cross_entropy(
         temperature=temperature,
         return_entropy=True,
         group=dist_process_group,
+        kept=_sets.get(),
     )
     return logp, entropy
 
@@ -70,11 +76,28 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     """Log-probs (...) of labels (...) under logits (..., V): ``token_logprobs``, float32.
 
     ``inplace_backward`` writes the gradient over the logits where they can be overwritten, as verl does; a leaf, a view of
-    one, or logits that are not contiguous get a gradient of their own.
+    one, or logits that are not contiguous get a gradient of their own. Inside of ``among`` the log-probs are those among its sets.
     """
     inplace_backward = inplace_backward and logits.is_contiguous() and not why_not_overwritable(logits)
-    logp: Any = token_logprobs(logits, labels.to(torch.int64), inplace_backward=inplace_backward)
+    logp: Any = token_logprobs(
+        logits, labels.to(torch.int64), inplace_backward=inplace_backward, kept=_sets.get()
+    )
     return logp
+
+
+@contextmanager
+def among(kept: tuple[Tensor, Tensor] | None) -> Iterator[None]:
+    """Inside the block the functions above score a token among those that a truncated sampler kept (verl's top_p and top_k).
+
+    Args:
+        kept: (ids, offsets) for the flattened labels of a call, as in ``linear_logprobs``; None: the whole vocabulary. verl's rollouts
+            carry no sets: who puts them there, such as vLLM's ``sampling_mask``, opens the block around a micro-batch's forward.
+    """
+    token = _sets.set(kept)
+    try:
+        yield
+    finally:
+        _sets.reset(token)
 
 
 def patch() -> Patch:

@@ -29,39 +29,74 @@ def check_linear(
     bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
+    whose: str = "",
+    several: bool = False,
 ) -> tuple[Tensor, Head]:
-    """Check the arguments that all ops on hidden states and a head share, and cast them as autocast those of F.linear."""
-    checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
+    """Check the arguments that all ops on hidden states and a head share, and cast them as autocast those of F.linear.
+
+    ``whose``: what stands before their names in errors. ``several``: the targets may be K of each token (..., K).
+    """
+    checks.tensor(f"{whose}hidden", hidden, dtypes=checks.FLOATS)
     if hidden.ndim == 0 or hidden.shape[-1] == 0:
-        raise ValueError(f"hidden: expected shape (..., H) with H >= 1, got {tuple(hidden.shape)}")
-    checks.tensor("weight", weight, dtypes=checks.FLOATS, shape=(None, hidden.shape[-1]), like=hidden)
+        raise ValueError(f"{whose}hidden: expected shape (..., H) with H >= 1, got {tuple(hidden.shape)}")
+    checks.tensor(f"{whose}weight", weight, dtypes=checks.FLOATS, shape=(None, hidden.shape[-1]), like=hidden)
     if weight.shape[0] == 0:
-        raise ValueError(f"weight: expected shape (V, H) with V >= 1, got {tuple(weight.shape)}")
-    checks.tensor("targets", targets, dtypes=(torch.int64,), shape=hidden.shape[:-1], like=hidden)
+        raise ValueError(f"{whose}weight: expected shape (V, H) with V >= 1, got {tuple(weight.shape)}")
+    if not several:
+        checks.tensor("targets", targets, dtypes=(torch.int64,), shape=hidden.shape[:-1], like=hidden)
+    else:
+        check_targets(targets, hidden.shape[:-1], hidden)
     if bias is not None:
-        checks.tensor("bias", bias, dtypes=checks.FLOATS, shape=(weight.shape[0],), like=hidden)
+        checks.tensor(f"{whose}bias", bias, dtypes=checks.FLOATS, shape=(weight.shape[0],), like=hidden)
     hidden, weight, bias = autocast.cast(hidden, weight, bias)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != hidden.dtype:
-            raise TypeError(f"{name}: expected the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+            raise TypeError(
+                f"{whose}{name}: expected the dtype of {whose}hidden, {hidden.dtype}, got {value.dtype}"
+            )
     if softcap is not None:
-        softcap = checks.positive("softcap", softcap)
-    logit_scale = checks.number("logit_scale", logit_scale)
+        softcap = checks.positive(f"{whose}softcap", softcap)
+    logit_scale = checks.number(f"{whose}logit_scale", logit_scale)
     return hidden, Head(weight, bias, softcap, logit_scale)
 
 
+def check_targets(targets: Tensor, shape: torch.Size, like: Tensor) -> bool:
+    """Check targets of tokens of this shape (...), one (...) or K (..., K) of each; whether they are K."""
+    several = isinstance(targets, Tensor) and targets.ndim == len(shape) + 1
+    wanted = (*shape, None) if several else shape
+    checks.tensor("targets", targets, dtypes=(torch.int64,), shape=wanted, like=like)
+    if several and targets.shape[-1] == 0:
+        raise ValueError(f"targets: expected shape (..., K) with K >= 1, got {tuple(targets.shape)}")
+    return several
+
+
+def refuse_for_several(**given: bool) -> None:
+    """Raise ValueError at the first option that is given and does not go together with K targets a token."""
+    for name, there in given.items():
+        if there:
+            raise ValueError(f"{name}: expected none together with K targets a token")
+
+
 def split_temperature(
-    temperature: float | Tensor, targets: Tensor, ignore_index: int, dtype: torch.dtype
+    temperature: float | Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+    name: str = "temperature",
 ) -> tuple[Tensor | None, float]:
     """A temperature as (one per token (N,) or None, the number that holds for all), checked; dtype: that of the inputs."""
     # of a number nothing is looked at
     counted = targets != ignore_index if isinstance(temperature, Tensor) else None
-    checked = check_temperature(temperature, targets, counted, dtype)
+    checked = check_temperature(temperature, targets, counted, dtype, name)
     return (checked.reshape(-1), 1.0) if isinstance(checked, Tensor) else (None, checked)
 
 
 def check_temperature(
-    temperature: float | Tensor, targets: Tensor, counted: Tensor | None, dtype: torch.dtype
+    temperature: float | Tensor,
+    targets: Tensor,
+    counted: Tensor | None,
+    dtype: torch.dtype,
+    name: str = "temperature",
 ) -> float | Tensor:
     """A number that holds for all tokens, or one per token in the shape of ``targets``, in float32 (float64 for that dtype).
 
@@ -69,20 +104,20 @@ def check_temperature(
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if not isinstance(temperature, Tensor):
-        number = float(checks.positive("temperature", temperature))
+        number = float(checks.positive(name, temperature))
         if not torch.compiler.is_compiling() or number == 1.0:
             return number
         # an op takes a number for a constant of the graph, which another temperature would compile once more
         return torch.ones(targets.shape, dtype=wide, device=targets.device) * number
     if temperature.ndim == 0:
-        checks.tensor("temperature", temperature, dtypes=checks.FLOATS)
+        checks.tensor(name, temperature, dtypes=checks.FLOATS)
         temperature = temperature.to(targets.device).expand(targets.shape)
-    checks.tensor("temperature", temperature, dtypes=checks.FLOATS, shape=targets.shape, like=targets)
+    checks.tensor(name, temperature, dtypes=checks.FLOATS, shape=targets.shape, like=targets)
     if temperature.requires_grad:
-        raise ValueError("temperature: expected a tensor without gradient, got one that requires it")
+        raise ValueError(f"{name}: expected a tensor without gradient, got one that requires it")
     if checks.values_visible(temperature, counted):
         looked_at = temperature if counted is None else torch.where(counted, temperature, 1.0)
-        checks.all_positive("temperature", looked_at)
+        checks.all_positive(name, looked_at)
     return temperature.to(wide)
 
 

@@ -26,6 +26,12 @@ class Kept(NamedTuple):
         """The sets of some consecutive tokens; the ids stay where they are."""
         return Kept(self.ids, self.offsets[tokens.start : None if tokens.stop is None else tokens.stop + 1])
 
+    def some(self, tokens: Tensor) -> Kept:
+        """The sets of the tokens at which (N,) bool is True, without the ids of the others."""
+        sizes = self.offsets.diff()
+        offsets = torch.nn.functional.pad(sizes[tokens].cumsum(0), (1, 0))
+        return Kept(self.ids[tokens.repeat_interleave(sizes)], offsets)
+
 
 def check_kept(kept: Any, targets: Tensor, vocabulary: int, ignore_index: int) -> Kept | None:
     """``kept`` of a public op, (ids, offsets) for the flattened targets, checked; None where every set is empty.

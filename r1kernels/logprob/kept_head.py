@@ -101,13 +101,16 @@ def _forward(backend: str, call: HeadCall) -> tuple[Tensor, ...]:
 
 
 def _logits(raw: Tensor, tokens: Tensor, rows: Rows) -> Tensor:
+    return capped(raw, rows).masked_fill(tokens < 0, -torch.inf)
+
+
+def capped(raw: Tensor, rows: Rows) -> Tensor:
+    """The logits of raw ones that have their bias."""
     logits = raw * rows.logit_scale
-    if rows.softcap:
-        logits = rows.softcap * torch.tanh(logits / rows.softcap)
-    return logits.masked_fill(tokens < 0, -torch.inf)
+    return rows.softcap * torch.tanh(logits / rows.softcap) if rows.softcap else logits
 
 
-def _slope(raw: Tensor, rows: Rows) -> Tensor | float:
+def slope(raw: Tensor, rows: Rows) -> Tensor | float:
     """dz / dr; 1 - tanh^2 u = 4 e / (1 + e)^2 with e = e^-2|u| does not cancel where the cap is reached."""
     if not rows.softcap:
         return rows.logit_scale
@@ -133,7 +136,7 @@ def _gradients(
     upstream = (grads[0], grads[1] if with_entropy else None)
     logits = _logits(raw, sets.tokens, rows)
     of_logits = kept_rows.BACKWARD(backend, kept_rows.SetsBackwardCall(logits, sets, logp, stats, *upstream))
-    grad = of_logits * _slope(raw, rows)
+    grad = of_logits * slope(raw, rows)
     of_head = (sets.ids, sets.tokens, sets.offsets, order, rows.first, shard is not None)
     call = ProductsBackwardCall(grad, hidden, weight, *of_head, *needs)
     for_hidden, for_weight, for_bias = PRODUCTS_BACKWARD(backend, call)

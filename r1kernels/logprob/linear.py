@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .. import autocast, checks, devices
 from ..op import Kernel, Op, Size, Written, recorded
-from . import frozen, kept_head, linear_reference, parts, sharded
-from .arguments import Head, check_linear, split_temperature
+from . import columns_head, frozen, kept_head, linear_reference, parts, sharded
+from .arguments import Head, check_linear, refuse_for_several, split_temperature
 from .completions import EACH_TOKEN, Completions
+from .events import PADDING, asked_of
 from .kept import Kept, check_kept
 from .token import Rows, Upstream, row_results, upstream_of
 
@@ -53,7 +54,7 @@ def linear_logprobs(
     Args:
         hidden: (..., H), float32, bfloat16, float16 or float64; under autocast cast as ``F.linear`` would.
         weight: (V, H), of the same dtype. bias: (V,) or None.
-        targets: (...), int64, in [0, V) or ``ignore_index``.
+        targets: (...), int64, in [0, V) or ``ignore_index``; or (..., K), K a token, without ``stats`` and ``kept``.
         temperature: a number above 0 or a tensor, () or one per token (...); no gradient.
         return_entropy: also return the entropy, in nats.
         stats: names out of "log_sum_sq_probs" (log of the sum of squared probabilities), "mean_logits" (mean over the
@@ -75,8 +76,8 @@ def linear_logprobs(
         backend: forces one (see r1kernels.backends); None chooses.
 
     Returns:
-        logp (...), or a tuple (logp[, entropy][, {name: values (...)}]): float32, float64 for float64 inputs. Gradients come
-        in the dtype of each input.
+        logp in the shape of the targets, or a tuple (logp[, entropy (...)][, {name: values (...)}]): float32, float64 for float64
+        inputs. Gradients come in the dtype of each input.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device. IndexError: a target out of range.
@@ -85,11 +86,19 @@ def linear_logprobs(
     round the gradient of a tile of logits to bfloat16 for the GEMMs of bfloat16 inputs, as plain PyTorch does. On CUDA the
     GEMMs of float32 inputs follow PyTorch's switch for TF32 (off as PyTorch comes), forward and backward alike. Deterministic.
     """
-    hidden, head = check_linear(hidden, weight, targets, bias, softcap, logit_scale)
+    hidden, head = check_linear(hidden, weight, targets, bias, softcap, logit_scale, several=True)
+    asked, each = None, targets
+    if targets.ndim == hidden.ndim:
+        refuse_for_several(stats=len(stats) > 0, kept=kept is not None)
+        vocabulary = weight.shape[0] if group is None else sharded.shard_of(weight, group).vocabulary
+        if checks.values_visible(targets):
+            checks.in_range("targets", targets, 0, vocabulary, allow=ignore_index)
+        asked = asked_of(targets, ignore_index, vocabulary)
+        each, ignore_index = asked.tokens.view(hidden.shape[:-1]), PADDING
     call = call_of(
         hidden,
         head,
-        targets,
+        each,
         EACH_TOKEN,
         temperature=temperature,
         ignore_index=ignore_index,
@@ -101,10 +110,12 @@ def linear_logprobs(
         group=group,
         kept=kept,
     )
+    if asked is not None:
+        call = call._replace(ids=asked.ids)
     logp, entropy, extra = LINEAR_LOGPROBS(backend, call)
-    results: tuple[Any, ...] = (logp.view(targets.shape),)
+    results: tuple[Any, ...] = ((logp if asked is None else asked.values(logp)).view(targets.shape),)
     if return_entropy:
-        results += (entropy.view(targets.shape),)
+        results += (entropy.view(each.shape),)
     if stats:
         results += (of_names(extra, stats, targets.shape),)
     return results[0] if len(results) == 1 else results
@@ -254,10 +265,11 @@ class LogprobsCall(NamedTuple):
     shard: sharded.Shard | None
     completions: Completions
     kept: Kept | None = None
+    ids: Tensor | None = None  # (N, K), events.py: the first result is log-probs (N, K)
 
 
 def _forward(backend: str, call: LogprobsCall) -> tuple[Tensor, ...]:
-    *linear, shard, _, _ = call
+    *linear, shard, _, _, _ = call
     logp, entropy, stats, extra, logits = FORWARD(backend, LinearCall._make(linear))
     if shard is not None:
         part = parts.Part(logp, stats, extra)
@@ -329,19 +341,28 @@ _recorded = recorded(
 def on_kernels(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
     if call.kept is not None:
         return kept_head.on_kernels(backend, call, partial(on_kernels, backend))
+    if call.ids is not None:
+        return columns_head.logprobs(backend, decided(call))
     hidden, weight, bias, save_logits = call.hidden, call.weight, call.rows.bias, call.save_logits
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     differentiable = torch.is_grad_enabled() and (trained or hidden.requires_grad)
     # a frozen head under the log-prob alone: its slope is worked out beside it, without the logits once more
     alone = not (call.with_entropy or save_logits or call.batch_invariant) and call.shard is None
     head_is_frozen = differentiable and not trained and alone
+    with autocast.off(hidden):
+        return frozen.logprobs(backend, call) if head_is_frozen else _recorded(backend, decided(call))
+
+
+def decided(call: LogprobsCall) -> LogprobsCall:
+    """``call``, which says whether logits are saved: where something needs a gradient and the caller, or a memory budget, wants it."""
+    hidden, weight, bias, save_logits = call.hidden, call.weight, call.rows.bias, call.save_logits
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if save_logits is None:
         # in a compiled graph a length must not decide
         fits = 4 * hidden.shape[0] * weight.shape[0] <= devices.memory_budget(hidden, SAVED_BYTES)
         save_logits = fits and not torch.compiler.is_compiling()
-    call = call._replace(save_logits=save_logits and differentiable)
-    with autocast.off(hidden):
-        return frozen.logprobs(backend, call) if head_is_frozen else _recorded(backend, call)
+    differentiable = torch.is_grad_enabled() and (trained or hidden.requires_grad)
+    return call._replace(save_logits=save_logits and differentiable)
 
 
 LINEAR_LOGPROBS = Op("linear_logprobs", linear_reference.run, on_kernels, decides="hidden")

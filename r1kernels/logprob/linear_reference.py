@@ -5,6 +5,7 @@ Shapes: N tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import autocast, transforms
-from . import kept, kept_reference, sharded, token
+from . import columns_reference, events, kept, kept_reference, reference, sharded, token
 from .completions import EACH_TOKEN
 
 if TYPE_CHECKING:
@@ -28,10 +29,31 @@ _INVARIANT_ROWS = 64
 
 
 def run(call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, rows, shard = call.hidden, call.rows, call.shard
+    if call.ids is not None:
+        dtype = torch.float64 if call.hidden.dtype == torch.float64 else torch.float32
+        return *events.logprobs(events_of(call), dtype), call.hidden.new_empty((0, 0))
     verdict = None
     if call.kept is not None:
-        rows, verdict = kept_reference.among_kept(call.kept, rows)
+        rows, verdict = kept_reference.among_kept(call.kept, call.rows)
+        call = call._replace(rows=rows)
+    logp, entropy, extra = _by_chunks(call, _chunk)
+    if verdict is not None:
+        logp, entropy, extra = kept.with_verdict(verdict, logp, entropy, extra)
+    reduce = call.completions.reduce
+    return reduce(logp), reduce(entropy) if call.with_entropy else entropy, extra
+
+
+def events_of(call: LogprobsCall) -> events.Events:
+    """The events of the ids of ``call``."""
+    logits, rest_entropy = _by_chunks(call, _events)
+    return events.Events(logits.t(), rest_entropy)
+
+
+def _by_chunks(
+    call: LogprobsCall, of_chunk: Callable[[LogprobsCall], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """What ``of_chunk`` gives of each chunk of the tokens, joined; tokens are the last dimension."""
+    hidden, rows, shard = call.hidden, call.rows, call.shard
     # float32 (float64 stays), once for all chunks
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     # 0 times NaN would reach the head
@@ -41,31 +63,33 @@ def run(call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
         if shard is not None:
             hidden = sharded.copy_to_group(hidden, shard)
         call = call._replace(hidden=hidden, weight=call.weight.to(dtype), rows=rows._replace(bias=bias))
-        tokens, vocabulary = hidden.shape[0], call.weight.shape[0]
-        if not call.chunk_size and torch.compiler.is_compiling():
-            pieces = [slice(None)]  # a loop whose length is N would be compiled again for every N
-        else:
-            step = call.chunk_size or max(_CHUNK_BYTES // (4 * vocabulary), _MIN_CHUNK)
-            pieces = [slice(start, start + step) for start in range(0, max(tokens, 1), step)]
-        save_logits = call.save_logits
-        if save_logits is None:
-            save_logits = torch.compiler.is_compiling() or tokens * vocabulary * 4 <= _SAVED_BYTES
-        keep = save_logits or not torch.is_grad_enabled() or transforms.active()
+        size = hidden.shape[0], call.weight.shape[0]
+        keep = keeps(call.save_logits, *size)
         chunks = []
-        for piece in pieces:
+        for piece in pieces(call.chunk_size, *size):
             chunk = _part(call, piece)
             if keep:
-                chunks.append(_chunk(chunk))
+                chunks.append(of_chunk(chunk))
             else:
-                chunks.append(checkpoint(_chunk, chunk, use_reentrant=False, preserve_rng_state=False))
+                chunks.append(checkpoint(of_chunk, chunk, use_reentrant=False, preserve_rng_state=False))
     if len(chunks) == 1:
-        logp, entropy, extra = chunks[0]
-    else:
-        logp, entropy, extra = (torch.cat(values, dim=-1) for values in zip(*chunks, strict=True))
-    if verdict is not None:
-        logp, entropy, extra = kept.with_verdict(verdict, logp, entropy, extra)
-    reduce = call.completions.reduce
-    return reduce(logp), reduce(entropy) if call.with_entropy else entropy, extra
+        return chunks[0]
+    return tuple(torch.cat(values, dim=-1) for values in zip(*chunks, strict=True))
+
+
+def pieces(chunk_size: int, tokens: int, vocabulary: int) -> list[slice]:
+    """The chunks of the tokens; chunk_size 0: chosen by the memory that the logits of a chunk take."""
+    if not chunk_size and torch.compiler.is_compiling():
+        return [slice(None)]  # a loop whose length is N would be compiled again for every N
+    step = chunk_size or max(_CHUNK_BYTES // (4 * vocabulary), _MIN_CHUNK)
+    return [slice(start, start + step) for start in range(0, max(tokens, 1), step)]
+
+
+def keeps(save_logits: bool | None, tokens: int, vocabulary: int) -> bool:
+    """Whether what the backward needs is kept, and not computed once more; None: by the memory that it takes."""
+    if save_logits is None:
+        save_logits = torch.compiler.is_compiling() or tokens * vocabulary * 4 <= _SAVED_BYTES
+    return save_logits or not torch.is_grad_enabled() or transforms.active()
 
 
 def _part(call: LogprobsCall, piece: slice) -> LogprobsCall:
@@ -74,7 +98,20 @@ def _part(call: LogprobsCall, piece: slice) -> LogprobsCall:
     temperatures = None if rows.temperatures is None else rows.temperatures[piece]
     rows = rows._replace(targets=rows.targets[piece], temperatures=temperatures)
     sets = None if call.kept is None else call.kept.part(piece)
-    return call._replace(hidden=call.hidden[piece], rows=rows, kept=sets)
+    ids = None if call.ids is None else call.ids[piece]
+    return call._replace(hidden=call.hidden[piece], rows=rows, kept=sets, ids=ids)
+
+
+def _events(call: LogprobsCall) -> tuple[Tensor, ...]:
+    """y (K + 1, N), and H_R (N,) or (0,)."""
+    assert call.ids is not None
+    rows = call.rows
+    head = (call.weight, rows.bias, rows.softcap, rows.logit_scale)
+    logits = _logits(call.hidden, *head, call.batch_invariant)
+    if call.shard is not None:
+        logits = sharded.all_columns(logits, call.shard)
+    found = columns_reference.of_scaled(reference.scaled(logits, rows), call.ids, call.with_entropy)
+    return found.logits.t(), found.rest_entropy
 
 
 def _chunk(call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ for what is not complete at once, so the order follows from what needs a gradien
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from . import frozen, linear, parts, tiles
 from .token import Upstream
+
+Look = Callable[[slice, slice, Tensor], None]
+"""Called with a block of tokens, a slab of the vocabulary and the tile of these, which it may change."""
 
 
 def implement(engine: tiles.Engine, key: str) -> None:
@@ -41,19 +44,25 @@ def forward(engine: tiles.Engine, call: linear.LinearCall) -> tuple[Tensor, Tens
             return *results, logits
     problem = tiles.problem_of(engine, call, call.batch_invariant)
     saved = logits if call.save_logits else None
-    return *_forward_by_tiles(problem, call.with_entropy, call.with_extra, saved), logits
+    return *forward_by_tiles(problem, call.with_entropy, call.with_extra, saved), logits
 
 
-def _forward_by_tiles(
-    problem: tiles.Problem, with_entropy: bool, with_extra: bool, saved: Tensor | None
+def forward_by_tiles(
+    problem: tiles.Problem,
+    with_entropy: bool,
+    with_extra: bool,
+    saved: Tensor | None,
+    look: Look | None = None,
 ) -> tiles.RowResults:
-    """The raw logits are left in ``saved`` (N, V), if given."""
+    """The raw logits are left in ``saved`` (N, V), if given; ``look`` sees those of each tile before they are summed up."""
     rows, tokens = problem.rows, problem.hidden.shape[0]
     vocabulary = problem.weight.shape[0]
     slabs, blocks = problem.tiling.slabs(vocabulary), problem.tiling.blocks(tokens)
     results = []
     for slab in slabs:
-        of_slab = [_forward_tile(problem, block, slab, with_entropy, with_extra, saved) for block in blocks]
+        of_slab = [
+            _forward_tile(problem, block, slab, with_entropy, with_extra, saved, look) for block in blocks
+        ]
         results.append(tuple(torch.cat(blocks, dim=-1) for blocks in zip(*of_slab, strict=True)))
     if len(slabs) == 1:
         return results[0]  # type: ignore[return-value]
@@ -83,40 +92,63 @@ def _forward_tile(
     with_entropy: bool,
     with_extra: bool,
     saved: Tensor | None,
+    look: Look | None,
 ) -> tiles.RowResults:
     tile = tiles.tile_of(problem, block, slab, saved)
     tiles.raw_logits(problem, block, slab, tile)
+    if look is not None:
+        look(block, slab, tile)
     return tiles.row_sums(problem, tile, tiles.rows_of(problem, block, slab), with_entropy, with_extra)
 
 
 def backward(engine: tiles.Engine, call: linear.LinearBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     """The logits are computed once more."""
-    return _gradients(tiles.problem_of(engine, call), call, None)
+    return _gradients(engine, call, None)
 
 
 def backward_of_saved(engine: tiles.Engine, call: linear.SavedBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     """From the logits of the forward, which are overwritten."""
-    return _gradients(tiles.problem_of(engine, call.backward), call.backward, call.logits)
+    return _gradients(engine, call.backward, call.logits)
 
 
 def _gradients(
-    problem: tiles.Problem, call: linear.LinearBackwardCall, saved: Tensor | None
+    engine: tiles.Engine, call: linear.LinearBackwardCall, saved: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    needs = (call.need_hidden, call.need_weight, call.need_bias)
+    dtype = linear.hidden_gradient_dtype(call)
+    return gradients(tiles.problem_of(engine, call), call.upstream, needs, dtype, saved)
+
+
+def gradients(
+    problem: tiles.Problem,
+    upstream: Upstream,
+    needs: tuple[bool, bool, bool],
+    dtype: torch.dtype,
+    saved: Tensor | None,
+    look: Look | None = None,
+    finish: Look | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden (in ``dtype``), weight and bias that are needed, from the logits in ``saved`` (N, V) or computed anew.
+
+    ``look`` sees the logits of each tile that are computed anew, ``finish`` the gradient that the row kernel makes of a tile.
+    """
     hidden, weight = problem.hidden, problem.weight
-    logp, stats, grad_logp, grad_entropy, sequences = call.upstream
+    need_hidden, need_weight, need_bias = needs
+    logp, stats, grad_logp, grad_entropy, sequences = upstream
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     slabs, blocks = problem.tiling.slabs(vocabulary), problem.tiling.blocks(tokens)
-    by_slab = call.need_weight and (not call.need_hidden or tokens <= vocabulary)
-    dtype = linear.hidden_gradient_dtype(call)
-    grad_hidden = tiles.Sum(problem, hidden, call.need_hidden, blocks, complete=not by_slab, dtype=dtype)
-    grad_weight = tiles.Sum(problem, weight, call.need_weight, slabs, complete=by_slab, dtype=weight.dtype)
-    grad_bias = hidden.new_zeros(vocabulary if call.need_bias else 0, dtype=torch.float32)
+    by_slab = need_weight and (not need_hidden or tokens <= vocabulary)
+    grad_hidden = tiles.Sum(problem, hidden, need_hidden, blocks, complete=not by_slab, dtype=dtype)
+    grad_weight = tiles.Sum(problem, weight, need_weight, slabs, complete=by_slab, dtype=weight.dtype)
+    grad_bias = hidden.new_zeros(vocabulary if need_bias else 0, dtype=torch.float32)
     for block, slab in _in_turn(blocks, slabs, by_slab):
         tile = tiles.tile_of(problem, block, slab, saved)
         if saved is None:
             tiles.raw_logits(problem, block, slab, tile)
+            if look is not None:
+                look(block, slab, tile)
         by_sequence = sequences is not None
-        upstream = Upstream(
+        of_block = Upstream(
             logp[block],
             stats[:, block].contiguous(),
             grad_logp if by_sequence or grad_logp is None else grad_logp[block],
@@ -124,11 +156,13 @@ def _gradients(
             sequences[block] if sequences is not None else None,
         )
         engine = problem.engine
-        gradient = engine.gradient(engine, tile, tiles.rows_of(problem, block, slab), hidden.dtype, upstream)
+        gradient = engine.gradient(engine, tile, tiles.rows_of(problem, block, slab), hidden.dtype, of_block)
+        if finish is not None:
+            finish(block, slab, gradient)
         grad_hidden.add(block, gradient, weight[slab], last=slab is slabs[-1])
-        if call.need_weight:
+        if need_weight:
             grad_weight.add(slab, gradient.t(), tiles.counted(problem, block), last=block is blocks[-1])
-        if call.need_bias:
+        if need_bias:
             grad_bias[slab] += gradient.sum(0, dtype=torch.float32)
     return grad_hidden.result, grad_weight.result, grad_bias
 

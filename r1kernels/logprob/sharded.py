@@ -7,11 +7,12 @@ rank order (parts.py), so all ranks hold the same bits. Shapes: N tokens, V the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..op import recorded
@@ -48,6 +49,13 @@ def merge(
     return parts.finish(merged, rows, with_entropy, dtype)
 
 
+def merged_stats(stats: Tensor, shard: Shard, rows: Rows) -> Tensor:
+    """M, S', E' (3, N) of the whole vocabulary from those of this rank's columns."""
+    nothing = stats.new_empty((0, stats.shape[1]))
+    every = [parts.Part(one[0], one, nothing) for one in _gather(stats, shard.group)]
+    return parts.merge(every, list(shard.starts), shard.vocabulary, rows).stats.to(stats.dtype)
+
+
 def sum_over_ranks_(values: Tensor, shard: Shard) -> Tensor:
     """``values``, overwritten with their sum over the ranks, the same bits on all of them."""
     dist.all_reduce(values, group=shard.group)
@@ -59,8 +67,13 @@ def copy_to_group(hidden: Tensor, shard: Shard) -> Tensor:
     return _recorded_copy("reference", CopyCall(hidden, shard))
 
 
+def all_columns(logits: Tensor, shard: Shard) -> Tensor:
+    """The logits (N, V) of all ranks from those of this one, to which its columns of the gradient go."""
+    return _recorded_columns("reference", CopyCall(logits, shard))
+
+
 class CopyCall(NamedTuple):
-    hidden: Tensor
+    hidden: Tensor  # or the logits of this rank
     shard: Shard
 
 
@@ -76,6 +89,28 @@ _recorded_copy = recorded(
     differentiable=lambda call: (call.hidden,),
     save=lambda call, results: ((), call.shard),
     backward=_sum_of_gradients,
+)
+
+
+def _columns_of_all(backend: str, call: CopyCall) -> Tensor:
+    widths = [end - start for start, end in pairwise((*call.shard.starts, call.shard.vocabulary))]
+    padded = F.pad(call.hidden, (0, max(widths) - call.hidden.shape[1]))
+    every = _gather(padded, call.shard.group)
+    return torch.cat([one[:, :width] for one, width in zip(every, widths, strict=True)], dim=1)
+
+
+def _own_columns(
+    backend: str, inputs: Any, tensors: Any, shard: Shard, grads: Any, needs: Any
+) -> list[Tensor]:
+    return [grads[0][:, shard.first : shard.first + inputs[0].shape[1]]]
+
+
+_recorded_columns = recorded(
+    "linear_logprobs",
+    _columns_of_all,
+    differentiable=lambda call: (call.hidden,),
+    save=lambda call, results: ((), call.shard),
+    backward=_own_columns,
 )
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .. import checks, transforms
 from ..op import Contiguous, Float32, Kernel, Op, Size, Written, recorded
-from . import kept_reference, kept_rows, reference
-from .arguments import in_rows, split_temperature, why_not_overwritable
+from . import columns, kept_reference, kept_rows, reference
+from .arguments import check_targets, in_rows, refuse_for_several, split_temperature, why_not_overwritable
 from .completions import EACH_TOKEN, Completions
+from .events import PADDING, asked_of
 from .kept import Kept, check_kept
 
 MOST_PROGRAMS = 2**31 - 1  # in the first dimension of a GPU's grid
@@ -39,8 +40,8 @@ def token_logprobs(
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64, any strides.
-        targets: (...), int64, in [0, V) or ``ignore_index``.
-        temperature: a number above 0, or a tensor: () or the shape of ``targets`` (one per token); it gets no gradient.
+        targets: (...), int64, in [0, V) or ``ignore_index``; or (..., K), K a token.
+        temperature: a number above 0, or a tensor: () or (...), one per token; it gets no gradient.
         return_entropy: also return the entropy, in nats.
         ignore_index: tokens with this target give log-prob 0, entropy 0 and a zero gradient row.
         inplace_backward: write the gradient over the logits, which must not be a leaf or a view of one, expanded or
@@ -49,11 +50,12 @@ def token_logprobs(
             ignored ones counted, is ids[offsets[n] : offsets[n + 1]], int32 or int64; an empty one is the whole vocabulary.
             Log-prob and entropy are those of the distribution renormalised over the set. A target outside its set has log-prob
             -inf, without a gradient; an id that is there twice counts once (with ``debug_checks`` both are errors). Not together
-            with ``inplace_backward``. On CUDA every call reads a few counts on the host.
+            with ``inplace_backward`` or K targets. On CUDA every call reads a few counts on the host.
         backend: "cuda", "triton", "cpu" or "reference": that one or an error; None chooses (see r1kernels.backends).
 
     Returns:
-        logp (...), or (logp, entropy): float32, float64 for float64 logits. Gradients come in the dtype of the logits.
+        logp in the shape of the targets, or (logp, entropy (...)): float32, float64 for float64 logits. Gradients come in the dtype
+        of the logits.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or a temperature that is not above 0.
@@ -67,7 +69,7 @@ def token_logprobs(
     checks.tensor("logits", logits, dtypes=checks.FLOATS)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {tuple(logits.shape)}")
-    checks.tensor("targets", targets, dtypes=(torch.int64,), shape=logits.shape[:-1], like=logits)
+    several = check_targets(targets, logits.shape[:-1], logits)
     checks.boolean("return_entropy", return_entropy)
     ignore_index = checks.integer("ignore_index", ignore_index)
     if checks.boolean("inplace_backward", inplace_backward):
@@ -76,15 +78,21 @@ def token_logprobs(
             raise ValueError(f"inplace_backward: expected logits {refusal}")
         if kept is not None:
             raise ValueError("inplace_backward: expected False together with kept, got True")
-    temperatures, scalar = split_temperature(temperature, targets, ignore_index, logits.dtype)
     if checks.values_visible(targets):
         checks.in_range("targets", targets, 0, logits.shape[-1], allow=ignore_index)
-    rows = plain_rows(logits, targets.reshape(-1), temperatures, scalar, ignore_index)
-    sets = check_kept(kept, targets, logits.shape[-1], ignore_index)
-    call = TokenCall(in_rows(logits), rows, return_entropy, inplace_backward, EACH_TOKEN, sets)
+    each, asked = targets, None
+    if several:
+        refuse_for_several(inplace_backward=inplace_backward, kept=kept is not None)
+        asked = asked_of(targets, ignore_index, logits.shape[-1])
+        each, ignore_index = asked.tokens.view(targets.shape[:-1]), PADDING
+    temperatures, scalar = split_temperature(temperature, each, ignore_index, logits.dtype)
+    rows = plain_rows(logits, each.reshape(-1), temperatures, scalar, ignore_index)
+    sets = check_kept(kept, each, logits.shape[-1], ignore_index)
+    ids = None if asked is None else asked.ids
+    call = TokenCall(in_rows(logits), rows, return_entropy, inplace_backward, EACH_TOKEN, sets, ids)
     logp, entropy = TOKEN_LOGPROBS(backend, call)
-    logp = logp.view(targets.shape)
-    return (logp, entropy.view(targets.shape)) if return_entropy else logp
+    logp = (logp if asked is None else asked.values(logp)).view(targets.shape)
+    return (logp, entropy.view(each.shape)) if return_entropy else logp
 
 
 class Rows(NamedTuple):
@@ -211,6 +219,7 @@ class TokenCall(NamedTuple):
     inplace_backward: bool
     completions: Completions
     kept: Kept | None = None
+    ids: Tensor | None = None  # (N, K), events.py: the results are (log-probs (N, K), entropy)
 
 
 def _forward(backend: str, call: TokenCall) -> tuple[Tensor, ...]:
@@ -280,6 +289,8 @@ def on_reference(call: TokenCall) -> tuple[Tensor, Tensor]:
     """Its own gradient is exact where that of autograd loses digits; transforms of PyTorch follow the latter."""
     if call.kept is not None:
         return kept_reference.of_logits(call, on_reference)
+    if call.ids is not None:
+        return columns.logprobs("reference", call)
     tokens = TokenCall(call.logits, call.rows, call.with_entropy, call.inplace_backward, EACH_TOKEN)
     results = _forward("reference", tokens) if transforms.active() else _recorded("reference", tokens)
     return _give(call, results)
@@ -288,6 +299,8 @@ def on_reference(call: TokenCall) -> tuple[Tensor, Tensor]:
 def on_kernels(backend: str, call: TokenCall) -> tuple[Tensor, Tensor]:
     if call.kept is not None:
         return kept_rows.on_kernels(backend, call, partial(on_kernels, backend))
+    if call.ids is not None:
+        return columns.logprobs(backend, call)
     logits = call.logits
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         # kernels read rows of stride 1, of an empty tensor too, which contiguous() gives back as it is

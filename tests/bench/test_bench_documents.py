@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import documents, guard, precision, results
+from bench import documents, guard, pictures, precision, results, truncation
 from bench.peers import EAGER
 
 RESULTS = documents.ROOT / "bench/results/cpu"
@@ -17,14 +17,25 @@ def test_the_tables_of_a_document_are_those_of_the_committed_results(path):
     assert documents.filled(text) == text, "run `python -m bench documents`"
 
 
+def test_the_pictures_show_the_committed_results():
+    for path, (_, numbers) in pictures.fitting(documents.ROOT).items():
+        assert numbers and pictures.shown(path.read_text(encoding="utf-8")) == numbers, (
+            "run `python -m bench documents`"
+        )
+
+
+def test_without_kept_sets_ratios_are_off_by_what_was_kept_and_with_them_they_are_1():
+    runs = truncation.load_record(RESULTS / "truncation.json")["runs"]
+    for without, with_sets in zip(*(runs[name]["ratio_mean"] for name in runs), strict=True):
+        assert truncation.TOP_P - 0.01 < without < 0.99
+        assert with_sets == pytest.approx(1, abs=1e-4)
+
+
 def test_what_stands_between_marks_is_replaced(monkeypatch):
-    monkeypatch.setattr(documents, "BLOCKS", {"headline": lambda: "new"})
-    text = "a\n<!-- bench: headline -->\nold\n\nolder\n<!-- end -->\nb\n"
-    assert documents.filled(text) == "a\n<!-- bench: headline -->\nnew\n<!-- end -->\nb\n"
-    assert (
-        documents.filled("<!-- bench: headline -->\n<!-- end -->")
-        == "<!-- bench: headline -->\nnew\n<!-- end -->"
-    )
+    monkeypatch.setattr(documents, "BLOCKS", {"ops": lambda: "new"})
+    text = "a\n<!-- bench: ops -->\nold\n\nolder\n<!-- end -->\nb\n"
+    assert documents.filled(text) == "a\n<!-- bench: ops -->\nnew\n<!-- end -->\nb\n"
+    assert documents.filled("<!-- bench: ops -->\n<!-- end -->") == "<!-- bench: ops -->\nnew\n<!-- end -->"
 
 
 def test_committed_results_name_no_host_and_no_path():

@@ -7,7 +7,7 @@ N tokens, H hidden, V vocabulary.
 import pytest
 import torch
 
-from r1kernels.logprob import cuda, linear_tiles, tiles, token
+from r1kernels.logprob import columns, columns_head, columns_tiles, cuda, linear_tiles, tiles, token
 from r1kernels.logprob.linear import LinearBackwardCall, LinearCall, SavedBackwardCall
 from tests.support import linear_oracle as oracle
 from tests.support.emulated_rows import EmulatedKernel
@@ -121,6 +121,50 @@ def test_tiles_give_the_whole(dtype, save):
                 assert_close(mine, truth, 2 * CAP[dtype])
             else:
                 assert mine.numel() == 0
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_ids_of_a_token_and_the_rest(dtype, save):
+    """The logits of three ids a token, what the others sum up to, and gradients of both: of hidden states and of logits."""
+    case = Case(dtype)
+    ids = torch.stack([torch.randperm(600)[:3] for _ in case.targets])
+    ids[1, 2], ids[3] = -1, -1
+    listed = torch.zeros(37, 601, dtype=torch.bool).scatter(1, torch.where(ids < 0, 600, ids), True)[:, :600]
+    leaves = [tensor.double().requires_grad_() for tensor in (case.hidden, case.weight, case.head.bias)]
+    cap = 0.0 if save else 9.0  # capped logits are never saved
+    raw = leaves[0] @ leaves[1].T + leaves[2]
+    logits = 9 * torch.tanh(0.8 * raw / 9) if cap else 0.8 * raw
+    rest = torch.where(listed, -torch.inf, logits / 0.9).logsumexp(1)
+    counted, grads = torch.arange(37) != 3, case.grads.clone()
+    of_columns = torch.randn(37, 3)
+    loss = (raw.gather(1, ids.clamp(min=0)) * of_columns)[ids >= 0].sum() + (rest * grads[0])[counted].sum()
+    exact = torch.autograd.grad(loss, leaves, retain_graph=True)
+
+    rows = case.rows()._replace(softcap=cap)
+    call = columns_head.HeadColumnsCall(case.hidden, case.weight, rows, ids, True, 0, save, False)
+    found, stats, saved = columns_tiles.head_forward(ENGINE, call)
+    assert_close(found[ids >= 0].detach(), raw.gather(1, ids.clamp(min=0))[ids >= 0].detach(), 1e-5)
+    total = stats[0].double() / 0.9 + stats[1].double().log1p()
+    assert_close(total[counted], rest[counted].detach(), 1e-6)
+    upstream = (stats, of_columns, grads[0], None, True, True, True)
+    backward = columns_head.HeadColumnsBackwardCall(case.hidden, case.weight, rows, ids, 0, *upstream)
+    for ours, truth in zip(
+        columns_tiles.head_backward(ENGINE, backward, saved if save else None), exact, strict=True
+    ):
+        assert_close(ours, truth, 2 * CAP[dtype])
+
+    given = logits.detach().to(dtype).unsqueeze(0)
+    leaf = given[0].double().requires_grad_()
+    rest = torch.where(listed, -torch.inf, leaf / 0.9).logsumexp(1)
+    loss = (leaf.gather(1, ids.clamp(min=0)) * of_columns)[ids >= 0].sum() + (rest * grads[0])[counted].sum()
+    (truth,) = torch.autograd.grad(loss, leaf)
+    found, stats = columns_tiles.forward(ENGINE, columns.ColumnsCall(given, ids, None, 0.9, True))
+    assert torch.equal(found[ids >= 0], given[0].gather(1, ids.clamp(min=0))[ids >= 0].float())
+    total = stats[0].double() / 0.9 + stats[1].double().log1p()
+    assert_close(total[counted], rest[counted].detach(), 1e-6)
+    call = columns.ColumnsBackwardCall(given, ids, None, 0.9, stats, of_columns, grads[0], None)
+    assert_close(columns_tiles.backward(ENGINE, call)[0], truth, 2 * CAP[dtype])
 
 
 def test_gradients_by_sequence():

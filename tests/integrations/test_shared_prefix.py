@@ -264,6 +264,19 @@ def test_what_a_layer_does_besides_is_noticed():
         r1.shared_prefix_states(model, tree)
 
 
+def test_no_memory_is_not_taken_for_a_model_that_cannot_share():
+    model, tree = models.build("Llama"), r1.prefix_tree([[5, 6, 7]] * 2, [[8], [9]])
+
+    def fails(module, args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model.model.layers[0].register_forward_pre_hook(fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        r1.shared_prefix_states(model, tree)
+    handle.remove()
+    assert len(r1.shared_prefix_states(model, tree)) == 2
+
+
 @pytest.mark.parametrize("wrong", [torch.nn.DataParallel, lambda model: "a name"])
 def test_what_is_no_model_of_transformers_is_refused(wrong):
     model, tree = wrong(models.build("Llama")), r1.prefix_tree([[5]], [[7]])

@@ -75,6 +75,15 @@ def completions(x, weight, bias, targets, **options):
     return [found.logp.detach(), *torch.autograd.grad((found.logp * upstream).sum(), leaves)]
 
 
+def several(x, weight, bias, targets, **options):
+    """Two targets a token, some of them on either rank, and gradients."""
+    leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
+    both = torch.stack((targets, (7 * targets + 3) % 37), 1).masked_fill(targets.unsqueeze(1) < 0, -100)
+    logp, entropy = linear_logprobs(*leaves[:2], both, bias=leaves[2], return_entropy=True, **options)
+    loss = loss_of(logp[:, 0], entropy) + loss_of(logp[:, 1], -entropy / 2)
+    return [logp.detach(), *torch.autograd.grad(loss, leaves), entropy.detach()]
+
+
 def grpo(x, weight, bias, targets, **options):
     """The loss with an entropy bonus, and gradients."""
     leaves = [leaf.detach().requires_grad_() for leaf in (x.view(4, 3, -1), weight, bias)]
@@ -111,6 +120,7 @@ def _on_rank(rank, backend, folder):
                 )
             found["completions"] = completions(*call, **HEAD, **where)
             found["grpo"] = grpo(*call, **HEAD, **where)
+            found["several"] = several(*call, **HEAD, **where)
             if backend == "reference":
                 double = (tensor.double() for tensor in call[:3])
                 found["float64"] = results_and_gradients(*double, targets, **options, **where)
@@ -186,7 +196,7 @@ def test_without_a_gradient(ranks):
         assert same_bits(values["no gradient"], values["everything"][0])
 
 
-@pytest.mark.parametrize("op", [completions, grpo])
+@pytest.mark.parametrize("op", [completions, grpo, several])
 def test_ops_above_it(ranks, op):
     _, found = ranks
     leaves, targets = problem("everything")

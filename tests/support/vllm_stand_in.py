@@ -11,7 +11,9 @@ arguments are faults.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import shutil
 import tempfile
@@ -34,6 +36,7 @@ from training.engines.service import Refused, Service
 from training.engines.transformers import TransformersEngine
 from training.engines.vllm import VllmEngine
 from training.engines.workspace import workspace_in
+from training.model import prepare
 from training.sections import Rollout
 from training.tokenizer import build_tokenizer
 
@@ -130,10 +133,12 @@ class StandIn:
         reports: str = "",
         tokens: Any = None,
         vocabulary: int | None = None,
+        tells: Sequence[str] = (),
     ) -> None:
         self.upstream, self.computes, self.context, self.dies_at = upstream, computes, context, dies_at
         self.forgets, self.leaves_out, self.refuses = forgets, set(leaves_out), refuses or {}
         self.slow, self.reports, self.tokens, self.vocabulary = slow, reports, tokens, vocabulary
+        self.tells = tells  # of "sampling_mask" and "routed_experts", as started with the options for them
         self.recording = {"plain": {}, "weights": []} if upstream else json.loads(RECORDING.read_text())
         self.version, self.paused, self.drawn = "default", False, 0
         self.seen: list[str] = []  # the calls, in order
@@ -236,6 +241,11 @@ class StandIn:
 
     def _generate(self, body: Any) -> tuple[int, Any]:
         params = body["sampling_params"]
+        if "sampling_mask" in self.tells:
+            if params["temperature"] <= 0 or params.get("top_k", 0) <= 0:
+                return 400, {"error": {"message": "sampling distribution replay requires top_k > 0"}}
+            if "allowed_token_ids" in params:
+                del params["top_k"]  # it changes nothing where one token is allowed
         if self.vocabulary is not None and "allowed_token_ids" in params:
             (token,) = params["allowed_token_ids"]
             edge = policy().config.vocab_size
@@ -283,8 +293,9 @@ class StandIn:
             ]
             return {"prompt_logprobs": [None, *told], "choices": []}
         ways = SamplingParams(
-            params["temperature"], params["top_p"], params["top_k"], tuple(params["stop_token_ids"])
-        )
+            params["temperature"], params["top_p"], params["top_k"], tuple(params["stop_token_ids"]),
+            record_routing="routed_experts" in self.tells, record_kept="sampling_mask" in self.tells,
+        )  # fmt: skip
         engine = TransformersEngine(model, build_tokenizer())
         (drawn,) = engine.sample([Request(tuple(ids), params["seed"], params["max_tokens"])], ways)
         choice = {
@@ -293,6 +304,16 @@ class StandIn:
             "weight_versions": [{"version": self.version, "start": 0, "end": len(drawn.token_ids)}],
             "logprobs": {"content": [{"logprob": each} for each in drawn.logp]},
         }
+        if "sampling_mask" in self.tells:
+            everything = list(range(model.config.vocab_size))
+            choice["sampling_mask"] = [
+                drawn.kept.of(token).tolist() or everything for token in range(len(drawn.token_ids))
+            ]
+        if drawn.routing is not None:  # of the layers of the model, the first of which has no experts
+            layers = torch.cat((torch.zeros_like(drawn.routing[:1]), drawn.routing))
+            held = io.BytesIO()
+            np.save(held, layers.transpose(0, 1).numpy().astype(np.uint8))
+            choice["routed_experts"] = base64.b64encode(held.getvalue()).decode()
         return {"choices": [choice]}
 
     def _loaded(self) -> Any:
@@ -301,7 +322,7 @@ class StandIn:
         with tempfile.TemporaryDirectory() as scratch:
             save_file(self.weights, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
             shutil.copy(self.folder / "config.json", scratch)
-            return AutoModelForCausalLM.from_pretrained(scratch).eval()
+            return prepare(AutoModelForCausalLM.from_pretrained(scratch).eval())
 
 
 def _mark(tensor: torch.Tensor) -> float:

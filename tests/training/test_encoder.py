@@ -185,12 +185,15 @@ def test_a_template_that_refuses_the_turns_is_one_line(tmp_path):
         encoder.prompt([Turn("user", "hi")])
 
 
-def test_a_template_that_takes_a_date_writes_the_same_one_every_day(tmp_path):
-    write_folder(
-        tmp_path / "own",
-        template="{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-        "{{ date_string }} {{ messages[0]['content'] }}",
-    )
+@pytest.mark.parametrize(
+    "date",
+    [
+        "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}",
+        "{{ strftime_now('%d %b %Y') }}",
+    ],
+)
+def test_a_template_that_takes_a_date_writes_the_same_one_every_day(tmp_path, date):
+    write_folder(tmp_path / "own", template=date + " {{ messages[0]['content'] }}")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "own")
     assert tokenizer.decode(Encoder(None, tokenizer).prompt([Turn("user", "hi")]).ids) == "01 Jan 2025 hi"
 

@@ -243,19 +243,56 @@ def test_choices_from_a_large_vocabulary_follow_the_distribution(top_p, top_k):
         scores = TopPLogitsWarper(top_p)(None, scores)
     cumulated = scores.softmax(-1).cumsum(-1)[0]
     uniform = torch.linspace(0, 1, 501, dtype=torch.float64)[:-1]
-    chosen, logp = choose_tokens(logits.expand(500, -1), uniform, 1.0, top_p, top_k)
+    chosen, logp, _ = choose_tokens(logits.expand(500, -1), uniform, 1.0, top_p, top_k)
     before = torch.cat((torch.zeros(1, dtype=torch.float64), cumulated))[chosen]
     assert (before <= uniform + 1e-6).all() and (cumulated[chosen] >= uniform - 1e-6).all()
     torch.testing.assert_close(logp, scores.log_softmax(-1)[0, chosen], rtol=0, atol=1e-6)
-    chosen, _ = choose_tokens(logits, torch.tensor([1 - 2**-53], dtype=torch.float64), 1.0, top_p, top_k)
+    chosen, *_ = choose_tokens(logits, torch.tensor([1 - 2**-53], dtype=torch.float64), 1.0, top_p, top_k)
     assert torch.isfinite(scores[0, chosen]).all()
 
 
 def test_equal_probabilities_at_the_edge_of_top_p_keep_the_lowest_tokens():
     uniform = torch.tensor([0.0, 0.4, 0.6, 0.99], dtype=torch.float64)
-    chosen, logp = choose_tokens(torch.zeros(4, 8), uniform, 1.0, top_p=0.25)
+    chosen, logp, _ = choose_tokens(torch.zeros(4, 8), uniform, 1.0, top_p=0.25)
     assert chosen.tolist() == [0, 0, 1, 1]
     assert logp.exp().tolist() == pytest.approx([0.5] * 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Request((), 0, 4), "prompt_ids: expected one or more token ids of at least 0, got \\(\\)"),
+        (lambda: Request((3, -1), 0, 4), "prompt_ids: expected one or more token ids"),
+        (lambda: Request((3,), 0, 0), "max_new_tokens: expected at least 1, got 0"),
+        (
+            lambda: SamplingParams(temperature=-0.1),
+            "temperature: expected a finite number of at least 0, got -0.1",
+        ),
+        (lambda: SamplingParams(temperature=float("nan")), "temperature: expected a finite number"),
+        (lambda: SamplingParams(top_p=0.0), "top_p: expected above 0 and at most 1, got 0.0"),
+        (lambda: SamplingParams(top_k=-1), "top_k: expected at least 0, got -1"),
+        (lambda: SamplingParams(batch_size=0), "batch_size: expected at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_no_memory_is_not_taken_for_a_model_that_cannot_be_served(error):
+    model = build("deepseek_v3")
+
+    def fails(module, args, kwargs):
+        raise error
+
+    handle = model.register_forward_pre_hook(fails, with_kwargs=True)
+    with pytest.raises(type(error), match="memory"):
+        draw(model, requests_of(texts(2)))
+    handle.remove()
+    assert all(output.token_ids for output in draw(model, requests_of(texts(2))))
 
 
 def test_the_model_is_left_as_it_was(mixture):

@@ -4,12 +4,12 @@ import importlib.util
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from training import pretrained
 from training.checkpoint import load_model, save_model
 from training.errors import UserError
-from training.pretrained import load_pretrained, pretrained_config
+from training.pretrained import check_pretrained, load_pretrained, pretrained_config
 from training.tokenizer import build_tokenizer
 
 needs_smollm2 = pytest.mark.skipif(
@@ -51,6 +51,28 @@ def test_a_folder_without_a_tokenizer_is_refused(folder):
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="holds no tokenizer.json"):
         load_pretrained(str(folder))
+
+
+def test_a_truncated_file_of_weights_is_found_before_anything_runs(folder):
+    check_pretrained(str(folder), "model.pretrained")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        UserError, match=r"model\.pretrained: .*model\.safetensors is no whole safetensors file"
+    ):
+        check_pretrained(str(folder), "model.pretrained")
+
+
+def test_a_model_that_reads_what_comes_later_is_refused(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    for is_decoder in (True, False):
+        config = BertConfig(vocab_size=len(tokenizer), is_decoder=is_decoder, **sizes)
+        save_model(BertLMHeadModel(config), tokenizer, tmp_path / str(is_decoder))
+    assert type(load_pretrained(str(tmp_path / "True"))[0]) is BertLMHeadModel
+    with pytest.raises(UserError, match="BertLMHeadModel is not causal: a later token changes the logits"):
+        load_pretrained(str(tmp_path / "False"))
 
 
 @pytest.mark.parametrize(

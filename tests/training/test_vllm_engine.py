@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,51 @@ def test_a_router_bias_that_never_arrives_is_found_before_the_first_step():
         stand_in.leaves_out = {name}
         with pytest.raises(EngineError, match="left a tensor out"):
             connect(stand_in.rollout, model, TOKENIZER)
+
+
+TRUNCATED = SamplingParams(temperature=0.7, top_p=0.9, top_k=20, record_kept=True)
+
+
+def test_kept_sets_are_read_from_a_server_that_takes_no_request_without_a_bound():
+    model = policy()
+    with StandIn(computes=True, tells=["sampling_mask"]) as stand_in:
+        engine = reached(stand_in, model)
+        found = engine.sample(requests(), TRUNCATED)
+        all_of_them = engine.sample(requests(), SamplingParams(top_p=0.8, record_kept=True))
+        greedy = engine.sample(requests(), SamplingParams(temperature=0.0))
+    own = TransformersEngine(model, TOKENIZER)
+    expected = own.sample(requests(), TRUNCATED)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.token_ids == theirs.token_ids
+        assert torch.equal(mine.kept.ids, theirs.kept.ids)
+        assert torch.equal(mine.kept.offsets, theirs.kept.offsets)
+    for mine, theirs in zip(
+        all_of_them, own.sample(requests(), SamplingParams(top_p=0.8, record_kept=True)), strict=True
+    ):
+        assert mine.token_ids == theirs.token_ids and torch.equal(mine.kept.ids, theirs.kept.ids)
+    expected = own.sample(requests(), SamplingParams(temperature=0.0))
+    assert [each.token_ids for each in greedy] == [each.token_ids for each in expected]
+
+
+def test_a_server_that_tells_no_kept_sets_is_named_with_its_option():
+    with StandIn(computes=True) as stand_in:
+        engine = reached(stand_in)
+        assert engine.sample(requests(), replace(TRUNCATED, record_kept=False))
+        assert engine.sample(requests(), replace(TRUNCATED, top_p=1.0, top_k=0))[0].kept is None
+        with pytest.raises(EngineError, match="start vLLM with --return-sampling-mask") as caught:
+            engine.sample(requests(), TRUNCATED)
+    one_line(caught.value)
+
+
+def test_the_experts_that_a_server_chose_are_those_of_the_layers_with_a_router():
+    model = prepare(mixtures.build("DeepseekV3", vocab_size=len(TOKENIZER), max_position_embeddings=128))
+    params = SamplingParams(record_routing=True)
+    with StandIn(computes=True, tells=["routed_experts"]) as stand_in:
+        found = connect(stand_in.rollout, model, TOKENIZER).sample(requests(), params)
+    expected = TransformersEngine(model, TOKENIZER).sample(requests(), params)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.token_ids == theirs.token_ids
+        assert mine.routing.dtype == torch.int16 and torch.equal(mine.routing, theirs.routing)
 
 
 def test_a_tensor_left_out_of_a_later_update_is_found_then_as_the_real_server_answered():

@@ -73,6 +73,24 @@ def kernel_and_reference(hidden, weight, targets, **options):
     )
 
 
+@pytest.mark.parametrize("how", [{}, {"batch_invariant": True}, {"save_logits": True}], ids=str)
+def test_several_targets_a_token(how):
+    """By tiles in every case: log-probs, entropy, gradients; an ignored target, one that is there twice, a token without any."""
+    hidden, weight, _ = random_case(6, 150, 16, torch.float32)
+    targets = torch.tensor([[3, 9, 149], [7, 7, -100], [-100, -100, -100], [0, 1, 2], [80, 81, 5], [9, 3, 1]])
+    found = []
+    for options in (how | {"backend": "triton"}, {"backend": "reference"}):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        logp, entropy = linear_logprobs(*leaves, targets, return_entropy=True, **options)
+        of_logits = r1kernels.token_logprobs(
+            leaves[0] @ leaves[1].T, targets, temperature=0.8, backend=options["backend"]
+        )
+        loss = logp[:, 0].sum() - logp[:, 1].sum() + entropy.sum() + of_logits[:, 2].sum()
+        found.append((logp, entropy, of_logits, *torch.autograd.grad(loss, leaves)))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
 class TestForwardWithoutATile:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("head", HEADS)

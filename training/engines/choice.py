@@ -6,6 +6,7 @@ B rows, V entries of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +26,18 @@ def uniforms(keys: Sequence[int], count: int) -> Tensor:
     return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
+class Choice(NamedTuple):
+    """tokens (B,) int64; logp (B,) float64, log-probs among what stays, 0 at temperature 0; kept (B, V) bool, what stays, None
+    where nothing is left out."""
+
+    tokens: Tensor
+    logp: Tensor
+    kept: Tensor | None
+
+
 def choose_tokens(
     logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0
-) -> tuple[Tensor, Tensor]:
+) -> Choice:
     """The token of each row at which the cumulated probability passes `uniform`, and its log-prob.
 
     Args:
@@ -37,23 +47,15 @@ def choose_tokens(
         top_p: below 1, only the most probable tokens whose probabilities sum to at least top_p stay.
         top_k: above 0, only that many most probable tokens stay, and those as probable as the last of them; before top_p.
 
-    Returns:
-        Tokens (B,) int64 and their log-probs (B,) float64 among what stays; 0 at temperature 0.
-
     Precision: probabilities are float32, their sums float64; a token of probability 0 is never chosen. A row depends on
     itself alone, bitwise. No host sync on CUDA.
     """
     if temperature == 0:
         chosen = logits.argmax(dim=-1)
-        return chosen, torch.zeros(chosen.shape, dtype=torch.float64, device=logits.device)
+        return Choice(chosen, torch.zeros(chosen.shape, dtype=torch.float64, device=logits.device), None)
     scaled = logits.float() / temperature
     scaled -= scaled.amax(dim=-1, keepdim=True)
-    weights = scaled.exp()
-    if 0 < top_k < weights.shape[-1]:
-        last = weights.topk(top_k).values[:, -1:]
-        weights = weights.masked_fill(weights < last, 0.0)
-    if top_p < 1:
-        weights = _likeliest(weights, top_p)
+    weights = truncated(scaled.exp(), top_p, top_k)
     # Sums of blocks first: cumulating a large vocabulary in float64 costs more than all the rest.
     missing = -weights.shape[-1] % BLOCK
     blocks = torch.nn.functional.pad(weights, (0, missing)) if missing else weights
@@ -68,7 +70,15 @@ def choose_tokens(
     passed = (inside > behind) | (inside == inside[:, -1:])
     chosen = block * BLOCK + passed.int().argmax(dim=-1, keepdim=True)
     logp = scaled.gather(1, chosen).double() - ends[:, -1:].log()
-    return chosen.squeeze(1), logp.squeeze(1)
+    return Choice(chosen.squeeze(1), logp.squeeze(1), weights > 0 if top_p < 1 or top_k > 0 else None)
+
+
+def truncated(weights: Tensor, top_p: float, top_k: int) -> Tensor:
+    """`weights` (B, V), at least 0, with 0 where top_k, and after it top_p, leaves a token out."""
+    if 0 < top_k < weights.shape[-1]:
+        last = weights.topk(top_k).values[:, -1:]
+        weights = weights.masked_fill(weights < last, 0.0)
+    return _likeliest(weights, top_p) if top_p < 1 else weights
 
 
 def _likeliest(weights: Tensor, top_p: float) -> Tensor:

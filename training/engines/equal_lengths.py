@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from training.engines import Output, Request, SamplingParams
+from training.engines import Kept, Output, Request, SamplingParams
 from training.engines.choice import choose_tokens, uniforms
 
 
@@ -39,13 +39,15 @@ def _draw_batch(
     uniform = uniforms([request.key for request in requests], most).to(model.device)
     tokens: list[list[int]] = [[] for _ in requests]
     logps: list[list[float]] = [[] for _ in requests]
+    sets: list[list[torch.Tensor]] = [[] for _ in requests]
+    record = params.record_kept and params.truncated
     # rows whose responses have not ended; the others are read on and left alone
     growing = set(range(len(requests)))
     text = read = torch.tensor([request.prompt_ids for request in requests], device=model.device)
     kept: dict[str, Any] = {}
     for step in range(most):
         outputs = model(input_ids=read, use_cache=True, **kept)
-        chosen, logp = choose_tokens(
+        chosen, logp, left = choose_tokens(
             outputs.logits[:, -1], uniform[:, step], params.temperature, params.top_p, params.top_k
         )
         for row, (token, value) in enumerate(zip(chosen.tolist(), logp.tolist(), strict=True)):
@@ -53,6 +55,9 @@ def _draw_batch(
                 continue
             tokens[row].append(token)
             logps[row].append(value)
+            if record and left is not None:
+                one = left[row].nonzero().squeeze(1).int().cpu()
+                sets[row].append(one[: len(one) % left.shape[1]])  # the whole vocabulary is no set
             if token in params.stop_ids or step + 1 == requests[row].max_new_tokens:
                 growing.remove(row)
         if not growing:
@@ -63,6 +68,12 @@ def _draw_batch(
         # a model that keeps nothing reads the whole text again
         read = text if cache is None else text[:, -1:]
     return [
-        Output(tuple(ids), tuple(logp), ids[-1] in params.stop_ids, version)
-        for ids, logp in zip(tokens, logps, strict=True)
+        Output(
+            tuple(ids),
+            tuple(logp),
+            ids[-1] in params.stop_ids,
+            version,
+            kept=Kept.of_sets(one) if one else None,
+        )
+        for ids, logp, one in zip(tokens, logps, sets, strict=True)
     ]

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from r1kernels import devices
 from r1kernels.integrations import transformers as integration
 from r1kernels.integrations.prefix_tree import common_length
 from r1kernels.integrations.routing_record import RoutingRecord
 from training import notices
 from training.encoder import Encoder
-from training.engines import Output, Request, SamplingParams, equal_lengths
+from training.engines import Kept, Output, Request, SamplingParams, equal_lengths
 from training.engines.cache import (
     Level,
     Pass,
@@ -137,6 +138,8 @@ def _reason(model: PreTrainedModel) -> str:
             with attention(model):
                 drawn = _Flight(model, requests, SamplingParams(), None, 0).run()
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if devices.out_of_memory(error):
+                raise
             return f"cannot be asked for its attention ({str(error).splitlines()[0]})"
         for request, output in zip(requests, drawn, strict=True):
             first = len(request.prompt_ids)
@@ -163,11 +166,13 @@ class _Prompt:
 
 @dataclass
 class _Row:
-    """A response in flight. drawn: its tokens so far, or more of them where it has ended and nobody has looked yet."""
+    """A response in flight. drawn: its tokens so far, or more of them where it has ended and nobody has looked yet; kept: what
+    each of them was drawn from."""
 
     request: int
     prompt: _Prompt
     drawn: int = 0
+    kept: list[Tensor] = field(default_factory=list)
 
 
 class _Flight:
@@ -206,6 +211,9 @@ class _Flight:
         self.done = self._zeros((slots,), torch.bool)
         self.start = self._zeros((slots,), torch.int64)  # tokens of head and prompt
         self.routing: Tensor | None = None  # (slots, tokens of a response, layers, K)
+        self.record_kept = params.record_kept and params.truncated
+        # of every draw since the host has looked: its first row, and (rows, V), all False where a row had ended
+        self.unseen_sets: list[tuple[int, Tensor]] = []
         self.stops = torch.tensor(params.stop_ids, dtype=torch.int64, device=self.device)
         self.outputs: dict[int, Output] = {}
         self.reads: list[Read] = []  # of head and prompts, until rows come or go
@@ -356,9 +364,11 @@ class _Flight:
         count, done = self.count[here], self.done[here]
         at = (count - done.long()).unsqueeze(1)  # a row that has ended draws its last token again
         uniform = self.uniform[here].gather(1, at).squeeze(1)
-        chosen, logp = choose_tokens(
+        chosen, logp, kept = choose_tokens(
             logits, uniform, self.params.temperature, self.params.top_p, self.params.top_k
         )
+        if self.record_kept and kept is not None:
+            self.unseen_sets.append((here.start, kept & ~done.unsqueeze(1)))
         last = self.tokens[here].gather(1, at).squeeze(1)
         self.tokens[here].scatter_(1, at, torch.where(done, last, chosen).unsqueeze(1))
         last_logp = self.logp[here].gather(1, at).squeeze(1)
@@ -383,8 +393,19 @@ class _Flight:
         assert self.routing is not None
         self.routing[torch.arange(n, device=self.device), at] = routing.transpose(0, 1)
 
+    def _see_sets(self) -> None:
+        """Hands what the last draws were from to their rows."""
+        for first, kept in self.unseen_sets:
+            tokens, sizes = kept.nonzero()[:, 1].int().cpu(), kept.sum(dim=1).tolist()
+            rows = self.rows[first : first + len(kept)]
+            for row, one, size in zip(rows, tokens.split(sizes), sizes, strict=True):
+                if size:
+                    row.kept.append(one[: size % kept.shape[1]])  # the whole vocabulary is no set
+        self.unseen_sets = []
+
     def _leave(self) -> None:
         """Takes the responses that have ended out of the batch, and puts the last ones into their places."""
+        self._see_sets()
         n = len(self.rows)
         ended = self.done[:n].nonzero().squeeze(1)
         leaving = ended.tolist()
@@ -402,6 +423,7 @@ class _Flight:
                 ids[-1] in self.params.stop_ids,
                 self.version,
                 self._routing_of(row, None if routing is None else routing[i, : count - 1]),
+                Kept.of_sets(row.kept) if row.kept else None,
             )
             row.prompt.rows -= 1
         stay = n - len(leaving)

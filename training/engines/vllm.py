@@ -8,6 +8,9 @@ before the first step.
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -15,21 +18,27 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from r1kernels.integrations import transformers as integration
 from training import files
 from training.encoder import Encoder
-from training.engines import EngineError, Output, Request, SamplingParams, weights
+from training.engines import EngineError, Kept, Output, Request, SamplingParams, weights
 from training.engines.server import Server, check_python
 from training.engines.service import Refused, Service
 from training.engines.workspace import Workspace, current_workspace
+from training.model import is_patched
 from training.sections import Rollout
 
 PROBE = 64  # tokens of a probe
 TOLD = "what is 1 + 2 ? Why ?"  # a text whose tokens any tokenizer has
 # Entries of a config that transformers sets when it saves a model: they tell nothing about its sizes.
 WRITTEN = ("architectures", "dtype", "transformers_version", "_name_or_path")
+REPLAY = "sampling distribution replay"  # of a server that tells kept sets, where a request has none or an unbounded one
+_NUMBER = re.compile(r"\.(\d+)\.")
 UNKNOWN = -1  # version of weights that this engine did not hand over
 
 _handed: set[str] = set()  # names of all versions that engines of this process gave to servers
@@ -56,6 +65,7 @@ class VllmEngine:
         self._dtype: torch.dtype = getattr(torch, rollout.dtype)
         self._identity = uuid.uuid4().hex[:8]  # versions of another run are not taken for ours
         self._name = ""
+        self._bounded = False  # the server takes requests with a top_k alone
         self._stack = ExitStack()
         with ExitStack() as stack:
             self._workspace = stack.enter_context(current_workspace())
@@ -133,14 +143,51 @@ class VllmEngine:
             (0.0,) * len(ids) if params.temperature == 0 else logp,
             ids[-1] in params.stop_ids,
             min((self._version(span["version"]) for span in choice["weight_versions"]), default=UNKNOWN),
+            self._routing(choice.get("routed_experts")) if params.record_routing else None,
+            self._kept(choice.get("sampling_mask"), ids) if params.record_kept and params.truncated else None,
         )
 
+    def _routing(self, told: str | None) -> Tensor | None:
+        """The experts that a server with --enable-return-routed-experts tells: an array of NumPy (tokens, layers of the model, K)."""
+        if told is None or not is_patched(self._model):
+            return None
+        recorded = np.load(io.BytesIO(base64.b64decode(told))).astype(np.int16)
+        # of the layers that have a router, by the number in its name
+        layers = [int(*_NUMBER.findall(name)[:1]) for name in integration.router_names(self._model)]
+        return torch.from_numpy(recorded[:, layers]).transpose(0, 1)
+
+    def _kept(self, told: list[list[int]] | None, ids: Sequence[int]) -> Kept:
+        """The sets that the tokens of a response were drawn from, as the server tells them."""
+        if told is None:
+            raise EngineError(
+                f"{self._service.url} does not tell which tokens top_p and top_k left, so log-probs among them are not known: "
+                "start vLLM with --return-sampling-mask, which its Model Runner V2 has, or draw without top_p and top_k"
+            )
+        if len(told) != len(ids):
+            raise EngineError(
+                f"{self._service.url} told {len(told)} kept sets for a response of {len(ids)} tokens"
+            )
+        return Kept.of_sets([torch.tensor(one, dtype=torch.int32) for one in told])
+
     def _generate(self, ids: Sequence[int], **params: Any) -> Any:
+        asked = self._with_bound(params) if self._bounded else params
         body = {
             "token_ids": list(ids),
-            "sampling_params": {"ignore_eos": True, "detokenize": False, **params},
+            "sampling_params": {"ignore_eos": True, "detokenize": False, **asked},
         }
-        return self._service.call("POST", "/inference/v1/generate", body)
+        try:
+            return self._service.call("POST", "/inference/v1/generate", body)
+        except Refused as refused:
+            if self._bounded or REPLAY not in str(refused):
+                raise
+        self._bounded = True
+        return self._generate(ids, **params)
+
+    def _with_bound(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The same distribution with a temperature and a top_k above 0."""
+        if params["temperature"] == 0:
+            return {**params, "temperature": 1.0, "top_k": 1}
+        return {**params, "top_k": params.get("top_k") or self._vocabulary}
 
     def _version(self, name: str) -> int:
         number, _, identity = name.rpartition("-")

@@ -21,6 +21,7 @@ from r1kernels.integrations import transformers as integration
 from r1kernels.integrations.prefix_tree import LEAST_SAVED, common_length
 from r1kernels.integrations.routing_record import RoutingReplay
 from r1kernels.integrations.transformers import PrefixTree
+from training.engines import Kept
 from training.loops.sample import Completion
 from training.model import StepLoad, recomputed
 
@@ -60,12 +61,14 @@ class Batch:
 
     inputs: how the model reads them, side by side or as a tree, in which they share what they have in common. targets (N,): row
     after row. cu_seqlens (B + 1,): where those of each row begin. routing: recorded experts (layers, tokens read, K), or None.
+    kept: what the targets were drawn from, or None where that was the whole vocabulary.
     """
 
     inputs: Padded | PrefixTree
     targets: Tensor
     cu_seqlens: Tensor
     routing: Tensor | None = None
+    kept: Kept | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -122,8 +125,13 @@ def _tree_of(rows: Sequence[Row]) -> PrefixTree:
 def collate(
     completions: Sequence[Completion], pad: int, device: torch.device, replay: bool, shared: bool = False
 ) -> Batch:
-    """Puts completions into one batch; with `replay`, their recorded routing too; `shared`: as a tree."""
+    """Puts completions into one batch with the sets that they were drawn from; with `replay`, their recorded routing too;
+    `shared`: as a tree."""
     batch = lay_out([row_of(each) for each in completions], pad, device, shared)
+    sets = [each.kept for each in completions if each.kept is not None]
+    if sets:
+        ids, offsets = Kept.joined(sets)
+        batch = replace(batch, kept=Kept(ids.to(device), offsets))
     recorded = [each.routing for each in completions if each.routing is not None]
     if not (replay and recorded):
         return batch
@@ -234,6 +242,6 @@ def logprobs(model: PreTrainedModel, batch: Batch, temperature: float, entropy: 
 
 
 def head_logprobs(model: PreTrainedModel, batch: Batch, hidden: Tensor, **options: Any) -> Any:
-    """r1kernels.linear_logprobs, with its options, of the states that `states` gives."""
+    """r1kernels.linear_logprobs, with its options, of the states that `states` gives, among what the targets were drawn from."""
     head = integration.output_head(model)._asdict()
-    return r1kernels.linear_logprobs(hidden, targets=batch.targets, **head, **options)
+    return r1kernels.linear_logprobs(hidden, targets=batch.targets, kept=batch.kept, **head, **options)

@@ -1,12 +1,13 @@
 """GRPO (DeepSeek-R1, arXiv 2501.12948, equations 1 to 3): sample groups, reward them, update the policy.
 
 One step: `prompts` questions, `group_size` responses each, advantages within each group, then one pass over the
-responses in `minibatches` optimizer steps at random order. The old and the reference log-probs are computed before the
-first update, with the routing of the rollout replayed in all passes.
+responses in `minibatches` optimizer steps at random order. The old and the reference log-probs are known before the first
+update. In all passes the routing of the rollout is replayed, and a token is scored among those that it was drawn from.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from training import checkpoint, engines, rewards, seeding
 from training.context import StageContext
 from training.encoder import Encoder
 from training.engines import Engine, EngineError
-from training.loops.off_policy import corrections, sampler_gap, staleness
+from training.loops import gap
+from training.loops.off_policy import corrections, staleness
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.loops.passes import Clock, Passes, max_new_tokens
 from training.loops.sample import Completion, Prompt, sample
@@ -147,10 +149,13 @@ def _step(run: _Run, step: int) -> dict[str, Any]:
             [Prompt(problem, run.prompt(problem)) for problem in asked],
             samples=config.group_size,
             temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
             max_new_tokens=max_new_tokens(config, step),
             seed_parts=(*key, "rollout", step, *([number] if number else [])),
             batch_size=config.batch_size,
             record_routing=config.replay,
+            record_kept=True,
         )
         clock.mark("rollout")
         sampled += drawn
@@ -177,10 +182,18 @@ def _step(run: _Run, step: int) -> dict[str, Any]:
         valid &= torch.tensor([c.finished for c in completions], dtype=torch.bool)
     pad = Encoder(policy, run.tokenizer).pad_id
     passes = Passes(
-        policy, run.reference, run.optimizer, completions, advantages, pad, config, run.shared, clock
+        policy,
+        run.reference,
+        run.optimizer,
+        completions,
+        advantages,
+        pad,
+        config,
+        run.shared,
+        clock,
+        math.inf if metrics["stale"] else gap.limit(context.recipe, policy.device.type),
     )
     old, ref, measured = passes.fixed_logprobs()
-    measured |= sampler_gap(completions, old)
     weights = corrections(completions, old, context.recipe.rollout)
     order = seeding.numpy_rng(*key, "minibatches", step).permutation(len(completions))
     parts: list[dict[str, float]] = []
@@ -195,7 +208,8 @@ def _step(run: _Run, step: int) -> dict[str, Any]:
     for chosen in torch.from_numpy(order).tensor_split(config.minibatches):
         rows = [int(i) for i in chosen if valid[i]]
         if rows:
-            parts.append(passes.update(rows, old, ref, weights, lr))
+            first = not parts and config.old_logprobs == "sampler"
+            parts.append(passes.update(rows, old, ref, weights, lr, measured if first else None))
     return {
         **metrics,
         **measured,

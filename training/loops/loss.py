@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 import r1kernels
 from r1kernels.grpo.reductions import REDUCTIONS
 from r1kernels.integrations import transformers as integration
-from training.loops.batch import Batch, head_logprobs, states
+from training.loops.batch import Batch, Logprobs, head_logprobs, states
 from training.recipe import Grpo
 
 
@@ -25,6 +26,7 @@ def policy_loss(
     advantages: Tensor,
     config: Grpo,
     totals: dict[str, int],
+    seen: list[Logprobs] | None = None,
 ) -> r1kernels.GRPOOutput:
     """The forward pass under the policy and its loss; call it and its backward inside of `batch.routed`.
 
@@ -35,6 +37,7 @@ def policy_loss(
         weights: what the policy term of each token is multiplied with, likewise.
         advantages: (B,).
         totals: responses, tokens and longest length of the whole minibatch.
+        seen: where given, the log-probs and entropies of the batch are put there, which one op alone does not tell.
     """
     hidden = states(policy, batch)
     arguments = {
@@ -46,6 +49,12 @@ def policy_loss(
         "cu_seqlens": batch.cu_seqlens,
         **loss_arguments(config, totals),
     }
+    if seen is not None:
+        logp, entropy = head_logprobs(
+            policy, batch, hidden, temperature=config.temperature, return_entropy=True
+        )
+        seen.append(Logprobs(logp.detach(), entropy.detach(), math.nan))
+        return r1kernels.grpo_loss(logp, **arguments)
     if not config.fused_loss:
         return r1kernels.grpo_loss(
             head_logprobs(policy, batch, hidden, temperature=config.temperature), **arguments
@@ -54,6 +63,7 @@ def policy_loss(
         hidden,
         targets=batch.targets,
         temperature=config.temperature,
+        kept=batch.kept,
         **integration.output_head(policy)._asdict(),
         **arguments,
     )

@@ -41,7 +41,7 @@ def sampler_gap(completions: Sequence[Completion], old: Sequence[Tensor]) -> dic
     """
     if not completions:
         return {}
-    gap = (torch.cat([*old]) - _of_sampler(completions, old)).abs()
+    gap = (torch.cat([*old]) - of_sampler(completions, old)).abs()
     return {
         "sampler_gap": float(gap.mean()),
         "sampler_gap_max": float(gap.max()),
@@ -59,7 +59,7 @@ def corrections(
     flat = torch.cat([*old])
     weights = r1kernels.importance_weights(
         flat,
-        _of_sampler(completions, old),
+        of_sampler(completions, old),
         torch.ones_like(flat, dtype=torch.bool),
         mode=rollout.importance_weights,
         high=rollout.importance_cap,
@@ -70,5 +70,6 @@ def corrections(
     return list(weights.split(lengths))
 
 
-def _of_sampler(completions: Sequence[Completion], like: Sequence[Tensor]) -> Tensor:
+def of_sampler(completions: Sequence[Completion], like: Sequence[Tensor]) -> Tensor:
+    """The sampler's log-probs of all tokens, on the device and in the dtype of `like`."""
     return torch.tensor([value for each in completions for value in each.logp]).to(like[0])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from training.loops.batch import Batch, collate, logprobs, pieces, routed, row_of
+from training.loops import gap
+from training.loops.batch import Batch, Logprobs, collate, logprobs, pieces, routed, row_of
 from training.loops.loss import policy_loss
 from training.loops.optim import Optimizer
 from training.loops.sample import Completion
@@ -64,6 +65,7 @@ class Passes:
     config: Grpo
     shared: bool  # a prompt is read once for its completions
     clock: Clock
+    max_gap: float  # largest distance of a log-prob of the sampler from the trainer's
 
     def batches(self, rows: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
         """The completions `rows` in batches of config.micro_batch_tokens, each with the numbers of its completions."""
@@ -75,27 +77,39 @@ class Passes:
 
     @torch.no_grad()
     def fixed_logprobs(self) -> tuple[list[Tensor], list[Tensor] | None, dict[str, float]]:
-        """Log-probs of every response under the policy as it is now and under the reference; means over the tokens: the entropy
-        and, where the routing of the rollout is replayed, its agreement with that of either model."""
+        """Log-probs of every response under the policy that drew it and under the reference; means over the tokens: the entropy
+        and, where the routing of the rollout is replayed, its agreement with that of either model; and `sampler_gap`.
+
+        With old_logprobs: sampler the policy makes no pass: what is measured in it is left to the first update.
+
+        Raises:
+            EngineError: see gap.checked.
+        """
         completions, temperature = self.completions, self.config.temperature
         if not completions:
             return [], None, {}
         old: dict[int, Tensor] = {}
         ref: dict[int, Tensor] = {}
         tokens = sum(len(c.token_ids) for c in completions)
-        means: dict[str, float] = {"entropy": 0.0}
+        means: dict[str, float] = {}
         everything = range(len(completions))
-        for rows, batch in self.batches(everything):
-            found = logprobs(self.policy, batch, temperature, entropy=True)
-            means["entropy"] += float(found.entropy.sum()) / tokens
-            _add_agreement(means, "replay_agreement_old", batch, found.agreement, tokens)
-            old.update(zip(rows, found.logp.split(batch.lengths), strict=True))
-            self.clock.mark("old_logprob")
+        recomputed = self.config.old_logprobs == "recomputed"
+        for rows, batch in self.batches(everything) if recomputed or self.reference is not None else ():
+            if recomputed:
+                found = logprobs(self.policy, batch, temperature, entropy=True)
+                means["entropy"] = means.get("entropy", 0.0) + float(found.entropy.sum()) / tokens
+                _add_agreement(means, "replay_agreement_old", batch, found.agreement, tokens)
+                old.update(zip(rows, found.logp.split(batch.lengths), strict=True))
+                self.clock.mark("old_logprob")
             if self.reference is not None:
                 found = logprobs(self.reference, batch, temperature)
                 _add_agreement(means, "replay_agreement_reference", batch, found.agreement, tokens)
                 ref.update(zip(rows, found.logp.split(batch.lengths), strict=True))
                 self.clock.mark("reference_logprob")
+        if recomputed:
+            means |= gap.checked(self, old)
+        else:
+            old = {i: torch.tensor(c.logp, device=self.policy.device) for i, c in enumerate(completions)}
         return [old[i] for i in everything], [ref[i] for i in everything] if ref else None, means
 
     def update(
@@ -105,8 +119,15 @@ class Passes:
         ref: list[Tensor] | None,
         weights: list[Tensor] | None,
         lr: float,
+        told: dict[str, float] | None = None,
     ) -> dict[str, float]:
-        """One optimizer step on the responses `rows`, in micro-batches whose losses add up to that of the minibatch."""
+        """One optimizer step on the responses `rows`, in micro-batches whose losses add up to that of the minibatch.
+
+        told: where given, entropy and `sampler_gap` of the minibatch are put there before the step is taken.
+
+        Raises:
+            EngineError: see gap.checked; the policy is what it was.
+        """
         totals = {
             "num_sequences": len(rows),
             "num_tokens": sum(len(self.completions[i].token_ids) for i in rows),
@@ -116,6 +137,8 @@ class Passes:
         sums: dict[str, float] = {}
         maxima = 0.0
         load = StepLoad(self.policy)
+        seen: list[Logprobs] | None = None if told is None else []
+        before: dict[int, Tensor] = {}
         for ids, batch in self.batches(rows):
             with routed(self.policy, batch, load) as replay:
                 output = policy_loss(
@@ -127,10 +150,13 @@ class Passes:
                     self.advantages[ids],
                     self.config,
                     totals,
+                    seen,
                 )
                 self.clock.mark("new_logprob")
                 output.loss.backward()
                 agreement = math.nan if replay is None else replay.agreement
+            if seen:
+                before.update(zip(ids, seen[-1].logp.split(batch.lengths), strict=True))
             loss += float(output.loss.detach())
             share = len(batch.targets) / totals["num_tokens"]
             measured = output.metrics.floats()
@@ -140,6 +166,9 @@ class Passes:
             _add_agreement(sums, "replay_agreement", batch, agreement, totals["num_tokens"])
             maxima = max(maxima, measured.get("ratio/max", 0.0))
             self.clock.mark("update")
+        if told is not None and seen:
+            told["entropy"] = float(torch.cat([each.entropy for each in seen]).mean())
+            told |= gap.checked(self, before)
         norm, taken = self.optimizer.step(loss, lr)
         if taken:
             load.update_bias(self.config.bias_rate)

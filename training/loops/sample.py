@@ -13,7 +13,7 @@ from torch import Tensor
 
 from training import notices, seeding
 from training.encoder import Encoder
-from training.engines import Engine, Request, SamplingParams
+from training.engines import Engine, Kept, Request, SamplingParams
 from training.errors import UserError
 from training.prompts import Turns
 from training.tasks.problem import Problem
@@ -32,7 +32,7 @@ class Completion:
     """One sampled response. token_ids ends with a token that ends responses where `finished`.
 
     text: the response without that token; where the prompt has opened the thinking, its tag stands in the text too.
-    logp, version, routing: as in `engines.Output`.
+    logp, version, routing, kept: as in `engines.Output`.
     """
 
     problem: Problem
@@ -44,6 +44,7 @@ class Completion:
     logp: tuple[float, ...] = ()
     version: int = 0
     routing: Tensor | None = None
+    kept: Kept | None = None
 
 
 def sample(
@@ -58,6 +59,7 @@ def sample(
     seed_parts: tuple[int | str, ...],
     batch_size: int = 384,
     record_routing: bool = False,
+    record_kept: bool = False,
 ) -> list[Completion]:
     """Samples `samples` responses to every prompt.
 
@@ -68,6 +70,7 @@ def sample(
         seed_parts: key of the draw; with the problem's id and the sample's number it decides every token.
         batch_size: responses in flight.
         record_routing: keep the experts that the routers chose, for replay; a dense model has none.
+        record_kept: keep the tokens that top_p and top_k left to draw from.
 
     Returns:
         len(prompts) * samples completions in the order of `prompts`, the samples of a prompt side by side.
@@ -76,7 +79,9 @@ def sample(
         UserError: a prompt is longer than the model can read.
     """
     encoder = engine.encoder
-    params = SamplingParams(temperature, top_p, top_k, encoder.stop_ids, batch_size, record_routing)
+    params = SamplingParams(
+        temperature, top_p, top_k, encoder.stop_ids, batch_size, record_routing, record_kept
+    )
     requests: list[Request] = []
     jobs: list[tuple[Problem, str, int]] = []
     for prompt in prompts:
@@ -106,6 +111,7 @@ def sample(
                 drawn.logp,
                 drawn.version,
                 drawn.routing,
+                drawn.kept,
             )
         )
     _warn_of_cut(completions, encoder, max_new_tokens)

@@ -47,7 +47,8 @@ def page(run_dir: RunDir) -> str:
         _section("Where the time went", "", tables.times(run_dir, recipe) + tables.rollouts(run_dir, recipe)),
         _section("Settings and versions", "", _facts(run_dir, recipe)),
     ]
-    title = escape(f"{recipe.name}: every stage of DeepSeek-R1")
+    whole = set(plan(recipe)) == set(STAGES)
+    title = escape(f"{recipe.name}: {'every stage' if whole else 'stages'} of DeepSeek-R1")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

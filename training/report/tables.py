@@ -211,14 +211,31 @@ def rollouts(run_dir: RunDir, recipe: Recipe) -> str:
         mean = f"{fmean(row['sampler_gap'] for row in gaps):.1e}" if gaps else "-"
         most = f"{max(row['sampler_gap_max'] for row in gaps):.1e}" if gaps else "-"
         stale = fmean(row["stale"] for row in rows)
-        cells = (f"{tokens / spent:,.0f}", f"{percent(spent / whole)} %", mean, most, f"{percent(stale)} %")
+        old = getattr(recipe, name).old_logprobs
+        cells = (
+            f"{tokens / spent:,.0f}",
+            f"{percent(spent / whole)} %",
+            mean,
+            most,
+            old,
+            f"{percent(stale)} %",
+        )
         lines.append(f"<tr><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     if not lines:
         return ""
-    titles = ("", "tokens a second", "share of the step", "sampler gap, mean", "maximum", "of other weights")
+    titles = (
+        "",
+        "tokens a second",
+        "share of the step",
+        "sampler gap, mean",
+        "maximum",
+        "old log-probs",
+        "of other weights",
+    )
     return (
         "<h3>Rollouts</h3><p><small>Sampler gap: |log-prob of a token as the sampler gives it - as the trainer does|, before the "
-        'first update of a step.</small></p><table class="small"><thead><tr>'
+        "first update of a step: at rounding, it is all one whether old log-probs are the sampler's or recomputed."
+        '</small></p><table class="small"><thead><tr>'
         + "".join(f"<th>{title}</th>" for title in titles)
         + f"</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     )

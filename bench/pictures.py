@@ -1,0 +1,181 @@
+"""The pictures of README and docs, made from committed results: how many times longer others take, error by how far a logit leads,
+importance ratios under truncated sampling.
+
+``python -m bench documents`` draws them. Colours read well on light and dark; each file holds the numbers that it shows,
+by which a test sees that it fits the results.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from . import results
+from .peers import EAGER
+from .precision import LEADS
+from .report import tables
+
+INK, GRID = "#7a818c", "#9aa1ae55"
+OURS, OTHERS = "#2f7de0", ("#d9730d", "#8a4fc7", "#18896b")
+STYLE: Mapping[str, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "r1kernels",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "grid.color": GRID,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    **dict.fromkeys(
+        (
+            "axes.labelcolor",
+            "axes.titlecolor",
+            "text.color",
+            "xtick.color",
+            "ytick.color",
+            "legend.labelcolor",
+        ),
+        INK,
+    ),
+}
+Numbers = dict[str, dict[str, float]]
+
+
+def speed(record: Mapping[str, Any]) -> Numbers:
+    """Op -> how many times our time eager PyTorch and the best of all others take, at the shape that stands for the op."""
+    found: Numbers = {}
+    for case in tables.one_per_op(record):
+        own, phase = results.main_row(case), results.main_phase(case)
+        for name, row in (("eager", results.eager(case)), ("best", results.best_peer(case, phase))):
+            value = results.ratio(row, own, phase) if row and own else None
+            if value:
+                found.setdefault(case["op"], {})[name] = round(value, 2)
+    return found
+
+
+def errors(record: Mapping[str, Any]) -> Numbers:
+    """Implementation of token_logprobs -> lead in nats -> error of the log-prob in float32."""
+    found: Numbers = {}
+    for row in record["rows"]:
+        if row["op"] == "token_logprobs" and row["dtype"] == "float32":
+            found.setdefault(row["peer"], {})[str(row["lead"])] = row["errors"]["logp"]
+    return found
+
+
+def ratios(record: Mapping[str, Any]) -> Numbers:
+    """Run of ``python -m bench truncation`` -> step -> mean importance ratio before its update."""
+    return {
+        name: {str(step): round(value, 5) for step, value in enumerate(run["ratio_mean"])}
+        for name, run in record["runs"].items()
+    }
+
+
+def draw_speed(numbers: Numbers, axes: Axes) -> None:
+    places = range(len(numbers))
+    for name, label, offset, colour in (
+        ("best", "best of all others", -0.2, OURS),
+        ("eager", EAGER, 0.2, OTHERS[0]),
+    ):
+        lengths = [each.get(name, 1) - 1 for each in numbers.values()]
+        axes.barh([place + offset for place in places], lengths, 0.36, left=1, color=colour, label=label)
+        for place, each in zip(places, numbers.values(), strict=True):
+            if name in each:
+                right = max(each[name], 1) * 1.05
+                axes.text(right, place + offset, f"{each[name]:.3g}x", va="center", fontsize=8.5)
+    axes.set_yticks(list(places), list(numbers))
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xticks([1, 2, 5, 10, 20, 50], ["1x", "2x", "5x", "10x", "20x", "50x"])
+    axes.minorticks_off()
+    axes.set_xlim(0.8, 100)
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.grid(axis="x")
+    axes.set_title("Time of others / ours, two CPU cores")
+    axes.legend(loc="lower right", fontsize=8.5)
+
+
+def draw_errors(numbers: Numbers, axes: Axes) -> None:
+    names = sorted(numbers, key=lambda name: name != "r1kernels")
+    for name, colour in zip(names, (OURS, *OTHERS), strict=True):
+        values = [numbers[name][str(lead)] for lead in LEADS]
+        style = "--" if name == "torch.compile" else "-"  # it lies on eager's line
+        axes.plot(LEADS, values, style, color=colour, label=name, linewidth=2.2, marker="o", markersize=4)
+    axes.set_yscale("log")
+    axes.set_xlabel("how far the sampled token leads, in nats")
+    axes.grid(axis="y")
+    axes.set_title("Error of a log-prob against float64, float32")
+    axes.legend(loc="center right", fontsize=8.5)
+
+
+def draw_ratios(numbers: Numbers, axes: Axes) -> None:
+    for (name, values), colour in zip(numbers.items(), (OTHERS[0], OURS), strict=True):
+        axes.plot(
+            [int(step) for step in values], list(values.values()), color=colour, label=name, linewidth=2.2
+        )
+    axes.set_ylim(0.94, 1.01)
+    axes.set_xlabel("step of GRPO, sampled at top-p 0.9")
+    axes.grid(axis="y")
+    axes.set_title("Mean importance ratio before an update")
+    axes.legend(loc="center right", fontsize=8.5)
+
+
+def _svg(draw: Any, numbers: Numbers) -> str:
+    with plt.rc_context(dict(STYLE)):
+        figure, axes = plt.subplots(figsize=(5.6, 3.5), layout="constrained")
+        draw(numbers, axes)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+    head, svg, rest = out.getvalue().partition("<svg ")
+    opened, tag, body = (svg + rest).partition(">\n")
+    return f"{head}{opened}{tag} <desc>{escape(json.dumps(numbers), quote=False)}</desc>\n{body}"
+
+
+def shown(svg: str) -> Numbers:
+    """The numbers that a picture holds."""
+    found = re.search(r"<desc>(.*?)</desc>", svg)
+    numbers: Numbers = json.loads(found[1]) if found else {}
+    return numbers
+
+
+def fitting(root: Path) -> dict[Path, tuple[Any, Numbers]]:
+    """File of each picture -> how it is drawn, and the numbers of the committed results."""
+    record = results.load(root / "bench/results/cpu/ops.json")
+    precision = json.loads((root / "bench/results/cpu/precision.json").read_text(encoding="utf-8"))
+    truncation = json.loads((root / "bench/results/cpu/truncation.json").read_text(encoding="utf-8"))
+    folder = root / "docs/pictures"
+    return {
+        folder / "speed.svg": (draw_speed, speed(record)),
+        folder / "error.svg": (draw_errors, errors(precision)),
+        folder / "truncation.svg": (draw_ratios, ratios(truncation)),
+    }
+
+
+def write(root: Path) -> list[Path]:
+    """Draws the pictures that do not show the committed results, and names them."""
+    written = []
+    for path, (draw, numbers) in fitting(root).items():
+        if not path.is_file() or shown(path.read_text(encoding="utf-8")) != numbers:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(_svg(draw, numbers), encoding="utf-8")
+            written.append(path)
+    return written

@@ -1,0 +1,199 @@
+"""The logits of K ids a token from hidden states and the head, and the sums over all others: linear_logprobs of K targets a token.
+
+N tokens, H hidden, V vocabulary, K ids a token. In the tile loop the ids take their logits out of each tile, which has -inf there
+for the row kernel; backward their gradients are written into the one that the row kernel makes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import autocast
+from ..op import Contiguous, Kernel, Size, Written, recorded
+from . import events, sharded
+from .events import Events
+from .kept_head import capped as capped
+from .kept_head import slope as slope
+from .token import Rows
+
+if TYPE_CHECKING:
+    from .linear import LogprobsCall
+
+
+class HeadColumnsCall(NamedTuple):
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H), of the same dtype
+    rows: Rows  # for V columns; the targets do not matter
+    ids: Contiguous  # (N, K) int64, each once in a row; below 0: padding
+    with_entropy: bool
+    chunk_size: Size
+    save_logits: bool  # not under a cap
+    batch_invariant: bool
+
+
+class HeadColumnsBackwardCall(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    rows: Rows
+    ids: Contiguous
+    chunk_size: Size
+    stats: Tensor  # (3, N) of the rest
+    grad_columns: Contiguous  # (N, K) float32, of the raw logits of the ids
+    grad_rest: Contiguous  # (N,) float32, of y_rest
+    grad_entropy: Contiguous | None  # (N,) float32, of H_R
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+
+
+class SavedHeadColumnsBackwardCall(NamedTuple):
+    logits: Written  # those of the forward, which are overwritten
+    backward: HeadColumnsBackwardCall
+
+
+def _shapes(call: HeadColumnsCall) -> tuple[Tensor, Tensor, Tensor]:
+    """The raw logits with bias of the ids (N, K), 0 where their rows of the head are not here; M, S', E' (3, N) of the rest;
+    the raw logits (N, V) as the backward wants them if saved, else (0,)."""
+    tokens, hidden = call.hidden.shape[0], call.hidden
+    return (
+        hidden.new_empty(call.ids.shape, dtype=torch.float32),
+        hidden.new_empty((3, tokens), dtype=torch.float32),
+        hidden.new_empty((tokens, call.weight.shape[0]) if call.save_logits else 0, dtype=torch.float32),
+    )
+
+
+def hidden_gradient_dtype(call: HeadColumnsBackwardCall) -> torch.dtype:
+    """That of the gradient of hidden: of a slab it is one term of a sum over the slabs, which is not rounded."""
+    return call.hidden.dtype if call.rows.vocabulary == call.weight.shape[0] else torch.float32
+
+
+def _backward_shapes(call: HeadColumnsBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    """As those of linear_logprobs."""
+    hidden, weight = call.hidden, call.weight
+    return (
+        hidden.new_empty(hidden.shape if call.need_hidden else 0, dtype=hidden_gradient_dtype(call)),
+        weight.new_empty(weight.shape if call.need_weight else 0),
+        weight.new_empty(weight.shape[0] if call.need_bias else 0, dtype=torch.float32),
+    )
+
+
+def _saved_backward_shapes(call: SavedHeadColumnsBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward_shapes(call.backward)
+
+
+FORWARD = Kernel("linear_columns", HeadColumnsCall, _shapes)
+BACKWARD = Kernel("linear_columns", HeadColumnsBackwardCall, _backward_shapes, suffix="_backward")
+BACKWARD_OF_SAVED = Kernel(
+    "linear_columns", SavedHeadColumnsBackwardCall, _saved_backward_shapes, suffix="_backward_"
+)
+
+
+class Call(NamedTuple):
+    """A HeadColumnsCall, and the shard that its head is."""
+
+    hidden: Tensor
+    weight: Tensor
+    rows: Rows
+    ids: Tensor
+    with_entropy: bool
+    chunk_size: int
+    save_logits: bool
+    batch_invariant: bool
+    shard: sharded.Shard | None
+
+
+def _forward(backend: str, call: Call) -> tuple[Tensor, ...]:
+    *local, shard = call
+    columns, stats, logits = FORWARD(backend, HeadColumnsCall._make(local))
+    if shard is not None:
+        columns = sharded.sum_over_ranks_(columns, shard)
+        stats = sharded.merged_stats(stats, shard, call.rows)
+    return columns.masked_fill(call.ids >= call.rows.vocabulary, torch.nan), stats, logits
+
+
+def _divisor(rows: Rows) -> Tensor | float:
+    return rows.temperature if rows.temperatures is None else rows.temperatures.double()
+
+
+def _give(call: Call, results: tuple[Tensor, ...]) -> Events:
+    columns, stats, _ = results
+    logits = capped(columns, call.rows)
+    return events.of_sums(logits, stats, call.ids, _divisor(call.rows), call.with_entropy)
+
+
+def _save(call: Call, results: tuple[Tensor, ...]) -> Any:
+    (_, targets, temperatures), numbers = call.rows.apart()
+    columns, stats, logits = results
+    tensors = (targets, temperatures, call.ids, columns, stats, logits if call.save_logits else None)
+    return tensors, (numbers, call.with_entropy, call.chunk_size, call.shard)
+
+
+def _gradients(
+    backend: str, inputs: Any, saved: Any, others: Any, grads: Any, needs: Any
+) -> tuple[Tensor, ...]:
+    hidden, weight, bias = inputs
+    targets, temperatures, ids, columns, stats, logits = saved
+    numbers, with_entropy, chunk_size, shard = others
+    rows = Rows.together((bias, targets, temperatures), numbers)
+    of_logits, of_rest, of_entropy = events.gradients_of_sums(
+        grads, ids, _divisor(rows), with_entropy, torch.float32
+    )
+    of_columns = of_logits * slope(columns, rows)
+    upstream = (of_columns, of_rest, of_entropy)
+    call = HeadColumnsBackwardCall(hidden, weight, rows, ids, chunk_size, stats, *upstream, *needs)
+    if logits is None:
+        for_hidden, for_weight, for_bias = BACKWARD(backend, call)
+    else:
+        # an alias, whose changes autograd does not take for a fault of the caller
+        saved_call = SavedHeadColumnsBackwardCall(logits.data, call)
+        for_hidden, for_weight, for_bias = BACKWARD_OF_SAVED(backend, saved_call)
+    if shard is not None and call.need_hidden:
+        for_hidden = sharded.sum_over_ranks_(for_hidden, shard)
+    return for_hidden, for_weight, for_bias
+
+
+def _gradients_again(
+    backend: str, inputs: Any, saved: Any, others: Any, grads: Any, needs: Any
+) -> tuple[Tensor, ...]:
+    """The first backward has overwritten the logits, which come last of the tensors."""
+    return _gradients(backend, inputs, (*saved[:-1], None), others, grads, needs)
+
+
+_recorded = recorded(
+    "linear_logprobs",
+    _forward,
+    differentiable=lambda call: (call.hidden, call.weight, call.rows.bias),
+    save=_save,
+    backward=_gradients,
+    again=_gradients_again,
+    give=_give,
+)
+
+
+def of_hidden(backend: str, call: LogprobsCall) -> Events:
+    """The events of hidden states under a head, on the kernels of a backend; ``save_logits`` is decided."""
+    assert call.ids is not None and call.save_logits is not None
+    with autocast.off(call.hidden):
+        found = _recorded(
+            backend,
+            Call(
+                call.hidden,
+                call.weight,
+                call.rows,
+                call.ids,
+                call.with_entropy,
+                call.chunk_size,
+                call.save_logits and not call.rows.softcap,
+                call.batch_invariant,
+                call.shard,
+            ),
+        )
+    return Events(*found)
+
+
+def logprobs(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
+    """linear_logprobs of the ids: (log-probs (N, K), entropy (N,) or (0,), no statistics)."""
+    return *events.logprobs(of_hidden(backend, call), torch.float32), call.hidden.new_empty((0, 0))

@@ -1,0 +1,189 @@
+"""linear_divergence: how far a student's distribution is from a teacher's, from the hidden states and heads of both.
+
+Shapes: N tokens, H hidden (the teacher may have another), V vocabulary that both have.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..op import Float32, Op
+from . import divergence_reference
+from .arguments import check_linear, split_temperature
+from .divergence_terms import KINDS
+from .token import Rows
+
+IGNORED = -100  # of the targets inside a call, which are 0 elsewhere
+
+
+def linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    targets: Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    chunk_size: int | None = None,
+    save_logits: bool | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Divergence of the student's and the teacher's distribution of each token over the whole vocabulary, for distillation.
+
+    .. math::
+        forward\_kl = \sum_v p_T \log (p_T / p_S), \qquad reverse\_kl = \sum_v p_S \log (p_S / p_T)
+
+        jsd = \beta\, KL(p_T | m) + (1 - \beta)\, KL(p_S | m), \qquad m = \beta p_T + (1 - \beta) p_S
+
+    with p_S = softmax(c tanh(s (hidden weight^T + bias) / c) / temperature), s = ``logit_scale`` and c = ``softcap`` (None: no
+    cap), and p_T the same of the teacher. Neither model's (N, V) logits are held at once, but where their gradient is kept.
+
+    Args:
+        hidden: (..., H), float32, bfloat16, float16 or float64; under autocast cast as ``F.linear`` would.
+        weight: (V, H), of the same dtype. bias: (V,) or None.
+        teacher_hidden, teacher_weight, teacher_bias: (..., H'), (V', H'), (V',), of one dtype; no gradient. Where V and V' differ,
+            which is padding, both distributions are those of the first min(V, V') ids, renormalised.
+        kind: "forward_kl", "reverse_kl" or "jsd". beta: of "jsd", the teacher's share of the mixture, inside (0, 1).
+        temperature: a number above 0 or a tensor, () or one per token (...); no gradient. teacher_temperature: None: the same.
+        softcap, logit_scale, teacher_softcap, teacher_logit_scale: numbers of either head.
+        targets: (...), int64, or None. Tokens whose target is ``ignore_index`` give 0 and take no part in any gradient, whatever
+            their hidden states hold; other values are not looked at.
+        return_entropy: also return the student's entropy, in nats, without a gradient.
+        chunk_size: tokens a chunk; None chooses from V and a memory budget.
+        save_logits: keep the (N, V) gradient of the student's logits for the backward (True, faster) or recompute it (False, less
+            memory); None chooses by a memory budget, as ``linear_logprobs`` does.
+
+    Returns:
+        divergence (...), or (divergence, entropy): float32, float64 where hidden is, in nats. Gradients of hidden, weight and bias
+        come in the dtype of each input.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or a number out of its range.
+
+    Precision: float32 logits, also from 16-bit inputs; a sum of terms none of which is negative or cancels
+    (``divergence_terms.py``): exact where logits lead by 30 nats, and 0 where teacher and student agree. An id that one of the two
+    has at -inf has probability 0 there; it makes a KL infinite where only the reference distribution has it so. Deterministic.
+    float64 is served by the reference alone.
+    """
+    checks.choice("kind", kind, KINDS)
+    beta = checks.number("beta", beta)
+    if kind == "jsd" and not 0 < beta < 1:
+        raise ValueError(
+            f'beta: expected a number inside (0, 1), got {beta}: use kind="forward_kl" for 0 and kind="reverse_kl" for 1'
+        )
+    ignore_index = checks.integer("ignore_index", ignore_index)
+    checks.boolean("return_entropy", return_entropy)
+    if chunk_size is not None:
+        chunk_size = checks.integer("chunk_size", chunk_size, minimum=1)
+    if save_logits is not None:
+        checks.boolean("save_logits", save_logits)
+    checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
+    shape = hidden.shape[:-1]
+    checks.tensor("teacher_hidden", teacher_hidden, shape=(*shape, None), like=hidden)
+    if targets is None:
+        targets = torch.zeros(shape, dtype=torch.int64, device=hidden.device)
+        ignore_index = IGNORED
+    hidden, head = check_linear(hidden, weight, targets, bias, softcap, logit_scale)
+    teacher_hidden, teacher_head = check_linear(
+        teacher_hidden,
+        teacher_weight,
+        targets,
+        teacher_bias,
+        teacher_softcap,
+        teacher_logit_scale,
+        whose="teacher_",
+    )
+    temperatures, number = split_temperature(temperature, targets, ignore_index, hidden.dtype)
+    of_teacher = temperatures, number
+    if teacher_temperature is not None:
+        name = "teacher_temperature"
+        of_teacher = split_temperature(teacher_temperature, targets, ignore_index, hidden.dtype, name)
+    vocabulary = min(head.weight.shape[0], teacher_head.weight.shape[0])
+    rows = Rows(
+        None if head.bias is None else head.bias[:vocabulary],
+        head.logit_scale,
+        head.softcap or 0.0,
+        torch.where(targets == ignore_index, IGNORED, 0).flatten(),
+        temperatures,
+        number,
+        IGNORED,
+        0,
+        vocabulary,
+    )
+    teacher = Teacher(
+        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
+        teacher_head.weight.detach()[:vocabulary],
+        None if teacher_head.bias is None else teacher_head.bias.detach()[:vocabulary],
+        teacher_head.logit_scale,
+        teacher_head.softcap or 0.0,
+        *of_teacher,
+    )
+    call = DivergenceCall(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head.weight[:vocabulary],
+        rows,
+        teacher,
+        KINDS.index(kind),
+        beta,
+        return_entropy,
+        chunk_size or 0,
+        save_logits,
+    )
+    divergence, entropy = LINEAR_DIVERGENCE(backend, call)
+    divergence = divergence.view(shape)
+    return (divergence, entropy.view(shape)) if return_entropy else divergence
+
+
+class Teacher(NamedTuple):
+    """The other distribution of a call; without a gradient."""
+
+    teacher_hidden: Tensor  # (N, H')
+    teacher_weight: Tensor  # (V, H'), of the same dtype
+    teacher_bias: Float32 | None  # what follows: as in Rows
+    teacher_logit_scale: float
+    teacher_softcap: float
+    teacher_temperatures: Float32 | None
+    teacher_temperature: float
+
+    def rows(self, rows: Rows) -> Rows:
+        """The rows of the teacher's logits, of which those of the student's are given."""
+        _, _, bias, logit_scale, softcap, temperatures, temperature = self
+        return rows._replace(
+            bias=bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            temperatures=temperatures,
+            temperature=temperature,
+        )
+
+
+class DivergenceCall(NamedTuple):
+    """Results: divergence (N,), and the student's entropy (N,), or (0,) where it is not wanted, without a gradient."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H), of the same dtype
+    rows: Rows  # for N tokens and V columns
+    teacher: Teacher
+    kind: int  # its place in KINDS
+    beta: float
+    with_entropy: bool
+    chunk_size: int  # tokens of a chunk; 0: chosen
+    save_logits: bool | None  # None: the backend decides
+
+
+LINEAR_DIVERGENCE = Op("linear_divergence", divergence_reference.run)

@@ -1,0 +1,136 @@
+"""linear_divergence in plain PyTorch, chunk by chunk over the tokens: the oracle. N tokens, H hidden, V vocabulary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .. import autocast, transforms
+from ..op import recorded
+from . import linear_reference, reference
+from .arguments import Head
+from .divergence_terms import KINDS, mean_ratio, slopes, terms
+from .token import Rows
+
+if TYPE_CHECKING:
+    from .divergence import DivergenceCall
+
+
+def run(call: DivergenceCall) -> tuple[Tensor, Tensor]:
+    """(divergence (N,), entropy of the student (N,) or (0,), which has no gradient)"""
+    tokens, vocabulary = call.hidden.shape[0], call.weight.shape[0]
+    # float32 (float64 stays), once for all chunks
+    dtype = torch.float64 if call.hidden.dtype == torch.float64 else torch.float32
+    bias, teacher_bias = (
+        None if x is None else x.to(dtype) for x in (call.rows.bias, call.teacher.teacher_bias)
+    )
+    with autocast.off(call.hidden):
+        call = call._replace(
+            weight=call.weight.to(dtype),
+            rows=call.rows._replace(bias=bias),
+            teacher=call.teacher._replace(
+                teacher_weight=call.teacher.teacher_weight.to(dtype), teacher_bias=teacher_bias
+            ),
+        )
+        keep = linear_reference.keeps(call.save_logits, tokens, vocabulary)
+        chunks = []
+        for piece in linear_reference.pieces(call.chunk_size, tokens, vocabulary):
+            chunk = _part(call, piece)
+            if keep:
+                chunks.append(_chunk(chunk))
+            else:
+                chunks.append(checkpoint(_chunk, chunk, use_reentrant=False, preserve_rng_state=False))
+    if len(chunks) == 1:
+        return chunks[0]
+    divergence, entropy = (torch.cat(values) for values in zip(*chunks, strict=True))
+    return divergence, entropy
+
+
+def _part(call: DivergenceCall, piece: slice) -> DivergenceCall:
+    """The call of some tokens."""
+
+    def some(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[piece]
+
+    rows, teacher = call.rows, call.teacher
+    return call._replace(
+        hidden=call.hidden[piece],
+        rows=rows._replace(targets=rows.targets[piece], temperatures=some(rows.temperatures)),
+        teacher=teacher._replace(
+            teacher_hidden=teacher.teacher_hidden[piece],
+            teacher_temperatures=some(teacher.teacher_temperatures),
+        ),
+    )
+
+
+def _chunk(call: DivergenceCall) -> tuple[Tensor, Tensor]:
+    ignored = call.rows.targets == call.rows.ignore_index
+    x = _scaled_logits(call.hidden, call.weight, call.rows, ignored)
+    with torch.no_grad():
+        teacher = _scaled_logits(
+            call.teacher.teacher_hidden, call.teacher.teacher_weight, call.teacher.rows(call.rows), ignored
+        )
+    divergence, entropy = divergence_of_logits(x, teacher, KINDS[call.kind], call.beta, call.with_entropy)
+    entropy = entropy.masked_fill(ignored, 0.0) if call.with_entropy else entropy
+    return divergence.masked_fill(ignored, 0.0), entropy
+
+
+def _scaled_logits(hidden: Tensor, weight: Tensor, rows: Rows, ignored: Tensor) -> Tensor:
+    """The logits (N, V) over the temperature, in the dtype of the weight; 0 times NaN would reach the head."""
+    hidden = hidden.to(weight.dtype).masked_fill(ignored.unsqueeze(-1), 0.0)
+    logits = linear_reference.head_logits(hidden, Head(weight, rows.bias, rows.softcap, rows.logit_scale))
+    return reference.scaled(logits, rows)
+
+
+class LogitsCall(NamedTuple):
+    """Scaled logits (N, V) of both."""
+
+    student: Tensor
+    teacher: Tensor
+    kind: str
+    beta: float
+    with_entropy: bool
+
+
+def divergence_of_logits(
+    student: Tensor, teacher: Tensor, kind: str, beta: float, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """(divergence (N,), entropy (N,) or (0,)) of scaled logits; its own gradient is exact, transforms take that of autograd."""
+    call = LogitsCall(student, teacher, kind, beta, with_entropy)
+    divergence, entropy = _forward("", call) if transforms.active() else _recorded("", call)
+    return divergence, entropy
+
+
+def log_probs(x: Tensor) -> Tensor:
+    """log softmax of scaled logits (N, V), without cancellation where one leads; NaN where all are -inf."""
+    largest, others, _ = reference.sums(x, False).unsqueeze(-1).unbind(0)
+    return x - largest - torch.where(largest == -torch.inf, torch.nan, others).log1p()
+
+
+def _forward(backend: str, call: LogitsCall) -> tuple[Tensor, Tensor]:
+    divergence = terms(log_probs(call.student), log_probs(call.teacher), call.kind, call.beta).sum(-1)
+    if not call.with_entropy:
+        return divergence, divergence.new_empty(0)
+    with torch.no_grad():
+        _, others, spread = reference.sums(call.student, True)
+        return divergence, others.log1p() + spread / (1 + others)
+
+
+def _gradients(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any) -> list[Tensor]:
+    (student,), (teacher,) = (map(log_probs, tensors) for tensors in (inputs, tensors))
+    kind, beta = others
+    slope = slopes(student, teacher, kind, beta, mean_ratio(student, teacher, kind, beta))
+    return [grads[0].unsqueeze(-1) * slope]
+
+
+_recorded = recorded(
+    "linear_divergence",
+    _forward,
+    differentiable=lambda call: (call.student,),
+    save=lambda call, results: ((call.teacher,), (call.kind, call.beta)),
+    backward=_gradients,
+    constant=(1,),
+)
