@@ -1,34 +1,49 @@
-"""The command line of the benchmarks.
-
-python -m bench run [--quick | --tiny] [--only logprob] [--device cpu|cuda] [--out OUT.json] [--add | --resume] [--ours]
-                    [--limit SECONDS]
-python -m bench report OUT.json [--against OLD.json]
-python -m bench compare A.json B.json
-python -m bench precision [--out OUT.json]
-python -m bench saved [--out OUT.json]
-python -m bench mixtures [--only FAMILY] [--out OUT.json]
-python -m bench prefix [--tiny] [--rounds N] [--out OUT.json]
-python -m bench rollout [--tiny] [--out OUT.json]
-python -m bench truncation [--tiny] [--out OUT.json]
-python -m bench overhead [--only OP] [--against FOLDER] [--rounds N] [--out OUT.json]
-python -m bench guard [--update]
-python -m bench roofline
-python -m bench documents
-"""
+"""The command line of the benchmarks: python -m bench COMMAND; docs/benchmarks.md tells what each command is for."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+Option = tuple[str, dict[str, Any]]
+TINY: Option = ("--tiny", {"action": "store_true", "help": "tiny sizes: does it work at all"})
+ROUNDS: Option = ("--rounds", {"type": int, "default": 5})
+
+
+def _only(what: str) -> Option:
+    return "--only", {"action": "append", "default": [], "metavar": what.upper(), "help": f"one {what}"}
+
+
+# command, which is a module -> what it does, and its options beside --out
+MODULES: dict[str, tuple[str, tuple[Option, ...]]] = {
+    "precision": ("errors against float64, also where one logit leads", ()),
+    "saved": ("bytes that experts keep for the backward, at the shapes of models", ()),
+    "mixtures": ("every mixture of transformers, patched against its own code", (_only("family"),)),
+    "prefix": ("a GRPO step with shared prefixes, without, and in TRL", (TINY, ROUNDS)),
+    "rollout": ("tokens a second of the trainer's sampler, beside transformers' own ways", (TINY,)),
+    "truncation": (
+        "importance ratios of GRPO under top-p sampling, without kept sets and with them",
+        (TINY,),
+    ),
+    "overhead": (
+        "what a call of each op costs beside its work",
+        (
+            _only("op"),
+            ROUNDS,
+            ("--against", {"type": Path, "metavar": "FOLDER", "help": "another checkout, measured in turns"}),
+        ),
+    ),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = _parser().parse_args(arguments)
-    return int(given.command(given) or 0)
+    given = vars(_parser().parse_args(arguments))
+    return int(given.pop("command")(**given) or 0)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,156 +68,57 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--against", type=Path, help="older results; default: the committed ones of the device"
     )
-    report.set_defaults(command=lambda given: _report(given.results, given.against))
+    report.set_defaults(command=_report)
     compare = commands.add_parser("compare", help="what became faster or slower")
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
     compare.set_defaults(command=_compare)
-    precision = commands.add_parser("precision", help="errors against float64, also where one logit leads")
-    precision.add_argument("--out", type=Path, default=Path("bench-results/precision.json"))
-    precision.set_defaults(command=_precision)
-    saved = commands.add_parser(
-        "saved", help="bytes that experts keep for the backward, at the shapes of models"
-    )
-    saved.add_argument("--out", type=Path, default=Path("bench-results/saved.json"))
-    saved.set_defaults(command=_saved)
-    mixtures = commands.add_parser(
-        "mixtures", help="every mixture of transformers, patched against its own code"
-    )
-    mixtures.add_argument(
-        "--only", action="append", default=[], metavar="FAMILY", help="a family of transformers"
-    )
-    mixtures.add_argument("--out", type=Path, default=Path("bench-results/mixtures.json"))
-    mixtures.set_defaults(command=_mixtures)
-    prefix = commands.add_parser("prefix", help="a GRPO step with shared prefixes, without, and in TRL")
-    prefix.add_argument("--tiny", action="store_true", help="a tiny model: does it work at all")
-    prefix.add_argument("--rounds", type=int, default=5)
-    prefix.add_argument("--out", type=Path, default=Path("bench-results/prefix.json"))
-    prefix.set_defaults(command=_prefix)
-    rollout = commands.add_parser(
-        "rollout", help="tokens a second of the trainer's sampler, beside transformers' own ways"
-    )
-    rollout.add_argument("--tiny", action="store_true", help="tiny sizes: does it work at all")
-    rollout.add_argument("--out", type=Path, default=Path("bench-results/rollout.json"))
-    rollout.set_defaults(command=_rollout)
-    truncation = commands.add_parser(
-        "truncation", help="importance ratios of GRPO under top-p sampling, without kept sets and with them"
-    )
-    truncation.add_argument("--tiny", action="store_true", help="two steps: does it work at all")
-    truncation.add_argument("--out", type=Path, default=Path("bench-results/truncation.json"))
-    truncation.set_defaults(command=_truncation)
-    overhead = commands.add_parser("overhead", help="what a call of each op costs beside its work")
-    overhead.add_argument("--only", action="append", default=[], metavar="OP", help="an op")
-    overhead.add_argument(
-        "--against", type=Path, metavar="FOLDER", help="another checkout, measured in turns"
-    )
-    overhead.add_argument("--rounds", type=int, default=5)
-    overhead.add_argument("--out", type=Path, help="a JSON file")
-    overhead.set_defaults(command=_overhead)
     guard = commands.add_parser("guard", help="are the CPU kernels slower than the committed baseline")
     guard.add_argument("--update", action="store_true", help="write the baseline")
-    guard.set_defaults(command=_guard)
-    roofline = commands.add_parser("roofline", help="what the kernels for GPUs should take, by counting")
-    roofline.set_defaults(command=_roofline)
-    documents = commands.add_parser("documents", help="write the tables of README and docs anew")
-    documents.set_defaults(command=_documents)
+    guard.set_defaults(command=_module("guard"))
+    for name, text in (
+        ("roofline", "what the kernels for GPUs should take, by counting"),
+        ("documents", "write the tables and pictures of README and docs"),
+    ):
+        commands.add_parser(name, help=text).set_defaults(command=_module(name))
+    for name, (text, options) in MODULES.items():
+        command = commands.add_parser(name, help=text)
+        for flag, settings in options:
+            command.add_argument(flag, **settings)
+        command.add_argument("--out", type=Path, default=Path(f"bench-results/{name}.json"))
+        command.set_defaults(command=_module(name))
     return parser
 
 
-def _precision(given: argparse.Namespace) -> None:
-    from . import precision
-
-    precision.main(given.out)
-
-
-def _saved(given: argparse.Namespace) -> None:
-    from . import saved
-
-    saved.main(given.out)
+def _module(name: str) -> Any:
+    """The main function of a module, which is imported when the command runs: some need much."""
+    return lambda **options: importlib.import_module(f"bench.{name}").main(**options)
 
 
-def _mixtures(given: argparse.Namespace) -> int:
-    from . import mixtures
-
-    return mixtures.main(given.only, given.out)
-
-
-def _prefix(given: argparse.Namespace) -> None:
-    from . import prefix
-
-    prefix.main(given.out, given.rounds, given.tiny)
-
-
-def _truncation(given: argparse.Namespace) -> None:
-    from . import truncation
-
-    truncation.main(given.out, given.tiny)
-
-
-def _rollout(given: argparse.Namespace) -> None:
-    from . import rollout
-
-    rollout.main(given.out, given.tiny)
-
-
-def _overhead(given: argparse.Namespace) -> None:
-    from . import overhead
-
-    overhead.main(given.only, given.against, given.rounds, given.out)
-
-
-def _guard(given: argparse.Namespace) -> int:
-    from . import guard
-
-    return guard.main(given.update)
-
-
-def _roofline(given: argparse.Namespace) -> None:
-    from . import roofline
-
-    roofline.main()
-
-
-def _documents(given: argparse.Namespace) -> None:
-    from . import documents
-
-    documents.main()
-
-
-def _run(given: argparse.Namespace) -> int:
+def _run(device: str | None, out: Path | None, **options: Any) -> int:
     import torch
 
     from . import run
 
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    out = given.out or Path("bench-results") / f"{device}.json"
-    plan = run.Plan(
-        device, given.only, given.quick, given.tiny, given.limit, given.add, given.resume, given.ours
-    )
-    code = run.main(plan, out)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    out = out or Path("bench-results") / f"{device}.json"
+    code = run.main(run.Plan(device, **options), out)
     _report(out, None)
     return code
 
 
-def _report(path: Path, against: Path | None) -> None:
-    from . import results
-    from .report import markdown, page
+def _report(results: Path, against: Path | None) -> None:
+    from .report import write
 
-    record = results.load(path)
-    before = results.load(against) if against else page.committed(record, RESULTS, "ops.json")
-    saved = page.committed(record, RESULTS, "saved.json")
-    path.with_suffix(".html").write_text(page.page(record, before, saved), encoding="utf-8")
-    path.with_suffix(".md").write_text(markdown.document(record, before, saved), encoding="utf-8")
-    print(markdown.terminal(record))
-    print(f"{path.with_suffix('.html')}, {path.with_suffix('.md')}")
+    write(results, against, RESULTS)
 
 
-def _compare(given: argparse.Namespace) -> None:
+def _compare(before: Path, after: Path) -> None:
     from training.format import align
 
     from . import compare, results
 
-    table = compare.table(results.load(given.before), results.load(given.after))
+    table = compare.table(results.load(before), results.load(after))
     print(table.note)
     print("\n".join(align([list(table.head), *([cell.text for cell in row] for row in table.rows)])))
 

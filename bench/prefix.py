@@ -224,7 +224,7 @@ class Step:
         norm = torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None]).norm()
         optimizer.zero_grad()
         seconds = {part: after - before for part, before, after in zip(PARTS, marks, marks[1:], strict=False)}
-        return {**seconds, "step": sum(seconds.values())}, float(loss), float(norm)
+        return {**seconds, "step": sum(seconds.values())}, loss.item(), float(norm)
 
 
 def measure(shape: Shape, rounds: int, say: Callable[[str], None] = print) -> dict[str, Any]:

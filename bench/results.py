@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from .measure import Row
 from .peers import EAGER
 
 SCHEMA = 2
+WIDTH = 120  # of a line of a file
 # before the first calls of turns were told apart from those after them
 _ONE_CALL_A_TURN = 1
 
@@ -82,15 +82,30 @@ def save(path: Path, results: Mapping[str, Any]) -> None:
     """Write results; a run that is cut off leaves the file of the last finished case."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    text = json.dumps(results, indent=1, ensure_ascii=False)
-    # a list of numbers on one line
-    text = re.sub(
-        r"\[[\d\s.,e+-]*\]",
-        lambda found: "[" + ", ".join(found[0][1:-1].replace(",", " ").split()) + "]",
-        text,
-    )
-    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.write_text(_text(results) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def _text(value: Any, indent: int = 0) -> str:
+    """JSON whose lines are filled; a list of numbers stands on one."""
+    line = json.dumps(value, ensure_ascii=False)
+    numbers = isinstance(value, list) and all(isinstance(each, (int, float, type(None))) for each in value)
+    if not isinstance(value, (dict, list)) or numbers or len(line) + indent <= WIDTH:
+        return line
+    if isinstance(value, dict):
+        parts = [
+            f"{json.dumps(key, ensure_ascii=False)}: {_text(each, indent + 1)}" for key, each in value.items()
+        ]
+        opened, closed = "{}"
+    else:
+        parts = [_text(each, indent + 1) for each in value]
+        opened, closed = "[]"
+    lines: list[str] = []
+    for part in parts:
+        fits = bool(lines) and "\n" not in lines[-1] + part and len(lines[-1] + part) + indent + 3 <= WIDTH
+        lines[-1:] = [f"{lines[-1]}, {part}"] if fits else [*lines[-1:], part]
+    space = "\n" + " " * (indent + 1)
+    return f"{opened}{space}{(',' + space).join(lines)}\n{' ' * indent}{closed}"
 
 
 def load(path: Path) -> dict[str, Any]:

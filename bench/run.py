@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import ceilings, families, noise, results, step
+from . import ceilings, noise, results, step
 from .cases import CASES, FAMILIES, Case, tiny
 from .environment import environment
 from .measure import Effort, Row, first_line, load_average, measure, release
@@ -152,13 +152,6 @@ def begin(
         "cases": [],
         "not_run": [_left_out(case, reason) for case, reason in left],
     }
-
-
-def names(case: Case, compiles: bool = True) -> list[str]:
-    """The implementations of a case; without ``compiles`` those that need no compilation."""
-    if case.op == "grpo_step":
-        return list(step.BACKENDS)
-    return [peer.name for peer in families.OPS[case.op].peers_on(case.device, compiles)]
 
 
 def rows(

@@ -25,10 +25,9 @@ from training.loops import grpo
 from training.loops.sample import Prompt, sample
 from training.model import build_model, frozen_copy
 from training.progress import Progress
-from training.recipe import Recipe, load
+from training.recipe import load
 from training.rewards import Sample, Scored
 from training.run_dir import StageDir
-from training.sections import Grpo
 from training.tasks.arithmetic import make_problem
 from training.tokenizer import build_tokenizer
 
@@ -51,19 +50,7 @@ def measure(case: Case, effort: Effort, progress: Callable[[str], None] = print)
 
     Errors are those of the log-probs that the policy gives its own samples, against the same model in float64.
     """
-    recipe = load("tiny")
-    config = replace(
-        recipe.zero,
-        steps=1,
-        save_every=0,
-        prompts=case.sizes["B"] // GROUP,
-        group_size=GROUP,
-        max_new_tokens=case.sizes["L"],
-    )
-    if "H" in case.sizes:
-        sizes: dict[str, Any] = {name: case.sizes[short] for short, name in _SIZES.items()}
-        recipe = replace(recipe, model=replace(recipe.model, **sizes))
-    bench = _Bench(recipe, config, torch.device(case.device))
+    bench = Bench(case)
     rows = [
         Row(PLAIN, "peer", "torch", version("torch")),
         Row(OURS, "ours", "r1kernels", version("r1kernels")),
@@ -93,13 +80,25 @@ def measure(case: Case, effort: Effort, progress: Callable[[str], None] = print)
     return rows
 
 
-class _Bench:
+class Bench:
     """The policy, its tokenizer and problems, and one step on a copy of them."""
 
-    def __init__(self, recipe: Recipe, config: Grpo, device: torch.device) -> None:
-        self.recipe, self.config, self.device = recipe, config, device
+    def __init__(self, case: Case) -> None:
+        recipe = load("tiny")
+        config = replace(
+            recipe.zero,
+            steps=1,
+            save_every=0,
+            prompts=case.sizes["B"] // GROUP,
+            group_size=GROUP,
+            max_new_tokens=case.sizes["L"],
+        )
+        if "H" in case.sizes:
+            sizes: dict[str, Any] = {name: case.sizes[short] for short, name in _SIZES.items()}
+            recipe = replace(recipe, model=replace(recipe.model, **sizes))
+        self.recipe, self.config, self.device = recipe, config, torch.device(case.device)
         self.tokenizer = build_tokenizer()
-        self.policy = build_model(recipe.model, self.tokenizer, seed=0).to(device)
+        self.policy = build_model(recipe.model, self.tokenizer, seed=0).to(self.device)
         self.problems = [make_problem(10 + i, 7 + i, "en") for i in range(config.prompts)]
 
     def step(self) -> dict[str, float]:

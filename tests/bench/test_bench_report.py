@@ -2,16 +2,17 @@
 
 import functools
 import json
+import subprocess
+import sys
 
 import pytest
 
 import r1kernels
-from bench import compare, results, run
+from bench import compare, documents, results, run
 from bench.__main__ import main
 from bench.cases import Case
 from bench.ceilings import Ceilings
 from bench.measure import Effort
-from bench.replay import Replay
 from bench.report import markdown, page, reasons, tables
 
 TINY = Case("token_logprobs", "cpu", "float32", {"N": 8, "V": 33}, quick=True)
@@ -180,14 +181,16 @@ def test_the_floor_takes_the_largest_ceiling():
     assert slow_exp.floors(TINY)["forward"] == (264 / 1e8, "exp")
 
 
-def test_the_replay_timer_gives_the_samples_back():
-    timer = Replay()
-    timer.load([0.5, 0.25])
-    found = []
-    for _ in range(2):
-        start = timer()
-        found.append(timer() - start)
-    assert found == [0.5, 0.25]
+def test_pytest_benchmark_times_the_implementations_and_names_no_host(tmp_path):
+    out = tmp_path / "found.json"
+    options = ["-k", "grpo_loss and r1kernels", "--benchmark-max-time=0.05", f"--benchmark-json={out}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench", *options]
+    subprocess.run(command, cwd=documents.ROOT, check=True, capture_output=True)
+    found = json.loads(out.read_text())
+    (timed,) = found["benchmarks"]
+    assert timed["stats"]["min"] > 0 and timed["stats"]["rounds"] >= 5
+    assert 0 <= timed["extra_info"]["errors"]["loss"] < 1e-5
+    assert found["machine_info"]["device"] == "cpu" and "node" not in found["machine_info"]
 
 
 # --- reports ---

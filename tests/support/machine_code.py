@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from bench import results
+
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "bench/results/machine_code.json"
 CAPABILITY = 90
@@ -164,7 +166,7 @@ def main(wanted: list[str]) -> None:
         record = json.loads(FILE.read_text())
     record["kernels"] |= {source: kernels(source) for source in wanted or sources()}
     record["kernels"] = {source: record["kernels"][source] for source in sources()}
-    FILE.write_text(json.dumps(record, indent=1) + "\n")
+    results.save(FILE, record)
     print(f"{FILE.relative_to(ROOT)}: {sum(map(len, record['kernels'].values()))} kernels", file=sys.stderr)
 
 

@@ -1,0 +1,89 @@
+"""``pytest bench``: every implementation of the quick cases, each timed by pytest-benchmark; --benchmark-disable: a smoke test.
+
+Implementations are timed one after the other. Who compares two reads ``python -m bench run``, which times both in the same
+rounds; this is for the features of pytest-benchmark: its groups, its JSON, its comparison with an earlier run.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+import r1kernels
+
+from . import families, step, timing
+from .cases import CASES, Case, tiny
+from .measure import release
+from .numerics import Exact, allowed, error
+from .peers import Inputs, Peer, Unavailable
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    smoke = bool(metafunc.config.getoption("benchmark_disable"))
+    known = tiny(DEVICE.type) if smoke else [c for c in CASES if c.quick and c.device == DEVICE.type]
+    found: list[Any] = []
+    for case in known:
+        if "peer" in metafunc.fixturenames and case.op in families.OPS:
+            peers = families.OPS[case.op].peers_on(case.device, compiles=not smoke)
+            found += [pytest.param(case, peer, id=f"{case.id}-{peer.name}") for peer in peers]
+        if "backend" in metafunc.fixturenames and case.op == "grpo_step":
+            found += [pytest.param(case, name, id=f"{case.id}-{name}") for name in step.BACKENDS]
+    metafunc.parametrize(("case", "peer" if "peer" in metafunc.fixturenames else "backend"), found)
+
+
+@functools.lru_cache(maxsize=1)
+def _problem(case: Case) -> tuple[Inputs, dict[str, Exact]]:
+    """Inputs and exact results, which the tests of one case share."""
+    release()
+    op = families.OPS[case.op]
+    inputs = op.inputs(case, DEVICE)
+    exact = op.exact(case, inputs)
+    for leaf in inputs.leaves:
+        inputs[leaf].requires_grad_()
+    return inputs, exact
+
+
+def test_op(benchmark: Any, case: Case, peer: Peer) -> None:
+    """Forward and backward; an implementation whose results are wrong gets no time."""
+    inputs, exact = _problem(case)
+    try:
+        call = peer.make(case, inputs)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    clock = timing.Clock(DEVICE)
+    benchmark.group = case.id
+    if peer.kind == "floor":
+        benchmark(timing.floor, call, clock)
+        return
+
+    def fresh() -> Inputs:
+        return inputs if peer.prepare is None else peer.prepare(inputs)
+
+    ready = fresh()
+    outputs = call(ready)
+    found = {**outputs, **timing.differentiate(*timing.upstream(outputs, ready), ready)}
+    found = families.OPS[case.op].comparable(found)
+    errors = {name: error(found[name], exact[name]) for name in found if name in exact}
+    wrong = {name: value for name, value in errors.items() if not value <= allowed(None, case.torch_dtype)}
+    if wrong:
+        (pytest.fail if peer.kind == "ours" else pytest.skip)(f"its errors are too large: {wrong}")
+    del outputs, found
+    benchmark.extra_info["errors"] = errors
+    if peer.prepare is None:
+        benchmark(timing.train, call, inputs, clock)
+    else:  # what is prepared stays outside of the clock
+        benchmark.pedantic(
+            timing.train, setup=lambda: ((call, fresh(), clock), {}), rounds=20, warmup_rounds=1
+        )
+
+
+def test_grpo_step(benchmark: Any, case: Case, backend: str) -> None:
+    """A whole step of the trainer."""
+    benchmark.group = case.id
+    with r1kernels.use_backend(step.BACKENDS[backend]):
+        benchmark.pedantic(step.Bench(case).step, rounds=3, warmup_rounds=1)
