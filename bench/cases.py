@@ -1,7 +1,8 @@
 """What is measured: one table of cases, each an op at the shape of a real model, with its algorithmic work.
 
 Sizes: N tokens, V vocabulary, H hidden, B completions of at most L tokens, G completions a prompt, T tokens that are
-routed, I intermediate size of an expert, E experts, K experts a token, S ids that a sampler kept for a token.
+routed, I intermediate size of an expert, E experts, K experts a token, S ids of a token, that a sampler
+kept or a teacher named.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         "grouped_logprobs",
         "linear_grouped_logprobs",
         "kept_logprobs",
+        "topk_divergence",
+        "linear_topk_divergence",
     ),
     "grpo": ("grpo_loss", "linear_grpo_loss"),
     "moe": ("moe_experts", "grouped_gemm", "route", "router_logits"),
@@ -88,9 +91,9 @@ class Case:
         """
         sizes = self.sizes
         a_logit = 24.0 if self.device == "cpu" else 4.0 * self.bytes_per_value
-        if self.op in ("token_logprobs", "grouped_logprobs"):
+        if self.op in ("token_logprobs", "grouped_logprobs", "topk_divergence"):
             return a_logit * positions(self) * sizes["V"]
-        if self.op in ("linear_logprobs", "linear_grouped_logprobs", "kept_logprobs", "linear_grpo_loss"):
+        if "V" in sizes and "H" in sizes:
             logits = a_logit * positions(self) * sizes["V"] if self.device == "cpu" else 0.0
             return logits + 20.0 * sizes["V"] * sizes["H"]
         if self.op == "moe_experts":
@@ -218,6 +221,8 @@ WORK = {
     "linear_logprobs": _linear,
     "linear_grouped_logprobs": _linear,
     "kept_logprobs": _kept,
+    "topk_divergence": _logits,
+    "linear_topk_divergence": _linear,
     "linear_grpo_loss": _linear,
     "grpo_loss": _grpo,
     "moe_experts": _moe,
@@ -268,6 +273,18 @@ def _cpu() -> list[Case]:
         Case("linear_logprobs", "cpu", BF16, {"N": 1024, "V": 151936, "H": 896}, model="Qwen2.5-0.5B"),
         *(
             Case("kept_logprobs", "cpu", dtype, {"N": 1024, "V": 151936, "H": 896, "S": 20}, model="top-k 20")
+            for dtype in (F32, BF16)
+        ),
+        Case("topk_divergence", "cpu", F32, {**small, "S": 64}),
+        Case("topk_divergence", "cpu", BF16, {**small, "S": 64}),
+        *(
+            Case(
+                "linear_topk_divergence",
+                "cpu",
+                dtype,
+                {"N": 1024, "V": 151936, "H": 896, "S": 64},
+                model="Qwen2.5-0.5B",
+            )
             for dtype in (F32, BF16)
         ),
         *(
@@ -328,6 +345,8 @@ def _cuda() -> list[Case]:
             for n, v, h in heads
         ),
         Case("kept_logprobs", "cuda", BF16, {"N": 8192, "V": 151936, "H": 2048, "S": 20}, model="top-k 20"),
+        Case("topk_divergence", "cuda", BF16, {"N": 8192, "V": 151936, "S": 64}),
+        Case("linear_topk_divergence", "cuda", BF16, {"N": 8192, "V": 151936, "H": 2048, "S": 64}),
         Case("grouped_logprobs", "cuda", BF16, group, "padded"),
         Case("grouped_logprobs", "cuda", BF16, group, "packed"),
         *_grpo_cases("cuda", quick=65536),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import grpo, kept, logprob, moe, products
+from . import grpo, kept, logprob, moe, products, topk
 from .cases import Case
 from .numerics import Exact
 from .peers import Inputs, Ours, Peer
@@ -40,6 +40,8 @@ class Op:
 OPS: Mapping[str, Op] = {
     "token_logprobs": Op(logprob.OURS_TOKEN, logprob.token_inputs, logprob.token_exact, logprob.TOKEN),
     "linear_logprobs": Op(logprob.OURS_LINEAR, logprob.linear_inputs, logprob.linear_exact, logprob.LINEAR),
+    "topk_divergence": Op(topk.OURS_LOGITS, topk.inputs, topk.exact, topk.LOGITS),
+    "linear_topk_divergence": Op(topk.OURS_LINEAR, topk.inputs, topk.exact, topk.LINEAR),
     "kept_logprobs": Op(kept.OURS_KEPT, kept.inputs, kept.exact, kept.KEPT),
     "grouped_logprobs": Op(
         logprob.OURS_GROUPED, logprob.grouped_inputs, logprob.grouped_exact, logprob.GROUPED

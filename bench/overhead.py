@@ -22,6 +22,8 @@ LEADING = {
     "grpo_loss": 1,
     "linear_grpo_loss": 2,
     "linear_divergence": 2,
+    "linear_topk_divergence": 2,
+    "topk_divergence": 1,
     "group_advantages": 0,
     "update_router_bias": 0,
 }

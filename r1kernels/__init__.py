@@ -19,7 +19,9 @@ from .logprob import (
     linear_divergence,
     linear_grouped_logprobs,
     linear_logprobs,
+    linear_topk_divergence,
     token_logprobs,
+    topk_divergence,
 )
 from .moe import (
     Routing,
@@ -53,6 +55,7 @@ __all__ = [
     "linear_grouped_logprobs",
     "linear_grpo_loss",
     "linear_logprobs",
+    "linear_topk_divergence",
     "load_balancing_loss",
     "moe_experts",
     "off_policy_mask",
@@ -66,6 +69,7 @@ __all__ = [
     "sort_by_expert",
     "token_logprobs",
     "top_entropy_mask",
+    "topk_divergence",
     "update_router_bias",
     "use_backend",
 ]

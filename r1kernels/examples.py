@@ -28,6 +28,8 @@ def calls(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dic
     experts = torch.stack((torch.arange(N) % E, (torch.arange(N) + 1) % E), dim=-1).to(device)
     shares = torch.full((N, K), 0.5, device=device)
     offsets = torch.arange(0, N + 1, N // 2, device=device)
+    teacher_ids = torch.stack((targets, (targets + 1) % V), dim=-1)
+    teacher_logp = torch.full(teacher_ids.shape, -1.0, device=device)
     return {
         "token_logprobs": ((normal(B, T, V), targets), {"return_entropy": True}),
         "linear_logprobs": ((normal(B, T, H), normal(V, H), targets), {"return_entropy": True}),
@@ -40,6 +42,8 @@ def calls(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dic
             (normal(B, T, H), normal(V, H), targets),
             {"mask": mask, "group_size": 2},
         ),
+        "topk_divergence": ((normal(B, T, V), teacher_ids, teacher_logp), {}),
+        "linear_topk_divergence": ((normal(B, T, H), normal(V, H), teacher_ids, teacher_logp), {}),
         "group_advantages": ((advantages,), {"group_size": 2}),
         "grpo_loss": ((logp, None, advantages, mask), {}),
         "linear_grpo_loss": ((normal(B, T, H), normal(V, H), targets, None, advantages, mask), {}),

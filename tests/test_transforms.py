@@ -31,6 +31,7 @@ SETS = [[int(y), (int(y) + 3) % V, (int(y) + n) % V][: n % 4] for n, y in enumer
 KEPT = (torch.tensor([v for ids in SETS for v in ids]), torch.tensor([0, *map(len, SETS)]).cumsum(0))
 HEAD = {"hidden": noise(2, T, H), "weight": noise(V, H), "bias": noise(V)}
 TEACHER = noise(2, T, I), noise(V, I)
+STORED = torch.stack((TARGETS, (TARGETS + 1) % V), -1), torch.full((2, T, 2), -1.0)
 
 
 def _linear(op: str, **options: Any):
@@ -43,6 +44,14 @@ def _linear(op: str, **options: Any):
 
 def _divergence(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return r1kernels.linear_divergence(hidden, weight, *TEACHER, kind="jsd", bias=bias)
+
+
+def _topk(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return r1kernels.linear_topk_divergence(hidden, weight, *STORED, kind="reverse_kl", bias=bias)
+
+
+def _several(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return r1kernels.linear_logprobs(hidden, weight, STORED[0], bias=bias)
 
 
 def _linear_grpo(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -67,6 +76,12 @@ CALLS = {
     ),
     "linear_logprobs": (_linear("linear_logprobs"), HEAD),
     "linear_divergence": (_divergence, HEAD),
+    "linear_topk_divergence": (_topk, HEAD),
+    "several targets": (_several, HEAD),
+    "topk_divergence": (
+        lambda logits: r1kernels.topk_divergence(logits, *STORED, tail="ignore"),
+        {"logits": noise(2, T, V)},
+    ),
     "recomputed": (_linear("linear_logprobs", save_logits=False), HEAD),
     "kept tokens": (
         lambda logits: r1kernels.token_logprobs(logits, TARGETS, kept=KEPT),

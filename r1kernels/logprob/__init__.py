@@ -11,6 +11,7 @@ from .divergence import linear_divergence
 from .grouped import GroupedLogprobs, grouped_logprobs, linear_grouped_logprobs
 from .linear import linear_logprobs
 from .token import token_logprobs
+from .topk import linear_topk_divergence, topk_divergence
 
 __all__ = [
     "GroupedLogprobs",
@@ -18,5 +19,7 @@ __all__ = [
     "linear_divergence",
     "linear_grouped_logprobs",
     "linear_logprobs",
+    "linear_topk_divergence",
     "token_logprobs",
+    "topk_divergence",
 ]

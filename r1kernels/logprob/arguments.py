@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import autocast, checks
+from .divergence_terms import KINDS
 
 
 class Head(NamedTuple):
@@ -58,6 +59,17 @@ def check_linear(
         softcap = checks.positive(f"{whose}softcap", softcap)
     logit_scale = checks.number(f"{whose}logit_scale", logit_scale)
     return hidden, Head(weight, bias, softcap, logit_scale)
+
+
+def check_kind(kind: str, beta: float) -> float:
+    """Check which divergence is asked for; ``beta`` of a Jensen-Shannon divergence, the teacher's share of the mixture."""
+    checks.choice("kind", kind, KINDS)
+    beta = checks.number("beta", beta)
+    if kind == "jsd" and not 0 < beta < 1:
+        raise ValueError(
+            f'beta: expected a number inside (0, 1), got {beta}: use kind="forward_kl" for 0 and kind="reverse_kl" for 1'
+        )
+    return beta
 
 
 def check_targets(targets: Tensor, shape: torch.Size, like: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import checks
 from ..op import Float32, Op
 from . import divergence_reference
-from .arguments import check_linear, split_temperature
+from .arguments import check_kind, check_linear, split_temperature
 from .divergence_terms import KINDS
 from .token import Rows
 
@@ -80,12 +80,7 @@ def linear_divergence(
     has at -inf has probability 0 there; it makes a KL infinite where only the reference distribution has it so. Deterministic.
     float64 is served by the reference alone.
     """
-    checks.choice("kind", kind, KINDS)
-    beta = checks.number("beta", beta)
-    if kind == "jsd" and not 0 < beta < 1:
-        raise ValueError(
-            f'beta: expected a number inside (0, 1), got {beta}: use kind="forward_kl" for 0 and kind="reverse_kl" for 1'
-        )
+    beta = check_kind(kind, beta)
     ignore_index = checks.integer("ignore_index", ignore_index)
     checks.boolean("return_entropy", return_entropy)
     if chunk_size is not None:

@@ -10,7 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from r1kernels import extension, linear_grouped_logprobs, linear_grpo_loss, linear_logprobs
+from r1kernels import (
+    extension,
+    linear_grouped_logprobs,
+    linear_grpo_loss,
+    linear_logprobs,
+    linear_topk_divergence,
+)
 from tests.support import linear_oracle as oracle
 from tests.support.kept_case import in_csr
 from tests.support.numerics import same_bits
@@ -84,6 +90,16 @@ def several(x, weight, bias, targets, **options):
     return [logp.detach(), *torch.autograd.grad(loss, leaves), entropy.detach()]
 
 
+def topk(x, weight, bias, targets, **options):
+    """The divergence from a teacher's log-probs of two ids a token, and gradients."""
+    leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
+    ids = torch.stack((targets, (7 * targets + 3) % 37), 1).masked_fill(targets.unsqueeze(1) < 0, -1)
+    logp = torch.tensor([-0.5, -3.0]).expand(ids.shape)
+    found = linear_topk_divergence(*leaves[:2], ids, logp, bias=leaves[2], **options)
+    loss = (found * torch.linspace(-1, 1, len(found))).sum()
+    return [found.detach(), *torch.autograd.grad(loss, leaves)]
+
+
 def grpo(x, weight, bias, targets, **options):
     """The loss with an entropy bonus, and gradients."""
     leaves = [leaf.detach().requires_grad_() for leaf in (x.view(4, 3, -1), weight, bias)]
@@ -120,6 +136,7 @@ def _on_rank(rank, backend, folder):
                 )
             found["completions"] = completions(*call, **HEAD, **where)
             found["grpo"] = grpo(*call, **HEAD, **where)
+            found["topk"] = topk(*call, **HEAD, **where)
             found["several"] = several(*call, **HEAD, **where)
             if backend == "reference":
                 double = (tensor.double() for tensor in call[:3])
@@ -196,7 +213,7 @@ def test_without_a_gradient(ranks):
         assert same_bits(values["no gradient"], values["everything"][0])
 
 
-@pytest.mark.parametrize("op", [completions, grpo, several])
+@pytest.mark.parametrize("op", [completions, grpo, several, topk])
 def test_ops_above_it(ranks, op):
     _, found = ranks
     leaves, targets = problem("everything")

@@ -75,7 +75,7 @@ def kernel_and_reference(hidden, weight, targets, **options):
 
 @pytest.mark.parametrize("how", [{}, {"batch_invariant": True}, {"save_logits": True}], ids=str)
 def test_several_targets_a_token(how):
-    """By tiles in every case: log-probs, entropy, gradients; an ignored target, one that is there twice, a token without any."""
+    """By tiles in every case: log-probs, entropy, a divergence from two ids, gradients; an ignored target, one that is there twice, a token without any."""
     hidden, weight, _ = random_case(6, 150, 16, torch.float32)
     targets = torch.tensor([[3, 9, 149], [7, 7, -100], [-100, -100, -100], [0, 1, 2], [80, 81, 5], [9, 3, 1]])
     found = []
@@ -85,8 +85,12 @@ def test_several_targets_a_token(how):
         of_logits = r1kernels.token_logprobs(
             leaves[0] @ leaves[1].T, targets, temperature=0.8, backend=options["backend"]
         )
-        loss = logp[:, 0].sum() - logp[:, 1].sum() + entropy.sum() + of_logits[:, 2].sum()
-        found.append((logp, entropy, of_logits, *torch.autograd.grad(loss, leaves)))
+        teacher = torch.tensor([[3, 9]] * 6), torch.tensor([[-0.5, -2.0]] * 6)
+        divergence = r1kernels.linear_topk_divergence(
+            *leaves, *teacher, kind="jsd", backend=options["backend"]
+        )
+        loss = logp[:, 0].sum() - logp[:, 1].sum() + entropy.sum() + of_logits[:, 2].sum() + divergence.sum()
+        found.append((logp, entropy, of_logits, divergence, *torch.autograd.grad(loss, leaves)))
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
