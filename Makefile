@@ -21,7 +21,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 help:
 	@echo "make setup      create .venv with every dependency and build the package into it, editable"
-	@echo "make run        train the recipe tiny through every stage; prints where the report is"
+	@echo "make run        train the recipe tiny through every stage on all cores; prints where the report is"
 	@echo "make test       the tests of every day"
 	@echo "make test-all   all tests, slow ones too"
 	@echo "make bench      a quick run of the benchmarks, and its report"
@@ -34,7 +34,7 @@ help:
 setup: $(VENV)/.built
 
 run: setup
-	$(PY) -m training run tiny
+	$(PY) -m training run tiny parallel.processes=0
 
 test: setup
 	$(ONE_THREAD) $(PY) -m pytest -m "not slow" $(PYTEST_ARGS)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from training import files
 from training.errors import UserError
+from training.parallel import ranks
 
 MANIFEST = "manifest.json"
 STYLE = "prompt.json"  # the prompt that a checkpoint was trained with
@@ -27,6 +28,7 @@ _OWN_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": Fal
 transformers.utils.logging.disable_progress_bar()
 
 
+@ranks.by_main
 def save_model(model: Any, tokenizer: Any, path: Path, style: Mapping[str, Any] | None = None) -> None:
     """Writes model, its buffers and the tokenizer to the folder `path`, atomically.
 

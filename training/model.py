@@ -23,6 +23,7 @@ from r1kernels.integrations.transformers import ExpertLoad
 from r1kernels.integrations.transformers_prefix import check_model
 from training import checkpoint, notices, seeding
 from training.errors import UserError
+from training.parallel import ranks
 from training.placement import current_device, current_experts, recomputes
 from training.recipe import Model
 
@@ -230,7 +231,8 @@ def is_patched(model: nn.Module) -> bool:
 
 
 class StepLoad:
-    """Tokens of every expert in one optimizer step, over all its micro-batches; nothing where no router is patched."""
+    """Tokens of every expert in one optimizer step, over all its micro-batches, and once `sum` is called over all ranks; nothing
+    where no router is patched."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -245,6 +247,13 @@ class StepLoad:
             return
         with integration.collect_load(self.model, self.load, counts) as self.load:
             yield
+
+    def sum(self) -> None:
+        """Adds the counts of all ranks up."""
+        if ranks.world() > 1 and is_patched(self.model):
+            with integration.collect_load(self.model, self.load) as self.load:
+                pass  # a rank without a batch has counted nothing yet
+            self.load.counts = ranks.sum_tensor(self.load.counts)
 
     def update_bias(self, rate: float) -> None:
         """Moves the bias of every router that has one a step of `rate` towards an even load; once an optimizer step."""

@@ -25,6 +25,7 @@ from typing import Any
 
 from training import sources
 from training.errors import UserError
+from training.parallel import ranks
 from training.rewards import Reward, Sample
 
 IMPORT_SECONDS = 120.0  # for the file and what it imports
@@ -45,11 +46,14 @@ class OwnReward:
         self._pipe: Connection
 
     def __call__(self, samples: Sequence[Sample]) -> list[Reward]:
-        """The rewards of all samples, in order.
+        """The rewards of all samples, in order. A reward that is given all at once gets those of all ranks.
 
         Raises:
             UserError: the file cannot be imported.
         """
+        return ranks.together(self._rewards, samples) if self._at_once else self._rewards(samples)
+
+    def _rewards(self, samples: Sequence[Sample]) -> list[Reward]:
         found: list[Reward] = []
         faults = 0
         for call in [list(samples)] if self._at_once else [[sample] for sample in samples]:

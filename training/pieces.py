@@ -15,6 +15,7 @@ from training import files
 from training.context import StageContext
 from training.engines import Engine
 from training.loops.sample import Completion, Prompt, sample
+from training.parallel import ranks
 from training.progress import Progress
 
 BATCHES = 4  # full batches in a piece: seldom does one drain, and a kill costs little
@@ -51,7 +52,7 @@ def sample_in_pieces(
             problems = [prompt.problem.id for prompt in asked]
             name = files.value_hash([call, first, problems])
             path = context.stage.piece(name) if context else None
-            if path is not None and path.is_file():
+            if path is not None and ranks.once(path.is_file):
                 drawn = _read(path, asked, samples)
             else:
                 drawn = sample(
@@ -62,7 +63,7 @@ def sample_in_pieces(
                     seed_parts=seed_parts,
                     **settings,
                 )
-                if path is not None:
+                if path is not None and ranks.main():
                     files.write_jsonl(path, [{key: getattr(each, key) for key in KEPT} for each in drawn])
             found += drawn
             bar.advance(len(drawn))

@@ -18,10 +18,11 @@ from training.config import rounding_differences, unknown
 from training.context import StageContext
 from training.engines.workspace import workspace_in
 from training.errors import UserError
+from training.parallel import ranks
 from training.placement import device_of, placed
 from training.progress import Progress
 from training.recipe import STAGE_NAMES, Recipe, remarks, stage_config, start_of
-from training.run_dir import RunDir
+from training.run_dir import RunDir, StageDir
 
 Made = Literal["policy", "data", "critic", "marks"]
 
@@ -150,7 +151,7 @@ def run(
 
     Args:
         recipe: settings; written to recipe.yaml once nothing speaks against the run.
-        run_dir: folder of the run; one process at a time.
+        run_dir: folder of the run; one command at a time.
         only: run this stage alone; its parents must be done.
         redo: stages whose work is thrown away and done again.
         progress: where a person sees it; the terminal by default.
@@ -175,18 +176,7 @@ def run(
     wanted = [only] if only else order
     device_of(recipe)
     with run_dir.lock():
-        again: set[str] = set()  # stages whose work on the disk is to be replaced
-        for name in wanted:  # before anything is written
-            parents = parents_of(name, recipe, stages)
-            if only:
-                _require(run_dir, name, parents)
-            if name in redo or again & set(parents):
-                again.add(name)
-            else:
-                _refuse_changed(run_dir, name, recipe, parents, certain=_all_done(run_dir, parents))
-        for text in (*_rounding(run_dir, recipe), *remarks(recipe)):
-            progress.say(f"warning: {text}")
-        run_dir.write_recipe(recipe)
+        again = _open_run(run_dir, recipe, wanted, redo, stages, bool(only), progress)
         _prepare(recipe)
         ran = []
         for number, name in enumerate(wanted, start=1):
@@ -194,6 +184,35 @@ def run(
             if _run_stage(run_dir, name, recipe, stages, heading, name in redo, name in again, progress):
                 ran.append(name)
     return ran
+
+
+@ranks.by_main
+def _open_run(
+    run_dir: RunDir,
+    recipe: Recipe,
+    wanted: Sequence[str],
+    redo: Collection[str],
+    stages: Mapping[str, Stage],
+    alone: bool,
+    progress: Progress,
+) -> set[str]:
+    """Writes the recipe, once nothing speaks against the run. Returns the stages whose work on the disk is to be replaced.
+
+    alone: a single stage runs, whose parents must be done.
+    """
+    again: set[str] = set()
+    for name in wanted:  # before anything is written
+        parents = parents_of(name, recipe, stages)
+        if alone:
+            _require(run_dir, name, parents)
+        if name in redo or again & set(parents):
+            again.add(name)
+        else:
+            _refuse_changed(run_dir, name, recipe, parents, certain=_all_done(run_dir, parents))
+    for text in (*_rounding(run_dir, recipe), *remarks(recipe)):
+        progress.say(f"warning: {text}")
+    run_dir.write_recipe(recipe)
+    return again
 
 
 def _all_done(run_dir: RunDir, parents: Sequence[str]) -> bool:
@@ -277,6 +296,35 @@ def _run_stage(
 ) -> bool:
     stage = run_dir.stage(name)
     parents = parents_of(name, recipe, stages)
+    if not _open_stage(stage, run_dir, recipe, parents, heading, redo, may_replace, progress):
+        return False
+    context = StageContext(
+        name, recipe, getattr(recipe, name), stage, {p: run_dir.stage(p) for p in parents}, progress
+    )
+
+    def hear(kind: str, text: str) -> None:
+        if stage.add_warning(kind, text):
+            progress.say(f"warning: {name}: {text}")
+
+    with placed(recipe), workspace_in(run_dir.path), notices.listening(hear):
+        metrics = stages[name].run(context)
+    stage.finish(metrics)
+    return True
+
+
+@ranks.by_main
+def _open_stage(
+    stage: StageDir,
+    run_dir: RunDir,
+    recipe: Recipe,
+    parents: Sequence[str],
+    heading: str,
+    redo: bool,
+    may_replace: bool,
+    progress: Progress,
+) -> bool:
+    """Makes the folder of a stage ready for its work; False where the work is done."""
+    name = stage.name
     inputs, config = inputs_of(run_dir, parents), stage_config(recipe, name)
     record = stage.record()
     made = record or stage.started()
@@ -297,17 +345,6 @@ def _run_stage(
     goes_on = stage.started() is not None
     progress.say(heading + (" (goes on)" if goes_on else ""))
     stage.begin(config, inputs)
-    context = StageContext(
-        name, recipe, getattr(recipe, name), stage, {p: run_dir.stage(p) for p in parents}, progress
-    )
-
-    def hear(kind: str, text: str) -> None:
-        if stage.add_warning(kind, text):
-            progress.say(f"warning: {name}: {text}")
-
-    with placed(recipe), workspace_in(run_dir.path), notices.listening(hear):
-        metrics = stages[name].run(context)
-    stage.finish(metrics)
     return True
 
 

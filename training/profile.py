@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from training.parallel import ranks
 from training.run_dir import PROFILE
 
 ROWS = 40  # operators that are shown
@@ -31,7 +32,7 @@ def profiling(asked: bool) -> Iterator[None]:
 def profiled(folder: Path, step: int, start: int, steps: int) -> Iterator[None]:
     """Writes the profile of the block to `folder` where it is asked for and `step` is the one to look at: the second of this
     process, which is warm, or the last where there is no second."""
-    if not _asked.get() or step != min(start + 1, steps - 1):
+    if not (_asked.get() and ranks.main()) or step != min(start + 1, steps - 1):
         yield
         return
     activities = [ProfilerActivity.CPU]

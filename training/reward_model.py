@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from training.errors import UserError
 from training.loops.batch import micro_batches
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.model import prepare
+from training.parallel import ranks
 from training.recipe import NextToken
 from training.tasks.problem import Problem
 
@@ -166,7 +168,7 @@ def train(
                 data[i]
                 for i in _batch(len(data), config.batch_size, step, (context.recipe.seed, context.name))
             ]
-            with seeding.torch_seed(context.recipe.seed, context.name, "dropout", step):
+            with seeding.torch_seed(context.recipe.seed, context.name, "dropout", step, *ranks.own_key()):
                 value = _backward(model, tokenizer, batch, config.micro_batch_tokens)
             lr = learning_rate(
                 step, steps, lr=config.lr, lr_end=config.lr_end, schedule="cosine", warmup=config.warmup
@@ -185,15 +187,16 @@ def train(
 def _backward(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: Sequence[Labelled], most: int
 ) -> float:
-    """The loss of a batch, whose gradient is added in passes of at most `most` padded tokens."""
+    """The loss of a batch, whose gradient is added in passes of at most `most` padded tokens, a share of it on every rank."""
     encoder = Encoder(model, tokenizer)
     lengths = [sum(len(encode(encoder, each.problem, text)) for text in _texts(each)) for each in batch]
+    own = list(ranks.share(lengths))
     total = 0.0
-    for piece in micro_batches(lengths, most):
-        part = loss(model, tokenizer, [batch[i] for i in piece]) * (len(piece) / len(batch))
+    for piece in micro_batches([lengths[i] for i in own], most):
+        part = loss(model, tokenizer, [batch[own[i]] for i in piece]) * (len(piece) / len(batch))
         part.backward()
         total += part.item()
-    return total
+    return ranks.sums({"loss": total})["loss"]
 
 
 def _texts(labelled: Labelled) -> tuple[str, ...]:
@@ -213,22 +216,33 @@ def _mean_reward(
 ) -> float:
     """Mean reward of all texts of the pairs; 0 for points, whose reward has its zero where it belongs."""
     pairs = _pairs(data)
-    parts = [_pair_rewards(model, tokenizer, batch) for batch in _batches(pairs)]
-    return torch.cat([reward for part in parts for reward in part]).mean().item() if parts else 0.0
+
+    def score(own: Sequence[Pair]) -> list[tuple[float, float]]:
+        found: list[tuple[float, float]] = []
+        for batch in _batches(own):
+            found += zip(*(each.tolist() for each in _pair_rewards(model, tokenizer, batch)), strict=True)
+        return found
+
+    found = ranks.spread(score, pairs)
+    return fmean(reward for pair in found for reward in pair) if found else 0.0
 
 
 @torch.no_grad()
 def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: Sequence[Labelled]) -> float:
     """Share of pairs whose chosen text has the higher reward, or of points on the right side of 1/2; nan without data."""
-    right = 0
-    for batch in _batches(_pairs(data)):
-        chosen, rejected = _pair_rewards(model, tokenizer, batch)
-        right += int((chosen > rejected).sum())
-    for points in _batches(_points(data)):
-        reward = rewards(model, tokenizer, [(point.problem, point.text) for point in points])
-        label = torch.tensor([point.label for point in points], device=reward.device)
-        right += int(((reward > 0) == label).sum())
-    return right / len(data) if data else float("nan")
+
+    def verdicts(own: Sequence[Labelled]) -> list[bool]:
+        found: list[bool] = []
+        for pairs in _batches(_pairs(own)):
+            chosen, rejected = _pair_rewards(model, tokenizer, pairs)
+            found += (chosen > rejected).tolist()
+        for points in _batches(_points(own)):
+            reward = rewards(model, tokenizer, [(point.problem, point.text) for point in points])
+            label = torch.tensor([point.label for point in points], device=reward.device)
+            found += ((reward > 0) == label).tolist()
+        return found
+
+    return sum(ranks.spread(verdicts, data)) / len(data) if data else float("nan")
 
 
 def _batches(data: Sequence[T]) -> Iterator[Sequence[T]]:

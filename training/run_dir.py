@@ -13,7 +13,7 @@
                   done.json      written last: hashes of the outputs, final metrics
 
 Fields that may differ between two equal runs end in `_seconds` or `_per_second`; everything else is the same bit
-for bit.
+for bit. Of several ranks, the first one writes.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from training import files, lineage
 from training.errors import UserError
+from training.parallel import ranks
 from training.recipe import STAGE_NAMES, Recipe, load, to_dict
 
 APPEND_ONLY = ("metrics.jsonl", "samples.jsonl")
@@ -90,12 +91,14 @@ class StageDir:
     def add_warning(self, kind: str, text: str) -> bool:
         """Keeps a warning in warnings.jsonl, once for its kind; False where it was there, from before a kill too."""
         rows = self.warnings()
-        if any(row["kind"] == kind for row in rows):
+        if any(row["kind"] == kind for row in rows) or not ranks.main():
             return False
         files.write_jsonl(self.path / _WARNINGS, [*rows, {"kind": kind, "text": text}])
         return True
 
     def _append(self, name: str, rows: Iterable[Any]) -> None:
+        if not ranks.main():
+            return
         path = self.path / name
         lines = "".join(files.json_line(row) for row in rows)
         with files.disk_faults(path), path.open("a", encoding="utf-8") as file:
@@ -109,6 +112,11 @@ class StageDir:
         """The path of a file that is kept until the stage is done, for a run that goes on."""
         return self.path / _PIECES / name
 
+    def has_data(self, name: str) -> bool:
+        """Whether a data file of this stage is there."""
+        return ranks.once(self.data(name).is_file)
+
+    @ranks.by_main
     def write_data(self, name: str, rows: Iterable[Any]) -> Path:
         """Writes a JSONL data file atomically and returns its path."""
         files.write_jsonl(self.data(name), rows)
@@ -152,6 +160,7 @@ class StageDir:
 
     # Resume points
 
+    @ranks.by_main
     def save_state(self, step: int, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, Any]) -> None:
         """Writes a resume point atomically: the one before stays valid until the new one is whole on the disk.
 
@@ -192,25 +201,33 @@ class StageDir:
         Raises:
             UserError: the resume point, or a file it counts on, is damaged; the file is named.
         """
+        body = self._resume_point()
+        if body is None:
+            return None
+        try:
+            tensors = load_file(self.path / body["tensors"])
+        except SafetensorError:
+            raise self._damaged(self.path / body["tensors"]) from None
+        self._seconds_before = body["elapsed_seconds"]
+        self._began = time.monotonic()
+        return State(body["step"], tensors, body["counters"])
+
+    @ranks.by_main
+    def _resume_point(self) -> dict[str, Any] | None:
+        """What state.json says, or None where there is none; what was appended behind it is cut off."""
         path = self.path / "state.json"
         if not path.is_file():
             self._truncate({})
             return None
-        body = files.read_json(path)
+        body: dict[str, Any] = files.read_json(path)
         expected = body.pop("hash", None) if isinstance(body, dict) else None
         if expected != files.value_hash(body):
             raise self._damaged(path)
         tensor_path = self.path / body["tensors"]
         if not tensor_path.is_file() or files.file_hash(tensor_path) != body["tensors_hash"]:
             raise self._damaged(tensor_path)
-        try:
-            tensors = load_file(tensor_path)
-        except SafetensorError:
-            raise self._damaged(tensor_path) from None
         self._truncate(body["lengths"])
-        self._seconds_before = body["elapsed_seconds"]
-        self._began = time.monotonic()
-        return State(body["step"], tensors, body["counters"])
+        return body
 
     def _truncate(self, lengths: Mapping[str, int]) -> None:
         for name in APPEND_ONLY:
@@ -234,7 +251,7 @@ class StageDir:
     @property
     def unsaved_seconds(self) -> float:
         """Seconds of work that a kill would cost: since the last resume point."""
-        return time.monotonic() - self._saved
+        return ranks.once(lambda: time.monotonic() - self._saved)
 
     # Beginning and end
 
@@ -273,6 +290,7 @@ class StageDir:
                 made.append(path)
         return made
 
+    @ranks.by_main
     def finish(self, metrics: Mapping[str, Any], outputs: Sequence[Path] | None = None) -> None:
         """Records the stage as done: lineage.json, then done.json, then the resume point goes.
 
@@ -381,7 +399,10 @@ class RunDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the run for this process; a second process, or a folder of something else, gets one clear line."""
+        """Holds the run for the ranks of this one; a second process, or a folder of something else, gets one clear line."""
+        if not ranks.main():
+            yield
+            return
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: expected a folder, it is a file")
         # a stage clears its own folder before it writes: what is not of a run must never be taken for one

@@ -245,6 +245,21 @@ class Rollout:
 
 
 @dataclass
+class Parallel:
+    """The processes of a run. Each computes a share of every step, and all have the same model."""
+
+    processes: int = setting(
+        1,
+        "processes on this machine, which `run` starts by torchrun; 0: one for each GPU, or for as many cores as `threads`, at most 8; where torchrun starts them, it says how many",
+        minimum=0,
+        rounding=True,
+    )
+    timeout: float = setting(
+        1800.0, "seconds that a process waits for another one before the run ends", above=0, operational=True
+    )
+
+
+@dataclass
 class Example:
     """A worked example: a question and a response in the form that is asked for."""
 
@@ -504,6 +519,7 @@ class Recipe:
     )
     model: Model = field(default_factory=Model)
     rollout: Rollout = field(default_factory=Rollout)
+    parallel: Parallel = field(default_factory=Parallel)
     base: Base = field(default_factory=Base)
     zero: Zero = field(default_factory=Zero)
     cold_start: ColdStart = field(default_factory=ColdStart)
@@ -519,6 +535,8 @@ class Recipe:
 
 
 STAGE_NAMES: tuple[str, ...] = tuple(
-    name for name, kind in field_types(Recipe).items() if is_section(kind) and kind not in (Model, Rollout)
+    name
+    for name, kind in field_types(Recipe).items()
+    if is_section(kind) and kind not in (Model, Rollout, Parallel)
 )
-"""The stages in the order of the pipeline: the sections of a recipe but for model and rollout."""
+"""The stages in the order of the pipeline: the sections of a recipe but for model, rollout and parallel."""

@@ -5,22 +5,17 @@ samples or trains something small. The slow one kills the whole recipe `smoke` i
 """
 
 import functools
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
+from tests.support.runs import ROOT, assert_same, lines, numbers, run_and_kill, run_to_the_end, wait_for
 from training.recipe import STAGE_NAMES
-
-ROOT = Path(__file__).parents[2]
-DEADLINE = 1800  # seconds until a subprocess is given up
 
 # A program forks a process for every line on its input, which does what the line says, and prints the id of that process
 # and later its exit code: torch is imported once, and kill -9 still hits a process of its own.
@@ -125,82 +120,6 @@ for line in sys.stdin:
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-
-
-def start(command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def run_to_the_end(command):
-    process = start(command)
-    _, err = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 0, err
-
-
-def wait_for(due):
-    end = time.monotonic() + DEADLINE
-    while not due():
-        assert time.monotonic() < end, "the moment never came"
-        time.sleep(0.002)
-
-
-def run_and_kill(command, due):
-    """Starts the command and kills it with SIGKILL once `due()`; returns whether it was still running."""
-    process = start(command)
-    wait_for(lambda: due() or process.poll() is not None)
-    running = process.poll() is None
-    if running:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=DEADLINE)
-    assert process.returncode == (-signal.SIGKILL if running else 0)
-    return running
-
-
-def lines(path):
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
-
-
-def without_times(value):
-    if isinstance(value, dict):
-        return {
-            key: without_times(entry)
-            for key, entry in value.items()
-            if not key.endswith(("_seconds", "_per_second"))
-        }
-    if isinstance(value, list):
-        return [without_times(entry) for entry in value]
-    return value
-
-
-def numbers(run):
-    """Every number a run wrote: all JSONL files line by line, final metrics, and the hash of every output."""
-    found = {}
-    for path in sorted(run.rglob("*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        found[str(path.relative_to(run))] = [without_times(row) for row in rows]
-    for path in sorted(run.glob("*/done.json")):
-        record = json.loads(path.read_text())
-        found[str(path.relative_to(run))] = [
-            record["hash"],
-            record["outputs"],
-            without_times(record["metrics"]),
-        ]
-    return found
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name] == value, f"{name} differs"
 
 
 @contextmanager

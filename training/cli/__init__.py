@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from training import notices
 from training.cli import chat, evaluate, report, review, run, samples, settings, single
 from training.errors import UserError
+from training.parallel import launch
 
 COMMANDS = (run, single, report, samples, chat, evaluate, review, settings)
 
@@ -26,15 +27,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.words += rest
+    arguments.given = list(sys.argv[1:] if argv is None else argv)
     try:
-        with notices.listening(lambda kind, text: print(f"warning: {text}", file=sys.stderr)):
+        with notices.listening(_warn):
             arguments.run_command(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if launch.speaks():
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        if launch.speaks():
+            print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the output went away, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception:  # a bug, whose traceback one rank shows
+        if launch.speaks():
+            raise
+        return 1
     return 0
+
+
+def _warn(kind: str, text: str) -> None:
+    if launch.first():
+        print(f"warning: {text}", file=sys.stderr)

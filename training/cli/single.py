@@ -73,7 +73,7 @@ def run_single(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         dry_run(recipe)
     else:
-        carry_out(recipe, arguments.run, arguments.redo)
+        carry_out(recipe, arguments.run, arguments)
 
 
 def _sft(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:

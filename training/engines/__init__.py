@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from training.errors import UserError
+from training.parallel import ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,15 +144,19 @@ class Engine(Protocol):
 def connect(
     rollout: Rollout, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, version: int = 0
 ) -> Engine:
-    """The engine that the recipe's section `rollout` names, with the weights of `model` at `version`.
+    """The engine that the recipe's section `rollout` names, with the weights of `model` at `version`, for all ranks.
 
     Raises:
         UserError: the engine cannot serve the model, or cannot be reached.
     """
+    from training.engines.shared import EngineOfMain, SharedEngine
+
     if rollout.engine == "vllm":
         from training.engines.vllm import VllmEngine
 
-        return VllmEngine(rollout, model, tokenizer, version)
+        open_server = partial(VllmEngine, rollout, model, tokenizer, version)
+        return open_server() if ranks.world() == 1 else EngineOfMain(open_server, model, tokenizer, version)
     from training.engines.transformers import TransformersEngine
 
-    return TransformersEngine(model, tokenizer, version)
+    engine = TransformersEngine(model, tokenizer, version)
+    return engine if ranks.world() == 1 else SharedEngine(engine)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training import files
+from training.parallel import ranks
 
 if TYPE_CHECKING:
     from training.engines.server import Server
@@ -57,7 +58,8 @@ def workspace_in(folder: Path) -> Iterator[None]:
     finally:
         _workspace.reset(token)
         workspace.stop()
-        files.remove(workspace.weights)
+        if ranks.main():
+            files.remove(workspace.weights)
 
 
 @contextmanager

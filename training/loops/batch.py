@@ -24,6 +24,7 @@ from r1kernels.integrations.transformers import PrefixTree
 from training.engines import Kept
 from training.loops.sample import Completion
 from training.model import StepLoad, recomputed
+from training.parallel import ranks
 
 Ids = tuple[int, ...]
 
@@ -140,10 +141,32 @@ def collate(
 
 
 def pieces(rows: Sequence[Row], most: int, shared: bool = False) -> Iterator[list[int]]:
-    """Indices of rows in pieces of at most `most` tokens that are computed: padded ones, or with `shared` those of trees."""
+    """Indices of the rows of this rank in pieces of at most `most` tokens that are computed: padded ones, or with `shared` those of
+    trees. Every row is one rank's."""
+    own = own_rows(rows, shared)
+    mine = [rows[i] for i in own]
+    found = (
+        micro_trees(mine, most)
+        if shared
+        else micro_batches([row.prompt + len(row.targets) for row in mine], most)
+    )
+    return ([own[i] for i in piece] for piece in found)
+
+
+def own_rows(rows: Sequence[Row], shared: bool) -> list[int]:
+    """Indices of the rows that are this rank's: of much the same length, or with `shared` of prompts that are alike."""
+    if ranks.world() == 1:
+        return list(range(len(rows)))
     if shared:
-        return micro_trees(rows, most)
-    return micro_batches([row.prompt + len(row.targets) for row in rows], most)
+        order = sorted(range(len(rows)), key=lambda i: (rows[i].prompt_ids, rows[i].ids))
+        before = [(), *(rows[i].ids for i in order[:-1])]
+        weights = [
+            len(rows[i].ids) - common_length(last, rows[i].ids) for i, last in zip(order, before, strict=True)
+        ]
+    else:
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        weights = [len(rows[i].ids) for i in order]
+    return [order[i] for i in ranks.share(weights)]
 
 
 def micro_batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -30,6 +31,7 @@ from training.loops.passes import Clock, Passes, max_new_tokens
 from training.loops.sample import Completion, Prompt, sample
 from training.loops.watch import Watch
 from training.model import frozen_copy, shares_prefixes
+from training.parallel import ranks
 from training.profile import profiled
 from training.prompts import Prompter
 from training.recipe import Grpo
@@ -57,7 +59,7 @@ def train(
         problems: step -> the questions of that step, config.prompts of them, a pure function of the step, which may be beyond
             config.steps where further questions are sampled.
         prompt: problem -> the turns before the response.
-        reward: step, all responses of the step -> their rewards, in order.
+        reward: step, responses of the step -> their rewards, in order.
         config: sizes, learning rate, loss. Its `rewards` are the caller's business.
         context: where metrics, samples and resume points go; `context.stage` resumes a run that was cut off.
         reference: the policy that the KL term stays near; None: a copy of `policy` as it comes in. Where config.kl_coef is 0
@@ -160,7 +162,8 @@ def _step(run: _Run, step: int) -> dict[str, Any]:
         clock.mark("rollout")
         sampled += drawn
         metrics = staleness(sampled, step, context.recipe.rollout)
-        scored += run.reward(step, [_as_sample(each, context.recipe.response_format) for each in drawn])
+        samples = [_as_sample(each, context.recipe.response_format) for each in drawn]
+        scored += ranks.spread(partial(run.reward, step), samples)
         clock.mark("reward")
         keep = _kept(sampled, scored, config)
         if len(keep) >= config.prompts * config.group_size:

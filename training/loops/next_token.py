@@ -16,6 +16,7 @@ from training.errors import UserError
 from training.loops.batch import Row, head_logprobs, lay_out, pieces, states, worth_sharing
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.model import StepLoad, shares_prefixes
+from training.parallel import ranks
 from training.profile import profiled
 from training.recipe import NextToken
 
@@ -62,7 +63,9 @@ def train(
             began = time.perf_counter()
             chosen = _batch(len(rows), config.batch_size, step, (context.recipe.seed, context.name, title))
             with (
-                seeding.torch_seed(context.recipe.seed, context.name, title, "dropout", step),
+                seeding.torch_seed(
+                    context.recipe.seed, context.name, title, "dropout", step, *ranks.own_key()
+                ),
                 profiled(context.stage.path, step, start, steps),
             ):
                 at_once = [rows[i] for i in chosen]
@@ -99,6 +102,8 @@ def _step(
         part = -head_logprobs(model, batch, hidden).sum() / total
         part.backward()
         loss += float(part.detach())
+    loss = ranks.sums({"loss": loss})["loss"]
+    load.sum()
     lr = learning_rate(
         step, steps, lr=config.lr, lr_end=config.lr_end, schedule="cosine", warmup=config.warmup
     )

@@ -10,6 +10,7 @@ from torch import nn
 
 from training import checkpoint
 from training.errors import UserError
+from training.parallel import ranks
 
 MAX_BAD_STEPS = 5
 SAVE_SECONDS = 600.0
@@ -48,11 +49,14 @@ class Optimizer:
         )
 
     def step(self, loss: float, lr: float) -> tuple[float, bool]:
-        """Applies the gradients that are there. Returns (their norm, whether the step was taken).
+        """Applies the gradients that are there, added up over the ranks. Returns (their norm, whether the step was taken).
+
+        loss: of all ranks.
 
         Raises:
             UserError: the loss or the gradient was not finite MAX_BAD_STEPS times in a row.
         """
+        ranks.sum_gradients(self.model.parameters())
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf))
         good = math.isfinite(norm) and math.isfinite(loss)
         if good:

@@ -17,6 +17,7 @@ from training.loops.loss import policy_loss
 from training.loops.optim import Optimizer
 from training.loops.sample import Completion
 from training.model import StepLoad
+from training.parallel import ranks
 from training.recipe import Grpo
 
 # Name in metrics.jsonl -> name in the metrics of r1kernels.grpo_loss, all means over tokens.
@@ -54,7 +55,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes of one step over its completions."""
+    """The passes of one step over its completions, of which every rank computes a share."""
 
     policy: PreTrainedModel
     reference: PreTrainedModel | None
@@ -68,7 +69,7 @@ class Passes:
     max_gap: float  # largest distance of a log-prob of the sampler from the trainer's
 
     def batches(self, rows: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
-        """The completions `rows` in batches of config.micro_batch_tokens, each with the numbers of its completions."""
+        """This rank's of the completions `rows` in batches of config.micro_batch_tokens, each with the numbers of its completions."""
         read = [row_of(self.completions[i]) for i in rows]
         for piece in pieces(read, self.config.micro_batch_tokens, self.shared):
             ids = [rows[i] for i in piece]
@@ -106,6 +107,7 @@ class Passes:
                 _add_agreement(means, "replay_agreement_reference", batch, found.agreement, tokens)
                 ref.update(zip(rows, found.logp.split(batch.lengths), strict=True))
                 self.clock.mark("reference_logprob")
+        old, ref, means = ranks.union(old), ranks.union(ref), ranks.sums(means)
         if recomputed:
             means |= gap.checked(self, old)
         else:
@@ -166,15 +168,17 @@ class Passes:
             _add_agreement(sums, "replay_agreement", batch, agreement, totals["num_tokens"])
             maxima = max(maxima, measured.get("ratio/max", 0.0))
             self.clock.mark("update")
-        if told is not None and seen:
-            told["entropy"] = float(torch.cat([each.entropy for each in seen]).mean())
-            told |= gap.checked(self, before)
-        norm, taken = self.optimizer.step(loss, lr)
+        sums = ranks.sums({"loss": loss, **sums})
+        maxima = max(ranks.gather(maxima))
+        load.sum()
+        if told is not None and seen is not None:
+            entropy = sum(float(each.entropy.sum()) for each in seen) / totals["num_tokens"]
+            told |= ranks.sums({"entropy": entropy}) | gap.checked(self, ranks.union(before))
+        norm, taken = self.optimizer.step(sums["loss"], lr)
         if taken:
             load.update_bias(self.config.bias_rate)
         self.clock.mark("update")
         return {
-            "loss": loss,
             **sums,
             "ratio_max": maxima,
             "grad_norm": norm,

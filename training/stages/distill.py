@@ -67,7 +67,7 @@ def _tokenizer_and_positions(context: StageContext) -> tuple[Any, int]:
 
 def _taught(context: StageContext) -> tuple[list[Document], dict[str, Any]]:
     """The teacher's responses that passed the filters, and how many were asked and rejected; both are kept in files."""
-    if not context.stage.data("data.jsonl").is_file():
+    if not context.stage.has_data("data.jsonl"):
         selection = _teach(context)
         if not selection.kept:
             raise UserError(nothing_kept(context.name, selection.asked, selection.rejections))

@@ -28,7 +28,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Collect responses, train, measure; writes checkpoint, data.jsonl and held_out.jsonl."""
     model, tokenizer = load(context.checkpoint(context.config.start))
     for name, split in SPLITS.items():
-        if not context.stage.data(name).is_file():
+        if not context.stage.has_data(name):
             context.stage.write_data(name, _collect(context, split))
     training_rows = context.stage.read_data("data.jsonl")
     documents = [

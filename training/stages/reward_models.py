@@ -26,7 +26,7 @@ def run(context: StageContext) -> dict[str, Any]:
     Of a kind that the tasks have no problems of, there is no model.
     """
     for name, split in SPLITS.items():
-        if not context.stage.data(name).is_file():
+        if not context.stage.has_data(name):
             context.stage.write_data(name, _collect(context, split))
     start = context.checkpoint(context.config.start)
 
