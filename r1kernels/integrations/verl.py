@@ -76,11 +76,13 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     """Log-probs (...) of labels (...) under logits (..., V): ``token_logprobs``, float32.
 
     ``inplace_backward`` writes the gradient over the logits where they can be overwritten, as verl does; a leaf, a view of
-    one, or logits that are not contiguous get a gradient of their own. Inside of ``among`` the log-probs are those among its sets.
+    one, or logits that are not contiguous get a gradient of their own. Inside of ``among`` the log-probs are those among its sets, and
+    nothing is overwritten.
     """
-    inplace_backward = inplace_backward and logits.is_contiguous() and not why_not_overwritable(logits)
+    kept = _sets.get()
+    overwritable = kept is None and logits.is_contiguous() and not why_not_overwritable(logits)
     logp: Any = token_logprobs(
-        logits, labels.to(torch.int64), inplace_backward=inplace_backward, kept=_sets.get()
+        logits, labels.to(torch.int64), inplace_backward=inplace_backward and overwritable, kept=kept
     )
     return logp
 

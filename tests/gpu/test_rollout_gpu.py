@@ -42,7 +42,9 @@ def test_greedy_tokens_are_those_of_the_cpu(family):
     assert [output.token_ids for output in found] == [output.token_ids for output in expected]
 
 
-@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 5, "temperature": 0.7}])
+@pytest.mark.parametrize(
+    "params", [{}, {"top_p": 0.9, "record_kept": True}, {"top_k": 5, "temperature": 0.7}]
+)
 def test_no_step_waits_for_the_device(monkeypatch, params):
     from training.engines import transformers as engine_module
 
@@ -58,4 +60,9 @@ def test_no_step_waits_for_the_device(monkeypatch, params):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(engine_module._Flight, "_step", guarded)
-    assert [output.token_ids for output in draw(model, **params)] == [o.token_ids for o in expected]
+    found = draw(model, **params)
+    assert [output.token_ids for output in found] == [output.token_ids for output in expected]
+    for mine, other in zip(found, expected, strict=True):
+        assert (mine.kept is None) == ("record_kept" not in params)
+        if mine.kept is not None:
+            assert torch.equal(mine.kept.ids, other.kept.ids) and not mine.kept.ids.is_cuda

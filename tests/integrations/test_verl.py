@@ -275,6 +275,24 @@ def test_log_probs_from_hidden_states():
         r1.linear_cross_entropy(hidden, weight, labels, 1.0, "mean")
 
 
+def test_inside_of_among_both_functions_score_what_a_sampler_kept():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 3, 8), torch.randn(11, 8)
+    sets = [[1, 4, 7], [2, 9], [], [0, 3, 10, 5], [6, 8], [7]]
+    labels = torch.tensor([[4, 2, 5], [10, 8, 7]])
+    kept = torch.tensor([token for own in sets for token in own]), torch.tensor([0, 3, 5, 5, 9, 11, 12])
+    logits = (hidden @ weight.T).flatten(0, 1) / 0.7
+    left = torch.tensor([[not own or token in own for token in range(11)] for own in sets])
+    expected = logits.masked_fill(~left, -torch.inf).log_softmax(-1).gather(1, labels.view(-1, 1)).squeeze(1)
+    with r1.among(kept):
+        logp, _ = r1.linear_cross_entropy(hidden, weight, labels, 0.7)
+        of_logits = r1.logprobs_from_logits(logits.view(2, 3, -1), labels)
+    torch.testing.assert_close(logp, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(of_logits.flatten(), expected, rtol=1e-5, atol=1e-5)
+    whole = logits.log_softmax(-1).gather(1, labels.view(-1, 1)).squeeze(1)
+    torch.testing.assert_close(r1.linear_cross_entropy(hidden, weight, labels, 0.7)[0], whole)
+
+
 def test_log_probs_from_logits():
     generator = torch.Generator().manual_seed(0)
     leaf = torch.randn(3, 5, 11, generator=generator).requires_grad_()

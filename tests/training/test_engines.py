@@ -191,7 +191,8 @@ def test_a_token_is_drawn_without_a_look_of_the_host(monkeypatch):
         steps.append(flight)
 
     monkeypatch.setattr(engine_module._Flight, "_step", guarded)
-    drawn = draw(model, requests_of(texts(1, 9, 4)), temperature=0.7)
+    drawn = draw(model, requests_of(texts(1, 9, 4)), temperature=0.7, top_k=9, record_kept=True)
+    assert all(len(output.kept.offsets) == 1 + len(output.token_ids) for output in drawn)
     assert len(steps) >= max(len(output.token_ids) for output in drawn) - 1
 
 

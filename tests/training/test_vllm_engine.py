@@ -494,11 +494,22 @@ def test_one_server_is_started_for_all_engines_of_a_stage_whose_models_have_the_
     assert not (tmp_path / workspace.WEIGHTS).exists()
 
 
-def test_a_server_that_does_not_start_tells_its_last_error(tmp_path):
-    rollout = a_server(tmp_path, "print('working')\nraise ValueError('no such flag')")
-    with pytest.raises(
-        EngineError, match=r"vLLM did not start: ValueError: no such flag; its log is .*vllm.log"
-    ):
+PYDANTIC = "1 validation error for VllmConfig\\n  Value error, V2 requires Triton. [type=value_error, input_type=Args]\\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("raise ValueError('no such flag')", "ValueError: no such flag"),
+        (
+            f"class ValidationError(Exception): pass\nraise ValidationError('{PYDANTIC}')",
+            r"ValidationError: 1 validation error for VllmConfig Value error, V2 requires Triton\.",
+        ),
+    ],
+)
+def test_a_server_that_does_not_start_tells_its_last_error(tmp_path, program, said):
+    rollout = a_server(tmp_path, f"print('working')\n{program}")
+    with pytest.raises(EngineError, match=rf"vLLM did not start: (__main__\.)?{said}; its log is .*vllm.log"):
         Server(rollout, tmp_path, tmp_path / "vllm.log", None)
 
 

@@ -21,7 +21,8 @@ from training.sections import Rollout
 # Development routes hand over weights; nothing is downloaded and nothing is told to anyone.
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 CACHE_GIB = "1"  # of keys and values on a CPU, where the environment names no other size
-_ERROR = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception): .+")
+# pydantic tells what is wrong in the line behind its error
+_ERROR = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception): .+(?:\n\s+Value error, .+?(?= \[type=))?")
 OPTIONS = ("--enable-scale-out", "--skip-tokenizer-init", "--logprobs-mode", "processed_logprobs")
 
 
@@ -93,8 +94,8 @@ class Server:
         """The first error that the server wrote: those behind it tell what became of it."""
         text = self._log.read_bytes()[self._before :].decode("utf-8", "replace")
         lines = [line for line in text.splitlines() if "WARNING" not in line]
-        found = next(filter(None, map(_ERROR.search, lines)), None)
-        return found.group() if found else "it names no error"
+        found = _ERROR.search("\n".join(lines))
+        return " ".join(found.group().split()) if found else "it names no error"
 
 
 def check_python(path: str) -> None:
