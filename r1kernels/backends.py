@@ -137,7 +137,10 @@ def choose(op: str, backend: str | None, /, *call: Any) -> Backend:
             return chosen
         _fall_back(chosen, refusal)
     device = _device_type(call)
-    for chosen in _in_turn(_candidates(op, device), call):
+    candidates = _candidates(op, device)
+    if candidates and candidates[0].yields is not None:
+        candidates = _in_turn(candidates, call)
+    for chosen in candidates:
         refusal = chosen.refuses(*call)
         if not refusal:
             return chosen
@@ -238,13 +241,13 @@ def _candidates(op: str, device: str) -> tuple[Backend, ...]:
     return _served[op, device]
 
 
-def _in_turn(candidates: tuple[Backend, ...], call: tuple[Any, ...]) -> Sequence[Backend]:
+def _in_turn(candidates: tuple[Backend, ...], call: tuple[Any, ...]) -> tuple[Backend, ...]:
     """The candidates, the first behind the other kernels if it yields on this call."""
-    if not candidates or candidates[0].yields is None or not candidates[0].yields(*call):
-        return candidates
     first, *others = candidates
+    if first.yields is None or not first.yields(*call):
+        return candidates
     kernels = [backend for backend in others if backend.name != "reference"]
-    return [*kernels, first, *others[len(kernels) :]]
+    return (*kernels, first, *others[len(kernels) :])
 
 
 def _named(op: str, name: str) -> Backend:
@@ -262,20 +265,20 @@ def _check_preference(name: str, op: str | None) -> None:
 
 
 def _preference(op: str) -> str:
-    for scope, name in reversed(_scoped.entered):
-        if scope in (op, EVERY_OP):
-            return name
-    return _preferred.get(op) or _preferred.get(EVERY_OP) or AUTO
+    if _scoped.entered:
+        for scope, name in reversed(_scoped.entered):
+            if scope in (op, EVERY_OP):
+                return name
+    return (_preferred.get(op) or _preferred.get(EVERY_OP) or AUTO) if _preferred else AUTO
 
 
-def _device_type(values: tuple[Any, ...]) -> str:
-    """That of the first tensor; a call, or what is nested in it, begins with one."""
-    for value in values:
-        while isinstance(value, tuple) and value:
-            value = value[0]
-        if isinstance(value, torch.Tensor):
-            return value.device.type
-    return ""
+def _device_type(value: Any) -> str:
+    """That of the tensor that a call begins with, or what is nested in it."""
+    while isinstance(value, tuple) and value:
+        value = value[0]
+    if not isinstance(value, torch.Tensor):
+        return ""
+    return "cpu" if value.is_cpu else value.device.type
 
 
 def _refusal_text(backend: Backend, refusal: tuple[str, ...]) -> str:

@@ -58,14 +58,14 @@ class Fields:
         self._make = arguments._make
         self.types: dict[str, Any] = {}
         # of the NamedTuples among the fields: the place in a call, what it holds, the places in a row
-        self._nested: list[tuple[int, Fields, int, int]] = []
+        self.nested: list[tuple[int, Fields, int, int]] = []
         hints = typing.get_type_hints(arguments, include_extras=True)
         for place, name in enumerate(arguments._fields):
             found = {name: hints[name]}
             if hasattr(hints[name], "_fields"):
                 inner, begin = Fields(hints[name]), len(self.types)
                 found = inner.types
-                self._nested.append((place, inner, begin, begin + len(found)))
+                self.nested.append((place, inner, begin, begin + len(found)))
             if not self.types.keys().isdisjoint(found):
                 raise TypeError(f"{arguments.__name__}: expected names that occur once, got {name} again")
             self.types |= found
@@ -74,17 +74,17 @@ class Fields:
         """The fields of ``call`` in a row."""
         row: tuple[Any, ...] = ()
         start = 0
-        for place, inner, _, _ in self._nested:
+        for place, inner, _, _ in self.nested:
             part = call[place]
-            row += call[start:place] + (inner.of(part) if inner._nested else part)
+            row += call[start:place] + (inner.of(part) if inner.nested else part)
             start = place + 1
-        return row + call[start:] if start else call
+        return row + call[start:]
 
     def back(self, row: tuple[Any, ...]) -> Any:
         """The NamedTuple of fields in a row."""
         values: tuple[Any, ...] = ()
         start = 0
-        for _, inner, begin, end in self._nested:
+        for _, inner, begin, end in self.nested:
             values += (*row[start:begin], inner.back(row[begin:end]))
             start = end
         return self._make(values + row[start:])
@@ -122,14 +122,14 @@ class Kernel:
             self._ops[backend] = getattr(torch.ops.r1kernels, op).default
 
     def __call__(self, backend: str, call: Any) -> Any:
-        row = [*self.fields.of(call)]
+        row = self.fields.of(call) if self.fields.nested else call
         for place, dtype in self._taken:
             value = row[place]
             # asked first: each call that would change nothing costs as much as the kernel of a small batch
             if value is not None and not (
                 (dtype is None or value.dtype is dtype) and value.is_contiguous() and not value.requires_grad
             ):
-                row[place] = _taken(value, dtype)
+                row = (*row[:place], _taken(value, dtype), *row[place + 1 :])
         return self._ops[backend](*row)
 
     def implement(self, backend: str, *keys: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

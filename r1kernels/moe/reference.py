@@ -102,7 +102,7 @@ def sequence_balance_loss(scores: Tensor, indices: Tensor, cu_seqlens: Tensor, a
 def load_balancing_loss(logits: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
     experts = logits.shape[1]
     logits = logits.to(_accumulator(logits))
-    keep = torch.ones_like(logits[:, 0])
+    keep = logits.new_ones(logits.shape[0])
     if mask is not None:
         keep = mask.to(logits.dtype)
         # 0 times NaN is NaN, in the gradient too: what is left out is replaced before it enters

@@ -117,7 +117,8 @@ def route(
         raise ValueError(f"topk_group: expected at most n_group = {n_group}, got {topk_group}")
     if group_score is None:
         group_score = "best" if score == "softmax" else "two_best"
-    checks.choice("group_score", group_score, GROUP_SCORES)
+    else:
+        checks.choice("group_score", group_score, GROUP_SCORES)
     checks.boolean("normalize", normalize)
     eps = checks.number("eps", eps)
     if eps < 0:
