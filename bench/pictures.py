@@ -138,21 +138,22 @@ def draw_ratios(numbers: Numbers, axes: Axes) -> None:
     axes.legend(loc="center right", fontsize=8.5)
 
 
-def _svg(draw: Any, numbers: Numbers) -> str:
+def svg(draw: Any, numbers: Numbers) -> str:
+    """A picture of its own, which holds its numbers."""
     with plt.rc_context(dict(STYLE)):
         figure, axes = plt.subplots(figsize=(5.6, 3.5), layout="constrained")
         draw(numbers, axes)
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Type", "Format")))
         plt.close(figure)
-    head, svg, rest = out.getvalue().partition("<svg ")
-    opened, tag, body = (svg + rest).partition(">\n")
-    return f"{head}{opened}{tag} <desc>{escape(json.dumps(numbers), quote=False)}</desc>\n{body}"
+    found = out.getvalue()
+    opened, tag, body = found[found.index("<svg ") :].partition(">\n")
+    return f"{opened}{tag} <desc>{escape(json.dumps(numbers), quote=False)}</desc>\n{body}"
 
 
-def shown(svg: str) -> Numbers:
+def shown(text: str) -> Numbers:
     """The numbers that a picture holds."""
-    found = re.search(r"<desc>(.*?)</desc>", svg)
+    found = re.search(r"<desc>(.*?)</desc>", text)
     numbers: Numbers = json.loads(found[1]) if found else {}
     return numbers
 
@@ -176,6 +177,6 @@ def write(root: Path) -> list[Path]:
     for path, (draw, numbers) in fitting(root).items():
         if not path.is_file() or shown(path.read_text(encoding="utf-8")) != numbers:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(_svg(draw, numbers), encoding="utf-8")
+            path.write_text(svg(draw, numbers), encoding="utf-8")
             written.append(path)
     return written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -30,8 +31,8 @@ td.best { color: var(--good); font-weight: 600; } td.ours { color: var(--accent)
 details { border-top: 1px solid var(--line); margin: 0; padding: 10px 0; } summary { font-size: 14px; }
 summary b { color: var(--ink); font-weight: 600; } summary span { color: var(--muted); margin-left: 8px; }
 .bars { max-width: 860px; margin: 10px 0 4px; } .bar { grid-template-columns: 230px 1fr 84px; }
-.bar.wide-label { grid-template-columns: minmax(0, 440px) minmax(80px, 1fr) 110px; } .bars small { display: block; }
-svg + small { display: block; }
+.bar.wide-label { grid-template-columns: minmax(0, 440px) minmax(80px, 1fr) 130px; } .bars small { display: block; }
+svg + small { display: block; } .speed svg { max-width: 620px; }
 svg { max-width: 860px; width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--muted); } svg .grid { stroke: var(--line); }
 @media (max-width: 1439px) { td, thead th { font-size: 12.5px; padding-left: 4px; padding-right: 4px; } }
 @media (max-width: 700px) {
@@ -56,6 +57,7 @@ def page(
         _head(record, title),
         _tiles(record),
         _failures(record),
+        _section("Others beside ours", _SPEED, _speed(record)),
         _section("How far from the floor", _FLOOR, pictures.floor_shares(record)),
         _section("Roofline", _ROOFLINE, pictures.roofline(record)),
         _table(tables.headline(record)),
@@ -76,6 +78,7 @@ def page(
     )
 
 
+_SPEED = "One case per op, forward and backward or the whole step: above 1x we are faster."
 _FLOOR = (
     "The floor is the largest of bytes / copy bandwidth, FLOPs / GEMM rate and exponentials / exp rate, each input read "
     "once and each output written once, with the three ceilings measured in the same run. A product of ours that is faster "
@@ -108,6 +111,17 @@ def _tiles(record: Mapping[str, Any]) -> str:
             tiles.append(f'<div class="tile{lost}"><b>{" to ".join(ends)}</b><span>{op}</span></div>')
     note = "The best of the others by ours, forward and backward or the whole step, over the cases: above 1 we are faster."
     return f'<div class="tiles">{"".join(tiles)}</div><p class="note">{note}</p>' if tiles else ""
+
+
+def _speed(record: Mapping[str, Any]) -> str:
+    from .. import pictures as drawn  # which needs matplotlib
+
+    numbers = {op: each for op, each in drawn.speed(record).items() if "best" in each}
+    if not numbers:
+        return ""
+    # inside of HTML an SVG needs no names of namespaces
+    picture = re.sub(r' xmlns(:\w+)?="[^"]*"', "", drawn.svg(drawn.draw_speed, numbers))
+    return f'<div class="speed">{picture}</div>'
 
 
 def _failures(record: Mapping[str, Any]) -> str:
