@@ -16,15 +16,15 @@ from typing import Any
 
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from . import trl_grpo, trl_kept, trl_linear, trl_prefix
+from . import trl_divergence, trl_grpo, trl_kept, trl_linear, trl_prefix
 from .patching import Patch
 from .trl_logprobs import replacements
 
-__all__ = ["Patch", "patch", "patch_logprobs", "patch_loss"]
+__all__ = ["Patch", "patch", "patch_divergence", "patch_logprobs", "patch_loss"]
 
 
 def patch(*, linear: bool = False, prefix: bool = False, kept: bool = False) -> Patch:
-    """``patch_logprobs`` and ``patch_loss`` together.
+    """``patch_logprobs``, ``patch_loss`` and, where TRL has that, ``patch_divergence`` together.
 
     Args:
         linear: as for ``patch_loss``.
@@ -43,6 +43,8 @@ def patch(*, linear: bool = False, prefix: bool = False, kept: bool = False) -> 
         ValueError, RuntimeError: as ``patch_logprobs`` and ``patch_loss``. Nothing is changed then.
     """
     functions = replacements()
+    if trl_divergence.installed():
+        functions += trl_divergence.replacements()
     trl_grpo.check_trainer()
     methods = [_loss(linear, prefix)]
     if kept:
@@ -67,6 +69,18 @@ def patch_logprobs() -> Patch:
             known here. Nothing is changed then.
     """
     return Patch("trl", replacements())
+
+
+def patch_divergence() -> Patch:
+    """Let ``DistillationTrainer`` (TRL 1.16 and newer) compute its divergence by ``linear_divergence``.
+
+    That is ``ChunkedDivergenceFunction``; loss, gradient and entropy are TRL's to rounding, and exact where a logit leads.
+
+    Raises:
+        ValueError: TRL is patched already. RuntimeError: the installed TRL has no such function, or one with other parameters.
+            Nothing is changed then.
+    """
+    return Patch("trl", trl_divergence.replacements())
 
 
 def patch_loss(*, linear: bool = False) -> Patch:

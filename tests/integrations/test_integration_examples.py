@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 @pytest.mark.parametrize(
     ("name", "needs", "limit"),
     [
+        ("distillation", "transformers", 1e-5),
         ("fused_logprobs", "transformers", 1e-5),
         ("shared_prefix", "transformers", 1e-5),
         ("trl", "trl", 1e-5),
