@@ -1,8 +1,8 @@
 """What is measured: one table of cases, each an op at the shape of a real model, with its algorithmic work.
 
 Sizes: N tokens, V vocabulary, H hidden, B completions of at most L tokens, G completions a prompt, T tokens that are
-routed, I intermediate size of an expert, E experts, K experts a token, S ids of a token, that a sampler
-kept or a teacher named.
+routed, I intermediate size of an expert, E experts, K experts a token, R rank of a low-rank addition, S ids of a token,
+that a sampler kept or a teacher named.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         "linear_topk_divergence",
     ),
     "grpo": ("grpo_loss", "linear_grpo_loss"),
-    "moe": ("moe_experts", "grouped_gemm", "route", "router_logits"),
+    "moe": ("moe_experts", "lora_experts", "grouped_gemm", "route", "router_logits"),
     "step": ("grpo_step",),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,7 +96,7 @@ class Case:
         if "V" in sizes and "H" in sizes:
             logits = a_logit * positions(self) * sizes["V"] if self.device == "cpu" else 0.0
             return logits + 20.0 * sizes["V"] * sizes["H"]
-        if self.op == "moe_experts":
+        if self.op in ("moe_experts", "lora_experts"):
             weights = 3 * sizes["E"] * sizes["I"] * sizes["H"]
             return 3.0 * weights * self.bytes_per_value + 30.0 * sizes["T"] * sizes["K"] * (
                 sizes["H"] + sizes["I"]
@@ -206,6 +206,21 @@ def _gemm(case: Case) -> dict[str, Work]:
     }
 
 
+def _lora(case: Case) -> dict[str, Work]:
+    """Weights are frozen: 6TKHI FLOPs forward and as many backward; of each factor a product forward and two backward."""
+    s, size = case.sizes, case.bytes_per_value
+    forward, whole = _moe(case)["forward"], _moe(case)["backward"]
+    factors = float(s["R"]) * (2 * s["H"] + 3 * s["I"])
+    flops = 2 * s["T"] * s["K"] * factors
+    frozen = 3.0 * s["E"] * s["I"] * s["H"] * size
+    return {
+        "forward": Work(forward.bytes, forward.flops + flops, forward.exps),
+        "backward": Work(
+            whole.bytes - frozen + s["E"] * factors * size, whole.flops / 2 + 2 * flops, whole.exps
+        ),
+    }
+
+
 def _route(case: Case) -> dict[str, Work]:
     """float32 logits in, K weights and indices out; the backward writes a dense gradient."""
     tokens, experts, chosen = case.sizes["T"], case.sizes["E"], case.sizes["K"]
@@ -227,6 +242,7 @@ WORK = {
     "grpo_loss": _grpo,
     "moe_experts": _moe,
     "grouped_gemm": _gemm,
+    "lora_experts": _lora,
     "route": _route,
     "router_logits": _gemm,
 }
@@ -316,6 +332,15 @@ def _cpu() -> list[Case]:
         Case("grouped_gemm", "cpu", F32, {"T": 1024, "H": 512, "I": 256, "E": 64}),
         Case("grouped_gemm", "cpu", BF16, {"T": 1024, "H": 512, "I": 256, "E": 64}),
         Case("router_logits", "cpu", F32, {"T": 256, "H": 2048, "E": 128}, model="Qwen3-30B-A3B"),
+        *(
+            Case("lora_experts", "cpu", dtype, {**sizes, "R": 16}, quick=sizes is experts, model=model)
+            for sizes, model in (
+                (experts, ""),
+                ({"T": 2048, "H": 512, "I": 256, "E": 16, "K": 4}, ""),
+                ({"T": 256, "H": 1024, "I": 512, "E": 8, "K": 2}, "Mixtral-8x7B, scaled down"),
+            )
+            for dtype in (F32, BF16)
+        ),
         Case("route", "cpu", F32, router, quick=True, model="DeepSeek-V3"),
         Case("route", "cpu", F32, router, "softmax", quick=True, model="Qwen3, Mixtral"),
         Case("route", "cpu", F32, router, "softmax-plain", model="OLMoE"),
@@ -374,6 +399,11 @@ def _cuda() -> list[Case]:
             "grouped_gemm", "cuda", BF16, {"T": 32768, "H": 2048, "I": 1536, "E": 128}, model="Qwen3-30B-A3B"
         ),
         Case("router_logits", "cuda", BF16, {"T": 4096, "H": 2048, "E": 128}, model="Qwen3-30B-A3B"),
+        *(
+            Case("lora_experts", "cuda", BF16, {"T": tokens, **MODELS[model], "R": 16}, model=model)
+            for model in ("Qwen3-30B-A3B", "Mixtral-8x7B")
+            for tokens in (32768, 4096)
+        ),
         Case("route", "cuda", F32, {"T": 4096, "E": 256, "K": 8}, quick=True, model="DeepSeek-V3"),
         Case("grpo_step", "cuda", F32, {"B": 32, "L": 64}, model="recipe tiny"),
         Case("grpo_step", "cuda", F32, {"B": 64, "L": 128, "H": 1024, "I": 512, "E": 64}, model="random"),
@@ -386,7 +416,7 @@ CASES: tuple[Case, ...] = (*_cpu(), *_cuda())
 def smallest(case: Case) -> Case:
     """The same op at a shape that takes next to no work."""
     small = {
-        "N": 24, "V": 199, "H": 16, "B": 4, "L": 6, "G": 2, "T": min(case.sizes.get("T", 1), 24), "I": 8, "E": 16, "K": 2, "S": 5,
+        "N": 24, "V": 199, "H": 16, "B": 4, "L": 6, "G": 2, "T": min(case.sizes.get("T", 1), 24), "I": 8, "E": 16, "K": 2, "R": 3, "S": 5,
     }  # fmt: skip
     sizes = {name: small[name] for name in case.sizes}
     if case.op == "grpo_step":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import grpo, kept, logprob, moe, products, topk
+from . import grpo, kept, logprob, lora, moe, products, topk
 from .cases import Case
 from .numerics import Exact
 from .peers import Inputs, Ours, Peer
@@ -55,6 +55,7 @@ OPS: Mapping[str, Op] = {
     "grpo_loss": Op(grpo.OURS_LOSS, grpo.loss_inputs, grpo.loss_exact, grpo.LOSS),
     "linear_grpo_loss": Op(grpo.OURS_LINEAR, grpo.linear_inputs, grpo.linear_exact, grpo.LINEAR),
     "moe_experts": Op(moe.OURS_EXPERTS, moe.expert_inputs, moe.expert_exact, moe.EXPERTS),
+    "lora_experts": Op(lora.OURS_LORA, lora.inputs, lora.exact, lora.LORA),
     "route": Op(moe.OURS_ROUTE, moe.route_inputs, moe.route_exact, moe.ROUTE, moe.dense_weights),
     "grouped_gemm": Op(products.OURS_GEMM, products.gemm_inputs, products.gemm_exact, products.GEMM),
     "router_logits": Op(products.OURS_GATE, products.gate_inputs, products.gate_exact, products.GATE),

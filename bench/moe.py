@@ -207,7 +207,9 @@ OURS_ROUTE = Ours(
 # --- others ---
 
 
-def _transformers_experts(implementation: str) -> Callable[[Case, Inputs], Call]:
+def transformers_experts(implementation: str) -> Callable[[Case, Inputs], Call]:
+    """The experts module of Qwen3-MoE by one of transformers' implementations."""
+
     def make(case: Case, inputs: Inputs) -> Call:
         module = needs("transformers.models.qwen3_moe.modeling_qwen3_moe", "transformers")
         config = SimpleNamespace(
@@ -233,14 +235,14 @@ def _transformers_experts(implementation: str) -> Callable[[Case, Inputs], Call]
 def _batched_mm(case: Case, inputs: Inputs) -> Call:
     if case.sizes["T"] * case.sizes["K"] > case.sizes["E"]:
         raise Unavailable("batched_mm copies the weights for every row: it is for decoding")
-    return _transformers_experts("batched_mm")(case, inputs)
+    return transformers_experts("batched_mm")(case, inputs)
 
 
 def _sonic(case: Case, inputs: Inputs) -> Call:
     """SonicMoE's CuTe kernels, by the door that transformers has for them."""
     only_on_cuda(case, "SonicMoE (CuTe)")
     needs("kernels")
-    return _transformers_experts("sonicmoe")(case, inputs)
+    return transformers_experts("sonicmoe")(case, inputs)
 
 
 def _transformers_route(case: Case, inputs: Inputs) -> Call:
@@ -305,11 +307,11 @@ def _dense_gemms(case: Case, inputs: Inputs) -> Any:
 
 
 EXPERTS = (
-    Peer(EAGER, _transformers_experts("eager"), package="transformers"),
+    Peer(EAGER, transformers_experts("eager"), package="transformers"),
     OURS_EXPERTS.peer(),
     OURS_EXPERTS.peer(f"{OURS}, nothing saved", save="nothing"),
     OURS_EXPERTS.peer(f"{OURS}, batch-invariant", batch_invariant=True),
-    Peer("transformers, grouped_mm", _transformers_experts("grouped_mm"), package="transformers"),
+    Peer("transformers, grouped_mm", transformers_experts("grouped_mm"), package="transformers"),
     Peer("transformers, batched_mm", _batched_mm, package="transformers"),
     Peer("transformers, SonicMoE", _sonic, package="kernels"),
     Peer("Liger, Triton", _liger_experts, package="liger-kernel"),

@@ -1,7 +1,7 @@
 // What the kernels of the MoE ops are called with. Plain C types only.
 //
-// T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows. "Expert order": the
-// rows sorted by expert (sort_by_expert), rows of nobody (sentinels) last. All matrices are contiguous; pointers and row
+// T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows, R rank of a low-rank
+// addition. "Expert order": the rows sorted by expert (sort_by_expert), rows of nobody (sentinels) last. All matrices are contiguous; pointers and row
 // lengths may have any alignment that their element has.
 #pragma once
 
@@ -81,8 +81,15 @@ struct R1kernelsMoeRows {
     int32_t divisor;
 };
 
+// What is added to a product P: rows (S, rank) in expert order times a weight that lies as that of the product.
+struct R1kernelsMoeLowRank {
+    const void* rows;           // null: nothing
+    const void* weight;
+    int64_t rank;
+};
+
 enum R1kernelsMoeEpilogue {
-    // out = P
+    // out = scale P
     R1KERNELS_MOE_STORE = 0,
     // P (S, 2 I) has the gate, then the up projection: out = P; activated (S, I) = a of the rounded P (Gating)
     R1KERNELS_MOE_UP = 1,
@@ -111,6 +118,8 @@ struct R1kernelsMoeProduct {
     const float* scales;                   // (S), in the order before the sort
     const int32_t* order;                  // (S): the permutation
     float* partials;                       // (ceil(I / PART_COLUMNS), S), or null
+    float scale;                           // of STORE
+    R1kernelsMoeLowRank low;
 };
 
 // out[e] (m, n) = the sum over the rows r of expert e of left[r]^T right[r]; zeros for an expert without rows.

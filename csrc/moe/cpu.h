@@ -1,7 +1,7 @@
 // The CPU kernels of the MoE ops: plain functions over blocks, for a caller that shares the blocks out to threads.
 //
-// T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows. "Expert order": the
-// rows sorted by expert (sort_by_expert). Blocks depend on shapes and routing alone, and every block is computed by one
+// T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows, R rank of a low-rank
+// addition. "Expert order": the rows sorted by expert (sort_by_expert). Blocks depend on shapes and routing alone, and every block is computed by one
 // thread in a fixed order: results do not depend on the number of threads. Arguments are trusted.
 #pragma once
 
@@ -23,6 +23,13 @@ constexpr int64_t kMoeBlockRows = 256;     // the most rows m of a product
 constexpr int64_t kMoeBlockColumns = 256;  // the most columns n of a product
 constexpr int64_t kMoeGateColumns = kMoeBlockColumns / 2;  // of I, for the two functions that work on gate and up
 
+// What is added to the sums of a product: rows (m, R) times the matrix of the expert, which lies as that of the product.
+struct LowRankBlock {
+    const void* rows;    // null: nothing
+    const void* weight;  // the first of the rows or columns that take part
+    int64_t weight_stride, rank;
+};
+
 // One product of one expert: out (m, n) = A (m, k) times B, or out (m, n) = A^T B of A (k, m) and B (k, n).
 struct ProductBlock {
     Element element;
@@ -34,6 +41,8 @@ struct ProductBlock {
     int64_t out_stride;
     bool float_out;       // out in float32, else in the element type
     bool batch_invariant; // A B^T: few rows have the bits of many
+    float scale;          // of A B^T and A B
+    LowRankBlock low;
 };
 
 // Rows [0, rows) of one expert and columns [0, columns) of I; pointers are at the first of both.
@@ -49,6 +58,7 @@ struct GateBlock {
     const float* scales;     // (rows,): s
     float* grad_scales;      // (rows,): <dA', A> over the columns
     void* grad_pre;          // (rows, 2 I), or null
+    LowRankBlock low;        // to gate and up, or to dA'
 };
 
 // Each token's rows, weighted and added up: out[t] = sum_k weights[t, k] rows[inverse[t, k]] over inverse < limit.

@@ -18,9 +18,15 @@ template <typename T>
 Rows<T> rows_of(const BlockRows& rows) { return {static_cast<const T*>(rows.data), rows.stride, rows.index}; }
 
 template <typename T>
-void store_product(const ProductBlock& product, const float* c) {
+Rows<T> rows_of(const LowRankBlock& low) { return {static_cast<const T*>(low.rows), low.rank, nullptr}; }
+
+template <typename T>
+void store_product(const ProductBlock& product, float* c) {
     for (int64_t row = 0; row < product.m; ++row) {
-        const float* from = c + row * kBlockColumns;
+        float* from = c + row * kBlockColumns;
+        if (product.scale != 1.0f) {
+            for (int64_t i = 0; i < product.n; ++i) from[i] *= product.scale;
+        }
         const int64_t at = row * product.out_stride;
         if (product.float_out) {
             memcpy(static_cast<float*>(product.out) + at, from, product.n * sizeof(float));
@@ -40,6 +46,10 @@ void product_nt_of(const ProductBlock& product, const Workspace& workspace) {
         product_nt(a, product.m, b, product.b_stride, product.n, product.k, workspace.product(), kBlockColumns,
                    workspace);
     }
+    if (const LowRankBlock& low = product.low; low.rows) {
+        product_nt(rows_of<T>(low), product.m, static_cast<const T*>(low.weight), low.weight_stride, product.n, low.rank,
+                   workspace.product(), kBlockColumns, workspace, true);
+    }
     store_product<T>(product, workspace.product());
 }
 
@@ -47,6 +57,10 @@ template <typename T>
 void product_nn_of(const ProductBlock& product, const Workspace& workspace) {
     product_nn(rows_of<T>(product.a), product.m, static_cast<const T*>(product.b), product.b_stride, product.n,
                product.k, workspace.product(), kBlockColumns, workspace);
+    if (const LowRankBlock& low = product.low; low.rows) {
+        product_nn(rows_of<T>(low), product.m, static_cast<const T*>(low.weight), low.weight_stride, product.n, low.rank,
+                   workspace.product(), kBlockColumns, workspace, true);
+    }
     store_product<T>(product, workspace.product());
 }
 
@@ -120,6 +134,11 @@ void up_of(const GateBlock& block, const Workspace& workspace) {
         product_nt_pair(x, block.rows, weight, weight + width * size, size, block.columns, size, kMoeGateColumns, gate,
                         kBlockColumns, workspace);
     }
+    if (const LowRankBlock& low = block.low; low.rows) {
+        const T* first = static_cast<const T*>(low.weight);
+        product_nt_pair(rows_of<T>(low), block.rows, first, first + width * low.rank, low.weight_stride, block.columns,
+                        low.rank, kMoeGateColumns, gate, kBlockColumns, workspace, true);
+    }
     for (int64_t row = 0; row < block.rows; ++row, gate += kBlockColumns, up += kBlockColumns) {
         T* kept = block.pre_activation ? static_cast<T*>(block.pre_activation) + row * 2 * width : nullptr;
         T* activated = static_cast<T*>(block.activated) + row * width;
@@ -145,6 +164,10 @@ void gate_backward_of(const GateBlock& block, const Workspace& workspace) {
     if (product) {
         product_nn(rows_of<T>(block.tokens), block.rows, static_cast<const T*>(block.weight), width, block.columns,
                    block.hidden, workspace.product(), kBlockColumns, workspace);
+        if (const LowRankBlock& low = block.low; low.rows) {
+            product_nn(rows_of<T>(low), block.rows, static_cast<const T*>(low.weight), low.weight_stride, block.columns,
+                       low.rank, workspace.product(), kBlockColumns, workspace, true);
+        }
     }
     for (int64_t row = 0; row < block.rows; ++row, unscaled += kBlockColumns) {
         const T* pre = static_cast<const T*>(block.pre_activation) + row * 2 * width;

@@ -1,7 +1,8 @@
 // grouped_gemm and moe_experts on CUDA: which launches, in which order. Neither torch nor CUDA headers: `host` gives memory
 // (allocate(bytes), an owner with data_ptr()), a stream, and check(code), which throws where a launcher failed.
 //
-// T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows.
+// T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows, R rank of a low-rank
+// addition.
 #pragma once
 
 #include "moe/cuda.h"
@@ -73,6 +74,7 @@ inline R1kernelsMoeProduct product_of(const CudaGroupedGemm& call, bool transpos
     product.epilogue = R1KERNELS_MOE_STORE;
     product.transposed = transposed;
     product.clear_rest = 1;
+    product.scale = 1.0f;
     product.x = {rows, nullptr, 1};
     product.weight = call.weight;
     product.columns = transposed ? call.outputs : call.inputs;
@@ -107,6 +109,12 @@ void run_backward(Host& host, const CudaGroupedGemm& call, const void* grad, voi
 
 // --- moe_experts ---
 
+// scale b[e] a[e] is added to the matrix of an expert; null: nothing.
+struct CudaLowRank {
+    const void *a, *b;  // (E, R, inputs), (E, outputs, R)
+    int64_t rank;
+};
+
 struct CudaExperts {
     Element element;
     Gating gating;
@@ -115,21 +123,59 @@ struct CudaExperts {
     const float* weights;                      // (T, K)
     const void *gate_up, *down;                // (E, 2 I, H), (E, H, I)
     int32_t *offsets, *permutation, *inverse;  // (E + 1), (S), (S): the order of the rows
+    CudaLowRank gate_up_low, down_low;         // added to gate_up and down
+    float low_scale;
 
     int64_t rows() const { return tokens * top_k; }
     int64_t row_bytes(int64_t columns) const { return rows() * columns * bytes_of(element); }
 };
 
+// scale (x weight[e]^T or x weight[e]) of R columns, the rows of a low-rank addition; none without a weight.
+template <class Host>
+class LowRows {
+public:
+    LowRows(Host& host, const CudaExperts& call, const R1kernelsMoeSchedule& schedule, bool transposed,
+            const R1kernelsMoeRows& x, int64_t depth, const void* weight, int64_t rank)
+        : rank_(rank), rows_(host.allocate(call.row_bytes(rank))), exist_(weight != nullptr) {
+        if (!exist_) return;
+        R1kernelsMoeProduct product = {};
+        product.element = call.element;
+        product.epilogue = R1KERNELS_MOE_STORE;
+        product.transposed = transposed;
+        product.scale = call.low_scale;
+        product.x = x;
+        product.weight = weight;
+        product.columns = rank;
+        product.depth = depth;
+        product.schedule = schedule;
+        product.out = rows_.data_ptr();
+        host.check(run(product, host.stream));
+    }
+
+    // To be added to a product, times the other matrix of the two.
+    R1kernelsMoeLowRank times(const void* weight) const {
+        return exist_ ? R1kernelsMoeLowRank{rows_.data_ptr(), weight, rank_} : R1kernelsMoeLowRank{};
+    }
+    R1kernelsMoeRows rows() const { return {rows_.data_ptr(), nullptr, 1}; }
+
+private:
+    int64_t rank_;
+    decltype(std::declval<Host&>().allocate(0)) rows_;
+    bool exist_;
+};
+
 // Up GEMM with gather: pre_activation (S, 2 I) and activated (S, I), null where they are not asked for.
 template <class Host>
-void run_up(Host& host, const CudaExperts& call, const R1kernelsMoeSchedule& schedule, bool clear_rest,
-            void* pre_activation, void* activated) {
+void run_up(Host& host, const CudaExperts& call, const R1kernelsMoeSchedule& schedule, const R1kernelsMoeLowRank& low,
+            bool clear_rest, void* pre_activation, void* activated) {
     R1kernelsMoeProduct product = {};
     product.element = call.element;
     product.epilogue = R1KERNELS_MOE_UP;
     product.gating = call.gating;
     product.transposed = 1;
     product.clear_rest = clear_rest;
+    product.scale = 1.0f;
+    product.low = low;
     product.x = {call.x, call.permutation, static_cast<int32_t>(call.top_k)};
     product.weight = call.gate_up;
     product.columns = 2 * call.intermediate;
@@ -143,12 +189,15 @@ void run_up(Host& host, const CudaExperts& call, const R1kernelsMoeSchedule& sch
 // out (T, H) = for each token the sum over its rows of weights * (rows weight[e]^T or rows weight[e]).
 template <class Host>
 void run_and_combine(Host& host, const CudaExperts& call, const R1kernelsMoeSchedule& schedule, bool transposed,
-                     const void* rows, int64_t depth, const void* weight, const float* weights, void* out) {
+                     const void* rows, int64_t depth, const void* weight, const R1kernelsMoeLowRank& low,
+                     const float* weights, void* out) {
     const auto products = host.allocate(call.row_bytes(call.hidden));
     R1kernelsMoeProduct product = {};
     product.element = call.element;
     product.epilogue = R1KERNELS_MOE_STORE;
     product.transposed = transposed;
+    product.scale = 1.0f;
+    product.low = low;
     product.x = {rows, nullptr, 1};
     product.weight = weight;
     product.columns = call.hidden;
@@ -172,9 +221,17 @@ void run_forward(Host& host, const CudaExperts& call, const int64_t* indices, vo
     }
     const Schedule<Host> schedule(host, call.element, call.rows(), call.experts, call.offsets);
     const auto activated = host.allocate(call.row_bytes(call.intermediate));
-    // rows of sentinels are saved too, and nobody computes them
-    run_up(host, call, *schedule, pre_activation != nullptr, pre_activation, activated.data_ptr());
-    run_and_combine(host, call, *schedule, true, activated.data_ptr(), call.intermediate, call.down, call.weights, out);
+    const R1kernelsMoeRows x_rows = {call.x, call.permutation, static_cast<int32_t>(call.top_k)};
+    const CudaLowRank &up = call.gate_up_low, &down = call.down_low;
+    {
+        const LowRows<Host> low(host, call, *schedule, true, x_rows, call.hidden, up.a, up.rank);
+        // rows of sentinels are saved too, and nobody computes them
+        run_up(host, call, *schedule, low.times(up.b), pre_activation != nullptr, pre_activation, activated.data_ptr());
+    }
+    const LowRows<Host> low(host, call, *schedule, true, {activated.data_ptr(), nullptr, 1}, call.intermediate, down.a,
+                            down.rank);
+    run_and_combine(host, call, *schedule, true, activated.data_ptr(), call.intermediate, call.down, low.times(down.b),
+                    call.weights, out);
 }
 
 // What a backward writes; null where it is not needed.
@@ -182,6 +239,10 @@ struct CudaExpertsGradients {
     void* hidden;    // (T, H)
     float* weights;  // (T, K)
     void *gate_up, *down;
+    void *up_a, *up_b, *down_a, *down_b;
+
+    bool pre_activation() const { return hidden || gate_up || up_a || up_b; }
+    bool activated() const { return down || down_a || down_b; }
 };
 
 // grad (T, H); kept: the pre-activation (S, 2 I), or null to compute it again.
@@ -191,27 +252,45 @@ void run_backward(Host& host, const CudaExperts& call, const void* grad, const v
     const Schedule<Host> schedule(host, call.element, call.rows(), call.experts, call.offsets);
     const int32_t top_k = static_cast<int32_t>(call.top_k);
     const R1kernelsMoeRows grad_rows = {grad, call.permutation, top_k}, x_rows = {call.x, call.permutation, top_k};
-    const bool pre_needed = needed.hidden != nullptr || needed.gate_up != nullptr;
-    const auto grad_pre = host.allocate(pre_needed ? call.row_bytes(2 * call.intermediate) : 0);
+    const CudaLowRank &up = call.gate_up_low, &down = call.down_low;
+    const int64_t size = call.hidden, width = call.intermediate;
+    const auto weight_gradient = [&](const R1kernelsMoeRows& left, int64_t m, const R1kernelsMoeRows& right, int64_t n,
+                                     void* out) {
+        if (out == nullptr) return;
+        host.check(run(R1kernelsMoeWeightProduct{call.element, left, right, m, n, *schedule, out}, host.stream));
+    };
+    const auto low_rows = [&](bool wanted, bool transposed, const R1kernelsMoeRows& x, int64_t depth, const void* weight,
+                              const CudaLowRank& low) {
+        return LowRows<Host>(host, call, *schedule, transposed, x, depth, wanted ? weight : nullptr,
+                             wanted ? low.rank : 0);
+    };
+    const auto low_x = low_rows(kept == nullptr || needed.up_b, true, x_rows, size, up.a, up);
+    const auto grad_pre = host.allocate(needed.pre_activation() ? call.row_bytes(2 * width) : 0);
+    const R1kernelsMoeRows grad_pre_rows = {grad_pre.data_ptr(), nullptr, 1};
     {
-        const auto computed = host.allocate(kept ? 0 : call.row_bytes(2 * call.intermediate));
-        const auto activated = host.allocate(needed.down ? call.row_bytes(call.intermediate) : 0);
-        const int64_t parts = (call.intermediate + R1KERNELS_MOE_PART_COLUMNS - 1) / R1KERNELS_MOE_PART_COLUMNS;
+        const bool product_needed = needed.pre_activation() || needed.weights;
+        const auto low_grad = low_rows(product_needed || needed.down_a, false, grad_rows, size, down.b, down);
+        const auto computed = host.allocate(kept ? 0 : call.row_bytes(2 * width));
+        const auto activated = host.allocate(needed.activated() ? call.row_bytes(width) : 0);
+        const R1kernelsMoeRows activated_rows = {activated.data_ptr(), nullptr, 1};
+        const int64_t parts = (width + R1KERNELS_MOE_PART_COLUMNS - 1) / R1KERNELS_MOE_PART_COLUMNS;
         const auto partials =
             host.allocate(needed.weights ? parts * call.rows() * static_cast<int64_t>(sizeof(float)) : 0);
-        if (kept == nullptr) run_up(host, call, *schedule, false, computed.data_ptr(), nullptr);
+        if (kept == nullptr) run_up(host, call, *schedule, low_x.times(up.b), false, computed.data_ptr(), nullptr);
 
         R1kernelsMoeProduct product = {};
         product.element = call.element;
         product.epilogue = R1KERNELS_MOE_GATE_BACKWARD;
         product.gating = call.gating;
+        product.scale = 1.0f;
         product.x = grad_rows;
         product.weight = call.down;
-        product.columns = call.intermediate;
-        product.depth = pre_needed || needed.weights ? call.hidden : 0;  // s A alone needs no product
+        product.columns = width;
+        product.depth = product_needed ? size : 0;  // s A alone needs no product
+        if (product_needed) product.low = low_grad.times(down.a);
         product.schedule = *schedule;
-        product.out = pre_needed ? grad_pre.data_ptr() : nullptr;
-        product.activated = needed.down ? activated.data_ptr() : nullptr;
+        product.out = needed.pre_activation() ? grad_pre.data_ptr() : nullptr;
+        product.activated = needed.activated() ? activated.data_ptr() : nullptr;
         product.pre_activation = kept ? kept : computed.data_ptr();
         product.scales = call.weights;
         product.order = call.permutation;
@@ -222,20 +301,19 @@ void run_backward(Host& host, const CudaExperts& call, const void* grad, const v
             host.check(r1kernels_moe_sum_partials_cuda(&*schedule, product.partials, parts, call.permutation,
                                                        needed.weights, host.stream));
         }
-        if (needed.down) {
-            host.check(run(R1kernelsMoeWeightProduct{call.element, grad_rows, {product.activated, nullptr, 1},
-                                                     call.hidden, call.intermediate, *schedule, needed.down},
-                           host.stream));
-        }
+        weight_gradient(grad_rows, size, activated_rows, width, needed.down);
+        // of W + c B A: dB = dY^T (c X A^T) and dA = (c dY B)^T X, where dY are the gradients of the rows
+        weight_gradient(low_grad.rows(), down.rank, activated_rows, width, needed.down_a);
+        const auto low_activated = low_rows(needed.down_b, true, activated_rows, width, down.a, down);
+        weight_gradient(grad_rows, size, low_activated.rows(), down.rank, needed.down_b);
     }
-    if (needed.gate_up) {
-        host.check(run(R1kernelsMoeWeightProduct{call.element, {grad_pre.data_ptr(), nullptr, 1}, x_rows,
-                                                 2 * call.intermediate, call.hidden, *schedule, needed.gate_up},
-                       host.stream));
-    }
+    weight_gradient(grad_pre_rows, 2 * width, x_rows, size, needed.gate_up);
+    weight_gradient(grad_pre_rows, 2 * width, low_x.rows(), up.rank, needed.up_b);
+    const auto low_pre = low_rows(needed.hidden || needed.up_a, false, grad_pre_rows, 2 * width, up.b, up);
+    weight_gradient(low_pre.rows(), up.rank, x_rows, size, needed.up_a);
     if (needed.hidden) {
-        run_and_combine(host, call, *schedule, false, grad_pre.data_ptr(), 2 * call.intermediate, call.gate_up, nullptr,
-                        needed.hidden);
+        run_and_combine(host, call, *schedule, false, grad_pre.data_ptr(), 2 * width, call.gate_up, low_pre.times(up.a),
+                        nullptr, needed.hidden);
     }
 }
 

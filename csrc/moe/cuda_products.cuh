@@ -37,14 +37,15 @@ __device__ inline Scalar* row_of(void* matrix, int64_t row, int64_t length) {
 template <R1kernelsMoeEpilogue kEpilogue>
 constexpr int kColumnsOfTile = kEpilogue == R1KERNELS_MOE_UP ? kTileColumns / 2 : kTileColumns;
 
-// The sums of row i of a tile, to a row of `columns` elements; by reference, for a register less.
+// The sums of row i of a tile, times `scale`, to a row of `columns` elements; by reference, for a register less.
 template <class Scalar, class Sums>
-__device__ inline void store_row(Scalar* out, const int64_t& columns, int first_column, const Sums& sums, int i) {
+__device__ inline void store_row(Scalar* out, const int64_t& columns, int first_column, const Sums& sums, int i,
+                                 float scale = 1.0f) {
 #pragma unroll
     for (int run = 0; run < Sums::kRuns; ++run) {
         Scalar values[kChunk<Scalar>];
 #pragma unroll
-        for (int j = 0; j < kChunk<Scalar>; ++j) values[j] = from_float<Scalar>(sums.value(i, run, j));
+        for (int j = 0; j < kChunk<Scalar>; ++j) values[j] = from_float<Scalar>(scale * sums.value(i, run, j));
         store_chunk(out, first_column + kWarpColumns * warp_column() + Sums::column(run),
                     static_cast<int>(columns), values);
     }
@@ -58,7 +59,7 @@ __device__ inline void store(const R1kernelsMoeProduct& product, const R1kernels
         if (Sums::row(i) >= tile.end - tile.first) continue;
         const int64_t row = tile.first + Sums::row(i);
         Scalar* out = row_of<Scalar>(product.out, row, product.columns);
-        store_row<Scalar>(out, product.columns, first_column, sums, i);
+        store_row<Scalar>(out, product.columns, first_column, sums, i, product.scale);
     }
 }
 
@@ -142,14 +143,26 @@ template <class Scalar, int kTileRows, bool kTransposed>
 using RowsMultiply = std::conditional_t<kTransposed, Multiply<Scalar, kTileRows, AlongDepth, AlongDepth>,
                                         Multiply<Scalar, kTileRows, AlongDepth, AcrossDepth>>;
 
+// What is multiplied: rows of `depth` elements and the weight (E, columns, depth) or (E, depth, columns).
+struct Operands {
+    R1kernelsMoeRows x;
+    const void* weights;
+    int64_t depth;
+};
+
+// The sums run over two parts: the product itself, and what is added to it.
+__device__ inline Operands operands_of(const R1kernelsMoeProduct& product, int part) {
+    if (part == 0) return {product.x, product.weight, product.depth};
+    return {{product.low.rows, nullptr, 1}, product.low.weight, product.low.rank};
+}
+
 // Copies the weight of one expert, from the tile's first column on.
 template <class Scalar, class Sums, bool kTransposed, R1kernelsMoeEpilogue kEpilogue>
-__device__ inline auto copy_of_weight(const R1kernelsMoeProduct& product, int expert, int first_column) {
-    const Scalar* weight =
-        static_cast<const Scalar*>(product.weight) + expert * product.columns * product.depth;
+__device__ inline auto copy_of_weight(const Operands& operands, int64_t columns, int expert, int first_column) {
+    const int64_t depth = operands.depth;
+    const Scalar* weight = static_cast<const Scalar*>(operands.weights) + expert * columns * depth;
     if constexpr (kTransposed) {
-        const int64_t columns = product.columns;
-        return CopyAlongDepth<Scalar, kTileColumns>(weight, product.depth, [=](int outer) -> int64_t {
+        return CopyAlongDepth<Scalar, kTileColumns>(weight, depth, [=](int outer) -> int64_t {
             const int column = Sums::column_at(outer);
             if constexpr (kEpilogue == R1KERNELS_MOE_UP) {
                 // by turns 32 columns of gate and the 32 of up that belong to them, so that a warp has both
@@ -161,8 +174,8 @@ __device__ inline auto copy_of_weight(const R1kernelsMoeProduct& product, int ex
             }
         });
     } else {
-        return CopyAcrossDepth<Scalar, kTileColumns, false>({weight, nullptr, 1}, product.columns, first_column, 0,
-                                                            static_cast<int>(product.depth));
+        return CopyAcrossDepth<Scalar, kTileColumns, false>({weight, nullptr, 1}, columns, first_column, 0,
+                                                            static_cast<int>(depth));
     }
 }
 
@@ -176,15 +189,21 @@ __global__ __launch_bounds__(kThreads, 2) void rows_kernel(R1kernelsMoeProduct p
     if (tile.expert < 0 || (nobodys && !product.clear_rest)) return;
 
     const int first_column = place.column * kColumnsOfTile<kEpilogue>;
-    const R1kernelsMoeRows& x = product.x;
-    CopyAlongDepth<Scalar, kTileRows> copy_rows(x.data, product.depth, [&](int outer) -> int64_t {
-        const int row = tile.first + min(outer, tile.end - tile.first - 1);
-        return x.index ? x.index[row] / x.divisor : row;
-    });
-    auto copy_weight =
-        copy_of_weight<Scalar, Sums, kTransposed, kEpilogue>(product, nobodys ? 0 : tile.expert, first_column);
+    const int parts = nobodys ? 0 : product.low.rows ? 2 : 1;
     Sums sums;
-    run_steps(nobodys ? 0 : steps_of<Scalar>(product.depth), shared_memory, copy_rows, copy_weight, sums);
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part) {
+        const Operands operands = operands_of(product, part);
+        const R1kernelsMoeRows& x = operands.x;
+        CopyAlongDepth<Scalar, kTileRows> copy_rows(x.data, operands.depth, [&](int outer) -> int64_t {
+            const int row = tile.first + min(outer, tile.end - tile.first - 1);
+            return x.index ? x.index[row] / x.divisor : row;
+        });
+        auto copy_weight =
+            copy_of_weight<Scalar, Sums, kTransposed, kEpilogue>(operands, product.columns, tile.expert, first_column);
+        if (part > 0) __syncthreads();  // the stages of the part before have been read
+        run_steps(steps_of<Scalar>(operands.depth), shared_memory, copy_rows, copy_weight, sums);
+    }
     sums.finish();
     if constexpr (kEpilogue == R1KERNELS_MOE_STORE) store<Scalar>(product, tile, first_column, sums);
     if constexpr (kEpilogue == R1KERNELS_MOE_UP) store_up<Scalar>(product, tile, first_column, sums);

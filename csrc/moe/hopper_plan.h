@@ -180,6 +180,7 @@ inline bool is_plain(const Gating& gating) {
 }
 
 inline bool takes(const R1kernelsMoeProduct& product) {
+    if (product.low.rows != nullptr || product.scale != 1.0f) return false;
     if (product.epilogue != R1KERNELS_MOE_STORE && !is_plain(product.gating)) return false;
     const bool gathered = product.x.index != nullptr;
     const bool up = product.epilogue == R1KERNELS_MOE_UP, down = product.epilogue == R1KERNELS_MOE_STORE;

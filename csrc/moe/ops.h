@@ -1,6 +1,7 @@
 // What the torch ops of the MoE family share: checks on all devices, and on the CPU products over all experts.
 // Schemas and fakes stand beside the public functions in r1kernels/moe; the shapes are explained there.
-// T tokens, E experts, K experts per token, S = T * K routed rows.
+// T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows, R rank of a low-rank
+// addition.
 #pragma once
 
 #include <initializer_list>
@@ -102,6 +103,36 @@ inline Gating gating_of(int64_t activation, double alpha, double limit, double s
             static_cast<float>(shift)};
 }
 
+// The low-rank matrices of moe_experts; one that is not there adds nothing.
+struct Lora {
+    const std::optional<Tensor>&up_a, &up_b, &down_a, &down_b;  // (E, R, H), (E, 2 I, R), (E, R, I), (E, H, R)
+    float scale;
+
+    Lora(const std::optional<Tensor>& up_a, const std::optional<Tensor>& up_b, const std::optional<Tensor>& down_a,
+         const std::optional<Tensor>& down_b, double scale, const Tensor& x, const Tensor& gate_up, const Tensor& down)
+        : up_a(up_a), up_b(up_b), down_a(down_a), down_b(down_b), scale(static_cast<float>(scale)) {
+        check_pair("up_a", up_a, "up_b", up_b, x, gate_up);
+        check_pair("down_a", down_a, "down_b", down_b, x, down);
+    }
+
+private:
+    static void check_pair(const char* a_name, const std::optional<Tensor>& a, const char* b_name,
+                           const std::optional<Tensor>& b, const Tensor& x, const Tensor& weight) {
+        STD_TORCH_CHECK(a.has_value() == b.has_value(), a_name, ", ", b_name, ": expected both or neither");
+        if (!a) return;
+        STD_TORCH_CHECK(a->dim() == 3 && a->size(1) > 0, a_name, ": expected three dimensions, none of them empty");
+        check_on(a_name, *a, x, x.scalar_type(), {weight.size(0), a->size(1), weight.size(2)});
+        check_on(b_name, *b, x, x.scalar_type(), {weight.size(0), weight.size(1), a->size(1)});
+    }
+};
+
+// Gradients of a matrix, or no element of one that is not needed or not there.
+template <typename Make>
+Tensor gradient_of(const std::optional<Tensor>& matrix, bool needed, const Make& make) {
+    if (!matrix) return make({0});
+    return make({needed ? matrix->size(0) : 0, matrix->size(1), matrix->size(2)});
+}
+
 // --- products over all experts on the CPU (ops_gemm.cpp) ---
 
 // Rows [row, row + rows) in expert order, all of one expert, or of a weight, and columns [column, column + columns).
@@ -126,10 +157,41 @@ struct ExpertRows {
 
 enum class Transposed { no, yes };
 
+// The first element that takes part of the matrix of an expert, from column `first` of the product on.
+inline int64_t place_in(const Tensor& weight, Transposed transposed, int64_t expert, int64_t first) {
+    const int64_t stride = weight.size(2);
+    return expert * weight.size(1) * stride + (transposed == Transposed::yes ? first * stride : first);
+}
+
+// Rows (S, R) in expert order and the weight they are multiplied with, to be added to the sums of a product whose weight lies
+// the same way; null: nothing.
+struct LowRank {
+    const Tensor* rows = nullptr;
+    const Tensor* weight = nullptr;
+
+    LowRankBlock at(Transposed transposed, const Block& block, int64_t first) const {
+        if (!rows) return {};
+        const int64_t rank = rows->size(1);
+        return {at_element(*rows, block.row * rank),
+                at_element(*weight, place_in(*weight, transposed, block.expert, first)), weight->size(2), rank};
+    }
+};
+
 // out (S, columns of the weight from `column` on) = x weight[e]^T or, not transposed, x weight[e]; weight (E, N, K).
-// batch_invariant: the bits of a row of x weight[e]^T do not depend on how many rows an expert has.
-void grouped_product(Transposed transposed, const ExpertRows& x, const Tensor& weight, const int32_t* offsets,
-                     int64_t column, int64_t columns, void* out, bool float_out, bool batch_invariant);
+struct Product {
+    Transposed transposed;
+    ExpertRows x;
+    const Tensor& weight;
+    const int32_t* offsets;
+    int64_t column, columns;
+    void* out;
+    bool float_out = false;
+    bool batch_invariant = false;  // the bits of a row of x weight[e]^T do not depend on how many rows an expert has
+    float scale = 1.0f;            // of the sums
+    LowRank low = {};
+};
+
+void grouped_product(const Product& product);
 
 // grad (E, M, N): grad[e] = a^T b over the rows of e; zeros for an expert without rows.
 void grouped_weight_gradient(const ExpertRows& a, const ExpertRows& b, const int32_t* offsets, const Tensor& grad);

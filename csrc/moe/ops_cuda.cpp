@@ -49,8 +49,14 @@ std::tuple<Tensor, Tensor> gemm_backward(const Tensor& grad, const Tensor& x, co
 
 // --- moe_experts ---
 
+CudaLowRank low_rank_of(const std::optional<Tensor>& a, const std::optional<Tensor>& b) {
+    if (!a) return {};
+    return {a->data_ptr(), b->data_ptr(), a->size(1)};
+}
+
 CudaExperts experts_of(const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down,
-                       const Tensor& offsets, const Tensor& permutation, const Tensor& inverse, const Gating& gating) {
+                       const Tensor& offsets, const Tensor& permutation, const Tensor& inverse, const Gating& gating,
+                       const Lora& lora) {
     const CudaExperts call = {element_of("hidden", x),
                               gating,
                               x.size(0),
@@ -64,7 +70,10 @@ CudaExperts experts_of(const Tensor& x, const Tensor& weights, const Tensor& gat
                               down.data_ptr(),
                               data_of<int32_t>(offsets),
                               data_of<int32_t>(permutation),
-                              data_of<int32_t>(inverse)};
+                              data_of<int32_t>(inverse),
+                              low_rank_of(lora.up_a, lora.up_b),
+                              low_rank_of(lora.down_a, lora.down_b),
+                              lora.scale};
     STD_TORCH_CHECK(call.hidden > 0 && call.intermediate > 0 && call.experts > 0,
                     "hidden, gate_up, down: expected no empty size");
     STD_TORCH_CHECK(call.rows() <= INT32_MAX, "indices: expected less than 2^31 entries, got ", call.rows());
@@ -82,13 +91,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_forward(const Tensor&
                                                                    const Tensor& weights, const Tensor& gate_up,
                                                                    const Tensor& down, int64_t activation,
                                                                    double alpha, double limit, double shift, bool,
-                                                                   bool keep) {
+                                                                   bool keep, const std::optional<Tensor>& up_a,
+                                                                   const std::optional<Tensor>& up_b,
+                                                                   const std::optional<Tensor>& down_a,
+                                                                   const std::optional<Tensor>& down_b, double scale) {
     const int64_t rows = indices.numel();
     const Tensor offsets = empty_on(x, {down.size(0) + 1}, ScalarType::Int);
     const Tensor permutation = empty_on(x, {rows}, ScalarType::Int);
     const Tensor inverse = empty_on(x, {rows}, ScalarType::Int);
+    const Lora lora(up_a, up_b, down_a, down_b, scale, x, gate_up, down);
     const CudaExperts call = experts_of(x, weights, gate_up, down, offsets, permutation, inverse,
-                                        gating_of(activation, alpha, limit, shift));
+                                        gating_of(activation, alpha, limit, shift), lora);
     check_on("indices", indices, x, ScalarType::Long, {call.tokens, call.top_k});
     const CudaHost host(x);
     const Tensor out = empty_on(x, {call.tokens, call.hidden}, x.scalar_type());
@@ -97,13 +110,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_forward(const Tensor&
     return {out, pre_activation, offsets, permutation, inverse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down,
     const Tensor& kept, const Tensor& offsets, const Tensor& permutation, const Tensor& inverse, int64_t activation,
     double alpha, double limit, double shift, bool, bool need_hidden, bool need_weights, bool need_gate_up,
-    bool need_down) {
+    bool need_down, bool need_up_a, bool need_up_b, bool need_down_a, bool need_down_b,
+    const std::optional<Tensor>& up_a, const std::optional<Tensor>& up_b, const std::optional<Tensor>& down_a,
+    const std::optional<Tensor>& down_b, double scale) {
+    const Lora lora(up_a, up_b, down_a, down_b, scale, x, gate_up, down);
     const CudaExperts call = experts_of(x, weights, gate_up, down, offsets, permutation, inverse,
-                                        gating_of(activation, alpha, limit, shift));
+                                        gating_of(activation, alpha, limit, shift), lora);
     const bool is_kept = kept.size(0) == call.rows();
     check_on("grad", grad, x, x.scalar_type(), {call.tokens, call.hidden});
     check_on("pre_activation", kept, x, x.scalar_type(), {is_kept ? call.rows() : 0, 2 * call.intermediate});
@@ -114,10 +130,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
         empty_on(x, {need_gate_up ? call.experts : 0, 2 * call.intermediate, call.hidden}, x.scalar_type());
     const Tensor grad_down =
         empty_on(x, {need_down ? call.experts : 0, call.hidden, call.intermediate}, x.scalar_type());
+    const auto matrix = [&](std::initializer_list<int64_t> sizes) { return empty_on(x, sizes, x.scalar_type()); };
+    const Tensor grad_up_a = gradient_of(up_a, need_up_a, matrix), grad_up_b = gradient_of(up_b, need_up_b, matrix);
+    const Tensor grad_down_a = gradient_of(down_a, need_down_a, matrix);
+    const Tensor grad_down_b = gradient_of(down_b, need_down_b, matrix);
     run_backward(host, call, grad.data_ptr(), needed_data(is_kept, kept),
                  {needed_data(need_hidden, grad_hidden), static_cast<float*>(needed_data(need_weights, grad_weights)),
-                  needed_data(need_gate_up, grad_gate_up), needed_data(need_down, grad_down)});
-    return {grad_hidden, grad_weights, grad_gate_up, grad_down};
+                  needed_data(need_gate_up, grad_gate_up), needed_data(need_down, grad_down),
+                  needed_data(need_up_a && up_a, grad_up_a), needed_data(need_up_b && up_b, grad_up_b),
+                  needed_data(need_down_a && down_a, grad_down_a), needed_data(need_down_b && down_b, grad_down_b)});
+    return {grad_hidden, grad_weights, grad_gate_up, grad_down, grad_up_a, grad_up_b, grad_down_a, grad_down_b};
 }
 
 // --- sort_by_expert ---

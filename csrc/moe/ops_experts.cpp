@@ -1,5 +1,6 @@
 // The torch op moe_experts on the CPU: the steps of forward and backward.
-// T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows.
+// T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows, R rank of a low-rank
+// addition.
 #include "moe/ops.h"
 
 #include <algorithm>
@@ -74,7 +75,7 @@ GateBlock gate_block(const Experts& call, const Block& block, const Tensor& rows
 
 // Up GEMM with gather and activation: `pre_activation` (S, 2 I) where it is kept (else null), `activated` (S, I).
 void up_projection(const Experts& call, const int32_t* offsets, const int32_t* token, const Tensor* pre_activation,
-                   const Tensor& activated) {
+                   const Tensor& activated, const LowRank& low) {
     const MoeKernels& kernels = chosen_moe_kernels();
     const std::vector<Block> blocks = blocks_of(offsets, call.experts, call.intermediate, kMoeGateColumns);
     share(blocks.size(), 2 * offsets[call.experts] * call.intermediate * call.hidden, kernels.workspace,
@@ -87,21 +88,51 @@ void up_projection(const Experts& call, const int32_t* offsets, const int32_t* t
                   at.pre_activation = at_element(*pre_activation, block.row * 2 * call.intermediate + block.column);
               }
               at.activated = at_element(activated, block.row * call.intermediate + block.column);
+              at.low = low.at(Transposed::yes, block, block.column);
               kernels.up(at, workspace);
           });
 }
 
+// scale (x weight[e]^T or x weight[e]) of all columns (S, R) for a low-rank addition.
+Tensor low_rows(const Experts& call, Transposed transposed, const ExpertRows& x, const Tensor& weight,
+                const int32_t* offsets, float scale) {
+    const int64_t rank = weight.size(transposed == Transposed::yes ? 1 : 2);
+    const Tensor rows = kept_on(call.x, {call.rows, rank}, call.dtype);
+    grouped_product({transposed, x, weight, offsets, 0, rank, rows.data_ptr(), false, call.batch_invariant, scale});
+    return rows;
+}
+
+// The rows that `second` is multiplied with, x times `first`, where there are such matrices.
+class LowProduct {
+public:
+    LowProduct() = default;
+    LowProduct(const Experts& call, Transposed transposed, const ExpertRows& x, const std::optional<Tensor>& first,
+               const std::optional<Tensor>& second, const int32_t* offsets, float scale) {
+        if (!first) return;
+        rows_ = low_rows(call, transposed, x, *first, offsets, scale);
+        weight_ = &*second;
+    }
+
+    const Tensor& rows() const { return *rows_; }
+    operator LowRank() const { return rows_ ? LowRank{&*rows_, weight_} : LowRank{}; }
+
+private:
+    std::optional<Tensor> rows_;
+    const Tensor* weight_ = nullptr;
+};
+
 // out (T, H) = for each token the sum over its rows of weights * (rows weight[e]^T or rows weight[e]).
 void product_and_combine(const Experts& call, Transposed transposed, const Tensor& rows, const Tensor& weight,
-                         const int32_t* offsets, const int32_t* inverse, const float* weights, const Tensor& out) {
+                         const LowRank& low, const int32_t* offsets, const int32_t* inverse, const float* weights,
+                         const Tensor& out) {
     const MoeKernels& kernels = chosen_moe_kernels();
     const int64_t fitting = kCombineBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(call.rows, 1);
     const int64_t step = std::min(call.hidden, std::max(fitting / kMoeBlockColumns, int64_t{1}) * kMoeBlockColumns);
     const Tensor waiting = kept_on(call.x, {call.rows, step}, ScalarType::Float);
     for (int64_t column = 0; column < call.hidden; column += step) {
         const int64_t columns = std::min(step, call.hidden - column);
-        grouped_product(transposed, {rows, nullptr}, weight, offsets, column, columns, waiting.data_ptr(), true,
-                        call.batch_invariant);
+        grouped_product({transposed, {rows, nullptr}, weight, offsets, column, columns, waiting.data_ptr(), true,
+                         call.batch_invariant, 1.0f, low});
         constexpr int64_t kTokens = 16;
         const int64_t items = (call.tokens + kTokens - 1) / kTokens;
         share(items, call.rows * columns, 0, [&](int64_t item, void*) {
@@ -116,8 +147,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_forward(const Tensor&
                                                                    const Tensor& weights, const Tensor& gate_up,
                                                                    const Tensor& down, int64_t activation,
                                                                    double alpha, double limit, double shift,
-                                                                   bool batch_invariant, bool keep) {
+                                                                   bool batch_invariant, bool keep,
+                                                                   const std::optional<Tensor>& up_a,
+                                                                   const std::optional<Tensor>& up_b,
+                                                                   const std::optional<Tensor>& down_a,
+                                                                   const std::optional<Tensor>& down_b, double scale) {
     const Experts call(x, weights, gate_up, down, gating_of(activation, alpha, limit, shift), batch_invariant);
+    const Lora lora(up_a, up_b, down_a, down_b, scale, x, gate_up, down);
     check("indices", indices, ScalarType::Long, {call.tokens, call.top_k});
     const Tensor out = kept_on(x, {call.tokens, call.hidden}, call.dtype);
     const Tensor pre_activation = kept_on(x, {keep ? call.rows : 0, 2 * call.intermediate}, call.dtype);
@@ -133,16 +169,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_forward(const Tensor&
                (call.rows - bounds[call.experts]) * 2 * call.intermediate * x.element_size());
     }
     const std::vector<int32_t> token = tokens_of(data_of<int32_t>(permutation), call);
-    up_projection(call, bounds, token.data(), keep ? &pre_activation : nullptr, activated);
-    product_and_combine(call, Transposed::yes, activated, down, bounds, data_of<int32_t>(inverse),
+    const LowProduct low_x(call, Transposed::yes, {x, token.data()}, up_a, up_b, bounds, lora.scale);
+    up_projection(call, bounds, token.data(), keep ? &pre_activation : nullptr, activated, low_x);
+    const LowProduct low_activated(call, Transposed::yes, {activated, nullptr}, down_a, down_b, bounds, lora.scale);
+    product_and_combine(call, Transposed::yes, activated, down, low_activated, bounds, data_of<int32_t>(inverse),
                         data_of<float>(weights), out);
     return {out, pre_activation, offsets, permutation, inverse};
 }
 
 // What a backward is to write; a gradient that is not needed is an empty tensor.
 struct Needed {
-    bool hidden, weights, gate_up, down;
-    bool pre_activation() const { return hidden || gate_up; }
+    bool hidden, weights, gate_up, down, up_a, up_b, down_a, down_b;
+    bool pre_activation() const { return hidden || gate_up || up_a || up_b; }
+    bool activated() const { return down || down_a || down_b; }
 };
 
 // dS (T, K) from its partial sums (parts, S) in expert order; 0 for sentinels.
@@ -157,13 +196,17 @@ void finish_weights_gradient(const Experts& call, const std::vector<float>& part
     }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down,
     const Tensor& kept, const Tensor& offsets, const Tensor& permutation, const Tensor& inverse, int64_t activation,
     double alpha, double limit, double shift, bool batch_invariant, bool need_hidden, bool need_weights,
-    bool need_gate_up, bool need_down) {
+    bool need_gate_up, bool need_down, bool need_up_a, bool need_up_b, bool need_down_a, bool need_down_b,
+    const std::optional<Tensor>& up_a, const std::optional<Tensor>& up_b, const std::optional<Tensor>& down_a,
+    const std::optional<Tensor>& down_b, double scale) {
     const Experts call(x, weights, gate_up, down, gating_of(activation, alpha, limit, shift), batch_invariant);
-    const Needed needed = {need_hidden, need_weights, need_gate_up, need_down};
+    const Lora lora(up_a, up_b, down_a, down_b, scale, x, gate_up, down);
+    const Needed needed = {need_hidden, need_weights, need_gate_up,        need_down,
+                           need_up_a && up_a, need_up_b && up_b, need_down_a && down_a, need_down_b && down_b};
     const MoeKernels& kernels = chosen_moe_kernels();
     const int64_t width = call.intermediate;
     check("grad", grad, call.dtype, {call.tokens, call.hidden});
@@ -172,17 +215,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
     const int32_t* order = data_of<int32_t>(permutation);
     const std::vector<int32_t> token = tokens_of(order, call);
     const bool recompute = kept.size(0) != call.rows;
-    const Tensor activated = kept_on(x, {recompute || needed.down ? call.rows : 0, width}, call.dtype);
+    const Tensor activated = kept_on(x, {recompute || needed.activated() ? call.rows : 0, width}, call.dtype);
     const Tensor pre_activation = recompute ? kept_on(x, {call.rows, 2 * width}, call.dtype) : kept;
-    if (recompute) up_projection(call, bounds, token.data(), &pre_activation, activated);
+    const ExpertRows x_rows = {x, token.data()}, grad_rows = {grad, token.data()};
+    LowProduct low_x, low_grad;
+    if (recompute || needed.up_b) low_x = {call, Transposed::yes, x_rows, up_a, up_b, bounds, lora.scale};
+    if (recompute) up_projection(call, bounds, token.data(), &pre_activation, activated, low_x);
     check("pre_activation", pre_activation, call.dtype, {call.rows, 2 * width});
 
+    if (needed.pre_activation() || needed.weights || needed.down_a) {
+        low_grad = {call, Transposed::no, grad_rows, down_b, down_a, bounds, lora.scale};
+    }
     // dA' by blocks, and what follows from it element by element
     std::vector<float> scales(call.rows);
     for (int64_t row = 0; row < call.rows; ++row) scales[row] = data_of<float>(weights)[order[row]];
     const int64_t parts = (width + kMoeGateColumns - 1) / kMoeGateColumns;
     std::vector<float> partial(needed.weights ? parts * call.rows : 0);
     const Tensor grad_pre = kept_on(x, {needed.pre_activation() ? call.rows : 0, 2 * width}, call.dtype);
+    const LowRank low = low_grad;
     const std::vector<Block> blocks = blocks_of(bounds, call.experts, width, kMoeGateColumns);
     share(blocks.size(), bounds[call.experts] * width * call.hidden, kernels.workspace,
           [&](int64_t item, void* workspace) {
@@ -190,7 +240,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
               GateBlock at = gate_block(call, block, grad, token.data());
               at.weight = at_element(call.down, block.expert * call.hidden * width + block.column);
               at.pre_activation = at_element(pre_activation, block.row * 2 * width + block.column);
-              if (needed.down) at.activated = at_element(activated, block.row * width + block.column);
+              at.low = low.at(Transposed::no, block, block.column);
+              if (needed.activated()) at.activated = at_element(activated, block.row * width + block.column);
               at.scales = scales.data() + block.row;
               if (needed.weights) {
                   at.grad_scales = partial.data() + block.column / kMoeGateColumns * call.rows + block.row;
@@ -207,17 +258,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(
     if (needed.weights) {
         finish_weights_gradient(call, partial, parts, bounds, order, data_of<float>(grad_weights));
     }
-    if (needed.down) {
-        grouped_weight_gradient({grad, token.data()}, {activated, nullptr}, bounds, grad_down);
+    if (needed.down) grouped_weight_gradient(grad_rows, {activated, nullptr}, bounds, grad_down);
+    if (needed.gate_up) grouped_weight_gradient({grad_pre, nullptr}, x_rows, bounds, grad_gate_up);
+
+    // of W + c B A: dB = dY^T (c X A^T) and dA = (c dY B)^T X, where dY are the gradients of the rows
+    const auto matrix = [&](std::initializer_list<int64_t> sizes) { return kept_on(x, sizes, call.dtype); };
+    const Tensor grad_up_a = gradient_of(up_a, needed.up_a, matrix), grad_up_b = gradient_of(up_b, needed.up_b, matrix);
+    const Tensor grad_down_a = gradient_of(down_a, needed.down_a, matrix);
+    const Tensor grad_down_b = gradient_of(down_b, needed.down_b, matrix);
+    if (needed.down_a) grouped_weight_gradient({low_grad.rows(), nullptr}, {activated, nullptr}, bounds, grad_down_a);
+    if (needed.down_b) {
+        const Tensor low_activated =
+            low_rows(call, Transposed::yes, {activated, nullptr}, *down_a, bounds, lora.scale);
+        grouped_weight_gradient(grad_rows, {low_activated, nullptr}, bounds, grad_down_b);
     }
-    if (needed.gate_up) {
-        grouped_weight_gradient({grad_pre, nullptr}, {x, token.data()}, bounds, grad_gate_up);
+    if (needed.up_b) grouped_weight_gradient({grad_pre, nullptr}, {low_x.rows(), nullptr}, bounds, grad_up_b);
+    LowProduct low_pre;
+    if (needed.hidden || needed.up_a) {
+        low_pre = {call, Transposed::no, {grad_pre, nullptr}, up_b, up_a, bounds, lora.scale};
     }
+    if (needed.up_a) grouped_weight_gradient({low_pre.rows(), nullptr}, x_rows, bounds, grad_up_a);
     if (needed.hidden) {
-        product_and_combine(call, Transposed::no, grad_pre, gate_up, bounds, data_of<int32_t>(inverse), nullptr,
+        product_and_combine(call, Transposed::no, grad_pre, gate_up, low_pre, bounds, data_of<int32_t>(inverse), nullptr,
                             grad_hidden);
     }
-    return {grad_hidden, grad_weights, grad_gate_up, grad_down};
+    return {grad_hidden, grad_weights, grad_gate_up, grad_down, grad_up_a, grad_up_b, grad_down_a, grad_down_b};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, library) {

@@ -48,22 +48,24 @@ std::vector<Block> blocks_of(const int32_t* offsets, int64_t experts, int64_t co
 
 // --- products over all experts ---
 
-void grouped_product(Transposed transposed, const ExpertRows& x, const Tensor& weight, const int32_t* offsets,
-                     int64_t column, int64_t columns, void* out, bool float_out, bool batch_invariant) {
+void grouped_product(const Product& product) {
     const MoeKernels& kernels = chosen_moe_kernels();
-    const int64_t rows = weight.size(1), stride = weight.size(2);
-    const int64_t depth = transposed == Transposed::yes ? stride : rows;
-    const int64_t out_size = float_out ? sizeof(float) : weight.element_size();
-    const std::vector<Block> blocks = blocks_of(offsets, weight.size(0), columns, kMoeBlockColumns);
+    const Tensor& weight = product.weight;
+    const Transposed transposed = product.transposed;
+    const int64_t columns = product.columns, experts = weight.size(0);
+    const int64_t depth = weight.size(transposed == Transposed::yes ? 2 : 1);
+    const int64_t out_size = product.float_out ? sizeof(float) : weight.element_size();
+    const std::vector<Block> blocks = blocks_of(product.offsets, experts, columns, kMoeBlockColumns);
     const auto run = transposed == Transposed::yes ? kernels.product_nt : kernels.product_nn;
-    share(blocks.size(), offsets[weight.size(0)] * columns * depth, kernels.workspace,
+    share(blocks.size(), product.offsets[experts] * columns * depth, kernels.workspace,
           [&](int64_t item, void* workspace) {
               const Block& block = blocks[item];
-              const int64_t first = column + block.column;
-              const int64_t at = block.expert * rows * stride + (transposed == Transposed::yes ? first * stride : first);
-              run({element_of("weight", weight), x.at(block.row, 0), at_element(weight, at), stride, block.rows,
-                   block.columns, depth, static_cast<char*>(out) + (block.row * columns + block.column) * out_size,
-                   columns, float_out, batch_invariant},
+              const int64_t first = product.column + block.column;
+              run({element_of("weight", weight), product.x.at(block.row, 0),
+                   at_element(weight, place_in(weight, transposed, block.expert, first)), weight.size(2), block.rows,
+                   block.columns, depth, static_cast<char*>(product.out) + (block.row * columns + block.column) * out_size,
+                   columns, product.float_out, product.batch_invariant, product.scale,
+                   product.low.at(transposed, block, first)},
                   workspace);
           });
 }
@@ -79,7 +81,7 @@ void grouped_weight_gradient(const ExpertRows& a, const ExpertRows& b, const int
               const int64_t first = offsets[block.expert], rows = offsets[block.expert + 1] - first;
               void* to = at_element(grad, (block.expert * m + block.row) * n + block.column);
               kernels.product_tn({element_of("grad", grad), a.at(first, block.row), nullptr, 0, block.rows,
-                                  block.columns, rows, to, n, false, false},
+                                  block.columns, rows, to, n, false, false, 1.0f, {}},
                                  b.at(first, block.column), workspace);
           });
 }
@@ -125,8 +127,8 @@ Tensor gemm_forward(const Tensor& x, const Tensor& weight, const Tensor& offsets
     const int32_t* bounds = checked_offsets(offsets, x, weight);
     check("x", x, x.scalar_type(), {x.size(0), weight.size(2)});
     const Tensor out = kept_on(x, {x.size(0), weight.size(1)}, x.scalar_type());
-    grouped_product(Transposed::yes, {x, nullptr}, weight, bounds, 0, weight.size(1), out.data_ptr(), false,
-                    batch_invariant);
+    grouped_product({Transposed::yes, {x, nullptr}, weight, bounds, 0, weight.size(1), out.data_ptr(), false,
+                     batch_invariant});
     clear_rest(out, bounds[weight.size(0)]);
     return out;
 }
@@ -140,7 +142,7 @@ std::tuple<Tensor, Tensor> gemm_backward(const Tensor& grad, const Tensor& x, co
     const Tensor grad_x = kept_on(x, {need_x ? rows : 0, n}, x.scalar_type());
     const Tensor grad_weight = kept_on(x, {need_weight ? experts : 0, m, n}, x.scalar_type());
     if (need_x) {
-        grouped_product(Transposed::no, {grad, nullptr}, weight, bounds, 0, n, grad_x.data_ptr(), false, false);
+        grouped_product({Transposed::no, {grad, nullptr}, weight, bounds, 0, n, grad_x.data_ptr()});
         clear_rest(grad_x, bounds[experts]);
     }
     if (need_weight) grouped_weight_gradient({grad, nullptr}, {x, nullptr}, bounds, grad_weight);

@@ -1,6 +1,6 @@
 """The experts of transformers' mixtures computed by ``r1kernels.moe_experts``, or around ``r1kernels.grouped_gemm``.
 
-T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows.
+T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows, R rank of an adapter.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 from transformers.integrations import moe as transformers_moe
 
 from .. import backends, checks
@@ -64,18 +65,53 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     activation, *numbers = gate_of(self)
     # new numbers: Dynamo has no guard for those of assume_constant_result
     alpha, limit, shift = (1.0 * number for number in numbers)
+    gate_up, down = weights_of(self, "gate_up_proj"), weights_of(self, "down_proj")
     out = moe_experts(
-        hidden_states.to(self.gate_up_proj.dtype),
+        hidden_states.to(gate_up.whole.dtype),
         top_k_index,
         top_k_weights,
-        self.gate_up_proj,
-        self.down_proj,
+        gate_up.whole,
+        down.whole,
         activation=activation,
         alpha=alpha,
         limit=None if limit == math.inf else limit,
         shift=shift,
+        lora=_lora(gate_up, down),
     )
     return out.to(hidden_states.dtype)
+
+
+class Weights(NamedTuple):
+    """The matrices ``whole + scale * left @ right`` of the experts."""
+
+    whole: Tensor
+    left: Tensor | None = None
+    right: Tensor | None = None
+    scale: float = 1.0
+
+
+def weights_of(experts: Any, name: str) -> Weights:
+    """A parameter of an experts module, and the factors that one adapter of PEFT (``target_parameters``) adds to it.
+
+    PEFT parametrizes the module for the time of a forward; to read the parameter would multiply the factors. Parametrized in
+    another way (several adapters, say) it is what the parametrization makes of it.
+    """
+    if parametrize.is_parametrized(experts, name):
+        found = experts.parametrizations[name]
+        if len(found) == 1 and all(hasattr(found[0], factor) for factor in ("lhs", "rhs", "scaling")):
+            return Weights(found.original, found[0].lhs, found[0].rhs, found[0].scaling)
+    return Weights(getattr(experts, name))
+
+
+def _lora(
+    gate_up: Weights, down: Weights
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float] | None:
+    if gate_up.left is None and down.left is None:
+        return None
+    up_b, down_b, scale = gate_up.left, down.left, gate_up.scale if down.left is None else down.scale
+    if up_b is not None and down_b is not None and gate_up.scale != down.scale:
+        up_b, down_b, scale = up_b * gate_up.scale, down_b * down.scale, 1.0
+    return gate_up.right, up_b, down.right, down_b, scale
 
 
 def _between_products(self: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -85,8 +121,13 @@ def _between_products(self: Any, hidden_states: Tensor, index: Tensor, weights: 
     expert = index.reshape(-1)[permutation].clamp(max=experts - 1)
 
     def product(rows: Tensor, name: str) -> Tensor:
-        weight = getattr(self, name)
-        out = grouped_gemm(rows.to(weight.dtype), weight.mT if self.is_transposed else weight, offsets)
+        whole, left, right, scale = weights_of(self, name)
+        rows = rows.to(whole.dtype)
+        out = grouped_gemm(rows, whole.mT if self.is_transposed else whole, offsets)
+        if left is not None and right is not None:
+            if self.is_transposed:
+                left, right = right.mT, left.mT
+            out = out + grouped_gemm(scale * grouped_gemm(rows, right, offsets), left, offsets)
         return out + getattr(self, f"{name}_bias")[expert] if self.has_bias else out
 
     rows = product(hidden_states[permutation // top_k], "gate_up_proj" if self.has_gate else "up_proj")
@@ -101,9 +142,8 @@ def _between_products(self: Any, hidden_states: Tensor, index: Tensor, weights: 
 
 def unsupported(experts: Any) -> str:
     """Why no op of r1kernels can serve this module; empty if one can."""
-    # by name: a parametrized module (PEFT) has no parameters of its own
     up = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
-    dtypes = {getattr(experts, name).dtype for name in (up, "down_proj")}
+    dtypes = {weights_of(experts, name).whole.dtype for name in (up, "down_proj")}
     if len(dtypes) == 1 and dtypes <= set(checks.FLOATS):
         return ""
     return f"its weights are {' and '.join(sorted(map(str, dtypes)))}"

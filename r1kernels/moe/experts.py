@@ -1,7 +1,7 @@
 """The experts: the grouped GEMM and the whole gated MLP.
 
-T tokens, H hidden size, I intermediate size of an expert, E experts, K experts per token, S = T * K routed rows;
-N inputs and M outputs of a GEMM.
+T tokens, H hidden size, I intermediate size of an expert, E experts, K experts per token, S = T * K routed rows, R rank of a
+low-rank addition; N inputs and M outputs of a GEMM.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def moe_experts(
     alpha: float = 1.0,
     limit: float | None = None,
     shift: float = 0.0,
+    lora: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float] | None = None,
     save: str = "hidden",
     batch_invariant: bool = False,
     backend: str | None = None,
@@ -88,6 +89,10 @@ def moe_experts(
         limit: clamps gate g and up projection u before the activation, g to at most ``limit``, u to at most ``limit`` either
             way (DeepSeek-V4); what is beyond it gets no gradient. None: no clamp.
         shift: added to u (1 in MiniMax-M3, with alpha 1.702 and limit 7).
+        lora: (A_up (E, R, H), B_up (E, 2 * I, R), A_down (E, R, I), B_down (E, H, R), scale): the matrices of expert e are
+            gate_up[e] + scale B_up[e] A_up[e] and down[e] + scale B_down[e] A_down[e], which nobody forms: rows of R elements join
+            the products, and gradients of A and B cost products of that width. The dtype of ``hidden``; each pair has a rank of its
+            own; both of a pair may be None. None: no addition.
         save: "hidden" keeps the hidden states and the pre-activations for the backward, "nothing" only the
             arguments, and computes the rest again. (The reference backend keeps under "hidden" what autograd keeps.)
         batch_invariant: a token's result is bitwise the same whatever other tokens are in the call, in any order, alone too: one
@@ -101,7 +106,8 @@ def moe_experts(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; an unknown activation or save.
         IndexError: an index outside [0, E] (on the CPU; on CUDA it counts as a sentinel unless ``debug_checks(True)``).
 
-    Precision: GEMMs accumulate in float32; pre-activation and activation are rounded to the dtype of ``hidden``; gating
+    Precision: GEMMs accumulate in float32; pre-activation, activation and the rows of R elements of ``lora`` are rounded to the
+    dtype of ``hidden``; gating
     and the weighted sum are computed in float32 (float64 for float64; on cuda the gates of 16-bit inputs by the special
     function unit, whose e^-|z| is off by 2^-22 + |z| 2^-24 of itself, far below their rounding). Under autocast hidden, gate_up and down
     are cast as F.linear casts them. An expert without tokens gets a zero gradient. Deterministic, except that the
@@ -133,15 +139,40 @@ def moe_experts(
     shift = checks.number("shift", shift)
     checks.choice("save", save, SAVES)
     checks.boolean("batch_invariant", batch_invariant)
-    hidden, gate_up, down = autocast.cast(hidden, gate_up, down)
-    checks.tensor("gate_up", gate_up, dtypes=(hidden.dtype,))
-    checks.tensor("down", down, dtypes=(hidden.dtype,))
+    addition = NO_LORA if lora is None else _checked_lora(lora, gate_up, down)
+    hidden, gate_up, down, *low = autocast.cast(hidden, gate_up, down, *addition[:4])
+    for name, matrix in zip(("gate_up", "down", *LORA_NAMES), (gate_up, down, *low), strict=True):
+        if matrix is not None:
+            checks.tensor(name, matrix, dtypes=(hidden.dtype,))
     if checks.values_visible(indices):
         checks.in_range("indices", indices, 0, experts, allow=experts)
     keep = save == "hidden" and torch.is_grad_enabled()
     gating = (ACTIVATIONS.index(activation), float(alpha), float(limit), float(shift))
-    call = ExpertsCall(hidden, indices, weights, gate_up, down, *gating, batch_invariant, keep)
+    call = ExpertsCall(
+        hidden, indices, weights, gate_up, down, *gating, batch_invariant, keep, Lora(*low, addition.scale)
+    )
     return MOE_EXPERTS(backend, call)
+
+
+def _checked_lora(lora: Any, gate_up: Tensor, down: Tensor) -> Lora:
+    if not isinstance(lora, tuple) or len(lora) != 5:
+        raise TypeError(f"lora: expected (A_up, B_up, A_down, B_down, scale) or None, got {lora!r}")
+    *tensors, scale = lora
+    for (a_name, b_name), (a, b), weight in zip(
+        (LORA_NAMES[:2], LORA_NAMES[2:]), (tensors[:2], tensors[2:]), (gate_up, down), strict=True
+    ):
+        if (a is None) != (b is None):
+            raise ValueError(
+                f"{a_name}, {b_name}: expected both or neither, got {'one' if b is None else 'the other'} alone"
+            )
+        if a is None:
+            continue
+        experts, outputs, inputs = weight.shape
+        checks.tensor(a_name, a, dtypes=checks.FLOATS, shape=(experts, None, inputs), like=weight)
+        if a.shape[1] == 0:
+            raise ValueError(f"{a_name}: expected a rank of at least 1, got shape {tuple(a.shape)}")
+        checks.tensor(b_name, b, dtypes=checks.FLOATS, shape=(experts, outputs, a.shape[1]), like=weight)
+    return Lora(*tensors, float(checks.number("lora: scale", scale)))
 
 
 def _at_least_one_expert(name: str, weight: Tensor) -> int:
@@ -211,6 +242,20 @@ GROUPED_GEMM = Op(
 )
 
 
+class Lora(NamedTuple):
+    """scale up_b[e] up_a[e] is added to gate_up[e], scale down_b[e] down_a[e] to down[e]."""
+
+    up_a: Contiguous | None  # (E, R, H)
+    up_b: Contiguous | None  # (E, 2 * I, R)
+    down_a: Contiguous | None  # (E, R, I)
+    down_b: Contiguous | None  # (E, H, R)
+    scale: float
+
+
+LORA_NAMES = ("lora: A_up", "lora: B_up", "lora: A_down", "lora: B_down")
+NO_LORA = Lora(None, None, None, None, 1.0)
+
+
 class ExpertsCall(NamedTuple):
     hidden: Contiguous
     indices: Contiguous
@@ -223,6 +268,7 @@ class ExpertsCall(NamedTuple):
     shift: float
     batch_invariant: bool
     keep: bool  # the pre-activation, for the backward
+    lora: Lora = NO_LORA
 
 
 class ExpertsBackwardCall(NamedTuple):
@@ -244,6 +290,11 @@ class ExpertsBackwardCall(NamedTuple):
     need_weights: bool
     need_gate_up: bool
     need_down: bool
+    need_up_a: bool = False
+    need_up_b: bool = False
+    need_down_a: bool = False
+    need_down_b: bool = False
+    lora: Lora = NO_LORA
 
 
 def _experts_shapes(call: ExpertsCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -258,13 +309,21 @@ def _experts_shapes(call: ExpertsCall) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     )
 
 
-def _experts_backward_shapes(call: ExpertsBackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of hidden, weights, gate_up and down; one that is not needed has size 0 at its first dimension."""
+def _experts_backward_shapes(
+    call: ExpertsBackwardCall,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weights, gate_up, down and the four of ``lora``; one that is not needed has size 0 at its first
+    dimension, and is (0,) where there is no such argument."""
+    none = call.hidden.new_empty(0)
     return (
         _gradient(call.hidden, call.need_hidden),
         _gradient(call.weights, call.need_weights),
         _gradient(call.gate_up, call.need_gate_up),
         _gradient(call.down, call.need_down),
+        none if call.lora.up_a is None else _gradient(call.lora.up_a, call.need_up_a),
+        none if call.lora.up_b is None else _gradient(call.lora.up_b, call.need_up_b),
+        none if call.lora.down_a is None else _gradient(call.lora.down_a, call.need_down_a),
+        none if call.lora.down_b is None else _gradient(call.lora.down_b, call.need_down_b),
     )
 
 
@@ -275,16 +334,19 @@ EXPERTS_BACKWARD = Kernel("moe_experts", ExpertsBackwardCall, _experts_backward_
 def _experts_gradients(
     backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any
 ) -> tuple[Tensor, ...]:
-    row = (*grads, *inputs, *tensors, *others, *needs)
-    return EXPERTS_BACKWARD(backend, ExpertsBackwardCall._make(row))
+    gating, scale = others
+    lora = Lora(*inputs[4:], scale)
+    return EXPERTS_BACKWARD(
+        backend, ExpertsBackwardCall(*grads, *inputs[:4], *tensors, *gating, *needs, lora)
+    )
 
 
 # Hidden states and weight matrices are saved as they are: a contiguous copy does not live until the backward.
 _recorded_experts = recorded(
     "moe_experts",
     EXPERTS_FORWARD,
-    differentiable=lambda call: (call.hidden, call.weights, call.gate_up, call.down),
-    save=lambda call, results: (results[1:], call[5:10]),
+    differentiable=lambda call: (call.hidden, call.weights, call.gate_up, call.down, *call.lora[:4]),
+    save=lambda call, results: (results[1:], (call[5:10], call.lora.scale)),
     backward=_experts_gradients,
     give=lambda call, results: results[0],
 )

@@ -1,7 +1,7 @@
 """The mixture-of-experts ops in plain PyTorch: the oracle, differentiable by autograd.
 
-T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows, B sequences;
-N inputs and M outputs of a GEMM. Arguments are those of the public functions, checked.
+T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows, R rank of a low-rank
+addition, B sequences; N inputs and M outputs of a GEMM. Arguments are those of the public functions, checked.
 
 Where values are visible (eager on the CPU), rows are split by expert and each expert is one GEMM. Where they are not
 (torch.compile, fake tensors, CUDA without a host sync), rows are spread over tiles, each with one expert, whose number
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import checks, transforms
 
 if TYPE_CHECKING:
-    from .experts import ExpertsCall, GemmCall
+    from .experts import ExpertsCall, GemmCall, Lora
     from .routing import RouteCall
     from .sort import SortCall
 
@@ -144,9 +144,10 @@ def _gemm(x: Tensor, weight: Tensor, offsets: Tensor, batch_invariant: bool) -> 
 
 
 def moe_experts(call: ExpertsCall) -> Tensor:
+    arguments = (*call[:-2], call.lora)
     if not call.keep and torch.is_grad_enabled() and not transforms.active():
-        return checkpoint(_moe_experts, *call[:-1], use_reentrant=False, preserve_rng_state=False)
-    return _moe_experts(*call[:-1])
+        return checkpoint(_moe_experts, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return _moe_experts(*arguments)
 
 
 def _moe_experts(
@@ -160,15 +161,24 @@ def _moe_experts(
     limit: float,
     shift: float,
     batch_invariant: bool,
+    lora: Lora,
 ) -> Tensor:
     (tokens, size), experts, top_k = hidden.shape, down.shape[0], indices.shape[1]
     offsets, permutation, inverse = sorted_rows(indices.reshape(-1), experts)
     # Expanded before it is permuted: the backward is then one sum over K, with a float32 accumulator, and no
     # addition into rows that several experts share.
     rows = hidden.unsqueeze(1).expand(tokens, top_k, size).reshape(tokens * top_k, size)
-    pre_activation = _gemm(rows.index_select(0, permutation), gate_up, offsets, batch_invariant)
+
+    def product(x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+        out = _gemm(x, weight, offsets, batch_invariant)
+        if a is None or b is None:
+            return out
+        low = _gemm(x, a, offsets, batch_invariant) * lora.scale
+        return out + _gemm(low, b, offsets, batch_invariant)
+
+    pre_activation = product(rows.index_select(0, permutation), gate_up, lora.up_a, lora.up_b)
     activated = gated(pre_activation.to(_accumulator(hidden)), activation, alpha, limit, shift)
-    out = _gemm(activated.to(hidden.dtype), down, offsets, batch_invariant)
+    out = product(activated.to(hidden.dtype), down, lora.down_a, lora.down_b)
     out = out.index_select(0, inverse).view(tokens, top_k, size).to(_accumulator(hidden))
     inside = (indices >= 0) & (indices < experts)
     scale = torch.where(inside, weights.to(out.dtype), 0.0)

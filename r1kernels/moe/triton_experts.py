@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import experts
 from .triton_products import (
+    LowRank,
     Rows,
     ascending,
     clear_rest,
@@ -31,8 +32,8 @@ def grouped_gemm_backward(call: experts.GemmBackwardCall) -> tuple[Tensor, Tenso
     grad, x, weight, offsets, need_x, need_weight = call
     rows = Rows(ascending(offsets, x.shape[0]), x.shape[0], x.dtype, tail=True)
     return (
-        multiply("rows_transposed", grad, weight, rows) if need_x else _nothing(x),
-        weight_gradient(grad, None, x, None, rows) if need_weight else _nothing(weight),
+        multiply("rows_transposed", grad, weight, rows) if need_x else _nothing(x, x),
+        weight_gradient(grad, None, x, None, rows) if need_weight else _nothing(weight, x),
     )
 
 
@@ -40,34 +41,45 @@ def grouped_gemm_backward(call: experts.GemmBackwardCall) -> tuple[Tensor, Tenso
 def moe_experts(call: experts.ExpertsCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from .triton_sort import sort_rows
 
-    hidden, indices, weights, gate_up, down, keep = *call[:5], call.keep
+    hidden, indices, weights, gate_up, down, keep, lora = *call[:5], call.keep, call.lora
     offsets, permutation, inverse = sort_rows(indices.view(-1), down.shape[0], torch.int32)
     rows = Rows(offsets, indices.numel(), hidden.dtype, batch_invariant=call.batch_invariant)
     tokens = permutation // indices.shape[1]
     pre_activation = hidden.new_empty(rows.count if keep else 0, gate_up.shape[1])
     activated = hidden.new_empty(rows.count, down.shape[2])
-    up_into(pre_activation if keep else None, activated, hidden, tokens, gate_up, _gating(call), rows)
+    low = _low_rank("rows", hidden, tokens, lora.up_a, lora.up_b, lora.scale, rows)
+    up_into(pre_activation if keep else None, activated, hidden, tokens, gate_up, _gating(call), rows, low)
     if keep:
         clear_rest(pre_activation, rows)
-    out = combine(multiply("rows", activated, down, rows), inverse, weights, rows, hidden.shape[0])
+    low = _low_rank("rows", activated, None, lora.down_a, lora.down_b, lora.scale, rows)
+    products = multiply("rows", activated, down, rows, low=low)
+    out = combine(products, inverse, weights, rows, hidden.shape[0])
     return out, pre_activation, offsets, permutation, inverse
 
 
 @experts.EXPERTS_BACKWARD.implement("triton")
-def moe_experts_backward(call: experts.ExpertsBackwardCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, weights, gate_up, down = call.hidden, call.weights, call.gate_up, call.down
+def moe_experts_backward(call: experts.ExpertsBackwardCall) -> tuple[Tensor, ...]:
+    hidden, weights, gate_up, down, lora = call.hidden, call.weights, call.gate_up, call.down, call.lora
     permutation, inverse, pre_activation = call.permutation, call.inverse, call.pre_activation
     rows = Rows(call.offsets, permutation.shape[0], hidden.dtype, batch_invariant=call.batch_invariant)
     tokens = permutation // weights.shape[1]
+    low_x = None
+    if call.need_up_b or not pre_activation.shape[0]:
+        low_x = _low_rank("rows", hidden, tokens, lora.up_a, lora.up_b, lora.scale, rows)
     if not pre_activation.shape[0]:
         pre_activation = hidden.new_empty(rows.count, gate_up.shape[1])
-        up_into(pre_activation, None, hidden, tokens, gate_up, _gating(call), rows)
+        up_into(pre_activation, None, hidden, tokens, gate_up, _gating(call), rows, low_x)
 
     d_pre = None
-    if call.need_hidden or call.need_gate_up:
+    if call.need_hidden or call.need_gate_up or call.need_up_a or call.need_up_b:
         d_pre = pre_activation.new_empty(pre_activation.shape)
-    scaled = hidden.new_empty(rows.count, down.shape[2]) if call.need_down else None
+    scaled = None
+    if call.need_down or call.need_down_a or call.need_down_b:
+        scaled = hidden.new_empty(rows.count, down.shape[2])
     d_weights = weights.new_empty(weights.shape) if call.need_weights else None
+    low_grad = None
+    if d_pre is not None or d_weights is not None or call.need_down_a:
+        low_grad = _low_rank("rows_transposed", call.grad, tokens, lora.down_b, lora.down_a, lora.scale, rows)
     down_backward_into(
         d_pre,
         scaled,
@@ -81,21 +93,56 @@ def moe_experts_backward(call: experts.ExpertsBackwardCall) -> tuple[Tensor, Ten
         inverse,
         _gating(call),
         rows,
+        low_grad,
     )
-    d_down = _nothing(down) if scaled is None else weight_gradient(call.grad, tokens, scaled, None, rows)
+    found = {}
+    if scaled is not None:
+        if call.need_down:
+            found["down"] = weight_gradient(call.grad, tokens, scaled, None, rows)
+        if call.need_down_a and low_grad is not None:
+            found["down_a"] = weight_gradient(low_grad.rows, None, scaled, None, rows)
+        if call.need_down_b and lora.down_a is not None:
+            low_scaled = multiply("rows", scaled, lora.down_a, rows, scale=lora.scale)
+            found["down_b"] = weight_gradient(call.grad, tokens, low_scaled, None, rows)
     del scaled
-    d_hidden, d_gate_up = _nothing(hidden), _nothing(gate_up)
-    if d_pre is not None and call.need_gate_up:
-        d_gate_up = weight_gradient(d_pre, None, hidden, tokens, rows)
-    if d_pre is not None and call.need_hidden:
-        d_rows = multiply("rows_transposed", d_pre, gate_up, rows)
-        d_hidden = combine(d_rows, inverse, None, rows, hidden.shape[0])
-    return d_hidden, _nothing(weights) if d_weights is None else d_weights, d_gate_up, d_down
+    if d_pre is not None:
+        if call.need_gate_up:
+            found["gate_up"] = weight_gradient(d_pre, None, hidden, tokens, rows)
+        if call.need_up_b and low_x is not None:
+            found["up_b"] = weight_gradient(d_pre, None, low_x.rows, None, rows)
+        low = None
+        if call.need_hidden or call.need_up_a:
+            low = _low_rank("rows_transposed", d_pre, None, lora.up_b, lora.up_a, lora.scale, rows)
+        if call.need_up_a and low is not None:
+            found["up_a"] = weight_gradient(low.rows, None, hidden, tokens, rows)
+        if call.need_hidden:
+            d_rows = multiply("rows_transposed", d_pre, gate_up, rows, low=low)
+            found["hidden"] = combine(d_rows, inverse, None, rows, hidden.shape[0])
+    if d_weights is not None:
+        found["weights"] = d_weights
+    leaves = {"hidden": hidden, "weights": weights, "gate_up": gate_up, "down": down} | lora._asdict()
+    del leaves["scale"]
+    return tuple(found[name] if name in found else _nothing(leaf, hidden) for name, leaf in leaves.items())
+
+
+def _low_rank(
+    kernel: str,
+    x: Tensor,
+    gather: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
+    scale: float,
+    rows: Rows,
+) -> LowRank | None:
+    """x[gather] times ``first``, for a product to which ``second`` times that is added; None without these matrices."""
+    if first is None or second is None:
+        return None
+    return LowRank(multiply(kernel, x, first, rows, gather, scale=scale), second)
 
 
 def _gating(call: experts.ExpertsCall | experts.ExpertsBackwardCall) -> dict[str, int | float]:
     return {"ACTIVATION": call.activation, "ALPHA": call.alpha, "LIMIT": call.limit, "SHIFT": call.shift}
 
 
-def _nothing(like: Tensor) -> Tensor:
-    return like.new_empty(0, *like.shape[1:])
+def _nothing(leaf: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if leaf is None else leaf.new_empty(0, *leaf.shape[1:])

@@ -28,13 +28,17 @@ from .triton_tiles import (
 
 @triton.jit(do_not_specialize=("size", "width", "experts"))
 def rows_kernel(
-    x,  # (S, N), or the descriptor of its blocks
+    x,  # (S, N), or the descriptor of its blocks; with ``gather`` (any, N)
+    gather,  # (S) int32, or None: the row of x that belongs to a row
     weight,  # (E, M, N) with OUTPUTS_FIRST, else (E, N, M), or the descriptor of its blocks
     out,  # (S, M)
+    low,  # (S, R), or None: rows of a low-rank addition
+    low_weight,  # (E, M, R) with OUTPUTS_FIRST, else (E, R, M)
     schedule,
     size: tl.int32,  # N
     width: tl.int32,  # M
     experts: tl.int32,
+    rank: tl.int32,  # R
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -43,37 +47,93 @@ def rows_kernel(
     UNIT: tl.constexpr,
     OUTPUTS_FIRST: tl.constexpr,
     TAIL: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
-    """out[r] = weight[expert of r] @ x[r], or x[r] @ weight[expert of r]; with TAIL rows of nobody become 0."""
+    """out[r] = SCALE weight[expert of r] @ x[r], or x[r] @ weight[expert of r]; with TAIL rows of nobody become 0. Where there are
+    rows ``low``, their product with ``low_weight`` is added to the sums."""
     size *= UNIT
     width *= UNIT
     column_blocks = tl.cdiv(width, COLUMNS)
     step = DEPTH if OUTPUTS_FIRST else width.to(tl.int64) * DEPTH
     tiles = tl.load(schedule) * column_blocks
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=DESCRIPTORS and not TAIL):
+    in_blocks: tl.constexpr = DESCRIPTORS and gather is None
+    flatten: tl.constexpr = DESCRIPTORS and not TAIL and low is None
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=flatten):
         expert, start, stop, column_block = place(tile, schedule, column_blocks, GROUP)
         column_start = column_block * COLUMNS
         # a depth that differs between tiles keeps the loads of a tile from beginning under the epilogue of the one before
         depth = tl.where(expert < experts, size, 0) if TAIL else size
         x_at, w_at = None, None
+        if not in_blocks:
+            x_at = row_pointers(x, gather, start, stop, size, ROWS, DEPTH)
         if not DESCRIPTORS:
-            x_at = row_pointers(x, None, start, stop, size, ROWS, DEPTH)
             matrix = weight + expert.to(tl.int64) * size * width
             w_at = weight_pointers(matrix, column_start, size, width, DEPTH, COLUMNS, OUTPUTS_FIRST)
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, depth, DEPTH):
-            a = row_block(x, x_at, start, k, size, DEPTH, DESCRIPTORS)
+            a = row_block(x, x_at, start, k, size, DEPTH, in_blocks)
             b = weight_block(
                 weight, w_at, expert, column_start, k, size, width, DEPTH, COLUMNS, OUTPUTS_FIRST, DESCRIPTORS
             )
             product = tl.dot(a, b, product, input_precision="ieee")
-            if not DESCRIPTORS:
+            if not in_blocks:
                 x_at += DEPTH
+            if not DESCRIPTORS:
                 w_at += step
+        if low is not None:
+            product = add_low_rank(
+                product,
+                low,
+                low_weight,
+                expert,
+                start,
+                stop,
+                column_start,
+                rank,
+                width,
+                ROWS,
+                COLUMNS,
+                DEPTH,
+                OUTPUTS_FIRST,
+            )
+        if SCALE != 1.0:
+            product *= SCALE
         row = start + tl.arange(0, ROWS)
         column = column_start + tl.arange(0, COLUMNS)
         at = out + row.to(tl.int64)[:, None] * width + column[None, :]
         tl.store(at, product.to(out.dtype.element_ty), mask=(row < stop)[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def add_low_rank(
+    product,  # (ROWS, COLUMNS)
+    low,  # (S, R)
+    low_weight,  # (E, M, R) with OUTPUTS_FIRST, else (E, R, M)
+    expert,
+    start,
+    stop,
+    column_start,
+    rank,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OUTPUTS_FIRST: tl.constexpr,
+):
+    """product + low[r] times the matrix of the expert."""
+    x_at = row_pointers(low, None, start, stop, rank, ROWS, DEPTH)
+    matrix = low_weight + expert.to(tl.int64) * rank * width
+    w_at = weight_pointers(matrix, column_start, rank, width, DEPTH, COLUMNS, OUTPUTS_FIRST)
+    step = DEPTH if OUTPUTS_FIRST else width.to(tl.int64) * DEPTH
+    for k in range(0, rank, DEPTH):
+        a = row_block(low, x_at, start, k, rank, DEPTH, False)
+        b = weight_block(
+            low_weight, w_at, expert, column_start, k, rank, width, DEPTH, COLUMNS, OUTPUTS_FIRST, False
+        )
+        product = tl.dot(a, b, product, input_precision="ieee")
+        x_at += DEPTH
+        w_at += step
+    return product
 
 
 @triton.jit(do_not_specialize=("size", "width"))
@@ -83,9 +143,12 @@ def up_kernel(
     gate_up,  # (E, 2, I, H), or the descriptor of its blocks
     pre_activation,  # (S, 2 I), or None
     activation,  # (S, I), or None
+    low,  # (S, R), or None: rows of a low-rank addition
+    low_weight,  # (E, 2, I, R)
     schedule,
     size: tl.int32,  # H
     width: tl.int32,  # I
+    rank: tl.int32,  # R
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -97,13 +160,15 @@ def up_kernel(
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """(gate, up) = gate_up[expert of r] @ hidden[token of r], rounded; activation = act(gate) * (up + shift) of these, clamped."""
+    """(gate, up) = gate_up[expert of r] @ hidden[token of r], rounded; activation = act(gate) * (up + shift) of these, clamped.
+    Where there are rows ``low``, their product with ``low_weight`` is added to gate and up."""
     dtype = hidden.dtype.element_ty
     size *= UNIT
     width *= UNIT
     column_blocks = tl.cdiv(width, COLUMNS)
     tiles = tl.load(schedule) * column_blocks
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=DESCRIPTORS):
+    flatten: tl.constexpr = DESCRIPTORS and low is None
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=flatten):
         expert, start, stop, column_block = place(tile, schedule, column_blocks, GROUP)
         column_start = column_block * COLUMNS
         x_at = row_pointers(hidden, tokens, start, stop, size, ROWS, DEPTH)
@@ -122,6 +187,16 @@ def up_kernel(
                 w_at += DEPTH
             product = tl.dot(x, w, product, input_precision="ieee")
             x_at += DEPTH
+        if low is not None:
+            low_at = row_pointers(low, None, start, stop, rank, ROWS, DEPTH)
+            low_matrix = low_weight + expert.to(tl.int64) * rank * (2 * width)
+            low_weight_at = gate_up_pointers(low_matrix, column_start, rank, width, DEPTH, COLUMNS)
+            for k in range(0, rank, DEPTH):
+                a = row_block(low, low_at, start, k, rank, DEPTH, False)
+                b = tl.load(low_weight_at, mask=(tl.arange(0, DEPTH) < rank - k)[:, None], other=0.0)
+                product = tl.dot(a, b, product, input_precision="ieee")
+                low_at += DEPTH
+                low_weight_at += DEPTH
         gate, up = halves(product, ROWS, COLUMNS)
         row = start + tl.arange(0, ROWS)
         column = column_start + tl.arange(0, COLUMNS)
@@ -157,11 +232,14 @@ def down_backward_kernel(
     d_pre_activation,  # (S, 2 I), or None
     scaled,  # (S, I), or None: s A
     parts,  # (I / COLUMNS, S) float32, or None: <dA', A> of a block of columns
+    low,  # (S, R), or None: rows of a low-rank addition
+    low_weight,  # (E, R, I)
     schedule,
     size: tl.int32,  # H; 0 where ``scaled`` alone is wanted
     height: tl.int32,  # H
     width: tl.int32,  # I
     rows: tl.int32,  # S
+    rank: tl.int32,  # R
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -173,14 +251,16 @@ def down_backward_kernel(
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """dA' = dO[token of r] @ down[expert of r]; with the weight s of a row, dA = s dA', and the gradient of (gate, up) from it."""
+    """dA' = dO[token of r] @ down[expert of r]; with the weight s of a row, dA = s dA', and the gradient of (gate, up) from it.
+    Where there are rows ``low``, their product with ``low_weight`` is added to dA'."""
     size *= UNIT
     height *= UNIT
     width *= UNIT
     column_blocks = tl.cdiv(width, COLUMNS)
     step = width.to(tl.int64) * DEPTH
     tiles = tl.load(schedule) * column_blocks
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=DESCRIPTORS):
+    flatten: tl.constexpr = DESCRIPTORS and low is None
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=flatten):
         expert, start, stop, column_block = place(tile, schedule, column_blocks, GROUP)
         column_start = column_block * COLUMNS
         x_at = row_pointers(grad, tokens, start, stop, height, ROWS, DEPTH)
@@ -198,6 +278,22 @@ def down_backward_kernel(
             x_at += DEPTH
             if not DESCRIPTORS:
                 w_at += step
+        if low is not None:
+            d_activation = add_low_rank(
+                d_activation,
+                low,
+                low_weight,
+                expert,
+                start,
+                stop,
+                column_start,
+                rank,
+                width,
+                ROWS,
+                COLUMNS,
+                DEPTH,
+                False,
+            )
 
         row = start + tl.arange(0, ROWS)
         present = row < stop

@@ -1,13 +1,13 @@
 """What the Triton backend of the experts launches: grouped products, and what is fused with them.
 
 Triton is imported at the first launch, never before. T tokens, H hidden size, I intermediate size, E experts, K experts per
-token, S = T * K routed rows; N inputs and M outputs of a product. Nothing here depends on values: grids and buffers follow
+token, S = T * K routed rows; N inputs and M outputs of a product, R rank of a low-rank addition. Nothing here depends on values: grids and buffers follow
 from shapes, and what an expert has is read on the device.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,13 @@ COMBINED_COLUMNS = 1024
 SUMMED_ROWS = 256
 MANY_ROWS = 1 << 20  # of an expert: where the tile must not depend on their number, it is that of many
 CLEARED = (16, 512)  # rows and columns of a block
+
+
+class LowRank(NamedTuple):
+    """What is added to the sums of a product: rows (S, R) times the matrix of their expert, which lies as that of the product."""
+
+    rows: Tensor
+    weight: Tensor
 
 
 class Rows:
@@ -102,8 +109,17 @@ def ascending(offsets: Tensor, count: int) -> Tensor:
     return bounds
 
 
-def multiply(kernel: str, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
-    """Each row of x (S, N) times the matrix of its expert: (M, N) for the kernel "rows", (N, M) for "rows_transposed"."""
+def multiply(
+    kernel: str,
+    x: Tensor,
+    weight: Tensor,
+    rows: Rows,
+    gather: Tensor | None = None,
+    low: LowRank | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """``scale`` times each row x[gather] (None: x (S, N) itself) times the matrix of its expert: (M, N) for the kernel "rows",
+    (N, M) for "rows_transposed"."""
     from . import triton_gemm as kernels
 
     outputs_first = kernel == "rows"
@@ -117,17 +133,21 @@ def multiply(kernel: str, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
     block = (tile.columns, tile.depth) if outputs_first else (tile.depth, tile.columns)
     with torch.cuda.device_of(x):
         kernels.rows_kernel[(_programs(tile, rows, width),)](
-            _blocks(x, tile.rows, tile.depth) if tile.descriptors else x,
+            _blocks(x, tile.rows, tile.depth) if tile.descriptors and gather is None else x,
+            gather,
             _blocks(weight, 1, *block) if tile.descriptors else weight,
             out,
+            *_pointers(low),
             rows.schedule(tile.rows),
             size // unit,
             width // unit,
             rows.experts,
+            _rank(low),
             **_shape(tile, unit),
             DESCRIPTORS=tile.descriptors,
             OUTPUTS_FIRST=outputs_first,
             TAIL=rows.tail,
+            SCALE=scale,
         )
     return out
 
@@ -140,6 +160,7 @@ def up_into(
     gate_up: Tensor,
     gating: dict[str, int | float],
     rows: Rows,
+    low: LowRank | None = None,
 ) -> None:
     """The pre-activation (S, 2 I) and the activation (S, I), either or both."""
     from . import triton_gemm as kernels
@@ -157,9 +178,11 @@ def up_into(
             _blocks(blocks, 1, 2, tile.columns, tile.depth) if tile.descriptors else gate_up,
             pre_activation,
             activated,
+            *_pointers(low),
             rows.schedule(tile.rows),
             size // unit,
             width // unit,
+            _rank(low),
             **_shape(tile, unit),
             DESCRIPTORS=tile.descriptors,
             **gating,
@@ -191,6 +214,7 @@ def down_backward_into(
     inverse: Tensor,
     gating: dict[str, int | float],
     rows: Rows,
+    low: LowRank | None = None,
 ) -> None:
     """The gradient of the pre-activation (S, 2 I), s A (S, I) and the gradient of the routing weights (T, K), each if given."""
     from . import triton_combine, triton_gemm
@@ -214,11 +238,13 @@ def down_backward_into(
             d_pre,
             scaled,
             parts,
+            *_pointers(low if product_wanted else None),
             rows.schedule(tile.rows),
             size // unit if product_wanted else 0,
             size // unit,
             width // unit,
             rows.count,
+            _rank(low),
             **_shape(tile, unit),
             DESCRIPTORS=tile.descriptors,
             **gating,
@@ -280,6 +306,14 @@ def combine(values: Tensor, inverse: Tensor, weights: Tensor | None, rows: Rows,
             UNIT=unit,
         )
     return out
+
+
+def _pointers(low: LowRank | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if low is None else low
+
+
+def _rank(low: LowRank | None) -> int:
+    return 0 if low is None else low.rows.shape[1]
 
 
 def _unit(matrix: Tensor, *sizes: int) -> int:

@@ -77,7 +77,8 @@ struct Gemm : CudaGroupedGemm {
 struct Experts : CudaExperts {
     Experts(int element, int activation, float alpha, float limit, float shift, int64_t tokens, int64_t hidden, int64_t intermediate, int64_t experts,
             int64_t top_k, uintptr_t x, uintptr_t weights, uintptr_t gate_up, uintptr_t down, uintptr_t offsets,
-            uintptr_t permutation, uintptr_t inverse)
+            uintptr_t permutation, uintptr_t inverse, uintptr_t up_a, uintptr_t up_b, int64_t up_rank, uintptr_t down_a,
+            uintptr_t down_b, int64_t down_rank, float scale)
         : CudaExperts{static_cast<Element>(element),
                       {static_cast<Activation>(activation), alpha, limit, shift},
                       tokens,
@@ -91,7 +92,10 @@ struct Experts : CudaExperts {
                       at<void>(down),
                       at<int32_t>(offsets),
                       at<int32_t>(permutation),
-                      at<int32_t>(inverse)} {}
+                      at<int32_t>(inverse),
+                      {at<void>(up_a), at<void>(up_b), up_rank},
+                      {at<void>(down_a), at<void>(down_b), down_rank},
+                      scale} {}
 };
 
 void gemm_forward(const Gemm& call, uintptr_t out) {
@@ -113,10 +117,12 @@ void experts_forward(const Experts& call, uintptr_t indices, uintptr_t pre_activ
 }
 
 void experts_backward(const Experts& call, uintptr_t grad, uintptr_t kept, uintptr_t hidden, uintptr_t weights,
-                      uintptr_t gate_up, uintptr_t down) {
+                      uintptr_t gate_up, uintptr_t down, uintptr_t up_a, uintptr_t up_b, uintptr_t down_a,
+                      uintptr_t down_b) {
     Host host;
     run_backward(host, call, at<void>(grad), at<void>(kept),
-                 {at<void>(hidden), at<float>(weights), at<void>(gate_up), at<void>(down)});
+                 {at<void>(hidden), at<float>(weights), at<void>(gate_up), at<void>(down), at<void>(up_a),
+                  at<void>(up_b), at<void>(down_a), at<void>(down_b)});
     host.finish();
 }
 
@@ -141,7 +147,8 @@ PYBIND11_MODULE(moe_experts, m) {
         .def(pybind11::init<int, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t>());
     pybind11::class_<Experts>(m, "Experts")
         .def(pybind11::init<int, int, float, float, float, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
-                            uintptr_t, uintptr_t, uintptr_t, uintptr_t>());
+                            uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, uintptr_t,
+                            uintptr_t, int64_t, float>());
     m.def("set_seed", &emulator::set_seed);
     m.def("gemm_forward", &gemm_forward);
     m.def("gemm_backward", &gemm_backward);

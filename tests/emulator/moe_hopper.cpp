@@ -62,6 +62,7 @@ R1kernelsMoeProduct product_of(const py::dict& call) {
     product.scales = pointer<const float>(call, "scales");
     product.order = pointer<const int32_t>(call, "order");
     product.partials = pointer<float>(call, "partials");
+    product.scale = 1.0f;
     return product;
 }
 

@@ -15,10 +15,18 @@ import torch.nn.functional as F
 
 from r1kernels import extension
 from r1kernels.moe import reference
-from r1kernels.moe.experts import ACTIVATIONS, GROUPED_GEMM, MOE_EXPERTS, ExpertsCall, GemmCall
+from r1kernels.moe.experts import (
+    ACTIVATIONS,
+    GROUPED_GEMM,
+    MOE_EXPERTS,
+    NO_LORA,
+    ExpertsCall,
+    GemmCall,
+    Lora,
+)
 from tests.support.emulated_experts import ELEMENTS, EmulatedExperts
 from tests.support.forced import run_on
-from tests.support.moe_case import NAMES, Case, check_clamped_gates, in_eager
+from tests.support.moe_case import LORA_NAMES, NAMES, Case, LoraCase, check_clamped_gates, in_eager
 from tests.support.numerics import assert_as_exact_as, same_bits
 from tests.support.unchecked_offsets import assert_every_row_is_written
 
@@ -42,10 +50,17 @@ def kernels(module):
 
 
 def experts(
-    *arguments, activation="silu", alpha=1.0, limit=math.inf, shift=0.0, save="hidden", backend="cuda"
+    *arguments,
+    activation="silu",
+    alpha=1.0,
+    limit=math.inf,
+    shift=0.0,
+    lora=NO_LORA,
+    save="hidden",
+    backend="cuda",
 ):
     gating = (ACTIVATIONS.index(activation), alpha, limit, shift)
-    call = ExpertsCall(*arguments, *gating, False, save == "hidden")
+    call = ExpertsCall(*arguments, *gating, False, save == "hidden", Lora(*lora))
     return run_on(backend, MOE_EXPERTS, call)
 
 
@@ -170,7 +185,7 @@ def test_sentinels_of_expert_parallelism(away, dtype, save):
 def test_what_is_saved_for_sentinels_is_written(module):
     case = Case(5, 16, 8, 3, 2, dtype=torch.bfloat16, indices=torch.full((5, 2), 3))
     arguments = [argument.detach() for argument in case.arguments()]
-    _, kept, *_ = EmulatedExperts(module).experts(*arguments, 0, 1.0, math.inf, 0.0, False, True)
+    _, kept, *_ = EmulatedExperts(module).experts(*arguments, 0, 1.0, math.inf, 0.0, False, True, *NO_LORA)
     assert kept.shape == (10, 16) and (kept == 0).all()
 
 
@@ -211,6 +226,49 @@ def test_frozen_arguments(live):
     for save in ("hidden", "nothing"):
         grads = torch.autograd.grad(experts(*case.arguments(), save=save), leaves, case.grad)
         assert all(same_bits(ours, grad) for ours, grad in zip(grads, wanted, strict=True))
+
+
+LORA_SHAPES = {  # as SHAPES, and the ranks of both additions
+    "odd, prime E": (37, 45, 23, 7, 3, (3, 5)),
+    "whole rows": (19, 64, 32, 5, 2, (16, 8)),
+    "more than a step": (6, 40, 33, 2, 2, (40, 1)),
+    "several column tiles": (9, 136, 72, 2, 1, (136, 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("shape", LORA_SHAPES.values(), ids=LORA_SHAPES)
+def test_lora_is_as_exact_as_eager(shape, dtype):
+    *sizes, ranks = shape
+    case = LoraCase(*sizes, ranks=ranks, dtype=dtype)
+    results = case.with_lora(experts)
+    for name, ours, theirs, exact in zip(LORA_NAMES, results, case.in_eager(), case.exact(), strict=True):
+        assert ours.dtype == (torch.float32 if name == "weights" else dtype)
+        assert_as_exact_as(ours, theirs, exact, dtype)
+    for ours, again in zip(results, case.with_lora(experts, save="nothing"), strict=True):
+        assert same_bits(ours, again)
+
+
+@pytest.mark.parametrize("live", [(4, 5, 6, 7), (4,), (5,), (6,), (7,), (0, 5), (1, 6), (3, 7)], ids=str)
+def test_lora_of_frozen_arguments_and_sentinels(live):
+    case = LoraCase(7, 12, 9, 3, 2, dtype=torch.float32)
+    case.indices = case.indices.masked_fill(case.indices == 1, 3)
+    expected = case.with_lora(experts)[1:]
+    for place, leaf in enumerate(case.leaves):
+        leaf.requires_grad_(place in live)
+    leaves = [case.leaves[place] for place in live]
+    for save in ("hidden", "nothing"):
+        out = experts(*case.arguments(), lora=case.lora, save=save)
+        for place, grad in zip(live, torch.autograd.grad(out, leaves, case.grad), strict=True):
+            assert same_bits(grad, expected[place])
+            assert place < 3 or (grad[1] == 0).all()
+
+
+def test_no_order_of_threads_moves_a_bit_of_lora(module):
+    case = LoraCase(11, 136, 40, 3, 2, dtype=torch.bfloat16)
+    first, *others = (module.set_seed(seed) or case.with_lora(experts) for seed in range(3))
+    for other in others:
+        assert all(same_bits(one, two) for one, two in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("sizes", [(32, 16), (34, 18)], ids=["whole rows", "odd rows"])

@@ -18,7 +18,8 @@ import torch
 import r1kernels
 from r1kernels import extension
 from r1kernels.moe import moe_experts, route
-from tests.support.moe_case import Case
+from r1kernels.moe.experts import NO_LORA
+from tests.support.moe_case import Case, LoraCase
 from tests.support.numerics import same_bits
 from tests.support.redzones import Redzones
 
@@ -27,6 +28,10 @@ pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(exte
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ops = torch.ops.r1kernels
 SILU = (0, 1.0, math.inf, 0.0, False)  # activation, alpha, limit, shift, batch_invariant
+NEEDS = (
+    *(True,) * 4,
+    *(False,) * 4,
+)  # the gradients of hidden, weights, gate_up and down, none of a low-rank addition
 
 
 def forward_arguments(case):
@@ -39,19 +44,19 @@ def forward_arguments(case):
 @pytest.mark.parametrize("offset", [0, 1])
 def test_nothing_outside_the_arguments_is_read(dtype, shape, offset):
     """Arguments between NaN, at aligned addresses and at odd ones, give the bits of plain arguments."""
-    case = Case(*shape, dtype=dtype)
-    plain = forward_arguments(case)
+    case = LoraCase(*shape, dtype=dtype)
+    plain = (*forward_arguments(case), *(matrix.detach() for matrix in case.matrices))
     zones = Redzones()
     placed = tuple(zones.input(argument, offset=offset) for argument in plain)
     grad = zones.input(case.grad, offset=offset)
     results = []
-    for arguments, upstream in ((plain, case.grad), (placed, grad)):
-        out, *order = ops.moe_experts_cpu(*arguments, *SILU, True)
+    for given, upstream in ((plain, case.grad), (placed, grad)):
+        arguments, lora = given[:5], (*given[5:], case.scale)
+        out, *order = ops.moe_experts_cpu(*arguments, *SILU, True, *lora)
         hidden, _, *others = arguments
-        grads = ops.moe_experts_cpu_backward(upstream, hidden, *others, *order, *SILU, *(True,) * 4)
-        again = ops.moe_experts_cpu_backward(
-            upstream, hidden, *others, order[0][:0], *order[1:], *SILU, *(True,) * 4
-        )
+        options = (*SILU, *(True,) * 8, *lora)
+        grads = ops.moe_experts_cpu_backward(upstream, hidden, *others, *order, *options)
+        again = ops.moe_experts_cpu_backward(upstream, hidden, *others, order[0][:0], *order[1:], *options)
         results.append((out, *order, *grads))
         assert all(same_bits(first, second) for first, second in zip(grads, again, strict=True))
     zones.check()
@@ -110,7 +115,7 @@ def test_values_that_nobody_checked_are_errors():
         wild[1, 1] = bad
         match = rf"indices: expected values in \[0, 4\) or 4, got {bad} at position 3"
         with pytest.raises(RuntimeError, match=match):
-            ops.moe_experts_cpu(hidden, wild, weights, gate_up, down, *SILU, True)
+            ops.moe_experts_cpu(hidden, wild, weights, gate_up, down, *SILU, True, *NO_LORA)
         compiled = torch.compile(
             lambda i: moe_experts(hidden, i, weights, gate_up, down), backend="aot_eager", fullgraph=True
         )
@@ -125,11 +130,22 @@ def test_values_that_nobody_checked_are_errors():
     with pytest.raises(RuntimeError, match="score: expected 0, 1 or 2, got 3"):
         ops.route_cpu_backward(torch.ones(1, 1), torch.zeros(1, 3), torch.tensor([[0]]), 3, True, 1e-20, 1.0)
     out, pre, offsets, permutation, inverse = ops.moe_experts_cpu(
-        hidden, indices, weights, gate_up, down, *SILU, True
+        hidden, indices, weights, gate_up, down, *SILU, True, *NO_LORA
     )
     with pytest.raises(RuntimeError, match="expected what the forward returned"):
         ops.moe_experts_cpu_backward(
-            out, hidden, weights, gate_up, down, pre, offsets, permutation + 9, inverse, *SILU, *(True,) * 4
+            out,
+            hidden,
+            weights,
+            gate_up,
+            down,
+            pre,
+            offsets,
+            permutation + 9,
+            inverse,
+            *SILU,
+            *NEEDS,
+            *NO_LORA,
         )
 
 
@@ -144,6 +160,12 @@ def test_values_that_nobody_checked_are_errors():
         ({"gate_up": torch.zeros(4, 10, 7)}, "gate_up: expected size 8 at dimension 2, got 7"),
         ({"down": torch.zeros(4, 8, 5, dtype=torch.bfloat16)}, "down: wrong dtype"),
         ({"activation": 2}, "activation: expected 0 or 1, got 2"),
+        ({"up_a": torch.zeros(4, 2, 8)}, "up_a, up_b: expected both or neither"),
+        ({"up_a": torch.zeros(4, 0, 8), "up_b": torch.zeros(4, 10, 0)}, "none of them empty"),
+        (
+            {"down_a": torch.zeros(4, 2, 5), "down_b": torch.zeros(4, 8, 3)},
+            "down_b: expected size 2 at dimension 2, got 3",
+        ),
         ({"hidden": torch.zeros(6, 0), "gate_up": torch.zeros(4, 10, 0)}, "expected no empty size"),
     ],
 )
@@ -160,6 +182,7 @@ def test_the_op_itself_checks_what_the_kernels_trust(change, text):
         "shift": 0.0,
         "batch_invariant": False,
         "keep": True,
+        **NO_LORA._asdict(),
     }
     with pytest.raises(RuntimeError, match=text):
         ops.moe_experts_cpu(**(call | change))
@@ -167,14 +190,15 @@ def test_the_op_itself_checks_what_the_kernels_trust(change, text):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
-    case = Case(9, 8, 6, 4, 2, dtype=dtype)
+    case = LoraCase(9, 8, 6, 4, 2, dtype=dtype)
     arguments = forward_arguments(case)
     hidden, indices, *others = arguments
-    for keep in (True, False):
-        torch.library.opcheck(ops.moe_experts_cpu.default, (*arguments, *SILU, keep))
-        _, *saved = ops.moe_experts_cpu(*arguments, *SILU, keep)
-        for needs in ((True,) * 4, (False, True, False, True)):
-            backward = (case.grad, hidden, *others, *saved, *SILU, *needs)
+    lora = (*(matrix.detach() for matrix in case.matrices), case.scale)
+    for keep, low in ((True, lora), (False, NO_LORA)):
+        torch.library.opcheck(ops.moe_experts_cpu.default, (*arguments, *SILU, keep, *low))
+        _, *saved = ops.moe_experts_cpu(*arguments, *SILU, keep, *low)
+        for needs in ((True,) * 8, (False, True) * 4):
+            backward = (case.grad, hidden, *others, *saved, *SILU, *needs, *low)
             torch.library.opcheck(ops.moe_experts_cpu_backward.default, backward)
     offsets = torch.tensor([0, 3, 3, 8, 9], dtype=torch.int32)
     torch.library.opcheck(ops.grouped_gemm_cpu.default, (hidden, others[1], offsets, False))

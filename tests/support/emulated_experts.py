@@ -47,7 +47,19 @@ class EmulatedExperts:
         return self.module.Gemm(ELEMENTS.index(x.dtype), x.shape[0], *weight.shape, *pointers)
 
     def experts(
-        self, hidden, indices, weights, gate_up, down, activation, alpha, limit, shift, batch_invariant, keep
+        self,
+        hidden,
+        indices,
+        weights,
+        gate_up,
+        down,
+        activation,
+        alpha,
+        limit,
+        shift,
+        batch_invariant,
+        keep,
+        *lora,
     ):
         zones = Zones(self.offset)
         rows = indices.numel()
@@ -56,29 +68,36 @@ class EmulatedExperts:
         order = [zones.redzones.output(size, dtype=torch.int32) for size in (down.shape[0] + 1, rows, rows)]
         pointers = [tensor.data_ptr() for tensor in order]
         gating = (activation, alpha, limit, shift)
-        call = self.experts_call(zones, hidden, weights, gate_up, down, gating, pointers)
+        call = self.experts_call(zones, hidden, weights, gate_up, down, gating, pointers, lora)
         self.module.experts_forward(call, zones.input(indices), address(kept), out.data_ptr())
         zones.check()
         return out, kept, *order
 
     def experts_backward(
-        self, grad, hidden, weights, gate_up, down, kept, offsets, permutation, inverse, *gating_and_needed
+        self, grad, hidden, weights, gate_up, down, kept, offsets, permutation, inverse, *others
     ):
-        gating, needed = gating_and_needed[:4], gating_and_needed[5:]  # between: batch_invariant
+        # between gating and needed: batch_invariant
+        gating, needed, lora = others[:4], others[5:13], others[13:]
         zones = Zones(self.offset)
-        leaves = (hidden, weights, gate_up, down)
+        leaves = (hidden, weights, gate_up, down, *lora[:4])
         grads = [zones.gradient(leaf, need) for leaf, need in zip(leaves, needed, strict=True)]
         order = [zones.input(tensor) for tensor in (offsets, permutation, inverse)]
-        call = self.experts_call(zones, hidden, weights, gate_up, down, gating, order)
+        call = self.experts_call(zones, hidden, weights, gate_up, down, gating, order, lora)
         is_kept = zones.input(kept) if kept.numel() else 0
         self.module.experts_backward(call, zones.input(grad), is_kept, *map(address, grads))
         zones.check()
         return tuple(grads)
 
-    def experts_call(self, zones, hidden, weights, gate_up, down, gating, order):
+    def experts_call(self, zones, hidden, weights, gate_up, down, gating, order, lora):
         sizes = (*hidden.shape, down.shape[2], down.shape[0], weights.shape[1])
         pointers = [zones.input(tensor) for tensor in (hidden, weights, gate_up, down)]
-        return self.module.Experts(ELEMENTS.index(hidden.dtype), *gating, *sizes, *pointers, *order)
+        *matrices, scale = lora
+        low = []
+        for a, b in (matrices[:2], matrices[2:]):
+            low += [0, 0, 0] if a is None else [zones.input(a), zones.input(b), a.shape[1]]
+        return self.module.Experts(
+            ELEMENTS.index(hidden.dtype), *gating, *sizes, *pointers, *order, *low, scale
+        )
 
 
 class Zones:
@@ -94,6 +113,8 @@ class Zones:
         return self.redzones.output(*shape, dtype=like.dtype, offset=self.offset)
 
     def gradient(self, like, needed):
+        if like is None:
+            return torch.empty(0)
         return self.output(like, like.shape[0] if needed else 0, *like.shape[1:])
 
 

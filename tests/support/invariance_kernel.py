@@ -14,6 +14,8 @@ from r1kernels import moe_experts, route, router_logits
 from tests.support.forced import public_on
 from tests.support.numerics import same_bits
 
+RANK = 4  # of the low-rank additions to the experts
+
 
 class Mixture:
     """Everything that a token goes through; ``run(tokens)`` of some tokens, in the order given."""
@@ -28,15 +30,24 @@ class Mixture:
         self.hidden = normal(tokens, size) * size**0.5
         self.gate, self.bias = normal(experts, size), normal(experts)
         self.gate_up, self.down = normal(experts, 2 * width, size), normal(experts, size, width)
+        up, down = (
+            (normal(experts, RANK, inputs), normal(experts, outputs, RANK))
+            for inputs, outputs in ((size, 2 * width), (width, size))
+        )
+        self.lora = (*up, *down, 2.0)
 
     def run(self, tokens: Tensor | slice) -> tuple[Tensor, ...]:
-        """(logits, weights, indices, the output of the experts)"""
+        """(logits, weights, indices, the output of the experts, and that with low-rank additions)"""
         hidden = self.hidden[tokens]
         logits = public_on(self.backend, router_logits, hidden, self.gate, self.bias)
         logits = logits + self.bias.float()  # the seam hands over what the op gives, without the bias
         weights, indices, _ = public_on(self.backend, route, logits, 2, score="softmax")
         call = (hidden, indices, weights, self.gate_up, self.down)
-        return logits, weights, indices, public_on(self.backend, moe_experts, *call, batch_invariant=True)
+        outputs = (
+            public_on(self.backend, moe_experts, *call, lora=lora, batch_invariant=True)
+            for lora in (None, self.lora)
+        )
+        return logits, weights, indices, *outputs
 
 
 class InvarianceKernel:

@@ -1,12 +1,13 @@
 """One call of moe_experts with random arguments, its exact result in float64, and eager PyTorch beside it.
 
-T tokens, H hidden size, I intermediate size, E experts, K experts per token.
+T tokens, H hidden size, I intermediate size, E experts, K experts per token, R rank of a low-rank addition.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 from r1kernels.moe import route
 
 NAMES = ("output", "hidden", "weights", "gate_up", "down")
+LORA_NAMES = (*NAMES, "A_up", "B_up", "A_down", "B_down")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -59,7 +61,7 @@ class Case:
         self.grad = normal(tokens, hidden, seed=5 + 10 * draw, dtype=dtype)
 
     @property
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def leaves(self) -> tuple[Tensor, ...]:
         return self.hidden, self.weights, self.gate_up, self.down
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -75,7 +77,7 @@ class Case:
     ) -> tuple[Tensor, ...]:
         """The same in float64, by a loop over the experts and their tokens."""
         wide = [leaf.detach().double().requires_grad_() for leaf in self.leaves]
-        hidden, weights, gate_up, down = wide
+        hidden, weights, gate_up, down = self.whole(*wide)
         out = torch.zeros_like(hidden)
         for expert in range(gate_up.shape[0]):
             token, place = torch.where(self.indices == expert)
@@ -88,6 +90,52 @@ class Case:
             torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wide, grads, strict=True)
         ]
         return out.detach(), *zeros
+
+    def whole(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        """hidden, weights, gate_up and down, as the experts multiply with them."""
+        return leaves
+
+
+class LoraCase(Case):
+    """A call with low-rank additions, which are leaves too; ``run`` and ``exact`` have their gradients behind the others."""
+
+    def __init__(
+        self, *sizes: int, ranks: tuple[int, int] = (3, 5), scale: float = 1.5, **options: Any
+    ) -> None:
+        super().__init__(*sizes, **options)
+        (experts, outputs, hidden), width, dtype = self.gate_up.shape, self.down.shape[2], self.hidden.dtype
+        up, down = ranks
+        shapes = (
+            (experts, up, hidden),
+            (experts, outputs, up),
+            (experts, down, width),
+            (experts, hidden, down),
+        )
+        self.matrices = tuple(
+            (normal(*shape, seed=100 + place) / shape[2] ** 0.5).to(dtype).requires_grad_()
+            for place, shape in enumerate(shapes)
+        )
+        self.scale = scale
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return *super().leaves, *self.matrices
+
+    @property
+    def lora(self) -> tuple[Any, ...]:
+        return *self.matrices, self.scale
+
+    def whole(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        hidden, weights, gate_up, down, up_a, up_b, down_a, down_b = leaves
+        return hidden, weights, gate_up + self.scale * (up_b @ up_a), down + self.scale * (down_b @ down_a)
+
+    def with_lora(self, experts: Callable[..., Tensor], **options: Any) -> tuple[Tensor, ...]:
+        return self.run(lambda *arguments: experts(*arguments, lora=self.lora, **options))
+
+    def in_eager(self) -> tuple[Tensor, ...]:
+        """W + c B A in the dtype of W, as PEFT makes it, in eager experts."""
+        hidden, weights, gate_up, down = self.whole(*self.leaves)
+        return self.run(lambda *_: in_eager(hidden, self.indices, weights, gate_up, down))
 
 
 def check_clamped_gates(experts: Callable[..., Tensor], dtype: torch.dtype) -> None:

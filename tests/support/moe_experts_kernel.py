@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import r1kernels
 from r1kernels.moe import grouped_gemm, moe_experts, sort_by_expert
-from tests.support.moe_case import NAMES, Case, check_clamped_gates, in_eager
+from tests.support.moe_case import LORA_NAMES, NAMES, Case, LoraCase, check_clamped_gates, in_eager
 from tests.support.numerics import assert_as_exact_as, same_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,6 +32,15 @@ SHAPES = {  # tokens, hidden, intermediate, experts, top_k
     "one of everything": (1, 1, 1, 1, 1),
     "several row blocks": (300, 32, 16, 2, 2),
     "several column blocks": (30, 300, 150, 2, 1),
+}
+
+
+LORA_SHAPES = {  # the ranks of both additions
+    "odd, prime E": (3, 5),
+    "2I == H": (16, 16),
+    "idle experts": (8, 1),
+    "several row blocks": (8, 40),
+    "several column blocks": (2, 64),
 }
 
 
@@ -301,6 +310,98 @@ class MoeExpertsKernel:
             second = Case(31, 8, 6, 4, 2, dtype=torch.float32)
             for ours, eager in zip(second.run(compiled), second.run(moe_experts), strict=True):
                 torch.testing.assert_close(ours, eager)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", LORA_SHAPES)
+    def test_lora_is_as_exact_as_eager(self, backend, shape, dtype):
+        case = LoraCase(*self.shapes[shape], ranks=LORA_SHAPES[shape], dtype=dtype)
+        for name, ours, theirs, exact in zip(
+            LORA_NAMES, case.with_lora(moe_experts), case.in_eager(), case.exact(), strict=True
+        ):
+            assert ours.dtype == (torch.float32 if name == "weights" else dtype)
+            assert_as_exact_as(ours, theirs, exact, dtype)
+
+    @pytest.mark.parametrize("save", ["hidden", "nothing"])
+    def test_lora_of_sentinels_and_idle_experts(self, backend, save):
+        case = LoraCase(self.tokens, 21, 11, 5, 2, dtype=torch.float32)
+        case.indices = case.indices.masked_fill(case.indices == 3, 5)
+        results = case.with_lora(moe_experts, save=save)
+        case.weights = case.weights.detach().masked_fill(case.indices == 5, 0.0).requires_grad_()
+        for ours, theirs, exact in zip(results, case.in_eager(), case.exact(), strict=True):
+            assert_as_exact_as(ours, theirs, exact, torch.float32)
+        assert all((grad[3] == 0).all() for grad in results[3:])
+
+    @pytest.mark.parametrize("save", ["hidden", "nothing"])
+    @pytest.mark.parametrize("live", [(4, 5, 6, 7), (4,), (5,), (6,), (7,), (0, 5), (1, 6), (3, 7)], ids=str)
+    def test_lora_of_frozen_arguments(self, backend, live, save):
+        case = LoraCase(self.tokens, 24, 18, 4, 2, dtype=torch.float32)
+        expected = case.with_lora(moe_experts)[1:]
+        for place, leaf in enumerate(case.leaves):
+            leaf.requires_grad_(place in live)
+        leaves = [case.leaves[place] for place in live]
+        out = moe_experts(*case.arguments(), lora=case.lora, save=save)
+        for place, grad in zip(live, torch.autograd.grad(out, leaves, case.grad), strict=True):
+            assert same_bits(grad, expected[place])
+
+    @pytest.mark.parametrize("pair", ["gate_up", "down"])
+    def test_lora_of_one_of_the_two(self, backend, pair):
+        case = LoraCase(self.tokens, 24, 18, 4, 2, dtype=torch.float32)
+        up_a, up_b, down_a, down_b, scale = case.lora
+        nothing = torch.zeros_like(down_b if pair == "gate_up" else up_b)
+        half, full = (
+            ((up_a, up_b, None, None, scale), (up_a, up_b, down_a, nothing, scale))
+            if pair == "gate_up"
+            else ((None, None, down_a, down_b, scale), (up_a, nothing, down_a, down_b, scale))
+        )
+        live = [*case.leaves[:4], *((up_a, up_b) if pair == "gate_up" else (down_a, down_b))]
+        results = []
+        for lora in (half, full):
+            out = moe_experts(*case.arguments(), lora=lora)
+            results.append((out.detach(), *torch.autograd.grad(out, live, case.grad)))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_lora_that_adds_nothing_moves_no_bit(self, backend, dtype):
+        case = LoraCase(self.tokens, 40, 36, 4, 2, dtype=dtype)
+        plain = case.run(lambda *arguments: moe_experts(*arguments, lora=(*[None] * 4, 1.0)))[:5]
+        with torch.no_grad():
+            case.matrices[1].zero_()
+            case.matrices[3].zero_()
+        for ours, expected in zip(case.with_lora(moe_experts), plain, strict=False):
+            assert same_bits(ours, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+    def test_what_lora_saves_for_the_backward(self, backend, dtype):
+        if backend == "reference":
+            pytest.skip("the reference keeps what autograd keeps")
+        tokens, hidden, intermediate, top_k, rank = self.saved_tokens, 256, 96, 4, 8
+        case = LoraCase(tokens, hidden, intermediate, 8, top_k, ranks=(rank, rank), dtype=dtype)
+        for leaf in (case.gate_up, case.down):
+            leaf.requires_grad_(False)
+        kept = self.saved_bytes(
+            lambda: moe_experts(*case.arguments(), lora=case.lora), (case.gate_up, case.down, *case.matrices)
+        )
+        rows = tokens * top_k
+        needed = (tokens * hidden + rows * 2 * intermediate + 2 * rows * rank) * dtype.itemsize
+        assert kept <= 1.1 * needed
+
+    def test_lora_under_a_checkpoint_and_with_nothing_saved_gives_the_same_bits(self, backend):
+        case = LoraCase(self.tokens, 40, 36, 4, 2, dtype=torch.bfloat16)
+        plain = case.with_lora(moe_experts)
+        for results in (
+            case.with_lora(moe_experts, save="nothing"),
+            case.with_lora(
+                lambda *arguments, lora: checkpoint(moe_experts, *arguments, lora=lora, use_reentrant=False)
+            ),
+        ):
+            assert all(same_bits(first, second) for first, second in zip(plain, results, strict=True))
+
+    def test_lora_compiled(self, backend):
+        compiled = torch.compile(moe_experts, backend="aot_eager", fullgraph=True, dynamic=True)
+        case = LoraCase(13, 8, 6, 4, 2, dtype=torch.float32)
+        for ours, eager in zip(case.with_lora(compiled), case.with_lora(moe_experts), strict=True):
+            torch.testing.assert_close(ours, eager)
 
     def test_a_second_derivative_is_refused(self, backend):
         if backend == "reference":

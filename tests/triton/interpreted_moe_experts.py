@@ -6,11 +6,11 @@ import torch
 
 from r1kernels.moe import moe_experts, tuning
 from r1kernels.moe import triton_products as backend_module
-from r1kernels.moe.experts import GROUPED_GEMM, GemmCall
+from r1kernels.moe.experts import GROUPED_GEMM, NO_LORA, GemmCall
 from tests.support import interpreter_bfloat16
 from tests.support.forced import run_on
-from tests.support.moe_case import NAMES, Case, in_eager
-from tests.support.moe_experts_kernel import DTYPES, SHAPES, MoeExpertsKernel
+from tests.support.moe_case import NAMES, Case, LoraCase, in_eager
+from tests.support.moe_experts_kernel import DTYPES, LORA_SHAPES, SHAPES, MoeExpertsKernel
 from tests.support.numerics import assert_as_exact_as, same_bits
 from tests.support.redzones import Redzones
 from tests.support.unchecked_offsets import assert_every_row_is_written
@@ -90,6 +90,25 @@ class TestMoeExpertsTriton(MoeExpertsKernel):
     def test_frozen_arguments(self, backend, live, save):
         super().test_frozen_arguments(backend, live, save)
 
+    @pytest.mark.parametrize(
+        ("shape", "dtype"), [(shape, DTYPES[place % 3]) for place, shape in enumerate(LORA_SHAPES)], ids=str
+    )
+    def test_lora_is_as_exact_as_eager(self, backend, shape, dtype):
+        super().test_lora_is_as_exact_as_eager(backend, shape, dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+    def test_lora_that_adds_nothing_moves_no_bit(self, backend, dtype):
+        super().test_lora_that_adds_nothing_moves_no_bit(backend, dtype)
+
+    @pytest.mark.parametrize("save", ["nothing"])
+    @pytest.mark.parametrize("live", [(4, 5, 6, 7), (4, 6), (0, 5), (1, 7)], ids=str)
+    def test_lora_of_frozen_arguments(self, backend, live, save):
+        super().test_lora_of_frozen_arguments(backend, live, save)
+
+    @pytest.mark.parametrize("save", ["nothing"])
+    def test_lora_of_sentinels_and_idle_experts(self, backend, save):
+        super().test_lora_of_sentinels_and_idle_experts(backend, save)
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
     def test_long_sums(self, backend, dtype):
         super().test_long_sums(backend, dtype)
@@ -151,9 +170,9 @@ def test_the_tiles_of_a_gpu_give_the_same_numbers(monkeypatch):
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 40), (torch.float16, 37)], ids=str)
 def test_nothing_outside_the_arguments_is_read_or_written(monkeypatch, dtype, size, offset):
     """Arguments between NaN, at aligned addresses and at odd ones, give the bits of plain arguments."""
-    case = Case(5, size, 24, 3, 2, dtype=dtype)
+    case = LoraCase(5, size, 24, 3, 2, ranks=(16, 3), dtype=dtype)
     hidden, indices, weights, gate_up, down = (argument.detach() for argument in case.arguments())
-    plain = (hidden, indices, weights.float(), gate_up, down)
+    plain = (hidden, indices, weights.float(), gate_up, down, *(matrix.detach() for matrix in case.matrices))
     zones = Redzones()
     placed = tuple(zones.input(argument, offset=offset) for argument in plain)
     grad = zones.input(case.grad, offset=offset)
@@ -167,10 +186,11 @@ def test_nothing_outside_the_arguments_is_read_or_written(monkeypatch, dtype, si
         return zones.output(*sizes, dtype=dtype or self.dtype)
 
     results = []
-    for arguments, upstream in ((plain, case.grad), (placed, grad)):
-        out, *order = ops.moe_experts_triton(*arguments, *SILU, True)
+    for given, upstream in ((plain, case.grad), (placed, grad)):
+        arguments, lora = given[:5], (*given[5:], case.scale)
+        out, *order = ops.moe_experts_triton(*arguments, *SILU, True, *lora)
         hidden, _, *others = arguments
-        grads = ops.moe_experts_triton_backward(upstream, hidden, *others, *order, *SILU, *(True,) * 4)
+        grads = ops.moe_experts_triton_backward(upstream, hidden, *others, *order, *SILU, *(True,) * 8, *lora)
         results.append((out, *order, *grads))
         monkeypatch.setattr(torch.Tensor, "new_empty", between_canaries)
     zones.check()
@@ -186,7 +206,7 @@ def test_indices_and_offsets_that_nobody_checked(monkeypatch):
     wild[0], wild[3, 1] = torch.tensor([-7, 10**12]), 4
     sentinels = torch.where((wild < 0) | (wild >= 3), 3, wild)
     outs = [
-        ops.moe_experts_triton(arguments[0], index, *arguments[2:], *SILU, True)[0]
+        ops.moe_experts_triton(arguments[0], index, *arguments[2:], *SILU, True, *NO_LORA)[0]
         for index in (wild, sentinels)
     ]
     assert same_bits(*outs) and (outs[0][0] == 0).all()
@@ -222,19 +242,22 @@ def test_what_is_saved_for_sentinels_is_written(monkeypatch):
         )
 
     monkeypatch.setattr(torch.Tensor, "new_empty", full_of_nan)
-    _, kept, *_ = ops.moe_experts_triton(hidden, indices, weights.float(), gate_up, down, *SILU, True)
+    _, kept, *_ = ops.moe_experts_triton(
+        hidden, indices, weights.float(), gate_up, down, *SILU, True, *NO_LORA
+    )
     assert kept.shape == (10, 16) and kept[:2].isfinite().all() and (kept[2:] == 0).all()
 
 
 @pytest.mark.parametrize("keep", [True])
 def test_the_ops_keep_their_schemas(keep):
-    case = Case(4, 16, 8, 3, 2, dtype=torch.float32)
+    case = LoraCase(4, 16, 8, 3, 2, dtype=torch.float32)
     hidden, indices, weights, gate_up, down = (argument.detach() for argument in case.arguments())
-    arguments = (hidden, indices, weights, gate_up, down, *SILU, keep)
+    lora = (*(matrix.detach() for matrix in case.matrices), case.scale)
+    arguments = (hidden, indices, weights, gate_up, down, *SILU, keep, *lora)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops.moe_experts_triton.default, arguments, test_utils=checks)
     _, *saved = ops.moe_experts_triton(*arguments)
-    backward = (case.grad, hidden, weights, gate_up, down, *saved, *SILU, True, keep, True, keep)
+    backward = (case.grad, hidden, weights, gate_up, down, *saved, *SILU, *(True, keep) * 4, *lora)
     torch.library.opcheck(ops.moe_experts_triton_backward.default, backward, test_utils=checks)
     x, offsets = torch.randn(9, 16), torch.tensor([0, 4, 4, 8], dtype=torch.int32)
     torch.library.opcheck(ops.grouped_gemm_triton.default, (x, gate_up, offsets, False), test_utils=checks)

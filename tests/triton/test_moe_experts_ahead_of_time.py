@@ -12,7 +12,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from r1kernels.moe import triton_experts as backend
 from r1kernels.moe import tuning
-from r1kernels.moe.experts import ExpertsBackwardCall, ExpertsCall, GemmBackwardCall, GemmCall
+from r1kernels.moe.experts import (
+    NO_LORA,
+    ExpertsBackwardCall,
+    ExpertsCall,
+    GemmBackwardCall,
+    GemmCall,
+    Lora,
+)
 from tests.support import offline_triton
 
 TABLES = sorted(Path(tuning.__file__).parent.glob("*.json"))
@@ -54,16 +61,24 @@ GELU = (1, 1.0, math.inf, 0.0)
 CLAMPED = (0, 1.702, 7.0, 1.0)
 
 
-def forward(rows, dtype, size, keep=True, gating=SILU):
+RANK = 16
+
+
+def low_rank(dtype, size):
+    shapes = (RANK, size), (2 * size, RANK), (RANK, size), (size, RANK)
+    return Lora(*(torch.empty(EXPERTS, *shape, dtype=dtype) for shape in shapes), 2.0)
+
+
+def forward(rows, dtype, size, keep=True, gating=SILU, lora=NO_LORA):
     """The launches of moe_experts behind the sort."""
     hidden = torch.empty(rows // TOP_K, size, dtype=dtype)
     indices = torch.zeros(rows // TOP_K, TOP_K, dtype=torch.int64)
     weights = torch.empty(EXPERTS, 2 * size, size, dtype=dtype), torch.empty(EXPERTS, size, size, dtype=dtype)
     shares = torch.empty(rows // TOP_K, TOP_K)
-    backend.moe_experts(ExpertsCall(hidden, indices, shares, *weights, *gating, False, keep))
+    backend.moe_experts(ExpertsCall(hidden, indices, shares, *weights, *gating, False, keep, lora))
 
 
-def backward(rows, dtype, size, gating=SILU):
+def backward(rows, dtype, size, gating=SILU, lora=NO_LORA):
     hidden = torch.empty(rows // TOP_K, size, dtype=dtype)
     weights = torch.empty(EXPERTS, 2 * size, size, dtype=dtype), torch.empty(EXPERTS, size, size, dtype=dtype)
     order = (torch.zeros(length, dtype=torch.int32) for length in (EXPERTS + 1, rows, rows))
@@ -71,7 +86,17 @@ def backward(rows, dtype, size, gating=SILU):
     scores = torch.empty(rows // TOP_K, TOP_K)
     backend.moe_experts_backward(
         ExpertsBackwardCall(
-            hidden, hidden, scores, *weights, pre_activation, *order, *gating, False, *(True,) * 4
+            hidden,
+            hidden,
+            scores,
+            *weights,
+            pre_activation,
+            *order,
+            *gating,
+            False,
+            *(True,) * 4,
+            *(lora is not NO_LORA,) * 4,
+            lora,
         )
     )
 
@@ -100,6 +125,20 @@ def test_every_entry_fits_and_uses_the_tensor_cores(tmp_path, table_of, capabili
             assert offline_triton.serialised(needs.instructions) == 0, kernel.name
         asynchronous = "LDGSTS" in needs.instructions or "UTMALDG" in needs.instructions
         assert asynchronous, f"{kernel.name}: loads are not pipelined"
+
+
+@pytest.mark.parametrize(("capability", "dtype", "rows"), MATRIX)
+def test_low_rank_additions_fit_and_use_the_tensor_cores(tmp_path, table_of, capability, dtype, rows):
+    table_of(capability)
+    with offline_triton.compile_only(capability) as compiled:
+        forward(rows * EXPERTS, dtype, 256, lora=low_rank(dtype, 256))
+        backward(rows * EXPERTS, dtype, 256, lora=low_rank(dtype, 256))
+    for kernel in compiled:
+        needs = offline_triton.resources(kernel, tmp_path)
+        assert needs.shared_bytes <= offline_triton.SHARED_BYTES[capability], kernel.name
+        assert needs.stack_bytes == 0 and needs.spill_instructions == 0, kernel.name
+        if kernel.name in PRODUCTS:
+            assert ("MMA" in needs.instructions) == (dtype != torch.float32), kernel.name
 
 
 @pytest.mark.parametrize("capability", [90, pytest.param(100, marks=pytest.mark.slow)])

@@ -5,6 +5,8 @@
 //   product_nn       C (m, n) = A B      A rows (m, k), B (k, n)     B packed by panels
 //   product_tn       D (m, n) = A^T B    A rows (k, m), B rows (k, n), D in the dtype of A and B
 //
+// With `onto` the packed products with C add to what it holds.
+//
 // C is float32 with a row stride that is a multiple of kPanel and at least n rounded up to it. "Rows" may be gathered.
 // Every element of C is a sum of chains of additions along k (in dot_product of kLanes of them, by a tree), whose order
 // depends on k alone: results do not depend on how a caller cuts m and n into blocks.
@@ -181,7 +183,7 @@ void dot_product(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int6
 // panel has no columns.
 template <typename T, typename PackPanel>
 void packed_product(const Rows<T>& a, int64_t m, int64_t n, int64_t k, float* c, int64_t c_stride,
-                    const Workspace& workspace, const PackPanel& pack_panel) {
+                    const Workspace& workspace, bool onto, const PackPanel& pack_panel) {
     auto* left = static_cast<Cell<T>*>(workspace.left());
     auto* right = static_cast<Cell<T>*>(workspace.right());
     const Tiles tiles(m);
@@ -197,7 +199,7 @@ void packed_product(const Rows<T>& a, int64_t m, int64_t n, int64_t k, float* c,
                     const int64_t row = tiles.first(i);
                     const StridedCells<Cell<T>> rows = {left + row * depth + cell, depth, 1};
                     tile(tiles.first(i + 1) - row, rows, right + cell * kPanel, chain, c + row * c_stride + column,
-                         c_stride, begin + cell > 0);
+                         c_stride, onto || begin + cell > 0);
                 }
             }
         }
@@ -206,8 +208,8 @@ void packed_product(const Rows<T>& a, int64_t m, int64_t n, int64_t k, float* c,
 
 template <typename T>
 void product_nt(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t k, float* c,
-                int64_t c_stride, const Workspace& workspace) {
-    packed_product(a, m, n, k, c, c_stride, workspace,
+                int64_t c_stride, const Workspace& workspace, bool onto = false) {
+    packed_product(a, m, n, k, c, c_stride, workspace, onto,
                    [&](int64_t begin, int64_t size, int64_t column, Cell<T>* to) {
                        pack_transposed(b + column * b_stride + begin, b_stride, n - column, size, to);
                        return true;
@@ -217,8 +219,9 @@ void product_nt(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int64
 // Two products of the same rows: the second's columns stand from `apart` (a multiple of kPanel, at least n) on.
 template <typename T>
 void product_nt_pair(const Rows<T>& a, int64_t m, const T* first, const T* second, int64_t b_stride, int64_t n,
-                     int64_t k, int64_t apart, float* c, int64_t c_stride, const Workspace& workspace) {
-    packed_product(a, m, apart + n, k, c, c_stride, workspace,
+                     int64_t k, int64_t apart, float* c, int64_t c_stride, const Workspace& workspace,
+                     bool onto = false) {
+    packed_product(a, m, apart + n, k, c, c_stride, workspace, onto,
                    [&](int64_t begin, int64_t size, int64_t column, Cell<T>* to) {
                        const T* b = column < apart ? first : second;
                        const int64_t row = column < apart ? column : column - apart;
@@ -230,8 +233,8 @@ void product_nt_pair(const Rows<T>& a, int64_t m, const T* first, const T* secon
 
 template <typename T>
 void product_nn(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t k, float* c,
-                int64_t c_stride, const Workspace& workspace) {
-    packed_product(a, m, n, k, c, c_stride, workspace,
+                int64_t c_stride, const Workspace& workspace, bool onto = false) {
+    packed_product(a, m, n, k, c, c_stride, workspace, onto,
                    [&](int64_t begin, int64_t size, int64_t column, Cell<T>* to) {
                        const int64_t count = n - column < kPanel ? n - column : kPanel;
                        pack_columns(Rows<T>{b + begin * b_stride, b_stride, nullptr}, size, column, count, kPanel, to);
