@@ -128,7 +128,7 @@ def experts(dtype):
 
 def gemm(dtype):
     return GemmCall(
-        on_gpu(8, 16, dtype=dtype), on_gpu(4, 16, 16, dtype=dtype), on_gpu(5, dtype=torch.int32), False
+        on_gpu(8, 16, dtype=dtype), on_gpu(4, 16, 16, dtype=dtype), on_gpu(5, dtype=torch.int32), False, False
     )
 
 

@@ -5,6 +5,8 @@
 // addition.
 #pragma once
 
+#include <utility>
+
 #include "moe/cuda.h"
 
 namespace r1kernels {
@@ -58,27 +60,28 @@ private:
     Owner tiles_, bounds_;
 };
 
-// --- grouped_gemm: x (S, N), weight (E, M, N), out (S, M) ---
+// --- grouped_gemm: x (S, N), weight (E, M, N) or, given transposed, (E, N, M), out (S, M) ---
 
 struct CudaGroupedGemm {
     Element element;
     int64_t rows, experts, outputs, inputs;  // S, E, M, N
+    bool transposed;                         // the weight is
     const void *x, *weight;
     const int32_t* offsets;
 };
 
-// Rows times the weight (E, M, N), or its transpose.
-inline R1kernelsMoeProduct product_of(const CudaGroupedGemm& call, bool transposed, const void* rows, void* out) {
+// Rows of inputs to rows of outputs, or back.
+inline R1kernelsMoeProduct product_of(const CudaGroupedGemm& call, bool forward, const void* rows, void* out) {
     R1kernelsMoeProduct product = {};
     product.element = call.element;
     product.epilogue = R1KERNELS_MOE_STORE;
-    product.transposed = transposed;
+    product.transposed = forward != call.transposed;
     product.clear_rest = 1;
     product.scale = 1.0f;
     product.x = {rows, nullptr, 1};
     product.weight = call.weight;
-    product.columns = transposed ? call.outputs : call.inputs;
-    product.depth = transposed ? call.inputs : call.outputs;
+    product.columns = forward ? call.outputs : call.inputs;
+    product.depth = forward ? call.inputs : call.outputs;
     product.out = out;
     return product;
 }
@@ -91,7 +94,7 @@ void run_forward(Host& host, const CudaGroupedGemm& call, void* out) {
     host.check(run(product, host.stream));
 }
 
-// grad (S, M); grad_x (S, N) and grad_weight (E, M, N), null where they are not needed.
+// grad (S, M); grad_x (S, N) and grad_weight, of the layout of the weight, null where they are not needed.
 template <class Host>
 void run_backward(Host& host, const CudaGroupedGemm& call, const void* grad, void* grad_x, void* grad_weight) {
     const Schedule<Host> schedule(host, call.element, call.rows, call.experts, call.offsets);
@@ -101,9 +104,13 @@ void run_backward(Host& host, const CudaGroupedGemm& call, const void* grad, voi
         host.check(run(product, host.stream));
     }
     if (grad_weight != nullptr) {
-        host.check(run(R1kernelsMoeWeightProduct{call.element, {grad, nullptr, 1}, {call.x, nullptr, 1}, call.outputs,
-                                                 call.inputs, *schedule, grad_weight},
-                       host.stream));
+        R1kernelsMoeWeightProduct product = {call.element, {grad, nullptr, 1}, {call.x, nullptr, 1}, call.outputs,
+                                             call.inputs, *schedule, grad_weight};
+        if (call.transposed) {
+            std::swap(product.left, product.right);
+            std::swap(product.m, product.n);
+        }
+        host.check(run(product, host.stream));
     }
 }
 

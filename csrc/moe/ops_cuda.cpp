@@ -12,20 +12,22 @@ namespace {
 
 // --- grouped_gemm ---
 
-CudaGroupedGemm gemm_of(const Tensor& x, const Tensor& weight, const Tensor& offsets) {
-    const int64_t rows = x.size(0), experts = weight.size(0), outputs = weight.size(1), inputs = weight.size(2);
+CudaGroupedGemm gemm_of(const Tensor& x, const Tensor& weight, const Tensor& offsets, bool transposed) {
+    const int64_t rows = x.size(0), experts = weight.size(0);
+    const int64_t outputs = weight.size(transposed ? 2 : 1), inputs = weight.size(transposed ? 1 : 2);
     const Element element = element_of("x", x);
     STD_TORCH_CHECK(experts > 0 && outputs > 0 && inputs > 0, "weight: expected no empty size");
     STD_TORCH_CHECK(rows <= INT32_MAX, "x: expected less than 2^31 rows, got ", rows);
     check_on("x", x, x, x.scalar_type(), {rows, inputs});
-    check_on("weight", weight, x, x.scalar_type(), {experts, outputs, inputs});
+    check_on("weight", weight, x, x.scalar_type(), {experts, weight.size(1), weight.size(2)});
     check_on("offsets", offsets, x, ScalarType::Int, {experts + 1});
-    return {element, rows, experts, outputs, inputs, x.data_ptr(), weight.data_ptr(), data_of<int32_t>(offsets)};
+    return {element,  rows, experts, outputs, inputs, transposed, x.data_ptr(), weight.data_ptr(),
+            data_of<int32_t>(offsets)};
 }
 
 // The bits of a row depend on no other row in any case: nothing here asks for `batch_invariant`.
-Tensor gemm_forward(const Tensor& x, const Tensor& weight, const Tensor& offsets, bool) {
-    const CudaGroupedGemm call = gemm_of(x, weight, offsets);
+Tensor gemm_forward(const Tensor& x, const Tensor& weight, const Tensor& offsets, bool transposed, bool) {
+    const CudaGroupedGemm call = gemm_of(x, weight, offsets, transposed);
     const CudaHost host(x);
     const Tensor out = empty_on(x, {call.rows, call.outputs}, x.scalar_type());
     run_forward(host, call, out.data_ptr());
@@ -36,13 +38,13 @@ Tensor gemm_forward(const Tensor& x, const Tensor& weight, const Tensor& offsets
 void* needed_data(bool needed, const Tensor& grad) { return needed ? grad.data_ptr() : nullptr; }
 
 std::tuple<Tensor, Tensor> gemm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                         const Tensor& offsets, bool need_x, bool need_weight) {
-    const CudaGroupedGemm call = gemm_of(x, weight, offsets);
+                                         const Tensor& offsets, bool transposed, bool need_x, bool need_weight) {
+    const CudaGroupedGemm call = gemm_of(x, weight, offsets, transposed);
     check_on("grad", grad, x, x.scalar_type(), {call.rows, call.outputs});
     const CudaHost host(x);
     const Tensor grad_x = empty_on(x, {need_x ? call.rows : 0, call.inputs}, x.scalar_type());
     const Tensor grad_weight =
-        empty_on(x, {need_weight ? call.experts : 0, call.outputs, call.inputs}, x.scalar_type());
+        empty_on(x, {need_weight ? call.experts : 0, weight.size(1), weight.size(2)}, x.scalar_type());
     run_backward(host, call, grad.data_ptr(), needed_data(need_x, grad_x), needed_data(need_weight, grad_weight));
     return {grad_x, grad_weight};
 }

@@ -123,29 +123,34 @@ void clear_rest(const Tensor& rows, int64_t first) {
     memset(at_element(rows, first * rows.size(1)), 0, (rows.size(0) - first) * rows.size(1) * rows.element_size());
 }
 
-Tensor gemm_forward(const Tensor& x, const Tensor& weight, const Tensor& offsets, bool batch_invariant) {
+// y = x weight[e]^T, or of a weight that is given transposed x weight[e].
+Tensor gemm_forward(const Tensor& x, const Tensor& weight, const Tensor& offsets, bool transposed,
+                    bool batch_invariant) {
     const int32_t* bounds = checked_offsets(offsets, x, weight);
-    check("x", x, x.scalar_type(), {x.size(0), weight.size(2)});
-    const Tensor out = kept_on(x, {x.size(0), weight.size(1)}, x.scalar_type());
-    grouped_product({Transposed::yes, {x, nullptr}, weight, bounds, 0, weight.size(1), out.data_ptr(), false,
-                     batch_invariant});
+    const int64_t inputs = weight.size(transposed ? 1 : 2), outputs = weight.size(transposed ? 2 : 1);
+    check("x", x, x.scalar_type(), {x.size(0), inputs});
+    const Tensor out = kept_on(x, {x.size(0), outputs}, x.scalar_type());
+    grouped_product({transposed ? Transposed::no : Transposed::yes, {x, nullptr}, weight, bounds, 0, outputs,
+                     out.data_ptr(), false, batch_invariant});
     clear_rest(out, bounds[weight.size(0)]);
     return out;
 }
 
 std::tuple<Tensor, Tensor> gemm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                         const Tensor& offsets, bool need_x, bool need_weight) {
+                                         const Tensor& offsets, bool transposed, bool need_x, bool need_weight) {
     const int32_t* bounds = checked_offsets(offsets, x, weight);
     const int64_t rows = x.size(0), experts = weight.size(0), m = weight.size(1), n = weight.size(2);
-    check("x", x, x.scalar_type(), {rows, n});
-    check("grad", grad, x.scalar_type(), {rows, m});
-    const Tensor grad_x = kept_on(x, {need_x ? rows : 0, n}, x.scalar_type());
+    const Tensor &left = transposed ? x : grad, &right = transposed ? grad : x;  // of the weight's gradient
+    check("x", x, x.scalar_type(), {rows, transposed ? m : n});
+    check("grad", grad, x.scalar_type(), {rows, transposed ? n : m});
+    const Tensor grad_x = kept_on(x, {need_x ? rows : 0, x.size(1)}, x.scalar_type());
     const Tensor grad_weight = kept_on(x, {need_weight ? experts : 0, m, n}, x.scalar_type());
     if (need_x) {
-        grouped_product({Transposed::no, {grad, nullptr}, weight, bounds, 0, n, grad_x.data_ptr()});
+        grouped_product({transposed ? Transposed::yes : Transposed::no, {grad, nullptr}, weight, bounds, 0, x.size(1),
+                         grad_x.data_ptr()});
         clear_rest(grad_x, bounds[experts]);
     }
-    if (need_weight) grouped_weight_gradient({grad, nullptr}, {x, nullptr}, bounds, grad_weight);
+    if (need_weight) grouped_weight_gradient({left, nullptr}, {right, nullptr}, bounds, grad_weight);
     return {grad_x, grad_weight};
 }
 

@@ -123,11 +123,12 @@ def _between_products(self: Any, hidden_states: Tensor, index: Tensor, weights: 
     def product(rows: Tensor, name: str) -> Tensor:
         whole, left, right, scale = weights_of(self, name)
         rows = rows.to(whole.dtype)
-        out = grouped_gemm(rows, whole.mT if self.is_transposed else whole, offsets)
+        out = grouped_gemm(rows, whole, offsets, transposed=self.is_transposed)
         if left is not None and right is not None:
             if self.is_transposed:
-                left, right = right.mT, left.mT
-            out = out + grouped_gemm(scale * grouped_gemm(rows, right, offsets), left, offsets)
+                left, right = right, left
+            low = scale * grouped_gemm(rows, right, offsets, transposed=self.is_transposed)
+            out = out + grouped_gemm(low, left, offsets, transposed=self.is_transposed)
         return out + getattr(self, f"{name}_bias")[expert] if self.has_bias else out
 
     rows = product(hidden_states[permutation // top_k], "gate_up_proj" if self.has_gate else "up_proj")

@@ -21,12 +21,15 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 SAVES = ("hidden", "nothing")
 
 
-def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, *, backend: str | None = None) -> Tensor:
+def grouped_gemm(
+    x: Tensor, weight: Tensor, offsets: Tensor, *, transposed: bool = False, backend: str | None = None
+) -> Tensor:
     """Multiply each row with the weight of its expert: y[r] = weight[e] @ x[r] for offsets[e] <= r < offsets[e + 1].
 
     Args:
         x: (S, N), float32, bfloat16, float16 or float64, rows sorted by expert.
         weight: (E, M, N), the dtype of ``x``.
+        transposed: ``weight`` is (E, N, M), and y[r] = x[r] @ weight[e]; no copy of it is made.
         offsets: (E + 1,), int32 or int64, ascending from 0 to at most S (see ``sort_by_expert``).
         backend: "cuda", "triton", "cpu" or "reference": that one or an error; None chooses (see r1kernels.backends).
 
@@ -45,7 +48,9 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, *, backend: str | N
     rows its expert has, which chooses the kernel, except on cuda.
     """
     checks.tensor("x", x, dtypes=checks.FLOATS, ndim=2)
-    checks.tensor("weight", weight, dtypes=checks.FLOATS, shape=(None, None, x.shape[1]), like=x)
+    checks.boolean("transposed", transposed)
+    shape = (None, x.shape[1], None) if transposed else (None, None, x.shape[1])
+    checks.tensor("weight", weight, dtypes=checks.FLOATS, shape=shape, like=x)
     _at_least_one_expert("weight", weight)
     checks.tensor("offsets", offsets, dtypes=(torch.int32, torch.int64), shape=(weight.shape[0] + 1,), like=x)
     x, weight = autocast.cast(x, weight)
@@ -54,7 +59,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor, *, backend: str | N
         check_ascending("offsets", offsets, x.shape[0])
         if int(offsets[0]) != 0:
             raise ValueError(f"offsets: expected 0 at position 0, got {int(offsets[0])}")
-    return GROUPED_GEMM(backend, GemmCall(x, weight, offsets, False))
+    return GROUPED_GEMM(backend, GemmCall(x, weight, offsets, transposed, False))
 
 
 def moe_experts(
@@ -149,7 +154,15 @@ def moe_experts(
     keep = save == "hidden" and torch.is_grad_enabled()
     gating = (ACTIVATIONS.index(activation), float(alpha), float(limit), float(shift))
     call = ExpertsCall(
-        hidden, indices, weights, gate_up, down, *gating, batch_invariant, keep, Lora(*low, addition.scale)
+        hidden,
+        indices,
+        weights,
+        gate_up,
+        down,
+        *gating,
+        batch_invariant,
+        keep,
+        Lora._make((*low, addition.scale)),
     )
     return MOE_EXPERTS(backend, call)
 
@@ -157,7 +170,7 @@ def moe_experts(
 def _checked_lora(lora: Any, gate_up: Tensor, down: Tensor) -> Lora:
     if not isinstance(lora, tuple) or len(lora) != 5:
         raise TypeError(f"lora: expected (A_up, B_up, A_down, B_down, scale) or None, got {lora!r}")
-    *tensors, scale = lora
+    tensors, scale = lora[:4], checks.number("lora: scale", lora[4])
     for (a_name, b_name), (a, b), weight in zip(
         (LORA_NAMES[:2], LORA_NAMES[2:]), (tensors[:2], tensors[2:]), (gate_up, down), strict=True
     ):
@@ -172,7 +185,7 @@ def _checked_lora(lora: Any, gate_up: Tensor, down: Tensor) -> Lora:
         if a.shape[1] == 0:
             raise ValueError(f"{a_name}: expected a rank of at least 1, got shape {tuple(a.shape)}")
         checks.tensor(b_name, b, dtypes=checks.FLOATS, shape=(experts, outputs, a.shape[1]), like=weight)
-    return Lora(*tensors, float(checks.number("lora: scale", scale)))
+    return Lora._make((*tensors, float(scale)))
 
 
 def _at_least_one_expert(name: str, weight: Tensor) -> int:
@@ -185,6 +198,7 @@ class GemmCall(NamedTuple):
     x: Contiguous
     weight: Contiguous
     offsets: Int32
+    transposed: bool
     batch_invariant: bool  # the bits of a row depend on no other row
 
 
@@ -193,12 +207,13 @@ class GemmBackwardCall(NamedTuple):
     x: Contiguous
     weight: Contiguous
     offsets: Int32
+    transposed: bool
     need_x: bool
     need_weight: bool
 
 
 def _gemm_shapes(call: GemmCall) -> Tensor:
-    return call.x.new_empty(call.x.shape[0], call.weight.shape[1])
+    return call.x.new_empty(call.x.shape[0], call.weight.shape[2 if call.transposed else 1])
 
 
 def _gemm_backward_shapes(call: GemmBackwardCall) -> tuple[Tensor, Tensor]:
@@ -210,16 +225,17 @@ GEMM_BACKWARD = Kernel("grouped_gemm", GemmBackwardCall, _gemm_backward_shapes, 
 
 
 def _gemm_gradients(
-    backend: str, inputs: Any, tensors: Any, _: Any, grads: Any, needs: Any
+    backend: str, inputs: Any, tensors: Any, transposed: Any, grads: Any, needs: Any
 ) -> tuple[Tensor, ...]:
-    return GEMM_BACKWARD(backend, GemmBackwardCall(*grads, *inputs, *tensors, *needs))
+    row = (*grads, *inputs, *tensors, transposed, *needs)
+    return GEMM_BACKWARD(backend, GemmBackwardCall._make(row))
 
 
 gemm_on_kernels = recorded(
     "grouped_gemm",
     GEMM_FORWARD,
     differentiable=lambda call: (call.x, call.weight),
-    save=lambda call, result: ((call.offsets,), None),
+    save=lambda call, result: ((call.offsets,), call.transposed),
     backward=_gemm_gradients,
 )
 
@@ -314,16 +330,16 @@ def _experts_backward_shapes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of hidden, weights, gate_up, down and the four of ``lora``; one that is not needed has size 0 at its first
     dimension, and is (0,) where there is no such argument."""
-    none = call.hidden.new_empty(0)
+    up_a, up_b, down_a, down_b = (call.hidden.new_empty(0) if one is None else one for one in call.lora[:4])
     return (
         _gradient(call.hidden, call.need_hidden),
         _gradient(call.weights, call.need_weights),
         _gradient(call.gate_up, call.need_gate_up),
         _gradient(call.down, call.need_down),
-        none if call.lora.up_a is None else _gradient(call.lora.up_a, call.need_up_a),
-        none if call.lora.up_b is None else _gradient(call.lora.up_b, call.need_up_b),
-        none if call.lora.down_a is None else _gradient(call.lora.down_a, call.need_down_a),
-        none if call.lora.down_b is None else _gradient(call.lora.down_b, call.need_down_b),
+        _gradient(up_a, call.need_up_a),
+        _gradient(up_b, call.need_up_b),
+        _gradient(down_a, call.need_down_a),
+        _gradient(down_b, call.need_down_b),
     )
 
 
@@ -335,10 +351,8 @@ def _experts_gradients(
     backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any
 ) -> tuple[Tensor, ...]:
     gating, scale = others
-    lora = Lora(*inputs[4:], scale)
-    return EXPERTS_BACKWARD(
-        backend, ExpertsBackwardCall(*grads, *inputs[:4], *tensors, *gating, *needs, lora)
-    )
+    row = (*grads, *inputs[:4], *tensors, *gating, *needs, Lora._make((*inputs[4:], scale)))
+    return EXPERTS_BACKWARD(backend, ExpertsBackwardCall._make(row))
 
 
 # Hidden states and weight matrices are saved as they are: a contiguous copy does not live until the backward.

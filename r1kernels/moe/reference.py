@@ -134,7 +134,8 @@ def sorted_rows(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def grouped_gemm(call: GemmCall) -> Tensor:
-    return _gemm(*call)
+    weight = call.weight.mT if call.transposed else call.weight
+    return _gemm(call.x, weight, call.offsets, call.batch_invariant)
 
 
 def _gemm(x: Tensor, weight: Tensor, offsets: Tensor, batch_invariant: bool) -> Tensor:
@@ -173,8 +174,10 @@ def _moe_experts(
         out = _gemm(x, weight, offsets, batch_invariant)
         if a is None or b is None:
             return out
+        # wide, so that the sum of the two products is rounded once
+        x, a, b = (one.to(_accumulator(hidden)) for one in (x, a, b))
         low = _gemm(x, a, offsets, batch_invariant) * lora.scale
-        return out + _gemm(low, b, offsets, batch_invariant)
+        return (out + _gemm(low, b, offsets, batch_invariant)).to(out.dtype)
 
     pre_activation = product(rows.index_select(0, permutation), gate_up, lora.up_a, lora.up_b)
     activated = gated(pre_activation.to(_accumulator(hidden)), activation, alpha, limit, shift)

@@ -48,7 +48,7 @@ def router_logits(
         rows = hidden.reshape(-1, size).to(dtype)
         # all rows are those of one expert, whose matrix has the outputs E
         offsets = torch.arange(2, dtype=torch.int32, device=hidden.device) * rows.shape[0]
-        call = experts.GemmCall(rows, weight.to(dtype).unsqueeze(0), offsets, True)
+        call = experts.GemmCall(rows, weight.to(dtype).unsqueeze(0), offsets, False, True)
         logits = ROUTER_LOGITS(backend, call)
         logits = logits if bias is None else logits + bias.to(dtype)
     return logits.view(*hidden.shape[:-1], weight.shape[0])

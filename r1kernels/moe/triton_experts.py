@@ -21,19 +21,22 @@ from .triton_products import (
 
 @experts.GEMM_FORWARD.implement("triton")
 def grouped_gemm(call: experts.GemmCall) -> Tensor:
-    x, weight, offsets, batch_invariant = call
+    x, weight, offsets, transposed, batch_invariant = call
     bounds = ascending(offsets, x.shape[0])
     rows = Rows(bounds, x.shape[0], x.dtype, tail=True, batch_invariant=batch_invariant)
-    return multiply("rows", x, weight, rows)
+    return multiply("rows_transposed" if transposed else "rows", x, weight, rows)
 
 
 @experts.GEMM_BACKWARD.implement("triton")
 def grouped_gemm_backward(call: experts.GemmBackwardCall) -> tuple[Tensor, Tensor]:
-    grad, x, weight, offsets, need_x, need_weight = call
+    grad, x, weight, offsets, transposed, need_x, need_weight = call
     rows = Rows(ascending(offsets, x.shape[0]), x.shape[0], x.dtype, tail=True)
+    left, right = (x, grad) if transposed else (grad, x)
     return (
-        multiply("rows_transposed", grad, weight, rows) if need_x else _nothing(x, x),
-        weight_gradient(grad, None, x, None, rows) if need_weight else _nothing(weight, x),
+        multiply("rows" if transposed else "rows_transposed", grad, weight, rows)
+        if need_x
+        else _nothing(x, x),
+        weight_gradient(left, None, right, None, rows) if need_weight else _nothing(weight, x),
     )
 
 

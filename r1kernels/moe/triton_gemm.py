@@ -25,6 +25,8 @@ from .triton_tiles import (
     weight_pointers,
 )
 
+LOW_DEPTH = tl.constexpr(16)  # of a step over a rank: little, for the sums of a tile leave few registers
+
 
 @triton.jit(do_not_specialize=("size", "width", "experts"))
 def rows_kernel(
@@ -93,7 +95,6 @@ def rows_kernel(
                 width,
                 ROWS,
                 COLUMNS,
-                DEPTH,
                 OUTPUTS_FIRST,
             )
         if SCALE != 1.0:
@@ -117,21 +118,20 @@ def add_low_rank(
     width,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
     OUTPUTS_FIRST: tl.constexpr,
 ):
     """product + low[r] times the matrix of the expert."""
-    x_at = row_pointers(low, None, start, stop, rank, ROWS, DEPTH)
+    x_at = row_pointers(low, None, start, stop, rank, ROWS, LOW_DEPTH)
     matrix = low_weight + expert.to(tl.int64) * rank * width
-    w_at = weight_pointers(matrix, column_start, rank, width, DEPTH, COLUMNS, OUTPUTS_FIRST)
-    step = DEPTH if OUTPUTS_FIRST else width.to(tl.int64) * DEPTH
-    for k in range(0, rank, DEPTH):
-        a = row_block(low, x_at, start, k, rank, DEPTH, False)
+    w_at = weight_pointers(matrix, column_start, rank, width, LOW_DEPTH, COLUMNS, OUTPUTS_FIRST)
+    step = LOW_DEPTH if OUTPUTS_FIRST else width.to(tl.int64) * LOW_DEPTH
+    for k in range(0, rank, LOW_DEPTH):
+        a = row_block(low, x_at, start, k, rank, LOW_DEPTH, False)
         b = weight_block(
-            low_weight, w_at, expert, column_start, k, rank, width, DEPTH, COLUMNS, OUTPUTS_FIRST, False
+            low_weight, w_at, expert, column_start, k, rank, width, LOW_DEPTH, COLUMNS, OUTPUTS_FIRST, False
         )
         product = tl.dot(a, b, product, input_precision="ieee")
-        x_at += DEPTH
+        x_at += LOW_DEPTH
         w_at += step
     return product
 
@@ -188,15 +188,15 @@ def up_kernel(
             product = tl.dot(x, w, product, input_precision="ieee")
             x_at += DEPTH
         if low is not None:
-            low_at = row_pointers(low, None, start, stop, rank, ROWS, DEPTH)
+            low_at = row_pointers(low, None, start, stop, rank, ROWS, LOW_DEPTH)
             low_matrix = low_weight + expert.to(tl.int64) * rank * (2 * width)
-            low_weight_at = gate_up_pointers(low_matrix, column_start, rank, width, DEPTH, COLUMNS)
-            for k in range(0, rank, DEPTH):
-                a = row_block(low, low_at, start, k, rank, DEPTH, False)
-                b = tl.load(low_weight_at, mask=(tl.arange(0, DEPTH) < rank - k)[:, None], other=0.0)
+            low_weight_at = gate_up_pointers(low_matrix, column_start, rank, width, LOW_DEPTH, COLUMNS)
+            for k in range(0, rank, LOW_DEPTH):
+                a = row_block(low, low_at, start, k, rank, LOW_DEPTH, False)
+                b = tl.load(low_weight_at, mask=(tl.arange(0, LOW_DEPTH) < rank - k)[:, None], other=0.0)
                 product = tl.dot(a, b, product, input_precision="ieee")
-                low_at += DEPTH
-                low_weight_at += DEPTH
+                low_at += LOW_DEPTH
+                low_weight_at += LOW_DEPTH
         gate, up = halves(product, ROWS, COLUMNS)
         row = start + tl.arange(0, ROWS)
         column = column_start + tl.arange(0, COLUMNS)
@@ -291,7 +291,6 @@ def down_backward_kernel(
                 width,
                 ROWS,
                 COLUMNS,
-                DEPTH,
                 False,
             )
 

@@ -68,10 +68,10 @@ T* at(uintptr_t address) {
 }
 
 struct Gemm : CudaGroupedGemm {
-    Gemm(int element, int64_t rows, int64_t experts, int64_t outputs, int64_t inputs, uintptr_t x, uintptr_t weight,
-         uintptr_t offsets)
-        : CudaGroupedGemm{static_cast<Element>(element), rows,           experts, outputs, inputs, at<void>(x),
-                          at<void>(weight),              at<int32_t>(offsets)} {}
+    Gemm(int element, int64_t rows, int64_t experts, int64_t outputs, int64_t inputs, bool transposed, uintptr_t x,
+         uintptr_t weight, uintptr_t offsets)
+        : CudaGroupedGemm{static_cast<Element>(element), rows,         experts,          outputs, inputs,
+                          transposed,                    at<void>(x), at<void>(weight), at<int32_t>(offsets)} {}
 };
 
 struct Experts : CudaExperts {
@@ -144,7 +144,7 @@ pybind11::tuple schedule(int element, int64_t rows, int64_t experts, uintptr_t o
 
 PYBIND11_MODULE(moe_experts, m) {
     pybind11::class_<Gemm>(m, "Gemm")
-        .def(pybind11::init<int, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t>());
+        .def(pybind11::init<int, int64_t, int64_t, int64_t, int64_t, bool, uintptr_t, uintptr_t, uintptr_t>());
     pybind11::class_<Experts>(m, "Experts")
         .def(pybind11::init<int, int, float, float, float, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
                             uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, uintptr_t,

@@ -64,8 +64,8 @@ def experts(
     return run_on(backend, MOE_EXPERTS, call)
 
 
-def gemm(*arguments):
-    return run_on("cuda", GROUPED_GEMM, GemmCall(*arguments, False))
+def gemm(*arguments, transposed=False):
+    return run_on("cuda", GROUPED_GEMM, GemmCall(*arguments, transposed, False))
 
 
 def assert_exact(case, dtype):
@@ -228,18 +228,17 @@ def test_frozen_arguments(live):
         assert all(same_bits(ours, grad) for ours, grad in zip(grads, wanted, strict=True))
 
 
-LORA_SHAPES = {  # as SHAPES, and the ranks of both additions
-    "odd, prime E": (37, 45, 23, 7, 3, (3, 5)),
-    "whole rows": (19, 64, 32, 5, 2, (16, 8)),
-    "more than a step": (6, 40, 33, 2, 2, (40, 1)),
-    "several column tiles": (9, 136, 72, 2, 1, (136, 2)),
+LORA_SHAPES = {  # as SHAPES, the ranks of both additions, and a dtype
+    "odd": (9, 45, 23, 3, 2, (3, 5), torch.float16),
+    "whole rows": (8, 64, 32, 3, 2, (16, 8), torch.bfloat16),
+    "more than a step": (6, 24, 33, 2, 2, (40, 1), torch.float32),
+    "several column tiles": (4, 136, 16, 1, 1, (136, 2), torch.bfloat16),
 }
 
 
-@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
 @pytest.mark.parametrize("shape", LORA_SHAPES.values(), ids=LORA_SHAPES)
-def test_lora_is_as_exact_as_eager(shape, dtype):
-    *sizes, ranks = shape
+def test_lora_is_as_exact_as_eager(shape):
+    *sizes, ranks, dtype = shape
     case = LoraCase(*sizes, ranks=ranks, dtype=dtype)
     results = case.with_lora(experts)
     for name, ours, theirs, exact in zip(LORA_NAMES, results, case.in_eager(), case.exact(), strict=True):
@@ -249,7 +248,7 @@ def test_lora_is_as_exact_as_eager(shape, dtype):
         assert same_bits(ours, again)
 
 
-@pytest.mark.parametrize("live", [(4, 5, 6, 7), (4,), (5,), (6,), (7,), (0, 5), (1, 6), (3, 7)], ids=str)
+@pytest.mark.parametrize("live", [(4,), (5,), (6,), (7,), (0, 5), (1, 6)], ids=str)
 def test_lora_of_frozen_arguments_and_sentinels(live):
     case = LoraCase(7, 12, 9, 3, 2, dtype=torch.float32)
     case.indices = case.indices.masked_fill(case.indices == 1, 3)
@@ -265,7 +264,7 @@ def test_lora_of_frozen_arguments_and_sentinels(live):
 
 
 def test_no_order_of_threads_moves_a_bit_of_lora(module):
-    case = LoraCase(11, 136, 40, 3, 2, dtype=torch.bfloat16)
+    case = LoraCase(5, 40, 24, 2, 2, dtype=torch.bfloat16)
     first, *others = (module.set_seed(seed) or case.with_lora(experts) for seed in range(3))
     for other in others:
         assert all(same_bits(one, two) for one, two in zip(first, other, strict=True))
@@ -303,15 +302,17 @@ def test_against_the_backend_cpu(dtype):
 # --- grouped_gemm ---
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
 @pytest.mark.parametrize("counts", [[2, 0, 20, 1], [0, 0, 0, 0], [70, 6, 0, 7]])
-def test_grouped_gemm(counts, dtype):
+def test_grouped_gemm(counts, dtype, transposed):
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
     rows = int(offsets[-1]) + 3  # three rows of nobody, which are not even finite
     x = torch.randn(rows, 45).to(dtype)
     x[int(offsets[-1]) :] = torch.nan
     x.requires_grad_()
-    weight = (torch.randn(4, 36, 45) / 7).to(dtype).requires_grad_()
+    shape = (4, 45, 36) if transposed else (4, 36, 45)
+    weight = (torch.randn(shape) / 7).to(dtype).requires_grad_()
     grad = torch.randn(rows, 36).to(dtype)
     wide = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
 
@@ -319,10 +320,13 @@ def test_grouped_gemm(counts, dtype):
         out = function(*leaves, offsets)
         return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
-    ours = run(gemm, (x, weight), grad)
+    def product(*call):
+        return gemm(*call, transposed=transposed)
+
+    ours = run(product, (x, weight), grad)
     peers, truth = (
-        run(lambda *call: reference.grouped_gemm(GemmCall(*call, False)), (x, weight), grad),
-        run(lambda *call: reference.grouped_gemm(GemmCall(*call, False)), wide, grad.double()),
+        run(lambda *call: reference.grouped_gemm(GemmCall(*call, transposed, False)), (x, weight), grad),
+        run(lambda *call: reference.grouped_gemm(GemmCall(*call, transposed, False)), wide, grad.double()),
     )
     for mine, peer, exact in zip(ours, peers, truth, strict=True):
         assert_as_exact_as(mine, peer, exact, dtype)
@@ -330,7 +334,7 @@ def test_grouped_gemm(counts, dtype):
     assert (ours[0][owned:] == 0).all() and (ours[1][owned:] == 0).all()
     for live, expected in ((x, ours[1]), (weight, ours[2])):
         leaves = [leaf if leaf is live else leaf.detach() for leaf in (x, weight)]
-        assert same_bits(torch.autograd.grad(gemm(*leaves, offsets), live, grad)[0], expected)
+        assert same_bits(torch.autograd.grad(product(*leaves, offsets), live, grad)[0], expected)
 
 
 def test_offsets_that_nobody_checked():

@@ -124,7 +124,7 @@ def test_values_that_nobody_checked_are_errors():
     x, weight = torch.ones(4, 3), torch.ones(2, 5, 3)
     for offsets in ([0, 3, 2], [1, 2, 3], [0, 2, 5]):
         with pytest.raises(RuntimeError, match="offsets: expected"):
-            ops.grouped_gemm_cpu(x, weight, torch.tensor(offsets, dtype=torch.int32), False)
+            ops.grouped_gemm_cpu(x, weight, torch.tensor(offsets, dtype=torch.int32), False, False)
     with pytest.raises(RuntimeError, match=r"indices: expected values in \[0, 3\), got 3 at position 0"):
         ops.route_cpu_backward(torch.ones(1, 1), torch.zeros(1, 3), torch.tensor([[3]]), 0, True, 1e-20, 1.0)
     with pytest.raises(RuntimeError, match="score: expected 0, 1 or 2, got 3"):
@@ -201,12 +201,15 @@ def test_opcheck(dtype):
             backward = (case.grad, hidden, *others, *saved, *SILU, *needs, *low)
             torch.library.opcheck(ops.moe_experts_cpu_backward.default, backward)
     offsets = torch.tensor([0, 3, 3, 8, 9], dtype=torch.int32)
-    torch.library.opcheck(ops.grouped_gemm_cpu.default, (hidden, others[1], offsets, False))
+    torch.library.opcheck(ops.grouped_gemm_cpu.default, (hidden, others[1], offsets, False, False))
     rows = torch.randn(9, 12).to(dtype)
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
-            ops.grouped_gemm_cpu_backward.default, (rows, hidden, others[1], offsets, *needs)
+            ops.grouped_gemm_cpu_backward.default, (rows, hidden, others[1], offsets, False, *needs)
         )
+    transposed = (rows, others[1], offsets, True)
+    torch.library.opcheck(ops.grouped_gemm_cpu.default, (*transposed, False))
+    torch.library.opcheck(ops.grouped_gemm_cpu_backward.default, (hidden, *transposed, True, True))
     torch.library.opcheck(ops.sort_by_expert_cpu.default, (indices.flatten(), 4))
     for given in (None, indices):
         torch.library.opcheck(

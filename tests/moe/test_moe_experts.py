@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import r1kernels
 from r1kernels import checks
 from r1kernels.moe import grouped_gemm, moe_experts, sort_by_expert
-from tests.support.moe_case import NAMES, Case, check_clamped_gates, in_eager, normal
+from tests.support.moe_case import NAMES, Case, LoraCase, check_clamped_gates, in_eager, normal
 from tests.support.numerics import assert_as_exact_as, same_bits
 from tests.support.unchecked_offsets import assert_every_row_is_written
 
@@ -236,6 +236,23 @@ def test_weights_computed_from_other_parameters():
     torch.testing.assert_close(grads, (b.detach().mT @ full, full @ a.detach().mT))
 
 
+def test_lora_is_that_of_the_whole_matrices(form):
+    case = LoraCase(9, 8, 6, 4, 2)
+    for ours, exact in zip(case.with_lora(moe_experts), case.exact(), strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+def test_second_derivatives_of_lora():
+    case = LoraCase(3, 3, 2, 2, 2, ranks=(1, 2))
+
+    def run(hidden, weights, gate_up, down, *matrices):
+        lora = (*matrices, case.scale)
+        return moe_experts(hidden, case.indices, weights, gate_up, down, lora=lora)
+
+    assert torch.autograd.gradcheck(run, case.leaves)
+    assert torch.autograd.gradgradcheck(run, case.leaves)
+
+
 def test_autocast_is_that_of_linear(form):
     case = Case(16, 8, 6, 4, 2, dtype=torch.float32)
     half = [leaf.detach().bfloat16() for leaf in (case.hidden, case.gate_up, case.down)]
@@ -378,6 +395,28 @@ BAD = {
     "limit: expected a number above 0, got -1": (ValueError, {"limit": -1}),
     "shift: expected a finite number, got inf": (ValueError, {"shift": float("inf")}),
     "save: expected one of 'hidden', 'nothing'": (ValueError, {"save": "all"}),
+    r"lora: expected \(A_up, B_up, A_down, B_down, scale\) or None, got 2": (TypeError, {"lora": 2}),
+    "lora: scale: expected a number, got str": (TypeError, {"lora": (None, None, None, None, "2")}),
+    "lora: A_up, lora: B_up: expected both or neither, got one alone": (
+        ValueError,
+        {"lora": (torch.zeros(4, 3, 8), None, None, None, 1.0)},
+    ),
+    r"lora: A_up: expected shape \(4, any, 8\), got \(4, 8, 3\)": (
+        ValueError,
+        {"lora": (torch.zeros(4, 8, 3), torch.zeros(4, 3, 12), None, None, 1.0)},
+    ),
+    r"lora: B_down: expected shape \(4, 8, 2\), got \(4, 8, 3\)": (
+        ValueError,
+        {"lora": (None, None, torch.zeros(4, 2, 6), torch.zeros(4, 8, 3), 1.0)},
+    ),
+    "lora: A_down: expected a rank of at least 1": (
+        ValueError,
+        {"lora": (None, None, torch.zeros(4, 0, 6), torch.zeros(4, 8, 0), 1.0)},
+    ),
+    "lora: A_down: expected dtype float32": (
+        TypeError,
+        {"lora": (None, None, torch.zeros(4, 2, 6).half(), torch.zeros(4, 8, 2).half(), 1.0)},
+    ),
 }
 
 

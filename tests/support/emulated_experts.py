@@ -27,24 +27,29 @@ class EmulatedExperts:
         ):
             library.impl(name, function, "CPU")
 
-    def gemm(self, x, weight, offsets, batch_invariant):
+    def gemm(self, x, weight, offsets, transposed, batch_invariant):
         zones = Zones(self.offset)
-        out = zones.output(x, x.shape[0], weight.shape[1])
-        self.module.gemm_forward(self.gemm_call(zones, x, weight, offsets), out.data_ptr())
+        out = zones.output(x, x.shape[0], weight.shape[2 if transposed else 1])
+        call = self.gemm_call(zones, x, weight, offsets, transposed)
+        self.module.gemm_forward(call, out.data_ptr())
         zones.check()
         return out
 
-    def gemm_backward(self, grad, x, weight, offsets, need_x, need_weight):
+    def gemm_backward(self, grad, x, weight, offsets, transposed, need_x, need_weight):
         zones = Zones(self.offset)
         grads = [zones.gradient(x, need_x), zones.gradient(weight, need_weight)]
-        call = self.gemm_call(zones, x, weight, offsets)
+        call = self.gemm_call(zones, x, weight, offsets, transposed)
         self.module.gemm_backward(call, zones.input(grad), *map(address, grads))
         zones.check()
         return tuple(grads)
 
-    def gemm_call(self, zones, x, weight, offsets):
+    def gemm_call(self, zones, x, weight, offsets, transposed):
         pointers = (zones.input(x), zones.input(weight), zones.input(offsets))
-        return self.module.Gemm(ELEMENTS.index(x.dtype), x.shape[0], *weight.shape, *pointers)
+        experts, outputs, inputs = weight.shape
+        if transposed:
+            inputs, outputs = outputs, inputs
+        sizes = (x.shape[0], experts, outputs, inputs, transposed)
+        return self.module.Gemm(ELEMENTS.index(x.dtype), *sizes, *pointers)
 
     def experts(
         self,

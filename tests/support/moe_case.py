@@ -100,7 +100,7 @@ class LoraCase(Case):
     """A call with low-rank additions, which are leaves too; ``run`` and ``exact`` have their gradients behind the others."""
 
     def __init__(
-        self, *sizes: int, ranks: tuple[int, int] = (3, 5), scale: float = 1.5, **options: Any
+        self, *sizes: int, ranks: tuple[int, int] = (3, 5), scale: float = 0.6, **options: Any
     ) -> None:
         super().__init__(*sizes, **options)
         (experts, outputs, hidden), width, dtype = self.gate_up.shape, self.down.shape[2], self.hidden.dtype

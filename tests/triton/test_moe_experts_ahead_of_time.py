@@ -127,7 +127,10 @@ def test_every_entry_fits_and_uses_the_tensor_cores(tmp_path, table_of, capabili
         assert asynchronous, f"{kernel.name}: loads are not pipelined"
 
 
-@pytest.mark.parametrize(("capability", "dtype", "rows"), MATRIX)
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", ROWS_AN_EXPERT)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capability", offline_triton.CAPABILITIES)
 def test_low_rank_additions_fit_and_use_the_tensor_cores(tmp_path, table_of, capability, dtype, rows):
     table_of(capability)
     with offline_triton.compile_only(capability) as compiled:
@@ -150,7 +153,7 @@ def test_the_loads_of_a_tile_begin_under_the_epilogue_of_the_one_before(table_of
         backward(4096 * EXPERTS, torch.bfloat16, 256)
         gemm = (torch.empty(1 << 14, 256), torch.empty(EXPERTS, 256, 256))
         offsets = torch.zeros(EXPERTS + 1, dtype=torch.int32)
-        backend.grouped_gemm(GemmCall(*(each.bfloat16() for each in gemm), offsets, False))
+        backend.grouped_gemm(GemmCall(*(each.bfloat16() for each in gemm), offsets, False, False))
     names = ["up_kernel", "rows_kernel", "down_backward_kernel", "rows_kernel", "rows_kernel"]
     kernels = [kernel for kernel in compiled if kernel.name in names]
     assert [kernel.name for kernel in kernels] == names
@@ -186,8 +189,8 @@ def test_grouped_gemm_of_many_experts_fits(tmp_path, table_of, capability, exper
     x, weight = torch.empty(64, 64, dtype=torch.bfloat16), torch.empty(experts, 64, 64, dtype=torch.bfloat16)
     offsets = torch.zeros(experts + 1, dtype=torch.int32)
     with offline_triton.compile_only(capability) as compiled:
-        backend.grouped_gemm(GemmCall(x, weight, offsets, False))
-        backend.grouped_gemm_backward(GemmBackwardCall(x, x, weight, offsets, True, True))
+        backend.grouped_gemm(GemmCall(x, weight, offsets, False, False))
+        backend.grouped_gemm_backward(GemmBackwardCall(x, x, weight, offsets, False, True, True))
     names = {kernel.name for kernel in compiled}
     assert names == {"ascend_kernel", "schedule_kernel", "rows_kernel", "weight_gradient_kernel"}
     for kernel in compiled:
