@@ -2,7 +2,7 @@
 
 Sizes: N tokens, V vocabulary, H hidden, B completions of at most L tokens, G completions a prompt, T tokens that are
 routed, I intermediate size of an expert, E experts, K experts a token, R rank of a low-rank addition, S ids of a token,
-that a sampler kept or a teacher named.
+that a sampler kept or a teacher named, D hidden size of a teacher.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         "kept_logprobs",
         "topk_divergence",
         "linear_topk_divergence",
+        "linear_divergence",
     ),
     "grpo": ("grpo_loss", "linear_grpo_loss"),
     "moe": ("moe_experts", "lora_experts", "grouped_gemm", "route", "router_logits"),
@@ -46,7 +47,7 @@ class Case:
     """One op at one shape, on one kind of device ("cpu" or "cuda").
 
     layout: "padded" or "packed" where both exist; of a router "softmax" or "softmax-plain" (not normalised), "" for
-    DeepSeek-V3's. quick: part of a quick run. model: whose shape it is.
+    DeepSeek-V3's; of a divergence its kind. quick: part of a quick run. model: whose shape it is.
     """
 
     op: str
@@ -94,6 +95,7 @@ class Case:
         if self.op in ("token_logprobs", "grouped_logprobs", "topk_divergence"):
             return a_logit * positions(self) * sizes["V"]
         if "V" in sizes and "H" in sizes:
+            a_logit *= 2 if self.op == "linear_divergence" else 1
             logits = a_logit * positions(self) * sizes["V"] if self.device == "cpu" else 0.0
             return logits + 20.0 * sizes["V"] * sizes["H"]
         if self.op in ("moe_experts", "lora_experts"):
@@ -161,6 +163,19 @@ def _kept(case: Case) -> dict[str, Work]:
         "backward": Work(
             bytes=size * (2 * tokens + rows + s["V"] * s["H"]), flops=4 * entries * s["H"], exps=entries
         ),
+    }
+
+
+def _divergence(case: Case) -> dict[str, Work]:
+    """Two GEMMs forward, two backward (the slopes are kept), two exponentials an id forward."""
+    s = case.sizes
+    logits, both = float(s["N"]) * s["V"], s["H"] + s["D"]
+    size = case.bytes_per_value
+    return {
+        "forward": Work(
+            bytes=size * float((s["N"] + s["V"]) * both), flops=2 * logits * both, exps=2 * logits
+        ),
+        "backward": Work(bytes=size * 2.0 * (s["N"] + s["V"]) * s["H"], flops=4 * logits * s["H"]),
     }
 
 
@@ -238,6 +253,7 @@ WORK = {
     "kept_logprobs": _kept,
     "topk_divergence": _logits,
     "linear_topk_divergence": _linear,
+    "linear_divergence": _divergence,
     "linear_grpo_loss": _linear,
     "grpo_loss": _grpo,
     "moe_experts": _moe,
@@ -302,6 +318,14 @@ def _cpu() -> list[Case]:
                 model="Qwen2.5-0.5B",
             )
             for dtype in (F32, BF16)
+        ),
+        *(
+            Case("linear_divergence", "cpu", dtype, {"N": 1024, **sizes}, kind, model=model)
+            for sizes, model in (
+                ({"V": 32768, "H": 512, "D": 512}, ""),
+                ({"V": 151936, "H": 896, "D": 896}, "Qwen2.5-0.5B"),
+            )
+            for dtype, kind in ((F32, "forward_kl"), (F32, "jsd"), (BF16, "jsd"))
         ),
         *(
             Case("grouped_logprobs", "cpu", dtype, group, layout)
@@ -372,6 +396,7 @@ def _cuda() -> list[Case]:
         Case("kept_logprobs", "cuda", BF16, {"N": 8192, "V": 151936, "H": 2048, "S": 20}, model="top-k 20"),
         Case("topk_divergence", "cuda", BF16, {"N": 8192, "V": 151936, "S": 64}),
         Case("linear_topk_divergence", "cuda", BF16, {"N": 8192, "V": 151936, "H": 2048, "S": 64}),
+        Case("linear_divergence", "cuda", BF16, {"N": 8192, "V": 151936, "H": 2048, "D": 4096}, "jsd"),
         Case("grouped_logprobs", "cuda", BF16, group, "padded"),
         Case("grouped_logprobs", "cuda", BF16, group, "packed"),
         *_grpo_cases("cuda", quick=65536),
@@ -417,6 +442,7 @@ def smallest(case: Case) -> Case:
     """The same op at a shape that takes next to no work."""
     small = {
         "N": 24, "V": 199, "H": 16, "B": 4, "L": 6, "G": 2, "T": min(case.sizes.get("T", 1), 24), "I": 8, "E": 16, "K": 2, "R": 3, "S": 5,
+        "D": 12,
     }  # fmt: skip
     sizes = {name: small[name] for name in case.sizes}
     if case.op == "grpo_step":

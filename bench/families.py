@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import grpo, kept, logprob, lora, moe, products, topk
+from . import divergence, grpo, kept, logprob, lora, moe, products, topk
 from .cases import Case
 from .numerics import Exact
 from .peers import Inputs, Ours, Peer
@@ -51,6 +51,9 @@ OPS: Mapping[str, Op] = {
         logprob.linear_grouped_inputs,
         logprob.linear_grouped_exact,
         logprob.LINEAR_GROUPED,
+    ),
+    "linear_divergence": Op(
+        divergence.OURS_DIVERGENCE, divergence.inputs, divergence.exact, divergence.DIVERGENCE
     ),
     "grpo_loss": Op(grpo.OURS_LOSS, grpo.loss_inputs, grpo.loss_exact, grpo.LOSS),
     "linear_grpo_loss": Op(grpo.OURS_LINEAR, grpo.linear_inputs, grpo.linear_exact, grpo.LINEAR),

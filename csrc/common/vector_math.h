@@ -44,7 +44,8 @@ inline Floats expm1_of(Floats x) {
     return e.n == 0.0f ? e.small : scaled(e) - 1.0f;
 }
 
-inline Floats log_of(Floats x) {
+// not inline: gcc 12 crashes where it vectorises around the loop over the lanes
+__attribute__((noinline)) inline Floats log_of(Floats x) {
     for (int lane = 0; lane < kLanes; ++lane) x[lane] = ::logf(x[lane]);
     return x;
 }

@@ -6,8 +6,8 @@
 #pragma once
 
 #include "common/block_reduce.cuh"
+#include "common/math.cuh"
 #include "grpo/cuda.h"
-#include "grpo/cuda_math.cuh"
 #include "grpo/terms.h"  // after the functions that it is built on
 
 namespace r1kernels::grpo {

@@ -37,6 +37,18 @@ struct R1kernelsLogprobGradients {
     const int32_t* sequences;                    // (B * T): the entry of the gradients that a row takes; null: its own
 };
 
+// Divergences, in the order of KINDS in r1kernels/logprob/divergence_terms.py.
+enum R1kernelsDivergenceKind : int32_t { R1KERNELS_FORWARD_KL, R1KERNELS_REVERSE_KL, R1KERNELS_JSD };
+
+// The logits of student and teacher side by side: float32, of one shape and the same columns, with the same targets, which
+// say no more than which rows are ignored.
+struct R1kernelsDivergence {
+    R1kernelsTokenLogprobs student, teacher;
+    const float *student_stats, *teacher_stats;  // (3, B * T): M, S', E' over the whole vocabulary
+    R1kernelsDivergenceKind kind;
+    float beta;
+};
+
 // Products of hidden states and the rows of the head that were kept, for kept sets (r1kernels/logprob/kept_head.py). An
 // entry is a pair of a token and a row of the head.
 struct R1kernelsKeptProducts {

@@ -2,6 +2,7 @@
 #include "logprob/cpu.h"
 
 #include "logprob/cpu_backward.h"
+#include "logprob/cpu_divergence.h"
 #include "logprob/cpu_forward.h"
 #include "logprob/cpu_kept.h"
 
@@ -49,8 +50,33 @@ void kept_gradient_of_weight(const R1kernelsKeptProducts& call, void* to, float*
     });
 }
 
+template <int kKind>
+struct Kind {
+    static constexpr int value = kKind;
+};
+
+// run(the kind as a constant)
+template <typename Run>
+void with_kind(R1kernelsDivergenceKind kind, const Run& run) {
+    switch (kind) {
+        case R1KERNELS_FORWARD_KL: return run(Kind<R1KERNELS_FORWARD_KL>());
+        case R1KERNELS_REVERSE_KL: return run(Kind<R1KERNELS_REVERSE_KL>());
+        case R1KERNELS_JSD: return run(Kind<R1KERNELS_JSD>());
+    }
+}
+
+void sums_of_divergence(const R1kernelsDivergence& call, float* sums, int64_t begin, int64_t end) {
+    with_kind(call.kind, [&](auto kind) { divergence_sums<kind.value>(call, sums, begin, end); });
+}
+
+void gradient_of_divergence(const R1kernelsDivergence& call, const float* mean, const float* grad, float* to,
+                            int64_t begin, int64_t end) {
+    with_kind(call.kind, [&](auto kind) { divergence_gradient<kind.value>(call, mean, grad, to, begin, end); });
+}
+
 }  // namespace
 
+const DivergenceKernels divergence_kernels = {sums_of_divergence, gradient_of_divergence};
 const KeptKernels kept_kernels = {kept_products, kept_gradient_of_hidden, kept_gradient_of_weight};
 const LogprobKernels logprob_kernels = {reduce, finish, backward};
 

@@ -60,7 +60,18 @@ struct KeptKernels {
     void (*gradient_of_weight)(const R1kernelsKeptProducts& call, void* to, float* bias, int64_t begin, int64_t end);
 };
 
+// Divergences: over rows.
+struct DivergenceKernels {
+    // Writes sums (4, B * T) over the columns of the call (divergence_terms.h; 0 for ignored rows).
+    void (*sums)(const R1kernelsDivergence& call, float* sums, int64_t begin, int64_t end);
+
+    // Writes the gradient of the student's raw logits over them; mean (2, B * T): of all columns; grad: null for ones.
+    void (*gradient)(const R1kernelsDivergence& call, const float* mean, const float* grad, float* to, int64_t begin,
+                     int64_t end);
+};
+
 R1KERNELS_DECLARE_TABLES(LogprobKernels, logprob_kernels)
 R1KERNELS_DECLARE_TABLES(KeptKernels, kept_kernels)
+R1KERNELS_DECLARE_TABLES(DivergenceKernels, divergence_kernels)
 
 }  // namespace r1kernels

@@ -33,6 +33,14 @@ int r1kernels_token_logprobs_cuda_backward(const R1kernelsTokenLogprobs* call, c
                                            void* grad_logits, r1kernels::Element grad_element,
                                            int64_t grad_batch_stride, int64_t grad_token_stride, void* stream);
 
+// sums (4, B * T) over the columns of the call (divergence_terms.h; 0 for ignored rows).
+int r1kernels_divergence_cuda(const R1kernelsDivergence* call, float* sums, void* stream);
+
+// The gradient of the student's raw logits, to the place where they lie; mean (2, B * T): of all columns; grad (B * T): null
+// for ones.
+int r1kernels_divergence_cuda_backward(const R1kernelsDivergence* call, const float* mean, const float* grad, float* to,
+                                       void* stream);
+
 // sums (B): those of the values (N) of each completion, in a fixed order. Completion i is the tokens
 // [cu_seqlens[i], cu_seqlens[i + 1]), or N / B tokens each where cu_seqlens (B + 1) is null; NaN where these bounds do
 // not lie in [0, N] in rising order.

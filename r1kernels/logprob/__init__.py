@@ -5,6 +5,7 @@ from . import cpu as cpu
 from . import cuda as cuda
 from . import kept_padded as kept_padded
 from . import triton as triton
+from . import triton_divergence as triton_divergence
 from . import triton_kept as triton_kept
 from . import triton_linear as triton_linear
 from .divergence import linear_divergence

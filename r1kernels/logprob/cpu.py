@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import extension
 from ..op import Kernel, Written
-from . import linear_tiles, tiles
+from . import divergence_tiles, linear_tiles, tiles
 
 
 class GemmCall(NamedTuple):
@@ -68,3 +68,4 @@ ENGINE = tiles.Engine(
     invariant_tokens=lambda dtype: 0 if is_ours(dtype) else 64,
 )
 linear_tiles.implement(ENGINE, "CPU")
+divergence_tiles.implement(ENGINE, "CPU")

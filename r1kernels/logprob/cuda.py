@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import linear_tiles, tiles, token
+from . import divergence_tiles, linear_tiles, tiles, token
 
 
 def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -57,5 +57,7 @@ ENGINE = tiles.Engine(
     invariant_columns=32768,
     invariant_tokens=lambda dtype: 1024,
     gradient=_gradient,
+    one_dtype=True,
 )
 linear_tiles.implement(ENGINE, "CUDA")
+divergence_tiles.implement(ENGINE, "CUDA")

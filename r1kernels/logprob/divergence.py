@@ -5,16 +5,18 @@ Shapes: N tokens, H hidden (the teacher may have another), V vocabulary that bot
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..op import Float32, Op
+from .. import autocast, checks, devices
+from ..op import Contiguous, Kernel, Op, Size, recorded
 from . import divergence_reference
 from .arguments import check_kind, check_linear, split_temperature
+from .divergence_rows import TeacherRows
 from .divergence_terms import KINDS
+from .linear import SAVED_BYTES
 from .token import Rows
 
 IGNORED = -100  # of the targets inside a call, which are 0 elsewhere
@@ -123,10 +125,12 @@ def linear_divergence(
     teacher = Teacher(
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
         teacher_head.weight.detach()[:vocabulary],
-        None if teacher_head.bias is None else teacher_head.bias.detach()[:vocabulary],
-        teacher_head.logit_scale,
-        teacher_head.softcap or 0.0,
-        *of_teacher,
+        TeacherRows(
+            None if teacher_head.bias is None else teacher_head.bias.detach()[:vocabulary],
+            teacher_head.logit_scale,
+            teacher_head.softcap or 0.0,
+            *of_teacher,
+        ),
     )
     call = DivergenceCall(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -149,22 +153,7 @@ class Teacher(NamedTuple):
 
     teacher_hidden: Tensor  # (N, H')
     teacher_weight: Tensor  # (V, H'), of the same dtype
-    teacher_bias: Float32 | None  # what follows: as in Rows
-    teacher_logit_scale: float
-    teacher_softcap: float
-    teacher_temperatures: Float32 | None
-    teacher_temperature: float
-
-    def rows(self, rows: Rows) -> Rows:
-        """The rows of the teacher's logits, of which those of the student's are given."""
-        _, _, bias, logit_scale, softcap, temperatures, temperature = self
-        return rows._replace(
-            bias=bias,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            temperatures=temperatures,
-            temperature=temperature,
-        )
+    teacher_rows: TeacherRows
 
 
 class DivergenceCall(NamedTuple):
@@ -181,4 +170,141 @@ class DivergenceCall(NamedTuple):
     save_logits: bool | None  # None: the backend decides
 
 
-LINEAR_DIVERGENCE = Op("linear_divergence", divergence_reference.run)
+class LinearDivergenceCall(NamedTuple):
+    """A DivergenceCall as kernels take it."""
+
+    hidden: Tensor
+    weight: Tensor
+    rows: Rows
+    teacher: Teacher
+    kind: int
+    beta: float
+    with_entropy: bool
+    chunk_size: Size
+    save_logits: bool  # the slopes of the logits, (N, V), for the backward
+    frozen: bool  # the slope of the hidden states, (N, H), which alone need a gradient
+
+
+class DivergenceBackwardCall(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    rows: Rows
+    teacher: Teacher
+    kind: int
+    beta: float
+    chunk_size: Size
+    stats: Tensor  # what follows: as the forward gives it
+    teacher_stats: Tensor
+    mean: Tensor
+    slope: Tensor | None
+    grad: Contiguous  # (N,) float32
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+
+
+def slope_shape(call: LinearDivergenceCall) -> tuple[int, ...]:
+    if call.save_logits:
+        return (call.hidden.shape[0], call.weight.shape[0])
+    return tuple(call.hidden.shape) if call.frozen else (0,)
+
+
+def _shapes(call: LinearDivergenceCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """divergence (N,), entropy (N,) or (0,), the sums of both (3, N) and the mean of log-ratios (2, N), as in divergence_rows.py,
+    and d divergence / d raw logits (N, V) or d divergence / d hidden (N, H), else (0,); all float32."""
+    hidden, tokens = call.hidden, call.hidden.shape[0]
+    shapes = (
+        tokens,
+        tokens if call.with_entropy else 0,
+        (3, tokens),
+        (3, tokens),
+        (2, tokens),
+        slope_shape(call),
+    )
+    value, entropy, stats, teacher_stats, mean, slope = (
+        hidden.new_empty(shape, dtype=torch.float32) for shape in shapes
+    )
+    return value, entropy, stats, teacher_stats, mean, slope
+
+
+def _backward_shapes(call: DivergenceBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight and, in float32, bias; (0,) where not needed."""
+    hidden, weight = call.hidden, call.weight
+    return (
+        hidden.new_empty(hidden.shape if call.need_hidden else 0),
+        weight.new_empty(weight.shape if call.need_weight else 0),
+        weight.new_empty(weight.shape[0] if call.need_bias else 0, dtype=torch.float32),
+    )
+
+
+FORWARD = Kernel("linear_divergence", LinearDivergenceCall, _shapes)
+BACKWARD = Kernel("linear_divergence", DivergenceBackwardCall, _backward_shapes, suffix="_backward")
+
+
+def _forward(backend: str, call: LinearDivergenceCall) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...] = FORWARD(backend, call)
+    return results
+
+
+def _save(call: LinearDivergenceCall, results: tuple[Tensor, ...]) -> Any:
+    _, _, stats, teacher_stats, mean, slope = results
+    if call.frozen:
+        return (slope,), None
+    (_, *of_rows), numbers = call.rows.apart()
+    hidden, weight, (bias, logit_scale, softcap, temperatures, temperature) = call.teacher
+    tensors = (*of_rows, hidden, weight, bias, temperatures, stats, teacher_stats, mean)
+    of_teacher = (logit_scale, softcap, temperature)
+    others = (numbers, of_teacher, call.kind, call.beta, call.chunk_size)
+    return (*tensors, slope if call.save_logits else None), others
+
+
+def _gradients(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any) -> Any:
+    if others is None:
+        (slope,) = tensors
+        return slope * grads[0].unsqueeze(1), None, None
+    hidden, weight, bias = inputs
+    numbers, (logit_scale, softcap, temperature), kind, beta, chunk_size = others
+    targets, temperatures, x, w, b, of_tokens, stats, teacher_stats, mean, slope = tensors
+    rows = Rows.together((bias, targets, temperatures), numbers)
+    teacher = Teacher(x, w, TeacherRows(b, logit_scale, softcap, of_tokens, temperature))
+    sums = stats, teacher_stats, mean, slope
+    call = (hidden, weight, rows, teacher, kind, beta, chunk_size, *sums, grads[0], *needs)
+    return BACKWARD(backend, DivergenceBackwardCall(*call))
+
+
+_recorded = recorded(
+    "linear_divergence",
+    _forward,
+    differentiable=lambda call: (call.hidden, call.weight, call.rows.bias),
+    save=_save,
+    backward=_gradients,
+    give=lambda call, results: results[:2],
+    constant=(1,),
+)
+
+
+def on_kernels(backend: str, call: DivergenceCall) -> tuple[Tensor, Tensor]:
+    hidden, weight, bias, save_logits = call.hidden, call.weight, call.rows.bias, call.save_logits
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    differentiable = torch.is_grad_enabled() and (trained or hidden.requires_grad)
+    if save_logits is None:
+        # in a compiled graph a length must not decide
+        fits = 4 * hidden.shape[0] * weight.shape[0] <= devices.memory_budget(hidden, SAVED_BYTES)
+        save_logits = fits and not torch.compiler.is_compiling()
+    save_logits = save_logits and differentiable and trained
+    *inputs, _ = call
+    kernel_call = LinearDivergenceCall._make((*inputs, save_logits, differentiable and not trained))
+    with autocast.off(hidden):
+        found: tuple[Tensor, Tensor] = _recorded(backend, kernel_call)
+    return found
+
+
+def limits(backend: str, call: DivergenceCall) -> tuple[str, ...]:
+    if call.teacher.teacher_hidden.dtype in devices.FLOATS:
+        return ()
+    return (f"teacher_hidden: {call.teacher.teacher_hidden.dtype}, which the reference alone serves",)
+
+
+LINEAR_DIVERGENCE = Op(
+    "linear_divergence", divergence_reference.run, on_kernels, decides="hidden", limits=limits
+)

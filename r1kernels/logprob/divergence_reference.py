@@ -24,15 +24,17 @@ def run(call: DivergenceCall) -> tuple[Tensor, Tensor]:
     tokens, vocabulary = call.hidden.shape[0], call.weight.shape[0]
     # float32 (float64 stays), once for all chunks
     dtype = torch.float64 if call.hidden.dtype == torch.float64 else torch.float32
+    _, teacher_weight, of_teacher = call.teacher
     bias, teacher_bias = (
-        None if x is None else x.to(dtype) for x in (call.rows.bias, call.teacher.teacher_bias)
+        None if x is None else x.to(dtype) for x in (call.rows.bias, of_teacher.teacher_bias)
     )
     with autocast.off(call.hidden):
         call = call._replace(
             weight=call.weight.to(dtype),
             rows=call.rows._replace(bias=bias),
             teacher=call.teacher._replace(
-                teacher_weight=call.teacher.teacher_weight.to(dtype), teacher_bias=teacher_bias
+                teacher_weight=teacher_weight.to(dtype),
+                teacher_rows=of_teacher._replace(teacher_bias=teacher_bias),
             ),
         )
         keep = linear_reference.keeps(call.save_logits, tokens, vocabulary)
@@ -61,7 +63,9 @@ def _part(call: DivergenceCall, piece: slice) -> DivergenceCall:
         rows=rows._replace(targets=rows.targets[piece], temperatures=some(rows.temperatures)),
         teacher=teacher._replace(
             teacher_hidden=teacher.teacher_hidden[piece],
-            teacher_temperatures=some(teacher.teacher_temperatures),
+            teacher_rows=teacher.teacher_rows._replace(
+                teacher_temperatures=some(teacher.teacher_rows.teacher_temperatures)
+            ),
         ),
     )
 
@@ -70,9 +74,8 @@ def _chunk(call: DivergenceCall) -> tuple[Tensor, Tensor]:
     ignored = call.rows.targets == call.rows.ignore_index
     x = _scaled_logits(call.hidden, call.weight, call.rows, ignored)
     with torch.no_grad():
-        teacher = _scaled_logits(
-            call.teacher.teacher_hidden, call.teacher.teacher_weight, call.teacher.rows(call.rows), ignored
-        )
+        hidden, weight, of_teacher = call.teacher
+        teacher = _scaled_logits(hidden, weight, of_teacher.beside(call.rows), ignored)
     divergence, entropy = divergence_of_logits(x, teacher, KINDS[call.kind], call.beta, call.with_entropy)
     entropy = entropy.masked_fill(ignored, 0.0) if call.with_entropy else entropy
     return divergence.masked_fill(ignored, 0.0), entropy

@@ -1,15 +1,11 @@
 """The kernels of linear_logprobs by tiles, written once for all backends that have an engine (tiles.py).
 
 Shapes: N tokens, H hidden, V vocabulary.
-
-Tiles are taken slab by slab of the vocabulary, or block by block of the tokens. Slab by slab, a slab of dW is complete at
-once and dX (N, H) is accumulated; block by block it is the other way round. Inputs of 16 bits need a float32 accumulator
-for what is not complete at once, so the order follows from what needs a gradient and from which one is smaller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -132,22 +128,15 @@ def gradients(
 
     ``look`` sees the logits of each tile that are computed anew, ``finish`` the gradient that the row kernel makes of a tile.
     """
-    hidden, weight = problem.hidden, problem.weight
-    need_hidden, need_weight, need_bias = needs
     logp, stats, grad_logp, grad_entropy, sequences = upstream
-    tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    slabs, blocks = problem.tiling.slabs(vocabulary), problem.tiling.blocks(tokens)
-    by_slab = need_weight and (not need_hidden or tokens <= vocabulary)
-    grad_hidden = tiles.Sum(problem, hidden, need_hidden, blocks, complete=not by_slab, dtype=dtype)
-    grad_weight = tiles.Sum(problem, weight, need_weight, slabs, complete=by_slab, dtype=weight.dtype)
-    grad_bias = hidden.new_zeros(vocabulary if need_bias else 0, dtype=torch.float32)
-    for block, slab in _in_turn(blocks, slabs, by_slab):
+    by_sequence, engine = sequences is not None, problem.engine
+
+    def gradient(block: slice, slab: slice) -> Tensor:
         tile = tiles.tile_of(problem, block, slab, saved)
         if saved is None:
             tiles.raw_logits(problem, block, slab, tile)
             if look is not None:
                 look(block, slab, tile)
-        by_sequence = sequences is not None
         of_block = Upstream(
             logp[block],
             stats[:, block].contiguous(),
@@ -155,20 +144,10 @@ def gradients(
             grad_entropy if by_sequence or grad_entropy is None else grad_entropy[block],
             sequences[block] if sequences is not None else None,
         )
-        engine = problem.engine
-        gradient = engine.gradient(engine, tile, tiles.rows_of(problem, block, slab), hidden.dtype, of_block)
+        rows = tiles.rows_of(problem, block, slab)
+        found = engine.gradient(engine, tile, rows, problem.hidden.dtype, of_block)
         if finish is not None:
-            finish(block, slab, gradient)
-        grad_hidden.add(block, gradient, weight[slab], last=slab is slabs[-1])
-        if need_weight:
-            grad_weight.add(slab, gradient.t(), tiles.counted(problem, block), last=block is blocks[-1])
-        if need_bias:
-            grad_bias[slab] += gradient.sum(0, dtype=torch.float32)
-    return grad_hidden.result, grad_weight.result, grad_bias
+            finish(block, slab, found)
+        return found
 
-
-def _in_turn(blocks: list[slice], slabs: list[slice], by_slab: bool) -> Iterator[tuple[slice, slice]]:
-    if by_slab:
-        yield from ((block, slab) for slab in slabs for block in blocks)
-    else:
-        yield from ((block, slab) for block in blocks for slab in slabs)
+    return tiles.gradients(problem, needs, dtype, gradient)

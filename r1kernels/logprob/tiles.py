@@ -7,7 +7,7 @@ of raw logits is a GEMM; the row op of the backend turns it into sums (forward) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -52,6 +52,7 @@ class Engine(NamedTuple):
     # forward(call): (logp, entropy, stats, extra) from a kernel that writes no tile, or None where it does not serve the
     # call; None: there is no such kernel
     forward: Callable[[linear.LinearCall], RowResults | None] | None = None
+    one_dtype: bool = False  # add_product takes a in the dtype of b
 
 
 def scratch(
@@ -59,6 +60,11 @@ def scratch(
 ) -> Tensor:
     """(tokens, columns), not initialised, whose rows begin on cache lines, as vectors and GEMMs like them."""
     return engine.empty(like, (tokens, -(-columns // 64) * 64), dtype)[:, :columns]
+
+
+def factor(engine: Engine, tile: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 tile as add_product takes it beside a matrix of this dtype."""
+    return tile.to(dtype) if engine.one_dtype else tile
 
 
 def unit_of(largest: Tensor, exponent: int) -> Tensor:
@@ -197,6 +203,44 @@ def raw_logits(problem: Problem, block: slice, slab: slice, tile: Tensor) -> Non
         padded[: some.shape[0]] = some
         engine.logits(padded, weight, full)
         place.copy_(full[: some.shape[0]])
+
+
+def gradients(
+    problem: Problem,
+    needs: tuple[bool, bool, bool],
+    hidden_dtype: torch.dtype,
+    gradient: Callable[[slice, slice], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight and, in float32, bias; (0,) where not needed.
+
+    gradient(block, slab): that of the raw logits of a tile, as add_product takes it. Tiles are taken slab by slab of the
+    vocabulary, or block by block of the tokens. Slab by slab, a slab of dW is complete at once and dX (N, H) is accumulated;
+    block by block it is the other way round. Inputs of 16 bits need a float32 accumulator for what is not complete at once, so
+    the order follows from what needs a gradient and from which one is smaller.
+    """
+    need_hidden, need_weight, need_bias = needs
+    hidden, weight = problem.hidden, problem.weight
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    slabs, blocks = problem.tiling.slabs(vocabulary), problem.tiling.blocks(tokens)
+    by_slab = need_weight and (not need_hidden or tokens <= vocabulary)
+    grad_hidden = Sum(problem, hidden, need_hidden, blocks, complete=not by_slab, dtype=hidden_dtype)
+    grad_weight = Sum(problem, weight, need_weight, slabs, complete=by_slab, dtype=weight.dtype)
+    grad_bias = hidden.new_zeros(vocabulary if need_bias else 0, dtype=torch.float32)
+    for block, slab in _in_turn(blocks, slabs, by_slab):
+        tile = gradient(block, slab)
+        grad_hidden.add(block, tile, weight[slab], last=slab is slabs[-1])
+        if need_weight:
+            grad_weight.add(slab, tile.t(), counted(problem, block), last=block is blocks[-1])
+        if need_bias:
+            grad_bias[slab] += tile.sum(0, dtype=torch.float32)
+    return grad_hidden.result, grad_weight.result, grad_bias
+
+
+def _in_turn(blocks: list[slice], slabs: list[slice], by_slab: bool) -> Iterator[tuple[slice, slice]]:
+    if by_slab:
+        yield from ((block, slab) for slab in slabs for block in blocks)
+    else:
+        yield from ((block, slab) for block in blocks for slab in slabs)
 
 
 def one_pass(

@@ -72,7 +72,7 @@ def forward_into(
             rows.ignore_index,
             count,
             logits.shape[1],
-            *_strides(logits, unit),
+            *strides_of(logits, unit),
             columns // unit,
             token.SEGMENT // unit,
             pieces,
@@ -136,9 +136,7 @@ def backward_into(grad_logits: Tensor, logits: Tensor, rows: Rows, upstream: Ups
     count, columns = upstream.logp.numel(), logits.shape[2]
     if count == 0:
         return
-    unit = VECTOR_BYTES // logits.element_size()
-    if columns % unit or not _rows_are_multiples_of(unit, logits, grad_logits):
-        unit = 1
+    unit = unit_of_rows(logits, grad_logits)
     from . import triton_kernels as kernels
 
     pieces = segments(columns)
@@ -152,8 +150,8 @@ def backward_into(grad_logits: Tensor, logits: Tensor, rows: Rows, upstream: Ups
             rows.ignore_index,
             count,
             logits.shape[1],
-            *_strides(logits, unit),
-            *_strides(grad_logits, unit),
+            *strides_of(logits, unit),
+            *strides_of(grad_logits, unit),
             columns // unit,
             token.SEGMENT // unit,
             pieces,
@@ -181,15 +179,21 @@ def _or_none(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
 
 
-def _strides(tensor: Tensor, unit: int) -> tuple[int, int]:
+def strides_of(tensor: Tensor, unit: int) -> tuple[int, int]:
     """The strides of B and T in units; that of a dimension of size 1 is never used."""
     batch, token = (0 if tensor.shape[i] == 1 else tensor.stride(i) // unit for i in (0, 1))
     return batch, token
 
 
+def unit_of_rows(first: Tensor, *others: Tensor) -> int:
+    """How many elements a vector of the first of (B, T, V) tensors holds, where all rows begin and end on vectors; else 1."""
+    unit = VECTOR_BYTES // first.element_size()
+    return 1 if first.shape[2] % unit or not _rows_are_multiples_of(unit, first, *others) else unit
+
+
 def _rows_are_multiples_of(unit: int, *tensors: Tensor) -> bool:
     """Whether every row of (B, T, V) tensors begins on a boundary of ``unit`` elements."""
     return unit == 1 or all(
-        tensor.data_ptr() % VECTOR_BYTES == 0 and all(stride % unit == 0 for stride in _strides(tensor, 1))
+        tensor.data_ptr() % VECTOR_BYTES == 0 and all(stride % unit == 0 for stride in strides_of(tensor, 1))
         for tensor in tensors
     )

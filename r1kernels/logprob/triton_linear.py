@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cuda, linear_tiles, tiles, tuning
+from . import cuda, divergence_tiles, linear_tiles, tiles, tuning
 from . import triton as row_kernels
 from .linear import LinearCall
 from .token import Rows, Upstream, row_results
@@ -140,5 +140,6 @@ def _add_wide_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> No
 
 # in Triton's interpreter: on the CPU the library has no 16-bit product with a float32 result
 INTERPRETED_ENGINE = ENGINE._replace(logits=_wide_logits, add_product=_add_wide_product)
-linear_tiles.implement(ENGINE, "CUDA")
-linear_tiles.implement(INTERPRETED_ENGINE, "CPU")
+for _engine, _key in ((ENGINE, "CUDA"), (INTERPRETED_ENGINE, "CPU")):
+    linear_tiles.implement(_engine, _key)
+    divergence_tiles.implement(_engine, _key)

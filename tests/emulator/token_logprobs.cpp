@@ -1,4 +1,4 @@
-// The CUDA launchers of the row ops and of kept rows of the head under the emulator, for pytest. Addresses come as integers (Tensor.data_ptr()).
+// The CUDA launchers of the row ops, of divergences and of kept rows of the head under the emulator, for pytest. Addresses come as integers (Tensor.data_ptr()).
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -7,6 +7,7 @@
 #include "common/cuda_sm80_error.cu"
 #include "logprob/cuda_sm80_backward.cu"
 #include "logprob/cuda_sm80_completions.cu"
+#include "logprob/cuda_sm80_divergence.cu"
 #include "logprob/cuda_sm80_forward.cu"
 #include "logprob/cuda_sm80_kept.cu"
 
@@ -68,6 +69,21 @@ int completion_numbers(uintptr_t cu_seqlens, int64_t completions, int64_t tokens
                                              reinterpret_cast<int32_t*>(numbers), nullptr);
 }
 
+// --- divergences ---
+
+R1kernelsDivergence divergence_call_of(const Call& student, const Call& teacher, uintptr_t stats,
+                                       uintptr_t teacher_stats, int kind, float beta) {
+    return {student, teacher, floats(stats), floats(teacher_stats), static_cast<R1kernelsDivergenceKind>(kind), beta};
+}
+
+int divergence(const R1kernelsDivergence& call, uintptr_t sums) {
+    return r1kernels_divergence_cuda(&call, floats(sums), nullptr);
+}
+
+int divergence_backward(const R1kernelsDivergence& call, uintptr_t mean, uintptr_t grad, uintptr_t to) {
+    return r1kernels_divergence_cuda_backward(&call, floats(mean), floats(grad), floats(to), nullptr);
+}
+
 // --- kept rows of the head ---
 
 template <class T>
@@ -113,6 +129,9 @@ PYBIND11_MODULE(token_logprobs, m) {
     m.def("set_max_blocks", [](unsigned blocks) { emulator::max_blocks = blocks; });
     m.def("forward", &forward);
     m.def("backward", &backward);
+    pybind11::class_<R1kernelsDivergence>(m, "DivergenceCall").def(pybind11::init(&divergence_call_of));
+    m.def("divergence", &divergence);
+    m.def("divergence_backward", &divergence_backward);
     pybind11::class_<R1kernelsKeptProducts>(m, "KeptCall").def(pybind11::init(&kept_call_of));
     m.def("kept_products", &kept_products);
     m.def("kept_backward", &kept_backward);

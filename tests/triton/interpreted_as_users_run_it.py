@@ -14,6 +14,7 @@ REFUSED = "bfloat16, whose raw bits Triton's interpreter multiplies"
 OPS = (
     "token_logprobs",
     "linear_logprobs",
+    "linear_divergence",
     "grouped_logprobs",
     "linear_grpo_loss",
     "moe_experts",
