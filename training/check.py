@@ -30,6 +30,7 @@ from training.tasks import names as task_names
 from training.tasks.problem import KINDS
 from training.tokenizer import build_tokenizer
 
+MASKS = "--return-sampling-mask"  # of vLLM: tells the tokens that top_p and top_k left
 ANSWERING = tuple(name for name in POLICIES if name != "distill")  # one checkpoint, which answers questions
 _STUDENT_NAME = re.compile(r"[\w.+]+(-[\w.+]+)*")
 
@@ -50,13 +51,6 @@ def check(recipe: Recipe, stages: Mapping[str, Stage] = STAGES, *, data: bool = 
             _check_folders(name, recipe)
     _check_tasks(recipe)
     _check_rollout(recipe.rollout)
-    if recipe.rollout.stale == "correct":
-        for name in order:
-            if getattr(getattr(recipe, name), "old_logprobs", "") == "sampler":
-                raise UserError(
-                    f"{name}.old_logprobs: expected recomputed with rollout.stale=correct, which weighs the sampler's log-probs "
-                    "against them, got sampler"
-                )
     return check_needs(recipe, order) if data else []
 
 
@@ -78,6 +72,7 @@ def _check_stage(name: str, config: Any, recipe: Recipe) -> None:
         _check_shares("rl_all.mix", config.mix, KINDS)
     if isinstance(config, Grpo):
         _check_grpo(name, config)
+        _check_sampler(name, config, recipe.rollout)
     if isinstance(config, Distill):
         _check_students(config)
     if isinstance(config, Evaluate) and "test" not in config.splits:
@@ -156,6 +151,25 @@ def _check_grpo(name: str, config: Grpo) -> None:
                 f"{config.rewards}"
             )
     _try_loss(name, config)
+
+
+def _check_sampler(name: str, config: Grpo, rollout: Rollout) -> None:
+    """What is asked of the sampler's log-probs and kept sets is there."""
+    if rollout.stale == "correct" and config.old_logprobs == "sampler":
+        raise UserError(
+            f"{name}.old_logprobs: expected recomputed with rollout.stale=correct, which weighs the sampler's log-probs against "
+            "them, got sampler"
+        )
+    cut = [
+        f"{key}={getattr(config, key)}"
+        for key, all_ in (("top_p", 1), ("top_k", 0))
+        if getattr(config, key) != all_
+    ]
+    if cut and rollout.engine == "vllm" and rollout.start and MASKS not in rollout.options:
+        raise UserError(
+            f"rollout.options: expected {MASKS} among them, so that the server tells what {name}.{cut[0]} left, got "
+            f"{rollout.options}"
+        )
 
 
 def _try_loss(name: str, config: Grpo) -> None:

@@ -18,10 +18,8 @@ from tests.training.test_loops import (
     run_grpo,
 )
 from training import prompts
-from training.check import check
 from training.engines import EngineError, Kept, Output
 from training.engines.transformers import TransformersEngine
-from training.errors import UserError
 from training.loops import gap, grpo
 from training.recipe import load
 from training.rewards import Reward, Scored
@@ -123,12 +121,6 @@ def test_with_log_probs_of_the_sampler_and_no_reference_the_update_is_the_only_p
     (row,), _ = trained(tmp_path / "a", config)
     assert not {"old_logprob_seconds", "reference_logprob_seconds"} & set(row)
     assert row["ratio_mean"] == pytest.approx(1, abs=0.1) and row["sampler_gap_max"] < 2e-5
-
-
-def test_weights_of_another_step_need_recomputed_log_probs():
-    words = ["rollout.stale=correct", "rl_reasoning.old_logprobs=sampler"]
-    with pytest.raises(UserError, match=r"rl_reasoning.old_logprobs: expected recomputed with rollout.stale"):
-        check(load("smoke", words))
 
 
 class Altered(TransformersEngine):

@@ -423,6 +423,14 @@ def test_a_dry_run_names_the_engine_and_says_whether_its_server_answers(brought,
             ["rollout.engine=vllm", "rollout.start=true", "rollout.python=none/python"],
             "rollout.python: there is no none/python: `make vllm` makes",
         ),
+        (
+            ["rollout.engine=vllm", "rollout.start=true", "zero.top_p=0.9", "zero.top_k=50"],
+            "rollout.options: expected --return-sampling-mask among them, so that the server tells what zero.top_p=0.9 left",
+        ),
+        (
+            ["rollout.stale=correct", "rl_reasoning.old_logprobs=sampler"],
+            "rl_reasoning.old_logprobs: expected recomputed with rollout.stale=correct",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together(words, message, capsys):
