@@ -50,24 +50,30 @@ class RoutingRecord:
     """The expert choices of all forwards in a ``record_routing`` block.
 
     ``calls[layer]`` holds one (T, K) int16 tensor for each forward, in order: one for a plain forward, prefill and single
-    tokens for a generation with a KV cache.
+    tokens for a generation with a KV cache. ``weights`` holds likewise what the experts were weighed with, (T, K) in the dtype and the
+    order of the experts, where that is recorded too.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, weights: bool = False) -> None:
         self.calls: list[list[Tensor]] = [[] for _ in range(layers)]
+        self.weights: list[list[Tensor]] | None = [[] for _ in range(layers)] if weights else None
 
-    def add(self, layer: int, indices: Tensor) -> None:
+    def add(self, layer: int, indices: Tensor, weights: Tensor | None = None) -> None:
         self.calls[layer].append(indices.detach().to(torch.int16))
+        if self.weights is not None and weights is not None:
+            self.weights[layer].append(weights.detach().clone())
 
     def forward(self) -> Tensor:
         """The choices of a single recorded forward, (layers, T, K); ValueError if it was not exactly one."""
-        lengths = {len(calls) for calls in self.calls}
-        if lengths != {1}:
+        return _of_one_forward(self.calls)
+
+    def forward_weights(self) -> Tensor:
+        """The weights of a single recorded forward, (layers, T, K); ValueError if it was not exactly one, or without weights."""
+        if self.weights is None:
             raise ValueError(
-                f"record: expected one forward, got {sorted(lengths)} a layer; use sequences() and pad_routing() "
-                "for a generation with a KV cache"
+                "record: expected one of record_routing(model, weights=True), got one without weights"
             )
-        return torch.stack([calls[0] for calls in self.calls])
+        return _of_one_forward(self.weights)
 
     def sequences(self, attention_mask: Tensor | PrefixTree) -> list[Tensor]:
         """The choices for each sequence without padding, from a generation with a KV cache or from one forward.
@@ -165,11 +171,23 @@ def _pack_routing(sequences: Sequence[Tensor], tree: PrefixTree) -> Tensor:
     return packed
 
 
-class RoutingReplay:
-    """Recorded choices (layers, T, K) that stand in for the live ones, and how often both agree."""
+def _of_one_forward(calls: list[list[Tensor]]) -> Tensor:
+    lengths = {len(each) for each in calls}
+    if lengths != {1}:
+        raise ValueError(
+            f"record: expected one forward, got {sorted(lengths)} a layer; use sequences() and pad_routing() "
+            "for a generation with a KV cache"
+        )
+    return torch.stack([each[0] for each in calls])
 
-    def __init__(self, recorded: Tensor) -> None:
+
+class RoutingReplay:
+    """Recorded choices (layers, T, K) that stand in for the live ones, and how often both agree; where there are recorded weights,
+    they stand in for the live ones too."""
+
+    def __init__(self, recorded: Tensor, weights: Tensor | None = None) -> None:
         self.recorded = recorded
+        self.weights = weights
         self._agreed = torch.zeros(recorded.shape[0], dtype=torch.int64, device=recorded.device)
         self._compared = torch.zeros_like(self._agreed)
 
@@ -188,6 +206,13 @@ class RoutingReplay:
             self._agreed[layer] += same.sum().to(self._agreed.device)
             self._compared[layer] += known.sum().to(self._agreed.device)
         return torch.where(known.unsqueeze(1), recorded, live)
+
+    def weigh(self, layer: int, live: Tensor) -> Tensor:
+        """What to weigh the experts with, (T, K), given the live weights: the recorded ones, without gradient, where there are any."""
+        if self.weights is None:
+            return live
+        known = (self.recorded[layer] != NOT_RECORDED).all(dim=1, keepdim=True)
+        return torch.where(known.to(live.device), self.weights[layer].to(live), live)
 
     @property
     def agreement(self) -> float:

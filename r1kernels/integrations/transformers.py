@@ -267,30 +267,36 @@ def update_bias(
 
 
 @contextmanager
-def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
+def record_routing(model: nn.Module, weights: bool = False) -> Iterator[RoutingRecord]:
     """Record the expert choices of all forwards of a patched model in a ``with`` block (recomputation is left out).
+
+    Args:
+        weights: also what the chosen experts are weighed with.
 
     Yields:
         RoutingRecord: ``forward()`` for one plain forward, ``sequences(attention_mask)`` for a generation.
     """
     routers = _routers(model)
-    record = RoutingRecord(len(routers))
+    record = RoutingRecord(len(routers), weights)
     with _set(routers[0]._r1kernels.control, record=record):
         yield record
 
 
 @contextmanager
-def replay_routing(model: nn.Module, routing: RoutingRecord | Tensor) -> Iterator[RoutingReplay]:
+def replay_routing(
+    model: nn.Module, routing: RoutingRecord | Tensor, weights: Tensor | None = None
+) -> Iterator[RoutingReplay]:
     """Route as recorded, with live weights, in the forwards of a ``with`` block.
 
-    The expert choices are those of ``routing``; their weights, and so all gradients, come from the live logits. Tokens
-    without a record are routed live. Under activation checkpointing the backward belongs into the block too.
+    The expert choices are those of ``routing``, in its order; their weights, and so all gradients, come from the live logits, or,
+    for a pass that scores, are the recorded ones, without gradient. Tokens without a record are routed live. Under activation checkpointing the backward belongs into the block too.
 
     Args:
         model: a patched model with as many routers as the recorded one.
         routing: a record of one forward, or (layers, T, K) int16 or int64, for example of ``pad_routing``, with -1
             in all K places of a token without a record. Each forward in the block must have these T tokens (those of the
             tree in a forward over a ``PrefixTree``).
+        weights: (layers, T, K), such as ``record.forward_weights()``; None: live.
 
     Yields:
         RoutingReplay, whose ``agreement`` is the share of choices that the live router would have made too.
@@ -299,7 +305,9 @@ def replay_routing(model: nn.Module, routing: RoutingRecord | Tensor) -> Iterato
     recorded = routing.forward() if isinstance(routing, RoutingRecord) else routing
     shape = (len(routers), None, routers[0]._r1kernels.match.experts_per_token(routers[0]))
     checks.tensor("routing", recorded, dtypes=(torch.int16, torch.int64), shape=shape)
-    replay = RoutingReplay(recorded)
+    if weights is not None:
+        checks.tensor("weights", weights, dtypes=checks.FLOATS, shape=tuple(recorded.shape))
+    replay = RoutingReplay(recorded, weights)
     with _set(routers[0]._r1kernels.control, replay=replay):
         yield replay
 

@@ -97,17 +97,20 @@ def _router_forward(self: Any, hidden_states: Tensor, *arguments: Any) -> tuple[
             live = route(logits.float(), **options, indices=indices).indices
         indices = control.replay.choose(state.layer, live, compare=not recomputing)
     routing = route(logits.float(), **options, indices=indices)
+    weights = match.weights(self, routing, logits, hidden_states)
+    if control.replay is not None:
+        weights = control.replay.weigh(state.layer, weights)
     if not recomputing:
         if self.training or torch.is_grad_enabled():
             state.replayed = control.replay is not None
         if control.record is not None:
-            control.record.add(state.layer, routing.indices)
+            control.record.add(state.layer, routing.indices, weights)
         if control.load is not None:
             counts, tree = control.attention_mask, current()
             if tree is not None and counts is None:
                 counts = tree.multiplicity  # as often as the repeated form computes each token
             control.load.add(state.layer, routing.indices, counts)
-    return match.first(logits), match.weights(self, routing, logits, hidden_states), routing.indices
+    return match.first(logits), weights, routing.indices
 
 
 def _recomputing() -> bool:

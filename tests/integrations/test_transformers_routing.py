@@ -60,6 +60,39 @@ def test_replay_uses_recorded_experts_with_live_weights():
             model(tokens(batch=4))
 
 
+def test_recorded_weights_stand_in_for_the_live_ones_without_gradient():
+    model, ids = build("DeepseekV3", num_hidden_layers=3), tokens()
+    with r1.patch(model):
+        with r1.record_routing(model, weights=True) as record:
+            expected, _ = step(model, ids)
+        weights = record.forward_weights()
+        assert weights.shape == record.forward().shape and weights.min() > 0
+        with torch.no_grad():
+            for layer in model.model.layers[1:]:
+                layer.mlp.gate.weight.copy_(layer.mlp.gate.weight.flip(0))
+        with r1.replay_routing(model, record, weights):
+            frozen, gradients = step(model, ids)
+        assert torch.equal(frozen.logits, expected.logits)
+        gate = gradients.get("model.layers.1.mlp.gate.weight")
+        assert gate is None or not gate.any()
+        assert gradients["model.layers.1.mlp.experts.down_proj"].any()
+        half = record.forward().clone()
+        half[:, ::2] = -1  # those are routed and weighed live
+        with r1.replay_routing(model, half, weights), r1.record_routing(model, weights=True) as again:
+            model(ids)
+        assert torch.equal(again.forward_weights()[:, 1::2], weights[:, 1::2])
+        assert not torch.equal(again.forward_weights()[:, ::2], weights[:, ::2])
+        with (
+            pytest.raises(ValueError, match=r"weights: expected shape \(2, \d+, 2\)"),
+            r1.replay_routing(model, record, weights[:1]),
+        ):
+            pass
+        with r1.record_routing(model) as record:
+            model(ids)
+        with pytest.raises(ValueError, match="one without weights"):
+            record.forward_weights()
+
+
 def test_replay_of_a_generation():
     model, ids = build("DeepseekV3").eval(), tokens()
     prompt = torch.ones_like(ids)
