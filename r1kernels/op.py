@@ -28,6 +28,9 @@ Size = Annotated[int, "size"]
 Written = Annotated[Tensor, "written"]
 """Annotates a tensor that a kernel writes to."""
 
+OUTSIDE = "outside"
+"""Annotates a field that no kernel sees, ``Annotated[..., OUTSIDE]``: what happens around it. It stands last and has a default."""
+
 Contiguous = Annotated[Tensor, None]
 Float32 = Annotated[Tensor, torch.float32]
 Int32 = Annotated[Tensor, torch.int32]
@@ -43,6 +46,7 @@ _TYPES = {
     int: "int",
     float: "float",
     bool: "bool",
+    bool | None: "bool?",
 }
 _TAKEN: dict[Any, torch.dtype | None] = {}
 for _kind in (Contiguous, Float32, Int32):
@@ -52,42 +56,51 @@ _library = torch.library.Library("r1kernels", "FRAGMENT")
 
 
 class Fields:
-    """The fields of a NamedTuple in a row; a field that is such a NamedTuple itself stands with its own fields in its place."""
+    """The fields of a NamedTuple in a row; a field that is such a NamedTuple itself stands with its own fields in its place.
+
+    Those outside of kernels are left out, and have their defaults on the way back.
+    """
 
     def __init__(self, arguments: type[Any]) -> None:
         self._make = arguments._make
         self.types: dict[str, Any] = {}
+        self._defaults: tuple[Any, ...] = ()
         # of the NamedTuples among the fields: the place in a call, what it holds, the places in a row
-        self.nested: list[tuple[int, Fields, int, int]] = []
+        self._nested: list[tuple[int, Fields, int, int]] = []
         hints = typing.get_type_hints(arguments, include_extras=True)
         for place, name in enumerate(arguments._fields):
+            if OUTSIDE in getattr(hints[name], "__metadata__", ()):
+                self._defaults += (arguments._field_defaults[name],)
+                continue
             found = {name: hints[name]}
             if hasattr(hints[name], "_fields"):
                 inner, begin = Fields(hints[name]), len(self.types)
                 found = inner.types
-                self.nested.append((place, inner, begin, begin + len(found)))
+                self._nested.append((place, inner, begin, begin + len(found)))
             if not self.types.keys().isdisjoint(found):
                 raise TypeError(f"{arguments.__name__}: expected names that occur once, got {name} again")
             self.types |= found
+        self._end = len(arguments._fields) - len(self._defaults)
+        self.is_row = not self._nested and not self._defaults  # a call is its row
 
     def of(self, call: Any) -> tuple[Any, ...]:
         """The fields of ``call`` in a row."""
         row: tuple[Any, ...] = ()
         start = 0
-        for place, inner, _, _ in self.nested:
+        for place, inner, _, _ in self._nested:
             part = call[place]
-            row += call[start:place] + (inner.of(part) if inner.nested else part)
+            row += call[start:place] + (part if inner.is_row else inner.of(part))
             start = place + 1
-        return row + call[start:]
+        return row + call[start : self._end]
 
     def back(self, row: tuple[Any, ...]) -> Any:
         """The NamedTuple of fields in a row."""
         values: tuple[Any, ...] = ()
         start = 0
-        for _, inner, begin, end in self.nested:
+        for _, inner, begin, end in self._nested:
             values += (*row[start:begin], inner.back(row[begin:end]))
             start = end
-        return self._make(values + row[start:])
+        return self._make(values + row[start:] + self._defaults)
 
 
 class Kernel:
@@ -96,7 +109,7 @@ class Kernel:
     Args:
         name: of the op; ``suffix`` follows the name of the backend.
         arguments: a NamedTuple annotated with Tensor, Contiguous, Float32, Int32, one of these | None, Written, Size, int, float,
-            bool, or another such NamedTuple.
+            bool, bool | None, another such NamedTuple, or OUTSIDE.
         shapes: (call) -> the results uninitialised: a tensor, a tuple of tensors, or None, and annotated as that.
     """
 
@@ -122,7 +135,7 @@ class Kernel:
             self._ops[backend] = getattr(torch.ops.r1kernels, op).default
 
     def __call__(self, backend: str, call: Any) -> Any:
-        row = self.fields.of(call) if self.fields.nested else call
+        row = call if self.fields.is_row else self.fields.of(call)
         for place, dtype in self._taken:
             value = row[place]
             # asked first: each call that would change nothing costs as much as the kernel of a small batch

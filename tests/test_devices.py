@@ -180,7 +180,7 @@ def test_logits_are_kept_for_the_backward_as_the_memory_of_the_gpu_allows(gpu, m
     monkeypatch.setattr(linear, "_recorded", raise_call)
     hidden, weight = on_gpu(tokens, 64).requires_grad_(), on_gpu(151_936, 64).requires_grad_()
     rows = Rows(None, 1.0, 0.0, on_gpu(tokens, dtype=torch.int64), None, 1.0, -100, 0, 151_936)
-    nothing = linear.LogprobsCall._make([None] * len(linear.LogprobsCall._fields))
+    nothing = linear.LinearCall._make([None] * len(linear.LinearCall._fields))
     with pytest.raises(Captured) as raised:
         linear.on_kernels("cuda", nothing._replace(hidden=hidden, weight=weight, rows=rows))
     assert raised.value.args[0].save_logits is kept

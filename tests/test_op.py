@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from r1kernels.op import Fields
+from r1kernels.op import OUTSIDE, Fields
 
 
 class Inner(NamedTuple):
@@ -27,6 +27,12 @@ class Around(NamedTuple):
     last: Tensor
 
 
+class Surrounded(NamedTuple):
+    inner: Inner
+    flag: bool
+    around: Annotated[Inner | None, OUTSIDE] = None
+
+
 class Twice(NamedTuple):
     scale: float
     inner: Inner
@@ -41,6 +47,14 @@ def test_the_fields_of_a_call_in_a_row_and_back():
     assert row[0] is first and row[1:4] == (0.5, None, True) and row[4] is last
     again = fields.back(row)
     assert again.outer.first is first and again.outer.inner == Inner(0.5, None) and again.last is last
+
+
+def test_what_is_outside_of_kernels_is_in_no_row():
+    fields = Fields(Surrounded)
+    inner = Inner(0.5, None)
+    assert list(fields.types) == ["scale", "bias", "flag"]
+    row = fields.of(Surrounded(inner, True, around=inner))
+    assert row == (0.5, None, True) and fields.back(row) == Surrounded(inner, True, None)
 
 
 def test_a_name_stands_once_in_a_row():

@@ -20,7 +20,7 @@ from .kept_head import slope as slope
 from .token import Rows
 
 if TYPE_CHECKING:
-    from .linear import LogprobsCall
+    from .linear import LinearCall
 
 
 class HeadColumnsCall(NamedTuple):
@@ -173,7 +173,7 @@ _recorded = recorded(
 )
 
 
-def of_hidden(backend: str, call: LogprobsCall) -> Events:
+def of_hidden(backend: str, call: LinearCall) -> Events:
     """The events of hidden states under a head, on the kernels of a backend; ``save_logits`` is decided."""
     assert call.ids is not None and call.save_logits is not None
     with autocast.off(call.hidden):
@@ -194,6 +194,6 @@ def of_hidden(backend: str, call: LogprobsCall) -> Events:
     return Events(*found)
 
 
-def logprobs(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
+def logprobs(backend: str, call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
     """linear_logprobs of the ids: (log-probs (N, K), entropy (N,) or (0,), no statistics)."""
     return *events.logprobs(of_hidden(backend, call), torch.float32), call.hidden.new_empty((0, 0))

@@ -23,7 +23,7 @@ from .completions import Completions
 from .token import Rows, Upstream
 
 if TYPE_CHECKING:
-    from .linear import LogprobsCall
+    from .linear import LinearCall
 
 
 class FrozenCall(NamedTuple):
@@ -49,16 +49,16 @@ def _shapes(call: FrozenCall) -> tuple[Tensor, Tensor, Tensor]:
 KERNEL = Kernel("linear_logprobs", FrozenCall, _shapes, suffix="_frozen")
 
 
-def _forward(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(backend: str, call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
     return KERNEL(backend, FrozenCall(call.hidden, call.weight, call.rows, call.with_extra, call.chunk_size))
 
 
-def _save(call: LogprobsCall, results: tuple[Tensor, ...]) -> Any:
+def _save(call: LinearCall, results: tuple[Tensor, ...]) -> Any:
     size, cu_seqlens, divisor = call.completions
     return (cu_seqlens, divisor, results[2]), size
 
 
-def _give(call: LogprobsCall, results: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _give(call: LinearCall, results: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     logp, extra, _ = results
     return call.completions.reduce(logp), logp.new_empty(0), extra
 
@@ -78,7 +78,7 @@ logprobs = recorded(
     give=_give,
     constant=(1, 2),
 )
-"""Results of a ``LogprobsCall`` without entropy, differentiable in the hidden states alone."""
+"""Results of a ``LinearCall`` without entropy, differentiable in the hidden states alone."""
 
 
 def forward(engine: tiles.Engine, call: FrozenCall) -> tuple[Tensor, Tensor, Tensor]:

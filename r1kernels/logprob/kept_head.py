@@ -25,9 +25,9 @@ from .kept import NO_SET, Entries, with_verdict
 from .token import Rows
 
 if TYPE_CHECKING:
-    from .linear import LogprobsCall
+    from .linear import LinearCall
 
-LinearResults = tuple[Tensor, Tensor, Tensor]  # log-prob, entropy, extra of LogprobsCall
+LinearResults = tuple[Tensor, Tensor, Tensor]  # log-prob, entropy, extra of LinearCall
 
 
 class ProductsCall(NamedTuple):
@@ -156,9 +156,7 @@ _recorded = recorded(
 )
 
 
-def on_kernels(
-    backend: str, call: LogprobsCall, dense: Callable[[LogprobsCall], LinearResults]
-) -> LinearResults:
+def on_kernels(backend: str, call: LinearCall, dense: Callable[[LinearCall], LinearResults]) -> LinearResults:
     """linear_logprobs with kept sets; ``dense`` serves the tokens that keep everything."""
     kept, rows = call.kept, call.rows
     assert kept is not None
@@ -175,10 +173,10 @@ def on_kernels(
 
 
 def _with_dense(
-    call: LogprobsCall,
+    call: LinearCall,
     entries: Entries,
     results: LinearResults,
-    dense: Callable[[LogprobsCall], LinearResults],
+    dense: Callable[[LinearCall], LinearResults],
 ) -> LinearResults:
     """``results``, where tokens that keep everything have those of the whole head."""
     rows, with_set = call.rows, entries.places != NO_SET

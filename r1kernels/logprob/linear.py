@@ -6,14 +6,14 @@ Shapes: N tokens, H hidden, V vocabulary.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import autocast, checks, devices
-from ..op import Kernel, Op, Size, Written, recorded
+from ..op import OUTSIDE, Kernel, Op, Size, Written, recorded
 from . import columns_head, frozen, kept_head, linear_reference, parts, sharded
 from .arguments import Head, check_linear, refuse_for_several, split_temperature
 from .completions import EACH_TOKEN, Completions
@@ -136,7 +136,7 @@ def call_of(
     batch_invariant: bool,
     group: dist.ProcessGroup | None,
     kept: tuple[Tensor, Tensor] | None,
-) -> LogprobsCall:
+) -> LinearCall:
     """The call for N tokens; the options are checked here."""
     checks.boolean("return_entropy", return_entropy)
     if not isinstance(stats, (tuple, list)):
@@ -165,7 +165,7 @@ def call_of(
         0 if shard is None else shard.first,
         vocabulary,
     )
-    return LogprobsCall(
+    return LinearCall(
         hidden.reshape(-1, hidden.shape[-1]),
         head.weight,
         rows,
@@ -187,14 +187,22 @@ def of_names(extra: Tensor, stats: tuple[str, ...], shape: torch.Size) -> dict[s
 
 
 class LinearCall(NamedTuple):
+    """Results: log-prob and entropy, both (N,), or the sums or means of completions, (B,), entropy empty if not wanted; and
+    ``extra``, STATS (3, N) as numbers or (0, N), without a gradient.
+    """
+
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H), of the same dtype
-    rows: Rows  # for N tokens and V columns
+    rows: Rows  # for N tokens and V columns; the bias in the dtype of weight
     with_entropy: bool
     with_extra: bool
     chunk_size: Size  # tokens of a tile; 0: chosen
-    save_logits: bool
+    save_logits: bool | None  # None: ``decided`` says
     batch_invariant: bool
+    shard: Annotated[sharded.Shard | None, OUTSIDE] = None
+    completions: Annotated[Completions, OUTSIDE] = EACH_TOKEN
+    kept: Annotated[Kept | None, OUTSIDE] = None
+    ids: Annotated[Tensor | None, OUTSIDE] = None  # (N, K), events.py: the first result is log-probs (N, K)
 
 
 class LinearBackwardCall(NamedTuple):
@@ -247,37 +255,15 @@ BACKWARD = Kernel("linear_logprobs", LinearBackwardCall, _backward_shapes, suffi
 BACKWARD_OF_SAVED = Kernel("linear_logprobs", SavedBackwardCall, _saved_backward_shapes, suffix="_backward_")
 
 
-class LogprobsCall(NamedTuple):
-    """A LinearCall, and what happens around the kernels.
-
-    Results: log-prob and entropy, both (N,), or the sums or means of completions, (B,), entropy empty if not wanted; and
-    ``extra``, STATS (3, N) as numbers or (0, N), without a gradient.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    rows: Rows  # the bias in the dtype of weight
-    with_entropy: bool
-    with_extra: bool
-    chunk_size: int
-    save_logits: bool | None  # None: the backend decides
-    batch_invariant: bool
-    shard: sharded.Shard | None
-    completions: Completions
-    kept: Kept | None = None
-    ids: Tensor | None = None  # (N, K), events.py: the first result is log-probs (N, K)
-
-
-def _forward(backend: str, call: LogprobsCall) -> tuple[Tensor, ...]:
-    *linear, shard, _, _, _ = call
-    logp, entropy, stats, extra, logits = FORWARD(backend, LinearCall._make(linear))
-    if shard is not None:
+def _forward(backend: str, call: LinearCall) -> tuple[Tensor, ...]:
+    logp, entropy, stats, extra, logits = FORWARD(backend, call)
+    if call.shard is not None:
         part = parts.Part(logp, stats, extra)
-        logp, entropy, stats, extra = sharded.merge(part, shard, call.rows, call.with_entropy)
+        logp, entropy, stats, extra = sharded.merge(part, call.shard, call.rows, call.with_entropy)
     return logp, entropy, stats, extra, logits
 
 
-def _save(call: LogprobsCall, results: tuple[Tensor, ...]) -> Any:
+def _save(call: LinearCall, results: tuple[Tensor, ...]) -> Any:
     (_, targets, temperatures), numbers = call.rows.apart()
     size, cu_seqlens, divisor = call.completions
     logp, _, stats, _, logits = results
@@ -293,7 +279,7 @@ def _save(call: LogprobsCall, results: tuple[Tensor, ...]) -> Any:
     return tensors, (numbers, call.with_entropy, call.chunk_size, call.shard, size)
 
 
-def _give(call: LogprobsCall, results: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _give(call: LinearCall, results: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     logp, entropy, _, extra, _ = results
     reduce = call.completions.reduce
     return reduce(logp), reduce(entropy) if call.with_entropy else entropy, extra
@@ -338,7 +324,7 @@ _recorded = recorded(
 )
 
 
-def on_kernels(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
+def on_kernels(backend: str, call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
     if call.kept is not None:
         return kept_head.on_kernels(backend, call, partial(on_kernels, backend))
     if call.ids is not None:
@@ -353,7 +339,7 @@ def on_kernels(backend: str, call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor
         return frozen.logprobs(backend, call) if head_is_frozen else _recorded(backend, decided(call))
 
 
-def decided(call: LogprobsCall) -> LogprobsCall:
+def decided(call: LinearCall) -> LinearCall:
     """``call``, which says whether logits are saved: where something needs a gradient and the caller, or a memory budget, wants it."""
     hidden, weight, bias, save_logits = call.hidden, call.weight, call.rows.bias, call.save_logits
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)

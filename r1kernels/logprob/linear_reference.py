@@ -19,7 +19,7 @@ from .completions import EACH_TOKEN
 
 if TYPE_CHECKING:
     from .arguments import Head
-    from .linear import LogprobsCall
+    from .linear import LinearCall
 
 _CHUNK_BYTES = 64 << 20
 _SAVED_BYTES = 256 << 20
@@ -28,7 +28,7 @@ _MIN_CHUNK = 256
 _INVARIANT_ROWS = 64
 
 
-def run(call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
+def run(call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
     if call.ids is not None:
         dtype = torch.float64 if call.hidden.dtype == torch.float64 else torch.float32
         return *events.logprobs(events_of(call), dtype), call.hidden.new_empty((0, 0))
@@ -43,15 +43,13 @@ def run(call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
     return reduce(logp), reduce(entropy) if call.with_entropy else entropy, extra
 
 
-def events_of(call: LogprobsCall) -> events.Events:
+def events_of(call: LinearCall) -> events.Events:
     """The events of the ids of ``call``."""
     logits, rest_entropy = _by_chunks(call, _events)
     return events.Events(logits.t(), rest_entropy)
 
 
-def _by_chunks(
-    call: LogprobsCall, of_chunk: Callable[[LogprobsCall], tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
+def _by_chunks(call: LinearCall, of_chunk: Callable[[LinearCall], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """What ``of_chunk`` gives of each chunk of the tokens, joined; tokens are the last dimension."""
     hidden, rows, shard = call.hidden, call.rows, call.shard
     # float32 (float64 stays), once for all chunks
@@ -92,7 +90,7 @@ def keeps(save_logits: bool | None, tokens: int, vocabulary: int) -> bool:
     return save_logits or not torch.is_grad_enabled() or transforms.active()
 
 
-def _part(call: LogprobsCall, piece: slice) -> LogprobsCall:
+def _part(call: LinearCall, piece: slice) -> LinearCall:
     """The call of some tokens."""
     rows = call.rows
     temperatures = None if rows.temperatures is None else rows.temperatures[piece]
@@ -102,7 +100,7 @@ def _part(call: LogprobsCall, piece: slice) -> LogprobsCall:
     return call._replace(hidden=call.hidden[piece], rows=rows, kept=sets, ids=ids)
 
 
-def _events(call: LogprobsCall) -> tuple[Tensor, ...]:
+def _events(call: LinearCall) -> tuple[Tensor, ...]:
     """y (K + 1, N), and H_R (N,) or (0,)."""
     assert call.ids is not None
     rows = call.rows
@@ -114,7 +112,7 @@ def _events(call: LogprobsCall) -> tuple[Tensor, ...]:
     return found.logits.t(), found.rest_entropy
 
 
-def _chunk(call: LogprobsCall) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk(call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
     rows, targets = call.rows, call.rows.targets
     head = (call.weight, rows.bias, rows.softcap, rows.logit_scale)
     logits = _logits(call.hidden, *head, call.batch_invariant)

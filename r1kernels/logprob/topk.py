@@ -164,7 +164,7 @@ class TopkCall(NamedTuple):
 
 class LinearTopkCall(NamedTuple):
     hidden: Tensor
-    source: linear.LogprobsCall
+    source: linear.LinearCall
     teacher: Teacher
     how: How
 
