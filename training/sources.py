@@ -1,4 +1,4 @@
-"""Files that a person brings: data ("jsonl:<path>"), tasks and rewards ("python:<file>:<name>").
+"""Files that a person brings: data ("jsonl:<path>", "parquet:<path>", "hf:<folder>"), tasks and rewards ("python:<file>:<name>").
 
 They count by what they hold: their hashes are among the settings that decide the result of a stage.
 """
@@ -19,11 +19,13 @@ PYTHON = "python:"
 
 
 def path_of(spec: str) -> Path | None:
-    """The file behind "jsonl:<path>" or "python:<file>:<name>"; None for a name of anything else."""
+    """The file or folder behind "jsonl:<path>", "parquet:<path>", "hf:<folder>" or "python:<file>:<name>"; None for a name of
+    anything else."""
     if spec.startswith(PYTHON):
         return split(spec)[0]
     kind, _, path = spec.partition(":")
-    return Path(path) if kind == "jsonl" else None
+    brought = kind in ("jsonl", "parquet") or (kind == "hf" and Path(path).is_dir())
+    return Path(path) if brought else None
 
 
 def split(spec: str) -> tuple[Path, str]:

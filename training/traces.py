@@ -15,8 +15,9 @@ from training import prompts
 from training.document import Document
 from training.errors import UserError
 from training.prompts import Turn
-from training.tasks.jsonl import json_lines, json_object, text_of, turns_of
+from training.tasks.jsonl import json_lines, json_object
 from training.tasks.problem import DataError
+from training.tasks.rows import text_of, turns_of
 
 
 def read(path: str | Path, system_prompt: str = "") -> list[Document]:

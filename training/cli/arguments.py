@@ -60,6 +60,15 @@ def with_stage(word: str, stage: str) -> str:
     return word if known else f"{stage}.{word}"
 
 
+def task_of(data: str) -> str:
+    """The task that a --data word means: a file of Parquet or JSON lines, or a task as recipes name it, "hf:openai/gsm8k"."""
+    from training.tasks import names
+
+    if data.partition(":")[0] in names():
+        return data
+    return f"parquet:{data}" if data.endswith(".parquet") else f"jsonl:{data}"
+
+
 def existing_run(path: Path) -> RunDir:
     """The run in the folder `path`; a UserError where there is none."""
     run_dir = RunDir(path)

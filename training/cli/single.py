@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training.cli.arguments import with_stage
+from training.cli.arguments import task_of, with_stage
 from training.cli.run import add_redo, carry_out, dry_run
 from training.errors import UserError
 from training.prompts import STYLES
 from training.recipe import make
+from training.sources import path_of
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,7 +27,7 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         parser.add_argument(
             "--model", required=True, metavar="FOLDER", help=f"{role}; a name on Hugging Face's hub will do"
         )
-        parser.add_argument("--data", required=True, type=Path, metavar="FILE", help=data)
+        parser.add_argument("--data", required=True, metavar="FILE", help=data)
         parser.add_argument(
             "--run",
             type=Path,
@@ -56,7 +57,8 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 
 def run_single(arguments: argparse.Namespace) -> None:
     """Runs the stage and writes the report."""
-    if not arguments.data.is_file():
+    path = Path(arguments.data) if arguments.single == "sft" else path_of(task_of(arguments.data))
+    if path is not None and not path.exists():
         raise UserError(f"--data: there is no file {arguments.data}")
     from training.pretrained import pretrained_folder  # loads transformers
 
@@ -83,14 +85,16 @@ def _sft(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def _grpo(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     stage = {"zero": "zero", "chat": "rl_reasoning"}[arguments.prompt]
     rewards = {"accuracy": 1.0, "format": 1.0}
-    return stage, {"task": [f"jsonl:{arguments.data}"], stage: {"start": arguments.model, "rewards": rewards}}
+    return stage, {"task": [task_of(arguments.data)], stage: {"start": arguments.model, "rewards": rewards}}
 
 
 def _distill(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     students = {"students": {"student": {"pretrained": arguments.student}}} if arguments.student else {}
     own = {"teacher": arguments.model, **students}
-    return "distill", {"task": [f"jsonl:{arguments.data}"], "distill": own}
+    return "distill", {"task": [task_of(arguments.data)], "distill": own}
 
+
+QUESTIONS = "JSONL or Parquet of questions and answers, or a task such as hf:openai/gsm8k"
 
 # Command -> what it does, what its data are, and its stage with the values of the recipe.
 SINGLE: dict[str, tuple[str, str, Callable[[argparse.Namespace], tuple[str, dict[str, Any]]]]] = {
@@ -99,10 +103,10 @@ SINGLE: dict[str, tuple[str, str, Callable[[argparse.Namespace], tuple[str, dict
         "JSONL of messages, or of question and response",
         _sft,
     ),
-    "grpo": ("reinforcement learning of a checkpoint on problems", "JSONL of questions and answers", _grpo),
+    "grpo": ("reinforcement learning of a checkpoint on problems", QUESTIONS, _grpo),
     "distill": (
         "a teacher answers, students learn what is right",
-        "JSONL of questions and answers",
+        QUESTIONS,
         _distill,
     ),
 }

@@ -16,6 +16,9 @@ _TASKS = {
     "countdown": ("training.tasks.countdown", "CountdownTask", ""),
     "reasoning_gym": ("training.tasks.reasoning_gym", "ReasoningGymTask", "name"),
     "jsonl": ("training.tasks.jsonl", "JsonlTask", "path"),
+    "parquet": ("training.tasks.parquet", "ParquetTask", "path"),
+    "hf": ("training.tasks.hub", "HubTask", "dataset"),
+    "gsm_symbolic": ("training.tasks.gsm_symbolic", "GsmSymbolicTask", "languages"),
     "python": ("training.tasks.own", "OwnTask", "spec"),
 }
 
@@ -29,7 +32,8 @@ def get_task(spec: str, **options: Any) -> Task:
     """Make the task that a recipe names, and tell `training.language` the words of its module (`WORDS`).
 
     Args:
-        spec: "arithmetic", "general", "countdown", "reasoning_gym:<data set>", "jsonl:<path>" or "python:<file>:<class>".
+        spec: "arithmetic", "general", "countdown", "reasoning_gym:<data set>", "gsm_symbolic:<languages>", "jsonl:<path>",
+            "parquet:<path>", "hf:<data set>" or "python:<file>:<class>".
         options: keyword arguments of the task's class.
 
     Raises:

@@ -1,159 +1,21 @@
-"""Problems from a file of JSON lines, such as "jsonl:data/problems.jsonl".
+"""Problems from a file of JSON lines, such as "jsonl:data/problems.jsonl"; what a line holds: training.tasks.rows."""
 
-A line is an object with the fields
-
-    question                text
-    messages                instead of a question: [{"role": "user", "content": ...}, ...], the user's turn last
-    answer or reference     the right answer: text or a number; worked solutions that end with "#### 72" (GSM8K), with
-                            "\\boxed{5}" (MATH) or say "the answer is 5" are read too
-    choices                 texts, or {"text": [...], "label": [...]}: they are listed below the question, and the answer is
-                            the letter, the index from 0 (a number) or the text of one of them
-    language                BCP-47 tag such as "de" or "zh-CN"; "en" where it is missing
-    kind                    "reasoning" (default), "helpful" or "unsafe"
-    level                   text or a number; lines of the level "harder" are the harder split and in no other
-    id                      text or a number; from the content of the line where it is missing
-    check                   "mathematics", "text" or "choice"; by the look of the answer where it is missing
-    thinking                false where a response needs no thinking block
-
-Other fields are kept in `Problem.meta`. Train and test are split by the question alone.
-"""
-
-import hashlib
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from training import answers, language
-from training.config import unknown
 from training.errors import UserError
-from training.preferences import states
-from training.tasks.problem import KINDS, DataError, Problem, check_split, problem_id, split_of
-
-FIELDS = (
-    "question",
-    "messages",
-    "answer",
-    "reference",
-    "choices",
-    "language",
-    "kind",
-    "level",
-    "id",
-    "check",
-    "thinking",
-)
-ROLES = ("system", "user", "assistant")
+from training.tasks.rows import Row, RowsTask
 
 
-class JsonlTask:
-    """The problems of one file, read and checked as a whole: a broken line is a UserError with file and line.
-
-    path: of the file, UTF-8. test_share: expected share of the test split, between 0 and 1. columns: field -> its name in the
-    file, where that is another one, as in {"question": "problem", "answer": "solution"}.
-    """
+class JsonlTask(RowsTask):
+    """The problems of one file. path: of the file, UTF-8. Options: see RowsTask."""
 
     def __init__(self, path: str, test_share: float = 0.1, columns: Mapping[str, str] | None = None) -> None:
-        if (
-            isinstance(test_share, bool)
-            or not isinstance(test_share, (int, float))
-            or not 0 <= test_share <= 1
-        ):
-            raise UserError(f"jsonl:{path}: test_share must be a number from 0 to 1, got {test_share!r}")
-        self._columns = _columns(path, columns)
-        self.name = f"jsonl:{path}"
-        self._splits: dict[str, list[Problem]] = {"train": [], "test": [], "harder": []}
-        ids: dict[str, tuple[int, Problem]] = {}
-        questions: dict[Any, tuple[int, Problem]] = {}
-        for number, line in json_lines(path):
-            try:
-                problem = self._problem(line)
-                asked = (problem.before, problem.question, problem.language, problem.level)
-                first, known = ids.setdefault(problem.id, (number, problem))
-                if known != problem:
-                    raise ValueError(f"has the id of line {first}, but differs from it")
-                if first != number:
-                    continue  # the same line again
-                first, known = questions.setdefault(asked, (number, problem))
-                if (known.reference, known.kind) != (problem.reference, problem.kind):
-                    raise ValueError(
-                        f"has the question of line {first}, but differs from it in answer or kind"
-                    )
-            except (ValueError, RecursionError, UserError) as error:
-                raise DataError(f"{path}, line {number}: {error}{self._columns_hint(line)}") from None
-            question = problem_id("jsonl", "", problem.question, problem.language)
-            split = "harder" if problem.level == "harder" else split_of(question, test_share)
-            self._splits[split].append(problem)
-        if not ids:
-            raise UserError(f"{path}: there are no problems in the file")
-
-    def problems(self, split: str) -> Sequence[Problem]:
-        """Problems of the split, in the order of the file; a line that stands twice counts once."""
-        check_split(split)
-        return self._splits[split]
-
-    def check(self, problem: Problem, answer: str) -> bool:
-        """Whether the answer is right, by value, by text or by the letter of a choice (`answers.right`).
-
-        A helpful problem asks that the answer states the fact, an unsafe one that it does not.
-        """
-        if problem.kind != "reasoning":
-            return states(answer, problem.reference) == (problem.kind == "helpful")
-        return answers.right(problem.meta["check"], problem.reference, answer, problem.meta.get("choices"))
-
-    def worked_examples(self, language: str) -> list[tuple[str, str]]:
-        """None: the file has no reasoning to show."""
-        return []
-
-    def _columns_hint(self, line: bytes) -> str:
-        """How to name the fields of a file that calls its question or its answer otherwise; "" where it does not."""
-        try:
-            row = json_object(line)
-        except (ValueError, RecursionError):
-            return ""
-        found = {self._columns.get(name, name) for name in row}
-        if found & {"question", "messages"} and found & {"answer", "reference"}:
-            return ""
-        return (
-            f"; the line has {', '.join(row)}: say which they are with "
-            f"'task_options={{\"{self.name}\": {{columns: {{question: NAME, answer: NAME}}}}}}'"
-        )
-
-    def _problem(self, line: bytes) -> Problem:
-        """The problem of one line; ValueError or UserError says what is wrong with it."""
-        row = {self._columns.get(name, name): value for name, value in json_object(line).items()}
-        before, question = _asked(row)
-        if ("answer" in row) == ("reference" in row):
-            raise ValueError("expected one of the fields 'answer' and 'reference'")
-        name = "answer" if "answer" in row else "reference"
-        kind = _one_of(row, "kind", KINDS, "reasoning")
-        choices = answers.labelled(row["choices"]) if "choices" in row else {}
-        if choices:
-            question = _with_choices(question, choices)
-            reference = answers.chosen(row[name], choices)
-        else:
-            reference = text_of(row, name, numbers=True)
-            reference = answers.short_answer(reference) if kind == "reasoning" else reference
-        check = _one_of(row, "check", answers.CHECKS, answers.check_of(reference, choices))
-        if kind == "reasoning":
-            answers.check_reference(check, reference, choices)
-        thinking = row.get("thinking", True)
-        if not isinstance(thinking, bool):
-            raise ValueError(f"field 'thinking': expected true or false, got {thinking!r}")
-        more = {name: value for name, value in row.items() if name not in FIELDS}
-        return Problem(
-            id=text_of(row, "id", "", numbers=True) or _content_id(row),
-            task=self.name,
-            kind=kind,
-            language=language.tag(text_of(row, "language", "en")),
-            question=question,
-            reference=reference,
-            level=text_of(row, "level", "", numbers=True),
-            thinking=thinking,
-            meta={**more, "check": check, **({"choices": choices} if choices else {})},
-            before=before,
-        )
+        rows = (Row(f"line {number}", partial(json_object, line)) for number, line in json_lines(path))
+        super().__init__(f"jsonl:{path}", path, rows, test_share, columns)
 
 
 def json_lines(path: str | Path) -> list[tuple[int, bytes]]:
@@ -174,83 +36,5 @@ def json_object(line: bytes) -> dict[str, Any]:
     return row
 
 
-def text_of(row: Mapping[str, Any], name: str, default: str | None = None, *, numbers: bool = False) -> str:
-    """A field that is text (or a number, where numbers may be); without a default it is needed and not empty."""
-    value = row.get(name)
-    if value is None and default is not None:
-        return default
-    if numbers and isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or (default is None and not value.strip()):
-        found = "it is missing" if name not in row else f"got {value!r}"
-        raise ValueError(f"field {name!r}: expected text, {found}")
-    return value.strip()
-
-
-def turns_of(value: Any) -> tuple[tuple[str, str], ...]:
-    """Role and content of every message of a conversation; ValueError where it is none."""
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"field 'messages': expected a list of turns, got {value!r:.100}")
-    turns = []
-    for turn in value:
-        if (
-            not isinstance(turn, dict)
-            or turn.get("role") not in ROLES
-            or not isinstance(turn.get("content"), str)
-        ):
-            raise ValueError(
-                f"field 'messages': expected turns with a role ({', '.join(ROLES)}) and content, got {turn!r:.100}"
-            )
-        turns.append((turn["role"], turn["content"].strip()))
-    return tuple(turns)
-
-
-def _asked(row: Mapping[str, Any]) -> tuple[tuple[tuple[str, str], ...], str]:
-    """The turns before the question, and the question."""
-    if "messages" not in row:
-        return (), text_of(row, "question")
-    if "question" in row:
-        raise ValueError("expected one of the fields 'question' and 'messages'")
-    *before, (role, question) = turns_of(row["messages"])
-    if role != "user" or not question:
-        raise ValueError(
-            f"field 'messages': expected a question of the user last, got {role!r}: {question!r:.60}"
-        )
-    return tuple(before), question
-
-
-def _with_choices(question: str, choices: Mapping[str, str]) -> str:
-    """The question with its choices listed below, unless it lists them itself."""
-    listed = all(
-        re.search(rf"(?:^|\s)\(?{re.escape(label)}[.):]+\s*{re.escape(text)}", question)
-        for label, text in choices.items()
-    )
-    return (
-        question
-        if listed
-        else "\n".join([question, *(f"{label}. {text}" for label, text in choices.items())])
-    )
-
-
-def _content_id(row: Mapping[str, Any]) -> str:
-    """The name of a problem without one: 16 hex digits of the SHA-256 of all that its line says, wherever the file lies."""
-    return hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
-def _columns(path: str, columns: Mapping[str, str] | None) -> dict[str, str]:
-    """Name in the file -> field."""
-    for name in columns or {}:
-        if name not in FIELDS:
-            raise unknown(f"field in the columns of jsonl:{path}", name, FIELDS)
-    return {theirs: name for name, theirs in (columns or {}).items()}
-
-
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
-
-
-def _one_of(row: Mapping[str, Any], name: str, known: Sequence[str], default: str) -> str:
-    value = row.get(name, default)
-    if value not in known:
-        raise ValueError(f"field {name!r}: expected one of {', '.join(known)}, got {value!r}")
-    return str(value)

