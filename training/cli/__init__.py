@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from training import notices
-from training.cli import chat, evaluate, report, review, run, samples, settings, single
+from training.cli import chat, evaluate, export, report, review, run, samples, settings, single
 from training.errors import UserError
 from training.parallel import launch
 
-COMMANDS = (run, single, report, samples, chat, evaluate, review, settings)
+COMMANDS = (run, single, report, samples, chat, evaluate, export, review, settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

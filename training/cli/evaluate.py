@@ -6,7 +6,7 @@ from pathlib import Path
 
 from training import files
 from training.check import check
-from training.cli.arguments import add_out, add_run, checkpoint, existing_run, with_stage
+from training.cli.arguments import add_out, add_run, between, checkpoint, existing_run, task_of, with_stage
 from training.engines.workspace import current_workspace
 from training.errors import UserError
 from training.format import align, percent
@@ -28,9 +28,9 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser.add_argument("--model", metavar="FOLDER", help="a checkpoint of no run; needs --data")
     parser.add_argument(
         "--data",
-        type=Path,
         metavar="FILE",
-        help="JSONL of questions and answers, all of which are asked; needs --model",
+        help="JSONL or Parquet of questions and answers, all of which are asked, or a task such as hf:openai/gsm8k, of which "
+        "the test split is; needs --model",
     )
     parser.add_argument(
         "--prompt",
@@ -38,12 +38,30 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         help="how it is asked: chat is the bare question, zero the template of R1-Zero (default: what the checkpoint's "
         "folder notes, else chat)",
     )
+    parser.add_argument(
+        "--benchmark",
+        action="append",
+        metavar="lm-eval:TASK",
+        help="a task of EleutherAI's lm-eval, or a YAML file of one, in place of the recipe's problems; may be given several times",
+    )
+    parser.add_argument(
+        "--limit", type=between(int, 1), metavar="N", help="examples of a benchmark's task (default: all)"
+    )
+    parser.add_argument(
+        "--shots",
+        type=between(int, 0),
+        metavar="N",
+        help="worked examples in a benchmark's prompts (default: the task's)",
+    )
     add_out(parser, "also write the rows to this JSONL file")
     parser.set_defaults(run_command=run_command)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
-    """Prints one line a split and language."""
+    """Prints one line a split and language, or one a task and metric of benchmarks."""
+    if arguments.benchmark:
+        _benchmarks(arguments)
+        return
     from training import responses  # loads transformers
     from training.stages.evaluate import marks
 
@@ -73,6 +91,38 @@ def run_command(arguments: argparse.Namespace) -> None:
         files.write_jsonl(arguments.out, rows)
 
 
+def _benchmarks(arguments: argparse.Namespace) -> None:
+    from training import benchmarks  # loads transformers
+    from training.model import load
+    from training.pretrained import pretrained_folder
+
+    for spec in arguments.benchmark:
+        benchmarks.check(spec)
+    if arguments.data or any("=" in word for word in arguments.words):
+        raise UserError(
+            "--benchmark: expected a checkpoint or --model FOLDER alone: a benchmark has data and settings of its own"
+        )
+    if arguments.model:
+        recipe, name, path = make({}), arguments.model, pretrained_folder(arguments.model, "--model")
+    else:
+        recipe, _, name, path = _of_run(arguments, [])
+    options = benchmarks.Options(arguments.limit, arguments.shots, arguments.prompt == "chat")
+    with placed(recipe):
+        model, tokenizer = load(path)
+        rows = [
+            row for spec in arguments.benchmark for row in benchmarks.run(spec, model, tokenizer, options)
+        ]
+    body = [
+        [row["task"], metric, f"{value:.4f}", str(row["samples"] or "-")]
+        for row in rows
+        for metric, value in row["metrics"].items()
+    ]
+    print(name)
+    print("\n".join(align([["task", "metric", "value", "examples"], *body])))
+    if arguments.out:
+        files.write_jsonl(arguments.out, [{"checkpoint": name, **row} for row in rows])
+
+
 def _asked(arguments: argparse.Namespace) -> tuple[Recipe, str, str, Path]:
     """Recipe, stage ("" for a folder of no stage), name and folder of what a command evaluates."""
     named = [word for word in arguments.words if "=" not in word]
@@ -82,16 +132,23 @@ def _asked(arguments: argparse.Namespace) -> tuple[Recipe, str, str, Path]:
     if arguments.model:
         from training.pretrained import pretrained_folder
 
-        folder, task = pretrained_folder(arguments.model, "--model"), f"jsonl:{arguments.data}"
+        folder, task = pretrained_folder(arguments.model, "--model"), task_of(arguments.data)
         values = {
             "model": {"pretrained": str(folder)},
             "stages": ["evaluate"],
             "task": [task],
         }
         recipe = make(values, settings)
-        recipe.task_options[task] = {"test_share": 1.0, **recipe.task_options.get(task, {})}
+        if task != arguments.data:  # a file
+            recipe.task_options[task] = {"test_share": 1.0, **recipe.task_options.get(task, {})}
         check(recipe)
         return recipe, "", arguments.model, folder
+    return _of_run(arguments, settings)
+
+
+def _of_run(arguments: argparse.Namespace, settings: list[str]) -> tuple[Recipe, str, str, Path]:
+    """The same of a checkpoint of a run, or of a folder that is asked by the recipe of a run."""
+    named = [word for word in arguments.words if "=" not in word]
     if len(named) > 1:
         raise UserError(f"expected one checkpoint and then key=value words, got {' '.join(named)}")
     run_dir = existing_run(arguments.run)
