@@ -26,6 +26,7 @@ MODULES: dict[str, tuple[str, tuple[Option, ...]]] = {
     "mixtures": ("every mixture of transformers, patched against its own code", (_only("family"),)),
     "prefix": ("a GRPO step with shared prefixes, without, and in TRL", (TINY, ROUNDS)),
     "rollout": ("tokens a second of the trainer's sampler, beside transformers' own ways", (TINY,)),
+    "training_memory": ("peak of a GRPO step, beside what the dry run says", (TINY,)),
     "truncation": (
         "importance ratios of GRPO under top-p sampling, without kept sets and with them",
         (TINY,),

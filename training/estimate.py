@@ -8,14 +8,16 @@ a backward pass, and attention over half the context. Log-prob passes of GRPO re
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from r1kernels.integrations.transformers import prefix_tree
-from training import traces
+from r1kernels.logprob.linear import SAVED_BYTES
+from training import adapters, traces
+from training.activations import kept_bytes
 from training.encoder import Encoder
 from training.format import short
 from training.loops.passes import max_new_tokens
@@ -23,7 +25,7 @@ from training.model import EXPERT_COUNTS, deepseek_config
 from training.needs import kinds_of
 from training.pipeline import parents_of, plan
 from training.pretrained import pretrained_config, pretrained_tokenizer
-from training.recipe import Grpo, NextToken, Recipe, Sampling
+from training.recipe import Grpo, Lora, NextToken, Recipe, Sampling
 from training.responses import choose, problems, prompt_of
 from training.student import config_of
 from training.tasks.problem import KINDS
@@ -31,6 +33,7 @@ from training.tokenizer import build_tokenizer
 
 LENGTH_SHARE = 0.25
 DOCUMENT_TOKENS = 1024  # of the longest document, where a recipe sets no limit
+ALL_WEIGHTS = ("base", "reward_models")  # stages that train all of them, whatever model.lora says
 BYTES = 4  # parameters, gradients and both moments are float32 (training/placement.py), whatever dtype a folder has
 
 
@@ -57,6 +60,10 @@ class Parameters:
     attention_width: (
         int  # layers x heads x (query-key + value width): operations a token and context position / 2
     )
+    trained: int  # weights that have gradients and moments: all of them, or those of adapters
+    largest: int  # of the largest tensor among these
+    adapted: bool  # they are those of adapters
+    config: PretrainedConfig
 
     def forward(self, context: float) -> float:
         """Operations of one token in a forward pass that sees `context` tokens on average."""
@@ -65,7 +72,8 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One stage: what it does, tokens, operations, and bytes for weights, gradients, moments and reference."""
+    """One stage: what it does, tokens, operations, bytes for weights, gradients, moments and reference, and at the peak of a
+    step beside them (None: not known)."""
 
     stage: str
     parents: list[str]
@@ -75,6 +83,7 @@ class Estimate:
     sampling_flops: float
     training_flops: float
     memory_bytes: float
+    step_bytes: float | None = 0.0
 
     def hours(self, device: Device) -> float:
         """Hours on one `device`."""
@@ -83,8 +92,11 @@ class Estimate:
         ) / 3600
 
 
-def count(config: PretrainedConfig) -> Parameters:
-    """Parameters of a causal language model as transformers builds it from `config`, without memory for its weights."""
+def count(config: PretrainedConfig, lora: Lora | None = None) -> Parameters:
+    """Parameters of a causal language model as transformers builds it from `config`, without memory for its weights.
+
+    lora: of the adapters that are trained in place of all weights, which are not among `total`; None: there are none.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
@@ -104,7 +116,10 @@ def count(config: PretrainedConfig) -> Parameters:
     if hasattr(text, "qk_nope_head_dim"):
         query_key, value = text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
     width = text.num_hidden_layers * text.num_attention_heads * (query_key + value)
-    return Parameters(total, total - unused, width)
+    if lora is not None and lora.rank:
+        adapters.attach(model, lora, 0)
+    sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    return Parameters(total, total - unused, width, sum(sizes), max(sizes), adapters.has(model), config)
 
 
 def parameters(recipe: Recipe) -> Parameters:
@@ -115,8 +130,8 @@ def parameters(recipe: Recipe) -> Parameters:
     """
     model = recipe.model
     if model.pretrained and model.sizes == "folder":
-        return count(pretrained_config(model.pretrained))
-    return count(deepseek_config(model, _vocabulary(recipe)))
+        return count(pretrained_config(model.pretrained), model.lora)
+    return count(deepseek_config(model, _vocabulary(recipe)), model.lora)
 
 
 def _vocabulary(recipe: Recipe) -> int:
@@ -125,9 +140,11 @@ def _vocabulary(recipe: Recipe) -> int:
 
 def estimate(recipe: Recipe) -> list[Estimate]:
     """One row a stage of the recipe, a row a student for the distillation."""
-    model = parameters(recipe)
+    adapted = parameters(recipe)
+    whole = parameters(replace(recipe, model=replace(recipe.model, lora=Lora())))
     rows = []
     for stage in plan(recipe):
+        model = whole if stage in ALL_WEIGHTS else adapted
         config, parents = getattr(recipe, stage), parents_of(stage, recipe)
         if stage == "distill":
             rows += list(_distillation(recipe, model, parents))
@@ -247,8 +264,38 @@ def _grpo(
         repeated = group * asked.tokens + outputs * length
         work += f", {short(read)} tokens a pass"
         work += f" for {short(repeated)}" if read < repeated else ""
-    memory = model.total * BYTES * (4 + bool(config.kl_coef))
-    return Estimate(stage, parents, work, tokens, tokens, sampling, training, memory)
+    memory = grpo_memory(model, config, recipe, prompt)
+    return Estimate(stage, parents, work, tokens, tokens, sampling, training, *memory)
+
+
+def grpo_memory(model: Parameters, config: Grpo, recipe: Recipe, prompt: float) -> tuple[float, float | None]:
+    """Bytes that GRPO holds from step to step, and those that a step takes beside them at its peak; prompt: tokens of one."""
+    longest = max([config.max_new_tokens, *config.max_new_tokens_from.values()])
+    tokens = config.micro_batch_tokens
+    held = _held(model, reference=bool(config.kl_coef) and not model.adapted)
+    return held, _step_bytes(model, recipe, tokens, min(round(prompt) + longest, tokens))
+
+
+def _held(model: Parameters, reference: bool = False) -> float:
+    """Bytes from step to step: weights, gradients and two moments of what is trained, and a reference."""
+    frozen = model.total if model.adapted else 0
+    return BYTES * (frozen + 4 * model.trained + reference * model.total)
+
+
+def _step_bytes(model: Parameters, recipe: Recipe, tokens: int, length: int) -> float | None:
+    """Bytes that a step takes beside those: what autograd keeps of a micro-batch and logits of the head, or temporaries of the
+    optimizer, and one gradient before it is added to the others."""
+    kept = kept_bytes(
+        model.config,
+        max(1, tokens // length),
+        length,
+        lora=recipe.model.lora if model.adapted else Lora(),
+        recomputes=recipe.gradient_checkpointing,
+    )
+    if kept is None:
+        return None
+    head = min(BYTES * tokens * model.config.get_text_config().vocab_size, SAVED_BYTES)
+    return BYTES * model.largest + max(kept + head, BYTES * model.largest)
 
 
 def _next_token(
@@ -264,7 +311,11 @@ def _next_token(
     tokens = documents * length
     flops = 3 * tokens * model.forward(length / 2)
     work += f" of {config.batch_size} documents"
-    return Estimate(stage, parents, work, 0, tokens, 0, flops, 4 * model.total * BYTES)
+    memory = _held(model)
+    step = _step_bytes(
+        model, recipe, config.micro_batch_tokens, min(round(length), config.micro_batch_tokens)
+    )
+    return Estimate(stage, parents, work, 0, tokens, 0, flops, memory, step)
 
 
 def _documents(recipe: Recipe, stage: str) -> int:

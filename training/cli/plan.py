@@ -1,7 +1,7 @@
 """`run --dry-run`: the plan of a recipe, its stage graph, memory and cost."""
 
 from training.engines.describe import describe
-from training.estimate import BYTES, CPU, GPU, LENGTH_SHARE, estimate, parameters
+from training.estimate import BYTES, CPU, GPU, LENGTH_SHARE, Parameters, estimate, parameters
 from training.files import readable_bytes
 from training.format import align, short
 from training.pipeline import STAGES, parents_of, plan
@@ -20,14 +20,22 @@ def text(recipe: Recipe) -> str:
         f"model: {short(model.total)} parameters, {short(model.active)} of them active for a token "
         f"({model.total:,} in all); forward passes in {recipe.dtype}",
         f"rollouts: {describe(recipe.rollout)}",
-        f"bytes per parameter: {4 * BYTES} in training (float32 weights, gradients and two moments), {BYTES} more for a "
-        f"reference, {BYTES} for sampling",
+        _bytes_per_parameter(model),
         "",
         "stage graph",
         *graph(recipe),
         "",
     ]
-    header = ["stage", "work", "tokens sampled", "tokens trained", "operations", "memory", device.name]
+    header = [
+        "stage",
+        "work",
+        "tokens sampled",
+        "tokens trained",
+        "operations",
+        "memory",
+        "a step",
+        device.name,
+    ]
     body = [
         [
             row.stage,
@@ -36,17 +44,18 @@ def text(recipe: Recipe) -> str:
             short(row.trained_tokens),
             f"{row.sampling_flops + row.training_flops:.1e}",
             readable_bytes(row.memory_bytes),
+            "?" if row.step_bytes is None else readable_bytes(row.step_bytes) if row.step_bytes else "-",
             f"{row.hours(device):,.2f}" if row.hours(device) < 100 else f"{row.hours(device):,.0f}",
         ]
         for row in rows
     ]
     lines += align([header, *body])
     hours = sum(row.hours(device) for row in rows)
-    memory = max(row.memory_bytes for row in rows)
+    memory = max(row.memory_bytes + (row.step_bytes or 0) for row in rows)
     lines += [
         "",
-        f"largest stage: {readable_bytes(memory)} for weights, gradients, optimizer moments and reference, activations "
-        "and caches not counted"
+        f"largest stage: {readable_bytes(memory)}: memory for weights, gradients, optimizer moments and reference, and what a "
+        "step takes beside them (activations of a micro-batch, one gradient); caches of rollouts are not counted"
         + (f"; at least {-(-memory // GPU_BYTES):.0f} GPUs of 80 GiB" if memory > GPU_BYTES else ""),
         f"in all: about {hours:,.{0 if hours > 100 else 2}f} {device.name}"
         + (
@@ -63,6 +72,18 @@ def text(recipe: Recipe) -> str:
         )
     lines += [f"warning: {remark}" for remark in remarks(recipe)]
     return "\n".join(lines)
+
+
+def _bytes_per_parameter(model: Parameters) -> str:
+    if model.adapted:
+        return (
+            f"bytes per parameter: {BYTES} (float32 weights), and {4 * BYTES} for each of the {short(model.trained)} of the "
+            "adapters (with gradients and two moments); the reference is the model without them"
+        )
+    return (
+        f"bytes per parameter: {4 * BYTES} in training (float32 weights, gradients and two moments), {BYTES} more for a "
+        f"reference, {BYTES} for sampling"
+    )
 
 
 def graph(recipe: Recipe) -> list[str]:

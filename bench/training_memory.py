@@ -1,0 +1,149 @@
+"""``python -m bench training_memory``: peak memory of a GRPO step, beside what the dry run says.
+
+A model of the shape of Qwen2-0.5B with random weights takes two steps of the trainer's own GRPO; from the second one on the
+optimizer holds its moments. Each case has a process of its own. The peak is the growth of its resident memory over what it held
+before there was a model.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from training import estimate, prompts
+from training.context import StageContext
+from training.loops import grpo
+from training.model import prepare
+from training.placement import placed
+from training.policy import adapted
+from training.progress import Progress
+from training.recipe import Recipe, make
+from training.rewards import Reward, Sample, Scored
+from training.run_dir import StageDir
+from training.tasks.problem import Problem
+from training.tokenizer import build_tokenizer
+
+from . import results
+from .environment import environment
+from .memory import Peak
+from .report import markdown
+from .report.table import Cell, Table
+
+SCHEMA = 1
+ALLOWED = 0.15  # share by which the peak may differ from the dry run's number
+SIZES: dict[str, Any] = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+TINY = {**SIZES, "hidden_size": 56, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
+CASES = [(rank, recomputes) for rank in (0, 16) for recomputes in (False, True)]
+QUESTION = "1 plus 2 plus 3 plus 4 plus"
+
+
+def recipe_of(rank: int, recomputes: bool) -> Recipe:
+    """The settings of a case: 16 responses of 96 tokens to four questions, one minibatch, micro-batches of 512 tokens."""
+    sizes = {"steps": 2, "prompts": 4, "group_size": 4, "minibatches": 1, "max_new_tokens": 96}
+    return make(
+        {
+            "stages": ["base", "zero"],
+            "gradient_checkpointing": recomputes,
+            "model": {"lora": {"rank": rank}},
+            "zero": {**sizes, "micro_batch_tokens": 512},
+        }
+    )
+
+
+def case(sizes: Mapping[str, Any], rank: int, recomputes: bool) -> dict[str, Any]:
+    """Two steps in this process, and what the dry run says of them."""
+    recipe = recipe_of(rank, recomputes)
+    tokenizer = build_tokenizer()
+    config = Qwen2Config(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    with tempfile.TemporaryDirectory() as folder, placed(recipe), Peak(torch.device("cpu")) as peak:
+        stage = StageDir(Path(folder) / "zero")
+        stage.begin({}, {})
+        context = StageContext("zero", recipe, recipe.zero, stage, {}, Progress(quiet=True))
+        torch.manual_seed(0)
+        policy = adapted(prepare(Qwen2ForCausalLM(config)), context)
+        grpo.train(policy, tokenizer, _problems, prompts.chat, _reward, recipe.zero, context)
+        read = [row["length"] for row in stage.metrics()]
+    prompt = len(tokenizer.encode(prompts.plain(prompts.chat(_problems(0)[0]))))
+    held, step = estimate.grpo_memory(estimate.count(config, recipe.model.lora), recipe.zero, recipe, prompt)
+    return {
+        "rank": rank,
+        "gradient_checkpointing": recomputes,
+        "peak_bytes": peak.bytes,
+        "dry_run_bytes": round(held + (step or 0)),
+        "response_tokens": read,
+    }
+
+
+def _problems(step: int) -> list[Problem]:
+    return [Problem(f"{step} {n}", "made", "reasoning", "en", f"{QUESTION} {n}", "0") for n in range(4)]
+
+
+def _reward(step: int, samples: list[Sample]) -> list[Scored]:
+    """Every second response is good, so that every group learns."""
+    values = [float(index % 2) for index in range(len(samples))]
+    return [
+        Scored(each, value, {"turn": Reward(value, "")}) for each, value in zip(samples, values, strict=True)
+    ]
+
+
+def measure_all(tiny: bool = False) -> dict[str, Any]:
+    """Every case, each in a process of its own; tiny: does it work at all."""
+    sizes = TINY if tiny else SIZES
+    cases = []
+    for rank, recomputes in CASES:
+        words = [json.dumps([sizes, rank, recomputes])]
+        done = subprocess.run([sys.executable, "-m", __name__, *words], stdout=subprocess.PIPE, check=True)
+        cases.append(json.loads(done.stdout.splitlines()[-1]))
+        print(_row(cases[-1]), file=sys.stderr)
+    return {
+        "schema": SCHEMA,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "environment": environment("cpu"),
+        "sizes": sizes,
+        "cases": cases,
+    }
+
+
+def _row(found: Mapping[str, Any]) -> list[str]:
+    adapters = f"LoRA, rank {found['rank']}" if found["rank"] else "all weights"
+    kept = "layers recompute" if found["gradient_checkpointing"] else "activations kept"
+    peak, said = found["peak_bytes"], found["dry_run_bytes"]
+    return [adapters, kept, f"{peak / 2**30:.2f} GiB", f"{said / 2**30:.2f} GiB", f"{said / peak:.2f}"]
+
+
+def table(record: Mapping[str, Any]) -> Table:
+    """Measured and foretold, a row a case."""
+    found = Table("Memory of a GRPO step", ("trained", "backward", "peak", "dry run", "dry run / peak"))
+    for each in record["cases"]:
+        mark = "failed" if abs(each["dry_run_bytes"] / each["peak_bytes"] - 1) > ALLOWED else ""
+        *cells, ratio = _row(each)
+        found.rows.append([*map(Cell, cells), Cell(ratio, mark)])
+    return found
+
+
+def main(out: Path, tiny: bool) -> None:
+    """The command."""
+    record = measure_all(tiny)
+    results.save(out, record)
+    print(markdown.rows(table(record)))
+
+
+if __name__ == "__main__":
+    print(json.dumps(case(*json.loads(sys.argv[1]))))
