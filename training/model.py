@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from r1kernels.integrations import transformers as integration
 from r1kernels.integrations.transformers import ExpertLoad
 from r1kernels.integrations.transformers_prefix import check_model
-from training import checkpoint, notices, seeding
+from training import adapters, checkpoint, notices, seeding
 from training.errors import UserError
 from training.parallel import ranks
 from training.placement import current_device, current_experts, recomputes
@@ -256,8 +256,15 @@ class StepLoad:
             self.load.counts = ranks.sum_tensor(self.load.counts)
 
     def update_bias(self, rate: float) -> None:
-        """Moves the bias of every router that has one a step of `rate` towards an even load; once an optimizer step."""
-        if self.load is not None and integration.has_selection_bias(self.model):
+        """Moves the bias of every router that has one a step of `rate` towards an even load; once an optimizer step.
+
+        Beside adapters it stands still, as all weights of the model do: PEFT's layout has no place for it.
+        """
+        if (
+            self.load is not None
+            and not adapters.has(self.model)
+            and integration.has_selection_bias(self.model)
+        ):
             integration.update_bias(self.model, self.load, rate)
 
     def max_over_mean(self) -> float:

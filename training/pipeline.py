@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from training import files, notices
+from training import files, notices, sinks
 from training.config import rounding_differences, unknown
 from training.context import StageContext
 from training.engines.workspace import workspace_in
@@ -306,7 +306,12 @@ def _run_stage(
         if stage.add_warning(kind, text):
             progress.say(f"warning: {name}: {text}")
 
-    with placed(recipe), workspace_in(run_dir.path), notices.listening(hear):
+    with (
+        placed(recipe),
+        workspace_in(run_dir.path),
+        notices.listening(hear),
+        sinks.listening(recipe, stage.path),
+    ):
         metrics = stages[name].run(context)
     stage.finish(metrics)
     return True

@@ -25,6 +25,7 @@ from training.sections import (
     Example,
     Grpo,
     Judge,
+    Lora,
     Model,
     NextToken,
     Parallel,
@@ -50,6 +51,7 @@ __all__ = [
     "Example",
     "Grpo",
     "Judge",
+    "Lora",
     "Model",
     "NextToken",
     "Parallel",
@@ -190,7 +192,7 @@ def remarks(recipe: Recipe) -> list[str]:
         for stage in recipe.stages
         if isinstance(config := getattr(recipe, stage), NextToken | Grpo)
         and stage != "base"
-        and config.lr > HIGH_RATE
+        and config.lr > HIGH_RATE * (10 if recipe.model.lora.rank else 1)
     ]
 
 

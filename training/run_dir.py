@@ -7,6 +7,7 @@
                   warnings.jsonl what a person should know   (where there is something)
                   profile.txt    where a step's time goes    (training.profile), where it was asked for
                   state.json, state-<0 or 1>.safetensors     the resume point, while the stage runs
+                  sinks.json     ids of the stage's runs in other libraries  (training.sinks), where there are sinks
                   pieces/        responses drawn so far      (training.pieces), while the stage runs
                   checkpoint*/, *.jsonl ...                  what the stage makes: its outputs
                   lineage.json   parents, hashes, settings, versions
@@ -31,7 +32,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from training import files, lineage
+from training import files, lineage, sinks
 from training.errors import UserError
 from training.parallel import ranks
 from training.recipe import STAGE_NAMES, Recipe, load, to_dict
@@ -53,6 +54,7 @@ _BOOKKEEPING = (
     PROFILE,
     _WARNINGS,
     _PIECES,
+    sinks.IDS,
     "started.json",
     "state.json",
     "lineage.json",
@@ -81,8 +83,10 @@ class StageDir:
     # What a stage writes while it runs
 
     def log(self, **metrics: Any) -> None:
-        """Appends one line to metrics.jsonl."""
+        """Appends one line to metrics.jsonl, and gives it to the sinks of the run."""
         self._append("metrics.jsonl", [metrics])
+        if ranks.main():
+            sinks.send(metrics)
 
     def add_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows to samples.jsonl."""

@@ -11,6 +11,23 @@ from training.config import about, field_types, is_section, setting
 
 
 @dataclass
+class Lora:
+    """Adapters in place of training all weights (LoRA, arXiv 2106.09685), by the package peft: in every stage of SFT and RL, and
+    for the judge, but not for reward models and students. Learning rates want to be about ten times those of all weights."""
+
+    rank: int = setting(0, "of the adapters; 0: none, all weights are trained", minimum=0)
+    alpha: float = setting(0.0, "what they add is scaled by alpha / rank; 0: twice the rank", minimum=0)
+    dropout: float = setting(0.0, "of what they read, in SFT", minimum=0, below=1)
+    targets: list[str] = field(
+        default_factory=list,
+        metadata=about(
+            "names of the layers that get them, as q_proj; empty: every linear layer but the head"
+        ),
+    )
+    experts: bool = setting(False, "the experts of a mixture get them too")
+
+
+@dataclass
 class Model:
     """Sizes of the model that `base` pretrains (transformers' DeepSeek-V3 classes), or where to find one."""
 
@@ -41,6 +58,7 @@ class Model:
     v_head_dim: int = setting(24, "width of a head's value", minimum=1)
     max_length: int = setting(256, "positions", minimum=1)
     vocab_size: int = setting(0, "entries of the vocabulary; 0: those of the tokenizer", minimum=0)
+    lora: Lora = field(default_factory=Lora, metadata=about("adapters in place of training all weights"))
 
 
 @dataclass
@@ -497,13 +515,17 @@ class Recipe:
         "what sequences have in common, as the prompt of a group, is computed once in log-prob passes and SFT",
         rounding=True,
     )
+    sinks: list[Literal["tensorboard", "trackio", "wandb"]] = field(
+        default_factory=list,
+        metadata=about("who gets the metrics beside metrics.jsonl (training.sinks)", operational=True),
+    )
     stages: list[str] = field(
         default_factory=lambda: list(STAGE_NAMES), metadata=about("what is run", filled=True)
     )
     task: list[str] = field(
         default_factory=lambda: ["arithmetic", "general"],
         metadata=about(
-            'sources of problems: arithmetic, general, countdown, "reasoning_gym:NAME", "jsonl:FILE", "python:FILE:CLASS"',
+            'sources of problems: arithmetic, general, countdown, "reasoning_gym:NAME", "gsm_symbolic:LANGUAGES", "jsonl:FILE", "parquet:FILE", "hf:DATASET", "python:FILE:CLASS"',
             filled=True,
         ),
     )

@@ -33,8 +33,10 @@ def page() -> str:
 
 
 def _inner(kind: type) -> Iterator[tuple[str, type]]:
-    """Fields that are tables or lists of sections, as they are spelt in a key."""
+    """Fields that are sections, or tables or lists of them, as they are spelt in a key."""
     for name, annotation in field_types(kind).items():
+        if is_section(annotation):
+            yield name, annotation
         for argument in get_args(annotation):
             if is_section(argument):
                 yield (f"{name}.NAME" if get_origin(annotation) is dict else f"{name}[]"), argument

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from training import files, seeding
+from training import adapters, files, seeding
 
 SHARE = 0.2  # of the size of a matrix's entries, by which `scrambled` moves them
 VECTOR = 0.1  # by which it moves the entries of biases, norms and other vectors at least
 
 
 def write(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Writes config and weights of `model` to `folder`, which appears whole or stays what it was.
+    """Writes config and weights of `model`, adapters merged, to `folder`, which appears whole or stays what it was.
 
     The head is written as a tensor of its own where it is tied to the embeddings, and the config says so: vLLM packs the head
     of a CPU once, and one that is tied would keep the weights that the server has started with.
     """
     state = {
         name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in adapters.merged_state(model).items()
     }
     head, tied = _head(model)
     if tied:

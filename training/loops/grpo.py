@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import r1kernels
-from training import checkpoint, engines, rewards, seeding
+from training import adapters, checkpoint, engines, rewards, seeding
 from training.context import StageContext
 from training.encoder import Encoder
 from training.engines import Engine, EngineError
@@ -62,15 +62,18 @@ def train(
         reward: step, responses of the step -> their rewards, in order.
         config: sizes, learning rate, loss. Its `rewards` are the caller's business.
         context: where metrics, samples and resume points go; `context.stage` resumes a run that was cut off.
-        reference: the policy that the KL term stays near; None: a copy of `policy` as it comes in. Where config.kl_coef is 0
-            nothing measures a distance from it, and no copy is held.
+        reference: the policy that the KL term stays near; None: a copy of `policy` as it comes in, or itself without its
+            adapters. Where config.kl_coef is 0 nothing measures a distance from it, and no copy is held.
 
     Raises:
         UserError: too many steps in a row without a finite loss or gradient.
         EngineError: the engine failed; a resume point holds all steps before.
     """
     optimizer = Optimizer(policy, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
-    reference = (reference or frozen_copy(policy)) if config.kl_coef else None
+    if config.kl_coef and reference is None:
+        reference = policy if adapters.has(policy) else frozen_copy(policy)
+    elif not config.kl_coef:
+        reference = None
     state = context.stage.load_state()
     start = 0
     if state is not None:

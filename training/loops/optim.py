@@ -56,7 +56,7 @@ class Optimizer:
         Raises:
             UserError: the loss or the gradient was not finite MAX_BAD_STEPS times in a row.
         """
-        ranks.sum_gradients(self.model.parameters())
+        ranks.sum_gradients(each for each in self.model.parameters() if each.requires_grad)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf))
         good = math.isfinite(norm) and math.isfinite(loss)
         if good:

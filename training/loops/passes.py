@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from training import adapters
 from training.loops import gap
 from training.loops.batch import Batch, Logprobs, collate, logprobs, pieces, routed, row_of
 from training.loops.loss import policy_loss
@@ -58,7 +60,7 @@ class Passes:
     """The passes of one step over its completions, of which every rank computes a share."""
 
     policy: PreTrainedModel
-    reference: PreTrainedModel | None
+    reference: PreTrainedModel | None  # the policy itself: it is one without its adapters
     optimizer: Optimizer
     completions: list[Completion]
     advantages: Tensor  # one per completion
@@ -103,7 +105,8 @@ class Passes:
                 old.update(zip(rows, found.logp.split(batch.lengths), strict=True))
                 self.clock.mark("old_logprob")
             if self.reference is not None:
-                found = logprobs(self.reference, batch, temperature)
+                with adapters.off(self.policy) if self.reference is self.policy else nullcontext():
+                    found = logprobs(self.reference, batch, temperature)
                 _add_agreement(means, "replay_agreement_reference", batch, found.agreement, tokens)
                 ref.update(zip(rows, found.logp.split(batch.lengths), strict=True))
                 self.clock.mark("reference_logprob")

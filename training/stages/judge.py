@@ -11,12 +11,12 @@ import math
 from collections import Counter
 from typing import Any
 
-from training import checkpoint, notices, responses, rewards
+from training import notices, responses, rewards
 from training.context import StageContext
 from training.document import Document
 from training.judge import Verdict, balance, document, is_hard, judge
 from training.loops import next_token
-from training.model import load
+from training.policy import load_policy, save_policy
 from training.prompts import Turn
 from training.response import parse
 from training.rewards import Sample
@@ -26,7 +26,7 @@ SPLITS = {"data.jsonl": "train", "held_out.jsonl": "test"}
 
 def run(context: StageContext) -> dict[str, Any]:
     """Collect responses, train, measure; writes checkpoint, data.jsonl and held_out.jsonl."""
-    model, tokenizer = load(context.checkpoint(context.config.start))
+    model, tokenizer = load_policy(context)
     for name, split in SPLITS.items():
         if not context.stage.has_data(name):
             context.stage.write_data(name, _collect(context, split))
@@ -43,7 +43,7 @@ def run(context: StageContext) -> dict[str, Any]:
             f"less than the {context.config.minimum_agreement:.0%} of the recipe; {agreement['parsed']:.0%} of its verdicts can "
             "be read, and the others count as wrong",
         )
-    checkpoint.save_model(model, tokenizer, context.stage.path / "checkpoint")
+    save_policy(model, tokenizer, context)
     return {
         **metrics,
         **agreement,

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from training import checkpoint, preferences, prompts, responses, reward_model, rewards, seeding
+from training import preferences, prompts, responses, reward_model, rewards, seeding
 from training.context import StageContext
 from training.loops import grpo
 from training.loops.passes import max_new_tokens
 from training.model import load
 from training.own_rewards import own_rewards
+from training.policy import load_policy, save_policy
 from training.responses import Source, as_sample
 from training.rewards import Sample, Scored, Scorer
 from training.tasks.problem import Problem
@@ -35,7 +36,7 @@ def run(context: StageContext) -> dict[str, Any]:
     mix = {kind: share for kind, share in config.mix.items() if share}
     pools = {kind: responses.problems(context.recipe, "train", (kind,)) for kind in mix}
 
-    policy, tokenizer = load(start)
+    policy, tokenizer = load_policy(context)
     pools = {kind: responses.fitting(policy, tokenizer, pool, prompts.chat) for kind, pool in pools.items()}
     with own_rewards(config.rewards, context.recipe.reward_seconds) as own:
 
@@ -61,13 +62,10 @@ def run(context: StageContext) -> dict[str, Any]:
             config,
             context,
         )
-    style = responses.style_of(context.name, context.recipe)
-    checkpoint.save_model(policy, tokenizer, context.stage.path / "checkpoint", style)
+    trained = save_policy(policy, tokenizer, context, responses.style_of(context.name, context.recipe))
     name = config.start if config.start in context.inputs else "start"
     before = score_unseen(context, responses.load_source(name, start, context.recipe), scorers)
-    after = score_unseen(
-        context, responses.load_source("rl_all", context.stage.path / "checkpoint", context.recipe), scorers
-    )
+    after = score_unseen(context, responses.load_source("rl_all", trained, context.recipe), scorers)
     return {
         **metrics,
         **{f"unseen/{name}/before": value for name, value in before.items()},

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from training import checkpoint, prompts, responses, traces
+from training import prompts, responses, traces
 from training.context import StageContext
 from training.document import Document
 from training.loops import next_token
-from training.model import load
+from training.policy import load_policy, save_policy
 
 DATA = {"sft1": "cold_start", "sft2": "rejection"}
 
@@ -20,10 +20,9 @@ def run(context: StageContext) -> dict[str, Any]:
     """Train on the data of the parent; writes checkpoint."""
     data, system = context.config.data, context.recipe.system_prompt
     documents = traces.read(data, system) if data else _drawn(context)
-    model, tokenizer = load(context.checkpoint(context.config.start))
+    model, tokenizer = load_policy(context)
     metrics = next_token.train(model, tokenizer, documents, context.config, context)
-    style = responses.style_of(context.name, context.recipe)
-    checkpoint.save_model(model, tokenizer, context.stage.path / "checkpoint", style)
+    save_policy(model, tokenizer, context, responses.style_of(context.name, context.recipe))
     return {**metrics, "documents": len(documents)}
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from training import checkpoint, responses, rewards
+from training import responses, rewards
 from training.context import StageContext
 from training.loops import grpo
 from training.loops.passes import max_new_tokens
-from training.model import load
 from training.own_rewards import own_rewards
+from training.policy import load_policy, save_policy
 from training.prompts import Prompter
 from training.rewards import Sample, Scored
 from training.tasks.problem import Problem
@@ -29,7 +29,7 @@ def reinforce(context: StageContext, prompt: Prompter) -> dict[str, Any]:
     def problems(step: int) -> list[Problem]:
         return responses.choose(pool, config.prompts, seed, context.name, "problems", step)
 
-    policy, tokenizer = load(context.checkpoint(config.start))
+    policy, tokenizer = load_policy(context)
     pool = responses.fitting(policy, tokenizer, pool, prompt)
     with own_rewards(config.rewards, context.recipe.reward_seconds) as own:
 
@@ -38,6 +38,5 @@ def reinforce(context: StageContext, prompt: Prompter) -> dict[str, Any]:
             return rewards.score(samples, config.rewards, tasks, own=own, length_limit=limit)
 
         metrics = grpo.train(policy, tokenizer, problems, prompt, reward, config, context)
-    style = responses.style_of(context.name, context.recipe)
-    checkpoint.save_model(policy, tokenizer, context.stage.path / "checkpoint", style)
+    save_policy(policy, tokenizer, context, responses.style_of(context.name, context.recipe))
     return metrics

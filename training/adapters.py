@@ -1,0 +1,146 @@
+"""LoRA (arXiv 2106.09685) through PEFT: two small matrices beside each chosen weight are trained, and all else stands still.
+
+PEFT puts its layers into the model, which keeps its class: loops, engines and kernels see the model that they know. Every stage
+begins new adapters on the weights that it starts from, the merged ones of the stage before, and at first they change nothing. So
+the model without them is the reference policy, and adapters on the weights they began with are the whole result.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from training import files, optional
+from training.errors import UserError
+from training.parallel import ranks
+from training.sections import Lora
+
+NAME = "default"  # of the adapters, as PEFT calls them
+FOLDER = "adapter"  # of a stage, beside its checkpoint
+EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")  # of all experts of a layer in one parameter
+
+
+def attach(model: nn.Module, lora: Lora, key: int) -> None:
+    """Puts new adapters into `model`, in place, and freezes its own weights.
+
+    key: of the random numbers that they begin with (training.seeding.key); they change nothing until they are trained.
+
+    Raises:
+        UserError: PEFT is not installed, or the model has nothing that the settings name.
+    """
+    peft = optional.load("peft", "model.lora")
+    experts = _expert_weights(model) if lora.experts else []
+    if lora.experts and not experts:
+        raise UserError(
+            "model.lora.experts: expected a mixture whose layers hold their experts in one parameter"
+        )
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha or 2 * lora.rank,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets) or "all-linear",
+        target_parameters=experts or None,
+        task_type="CAUSAL_LM",
+    )
+    # PEFT draws from torch's global generator: set it from the key, and put it back
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # of patterns for names of older transformers, and of layers that are transposed
+        torch.manual_seed(key)
+        try:
+            peft.inject_adapter_in_model(config, model, NAME)
+        except ValueError as error:
+            raise UserError(f"model.lora: {str(error).splitlines()[0]}") from None
+
+
+def _expert_weights(model: nn.Module) -> list[str]:
+    """Names of experts' parameters as PEFT's target_parameters, "mlp.experts.down_proj": each ends the names of all layers."""
+    found = {
+        ".".join([*name.split(".")[-2:], weight])
+        for name, module in model.named_modules()
+        for weight in EXPERT_WEIGHTS
+        if isinstance(parameter := getattr(module, weight, None), nn.Parameter) and parameter.ndim == 3
+    }
+    return sorted(found)
+
+
+def has(model: nn.Module) -> bool:
+    """Whether adapters are in the model."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor of a state dict is one of an adapter."""
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+@contextmanager
+def off(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model computes without its adapters."""
+    layers = list(_layers(model).values())
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """Name of a weight, as the model without adapters has it -> PEFT's layer that adapts it."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        f"{_own_name(name)}.{getattr(module, 'parameter_name', 'weight')}": module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def _own_name(name: str) -> str:
+    return name.replace(".base_layer", "")
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the model without adapters that computes what this one does: W + alpha / rank * B A for each of them."""
+    state: Mapping[str, Tensor] = model.state_dict()
+    if not has(model):
+        return dict(state)
+    layers = _layers(model)
+    merged = {_own_name(name): tensor for name, tensor in state.items() if not is_adapter(name)}
+    return {
+        name: tensor + layers[name].get_delta_weight(NAME) if name in layers else tensor
+        for name, tensor in merged.items()
+    }
+
+
+@ranks.by_main
+def save(model: nn.Module, folder: Path, base: str) -> None:
+    """Writes the adapters in PEFT's layout, atomically: `peft.AutoPeftModelForCausalLM.from_pretrained(folder)` reads them.
+
+    base: the folder or the name on the hub of the model that they began with.
+    """
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    adapted: Any = model
+    config = copy.copy(adapted.peft_config[NAME])
+    config.base_model_name_or_path, config.inference_mode = base, True
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # a set would be written in any order
+    with files.replacing(folder) as temporary:
+        temporary.mkdir()
+        tensors = {f"base_model.model.{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(temporary))
