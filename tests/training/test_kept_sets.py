@@ -195,10 +195,11 @@ def test_a_gap_stops_the_run_with_what_differs_before_anything_is_learnt(
     ("words", "limit"),
     [
         ([], 1e-4),
-        (["model.pretrained=smollm2"], 1e-3),
+        (["model.pretrained=smollm2"], 5e-4),
         (["dtype=bfloat16"], 1.0),
+        (["dtype=bfloat16", "model.pretrained=smollm2"], 5.0),
         (["rollout.engine=vllm"], 1e-2),
-        (["rollout.engine=vllm", "rollout.dtype=bfloat16"], 1.0),
+        (["rollout.engine=vllm", "rollout.dtype=bfloat16"], 5.0),
         (["rollout.max_gap=0.03"], 0.03),
     ],
     ids=str,

@@ -26,14 +26,15 @@ from training.recipe import Grpo, Recipe
 if TYPE_CHECKING:
     from training.loops.passes import Passes
 
-# Largest sampler_gap_max of a step by engine and number format, where the recipe sets none. Pretrained models, which are deeper,
-# get ten times as much in the process.
+# Largest sampler_gap_max of a step by engine and number format, where the recipe sets none; in the process a pretrained model, which
+# is deeper, gets DEEPER times as much.
 LIMITS = {
     ("transformers", "float32"): 1e-4,
     ("transformers", "bfloat16"): 1.0,
     ("vllm", "float32"): 1e-2,
-    ("vllm", "bfloat16"): 1.0,
+    ("vllm", "bfloat16"): 5.0,
 }
+DEEPER = 5
 
 
 def limit(recipe: Recipe, device: str) -> float:
@@ -47,7 +48,7 @@ def limit(recipe: Recipe, device: str) -> float:
     rounded = torch.is_autocast_enabled(device) or (rollout.engine == "vllm" and rollout.dtype == "bfloat16")
     found = LIMITS[rollout.engine, "bfloat16" if rounded else "float32"]
     deep = rollout.engine == "transformers" and recipe.model.pretrained
-    return min(1.0, 10 * found) if deep else found
+    return DEEPER * found if deep else found
 
 
 def checked(passes: Passes, logp: Mapping[int, Tensor]) -> dict[str, float]:
