@@ -77,14 +77,14 @@ def divergence_rows(student: Tensor, teacher: Tensor, kind: str) -> tuple[Tensor
     """(divergence, its slope in the student's logits) of logits (N, V) in float64."""
     q, p = (_log_probs(logits) for logits in (student, teacher))
     if kind == "forward_kl":
-        return _kl(p, q), q.exp() - p.exp()
-    mean, share = p, 1.0
-    value = torch.zeros(1, dtype=q.dtype, device=q.device)
-    if kind == "jsd":
-        mean = torch.logaddexp(p + torch.tensor(BETA).log(), q + torch.tensor(1 - BETA).log())
-        value, share = BETA * _kl(p, mean), 1 - BETA
-    from_mean = _kl(q, mean)
-    return value + share * from_mean, share * q.exp() * (q - mean - from_mean.unsqueeze(1))
+        return _kl(p, q), p.exp() * torch.expm1(q - p)
+    if kind == "reverse_kl":
+        value = _kl(q, p)
+        return value, q.exp() * (q - p - value.unsqueeze(1))
+    from_mean = _kl(q, p, share=BETA)
+    value = BETA * _kl(p, q, share=1 - BETA) + (1 - BETA) * from_mean
+    log_ratio = -torch.log1p(BETA * torch.expm1(p - q))
+    return value, (1 - BETA) * q.exp() * (log_ratio - from_mean.unsqueeze(1))
 
 
 def _log_probs(logits: Tensor) -> Tensor:
@@ -94,10 +94,11 @@ def _log_probs(logits: Tensor) -> Tensor:
     return shifted - shifted.exp().scatter(1, place, 0.0).sum(1, keepdim=True).log1p()
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """sum p (log(p / q) - 1 + q / p) of log-probs: no term is negative"""
-    gap = p - q
-    return (p.exp() * (gap + torch.expm1(-gap))).sum(1)
+def _kl(p: Tensor, q: Tensor, share: float = 1.0) -> Tensor:
+    """KL(p | share q + (1 - share) p) of log-probs: sum p (y - log(1 + y)), y = share (q / p - 1); no term is negative."""
+    y = share * torch.expm1(q - p)
+    log = q - p if share == 1.0 else torch.log1p(y)
+    return (p.exp() * (y - log)).sum(1)
 
 
 # --- plain PyTorch, which eager and torch.compile share ---

@@ -1,19 +1,20 @@
 """``python -m bench precision``: how exact log-probs, entropies and gradients are, also where one logit leads.
 
-Rows of V logits whose target leads the others by a number of nats, as a trained model's do; errors are the largest
-against float64, over the largest exact value, of rows with the same lead.
+Rows of V logits whose target leads the others by a number of nats, as a trained model's do, for divergences in student and teacher
+alike; errors are the largest against float64, over the largest exact value, of rows with the same lead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import logprob, measure, results, timing
+from . import divergence, logprob, measure, results, timing
 from .cases import DTYPES, Case
 from .environment import environment
 from .numerics import Exact, error
@@ -23,7 +24,12 @@ from .report.table import Cell, Table, small
 SIZES = {"N": 64, "V": 32768, "H": 512}
 LEADS = (0, 10, 20, 24, 30)
 SCHEMA = 1
-QUANTITIES = (("logp", "log-prob"), ("entropy", "entropy"), ("gradient", "gradient"))
+QUANTITIES = (
+    ("logp", "log-prob"),
+    ("entropy", "entropy"),
+    ("divergence", "divergence"),
+    ("gradient", "gradient"),
+)
 # of the implementations of the benchmarks, those that are not another name for one of these
 LEFT_OUT = ("r1kernels, in place", "r1kernels, logits recomputed")
 
@@ -42,29 +48,46 @@ def logits_inputs(dtype: torch.dtype, lead: int) -> Inputs:
 def linear_inputs(dtype: torch.dtype, lead: int) -> Inputs:
     """A head of unit rows and hidden states along the row of the target, so that its logit is ``lead``."""
     generator = torch.Generator().manual_seed(lead)
-    weight = torch.randn(SIZES["V"], SIZES["H"], generator=generator)
-    weight /= weight.norm(dim=1, keepdim=True)
+    weight = _unit_rows(generator)
     targets = torch.randint(SIZES["V"], (SIZES["N"],), generator=generator)
-    hidden = lead * weight[targets] if lead else torch.randn(SIZES["N"], SIZES["H"], generator=generator)
+    hidden = _along(weight, targets, lead, generator)
     above = {"logp": torch.full((SIZES["N"],), -1 / SIZES["N"]), "loss": torch.ones(())}
     tensors = {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "targets": targets}
     return Inputs(tensors, ("hidden", "weight"), above)
 
 
+def divergence_inputs(dtype: torch.dtype, lead: int) -> Inputs:
+    """Two such heads, whose hidden states lie along the rows of the same targets."""
+    given = linear_inputs(dtype, lead)
+    generator = torch.Generator().manual_seed(100 + lead)
+    weight = _unit_rows(generator)
+    hidden = _along(weight, given["targets"], lead, generator)
+    tensors = {name: given[name] for name in ("hidden", "weight")}
+    tensors |= {"teacher_hidden": hidden.to(dtype), "teacher_weight": weight.to(dtype)}
+    above = {"divergence": torch.full((SIZES["N"],), 1 / SIZES["N"]), "loss": torch.ones(())}
+    return Inputs(tensors, ("hidden", "weight"), above)
+
+
+def _unit_rows(generator: torch.Generator) -> Tensor:
+    weight = torch.randn(SIZES["V"], SIZES["H"], generator=generator)
+    return weight / weight.norm(dim=1, keepdim=True)
+
+
+def _along(weight: Tensor, targets: Tensor, lead: int, generator: torch.Generator) -> Tensor:
+    return lead * weight[targets] if lead else torch.randn(SIZES["N"], SIZES["H"], generator=generator)
+
+
 def measure_all() -> dict[str, Any]:
     """Errors of every implementation that runs here, for each dtype and lead."""
     rows = []
-    for op, inputs_of, peers in (
-        ("token_logprobs", logits_inputs, logprob.TOKEN),
-        ("linear_logprobs", linear_inputs, logprob.LINEAR),
-    ):
+    for op, (inputs_of, peers) in OPS.items():
         for name, dtype in DTYPES.items():
             for lead in LEADS:
                 inputs = inputs_of(dtype, lead)
                 exact = _exact(op, inputs)
                 for leaf in inputs.leaves:
                     inputs[leaf].requires_grad_()
-                case = Case(op, "cpu", name, SIZES)
+                case = _case(op, name)
                 for peer in peers:
                     if peer.kind != "floor" and peer.name not in LEFT_OUT:
                         found = _errors(case, peer, inputs, exact)
@@ -82,9 +105,28 @@ def measure_all() -> dict[str, Any]:
     }
 
 
+# an op, and of a divergence its kind: the inputs, and who is measured
+OPS: Mapping[str, tuple[Callable[[torch.dtype, int], Inputs], tuple[Peer, ...]]] = {
+    "token_logprobs": (logits_inputs, logprob.TOKEN),
+    "linear_logprobs": (linear_inputs, logprob.LINEAR),
+    **{
+        f"linear_divergence, {kind}": (divergence_inputs, divergence.DIVERGENCE)
+        for kind in ("forward_kl", "reverse_kl", "jsd")
+    },
+}
+
+
+def _case(op: str, dtype: str) -> Case:
+    name, _, layout = op.partition(", ")
+    return Case(name, "cpu", dtype, SIZES, layout)
+
+
 def _exact(op: str, inputs: Inputs) -> dict[str, Exact]:
-    if op == "linear_logprobs":
-        return logprob.linear_exact(Case(op, "cpu", "float32", SIZES), inputs)
+    case = _case(op, "float32")
+    if case.op == "linear_logprobs":
+        return logprob.linear_exact(case, inputs)
+    if case.op == "linear_divergence":
+        return divergence.exact(case, inputs)
     found = logprob.softmax_rows(inputs["logits"], inputs["targets"], inputs.upstream["logp"])
     return {name: Exact(value) for name, value in found.items()}
 
@@ -123,9 +165,7 @@ def table(record: Mapping[str, Any], op: str, quantity: str) -> Table:
 
 def tables(record: Mapping[str, Any]) -> list[Table]:
     """All of them, those without a row left out."""
-    every = [
-        table(record, op, name) for op in ("token_logprobs", "linear_logprobs") for name, _ in QUANTITIES
-    ]
+    every = [table(record, op, name) for op in OPS for name, _ in QUANTITIES]
     return [one for one in every if one.rows]
 
 

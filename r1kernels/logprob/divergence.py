@@ -68,7 +68,8 @@ def linear_divergence(
         return_entropy: also return the student's entropy, in nats, without a gradient.
         chunk_size: tokens a chunk; None chooses from V and a memory budget.
         save_logits: keep the (N, V) gradient of the student's logits for the backward (True, faster) or recompute it (False, less
-            memory); None chooses by a memory budget, as ``linear_logprobs`` does.
+            memory); None chooses by a memory budget, as ``linear_logprobs`` does. Where hidden alone needs a gradient, kernels do
+            neither: the forward works out d divergence / d hidden too.
 
     Returns:
         divergence (...), or (divergence, entropy): float32, float64 where hidden is, in nats. Gradients of hidden, weight and bias
