@@ -124,6 +124,15 @@ def _check_students(config: Distill) -> None:
                 f"distill.students.{name}.hidden_size: expected a multiple of heads = {sizes.heads}, got {sizes.hidden_size}"
             )
         _check_training(f"distill.students.{name}", sizes)
+        if config.data and config.method_of(name) == "on_policy":
+            raise UserError(
+                "distill.data: expected none with the method on_policy, for which students answer the problems of the tasks, got "
+                f"{config.data!r}"
+            )
+        if not config.teacher and not (config.data and sizes.pretrained):
+            raise UserError(
+                f"distill.teacher: expected one where distill.students.{name} does not learn from a file with a tokenizer of its own"
+            )
 
 
 def _check_folders(name: str, recipe: Recipe) -> None:

@@ -118,11 +118,13 @@ def _brought(recipe: Recipe, stage: str) -> dict[str, Path]:
 def start_of(recipe: Recipe, stage: str) -> str:
     """What a stage goes on from, or its teacher: the name of a stage or the folder of a checkpoint; "" for neither.
 
-    Pretrained students that learn from a file of traces need no teacher.
+    Pretrained students that learn the text of a file of traces need no teacher.
     """
     section = getattr(recipe, stage)
-    if stage == "distill" and section.data and all(each.pretrained for each in section.students.values()):
-        return ""
+    if stage == "distill" and section.data:
+        students = section.students.items()
+        if all(each.pretrained and section.method_of(name) == "sft" for name, each in students):
+            return ""
     start: str = getattr(section, "start", getattr(section, "teacher", ""))
     return start
 

@@ -442,6 +442,7 @@ class RlAll(Grpo):
 class Student(NextToken):
     """One student of the distillation: a small dense model."""
 
+    method: Literal["", "sft", "logits", "on_policy"] = setting("", '"": as distill.method says')
     architecture: Literal["qwen2", "llama"] = setting("qwen2", "of a student from random weights")
     pretrained: str = setting("", '"": random weights; else the folder of a checkpoint or a name on the hub')
     hidden_size: int = setting(64, "width of the model", minimum=1)
@@ -460,8 +461,20 @@ def _students() -> dict[str, Student]:
 class Distill(Sampling):
     """The teacher answers the SFT prompts; each student learns from what passes the filters."""
 
+    method: Literal["sft", "logits", "on_policy"] = setting(
+        "sft",
+        "what students learn: the teacher's responses (sft), its distribution of them (logits), or its distribution of what they "
+        "answer themselves (on_policy)",
+    )
+    divergence: Literal["", "forward_kl", "reverse_kl", "jsd"] = setting(
+        "", 'from the teacher\'s distribution; "": forward_kl for logits, reverse_kl for on_policy'
+    )
+    beta: float = setting(0.5, "of jsd, the teacher's share of the mixture", above=0, below=1)
     teacher: str = setting("rl_all", "rl_all, another stage before, or the folder of a checkpoint")
-    data: str = setting("", "a file of traces (training.traces) instead of the teacher's responses")
+    data: str = setting(
+        "",
+        "a file of traces (training.traces), with stored log-probs or without, instead of the teacher's responses",
+    )
     samples: int = setting(4, "responses to a prompt", minimum=1)
     filters: list[str] = field(
         default_factory=lambda: ["wrong_by_rule", "mixed_language", "repetition", "bad_format", "unfinished"],
@@ -470,6 +483,10 @@ class Distill(Sampling):
     students: dict[str, Student] = field(
         default_factory=_students, metadata=about("name of a student -> its settings", filled=True)
     )
+
+    def method_of(self, student: str) -> str:
+        """How a student learns."""
+        return self.students[student].method or self.method
 
 
 @dataclass

@@ -133,7 +133,7 @@ def test_training_lowers_the_loss_and_evens_the_load(tmp_path):
 
 
 def test_an_epoch_shows_every_document_once():
-    seen = [i for step in range(5) for i in next_token._batch(10, 4, step, (0, "s"))]
+    seen = [i for step in range(5) for i in next_token.batch_of_step(10, 4, step, (0, "s"))]
     assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
 

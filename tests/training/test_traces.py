@@ -81,8 +81,8 @@ def test_sft_and_distillation_learn_from_a_file_on_ones_own_model(tmp_path, path
     monkeypatch.setattr(
         next_token,
         "train",
-        lambda model, tokenizer, documents, *more: (
-            learnt.append(documents) or train(model, tokenizer, documents, *more)
+        lambda model, tokenizer, documents, *more, **options: (
+            learnt.append(documents) or train(model, tokenizer, documents, *more, **options)
         ),
     )
     recipe = make(

@@ -21,6 +21,7 @@ from r1kernels.integrations import transformers as integration
 from r1kernels.integrations.prefix_tree import LEAST_SAVED, common_length
 from r1kernels.integrations.routing_record import RoutingReplay
 from r1kernels.integrations.transformers import PrefixTree
+from training.document import Stored
 from training.engines import Kept
 from training.loops.sample import Completion
 from training.model import StepLoad, recomputed
@@ -38,6 +39,7 @@ class Row(NamedTuple):
     ids: Ids
     prompt: int  # tokens of it
     targets: Ids
+    stored: Stored | None = None  # of the targets
 
     @property
     def prompt_ids(self) -> Ids:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,12 +14,42 @@ from training.context import StageContext
 from training.document import Document
 from training.encoder import Encoder
 from training.errors import UserError
-from training.loops.batch import Row, head_logprobs, lay_out, pieces, states, worth_sharing
+from training.loops.batch import Row, lay_out, pieces, states, worth_sharing
 from training.loops.optim import Optimizer, learning_rate, save_due
+from training.loops.token_loss import OfText, TokenLoss
 from training.model import StepLoad, shares_prefixes
 from training.parallel import ranks
 from training.profile import profiled
 from training.recipe import NextToken
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is learnt: `steps` optimizer steps or, where `tokens` is not 0, that many tokens that carry a loss."""
+
+    steps: int
+    tokens: int = 0
+
+    def done(self, step: int, learnt: int) -> float:
+        """Of the steps, after `step` of them and `learnt` tokens."""
+        return learnt * self.steps / self.tokens if self.tokens else step
+
+
+def amount_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    config: NextToken,
+    stage: str,
+) -> Amount:
+    """What `train` learns of these documents: config.steps, or the tokens of config.epochs."""
+    rows, _ = _encode(Encoder(model, tokenizer), documents, config.max_length, stage)
+    tokens = sum(len(row.targets) for row in rows)
+    return Amount(_steps(config, len(rows)), 0 if config.steps else config.epochs * tokens)
+
+
+def _steps(config: NextToken, rows: int) -> int:
+    return config.steps or max(1, round(config.epochs * rows / config.batch_size))
 
 
 def train(
@@ -29,10 +60,11 @@ def train(
     context: StageContext,
     *,
     title: str = "",
+    token_loss: TokenLoss | None = None,
 ) -> dict[str, float]:
-    """Trains `model` in place by the mean negative log-prob of the tokens that carry a loss.
+    """Trains `model` in place by the mean loss of the tokens that carry one: the negative log-prob, or `token_loss`.
 
-        loss of a step = - sum of log p(token) over the step's documents / number of those tokens
+        loss of a step = sum of loss(token) over the step's documents / number of those tokens
 
     Args:
         model: dense, or a mixture (where its routers have a selection bias, that is updated once a step).
@@ -42,64 +74,80 @@ def train(
         title: names the training where one stage has several; part of the key of the order.
 
     Returns:
-        The last metrics, with the number of documents that were cut as `truncated`; a warning says so, too.
+        The last metrics, with the number of documents that were cut as `truncated`; a warning says so, too. `learnt`: the tokens
+        that carried a loss.
     """
     if not documents:
         raise UserError(f"{context.name}: there are no documents to train on")
     encoder = Encoder(model, tokenizer)
     rows, truncated = _encode(encoder, documents, config.max_length, context.name)
-    per_epoch = len(rows) / config.batch_size
-    steps = config.steps or max(1, round(config.epochs * per_epoch))
+    steps = _steps(config, len(rows))
     optimizer = Optimizer(model, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
     state = context.stage.load_state()
-    start = 0
+    start, learnt = 0, 0
     if state is not None:
-        start = state.step
+        start, learnt = state.step, state.counters["learnt"]
         optimizer.restore(state.tensors, state.counters)
     metrics: dict[str, float] = {}
     model.train()
     with context.progress.bar(steps, start, title or context.name) as bar:
         for step in range(start, steps):
             began = time.perf_counter()
-            chosen = _batch(len(rows), config.batch_size, step, (context.recipe.seed, context.name, title))
+            key = (context.recipe.seed, context.name, title)
+            at_once = [rows[i] for i in batch_of_step(len(rows), config.batch_size, step, key)]
             with (
                 seeding.torch_seed(
                     context.recipe.seed, context.name, title, "dropout", step, *ranks.own_key()
                 ),
                 profiled(context.stage.path, step, start, steps),
             ):
-                at_once = [rows[i] for i in chosen]
-                shared = context.recipe.shared_prefix and worth_sharing(at_once) and shares_prefixes(model)
-                metrics = _step(model, optimizer, at_once, encoder.pad_id, shared, config, step, steps)
+                metrics = update(
+                    model,
+                    optimizer,
+                    at_once,
+                    encoder.pad_id,
+                    token_loss or OfText(),
+                    config,
+                    context,
+                    (step, steps),
+                )
+            learnt += sum(len(row.targets) for row in at_once)
+            metrics["learnt"] = learnt
             metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
             context.stage.log(step=step, **metrics)
             bar.advance(loss=metrics["loss"])
             if save_due(step + 1, steps, config.save_every, context.stage.unsaved_seconds):
-                context.stage.save_state(step + 1, optimizer.tensors(), optimizer.counters())
+                counters = {**optimizer.counters(), "learnt": learnt}
+                context.stage.save_state(step + 1, optimizer.tensors(), counters)
     model.eval()
     if any(document.prompt for document in documents):
         encoder.note_ends()
     return {**metrics, "steps": steps, "truncated": truncated}
 
 
-def _step(
+def update(
     model: PreTrainedModel,
     optimizer: Optimizer,
     rows: list[Row],
     pad: int,
-    shared: bool,
+    token_loss: TokenLoss,
     config: NextToken,
-    step: int,
-    steps: int,
+    context: StageContext,
+    place: tuple[float, int],
 ) -> dict[str, float]:
+    """One optimizer step by the mean loss of the targets of the rows. place: how many of so many steps are done."""
+    shared = context.recipe.shared_prefix and worth_sharing(rows)
+    shared = shared and all(shares_prefixes(each) for each in (model, *token_loss.readers))
+    step, steps = place
     total = sum(len(row.targets) for row in rows)
     loss = 0.0
     load = StepLoad(model)
     for piece in pieces(rows, config.micro_batch_tokens, shared):
-        batch = lay_out([rows[i] for i in piece], pad, model.device, shared)
+        read = [rows[i] for i in piece]
+        batch = lay_out(read, pad, model.device, shared)
         with load.counting(batch.counts):
             hidden = states(model, batch)
-        part = -head_logprobs(model, batch, hidden).sum() / total
+        part = token_loss(model, batch, hidden, read).sum() / total
         part.backward()
         loss += float(part.detach())
     loss = ranks.sums({"loss": loss})["loss"]
@@ -129,13 +177,22 @@ def _encode(
     for document in documents:
         if document.prompt:
             prompt, opening = encoder.prompt(document.prompt)
-            ids = prompt + encoder.response(document.text, opening)
-            first = max(1, len(prompt))
+            response = encoder.response(document.text, opening)
+            ids, first = prompt + response, max(1, len(prompt))
+            if document.stored is not None and len(document.stored.ids) != len(response):
+                raise UserError(
+                    f"teacher_ids: expected a list for each of the {len(response)} tokens of the response, its end counted, got "
+                    f"{len(document.stored.ids)}: {document.text!r:.60}"
+                )
         else:
             ids, first = encoder.document(document.text), 1  # nothing predicts the first token
         truncated += len(ids) > most
         longest = max(longest, len(ids))
-        rows.append(Row(tuple(ids[:most]), first, tuple(ids[first:most])))
+        targets = tuple(ids[first:most])
+        stored = document.stored
+        if stored is not None:  # where nothing stands before a response, its first token is not predicted
+            stored = stored.part(len(stored.ids) - (len(ids) - first), len(targets))
+        rows.append(Row(tuple(ids[:most]), first, targets, stored))
     if truncated:
         notices.warn(
             "documents",
@@ -148,7 +205,7 @@ def _encode(
     return rows, truncated
 
 
-def _batch(count: int, size: int, step: int, key: tuple[int | str, ...]) -> list[int]:
+def batch_of_step(count: int, size: int, step: int, key: tuple[int | str, ...]) -> list[int]:
     """Indices of the documents of a step: pass after pass over all of them, each in its own keyed order."""
     chosen: list[int] = []
     position = step * size

@@ -17,7 +17,7 @@ SAVE_SECONDS = 600.0
 
 
 def learning_rate(
-    step: int, steps: int, *, lr: float, lr_end: float, schedule: str, warmup: int = 0
+    step: float, steps: int, *, lr: float, lr_end: float, schedule: str, warmup: int = 0
 ) -> float:
     """The learning rate of `step` (from 0) out of `steps`: linear warm-up, then constant, linear or cosine to lr_end."""
     if step < warmup:

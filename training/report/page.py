@@ -41,6 +41,7 @@ def page(run_dir: RunDir) -> str:
         ),
         _section("Curves", _curves_text(recipe), _curves(run_dir, recipe)),
         _section("The same problem, stage by stage", _SAMPLES, samples.side_by_side(run_dir)),
+        _section("Students", _STUDENTS, tables.students(run_dir)),
         _section("Rejections by filter", _REJECTIONS, tables.rejections(run_dir)),
         _section("Expert load", _LOAD, _expert_load(run_dir, recipe)),
         _section("Language mix", _LANGUAGES, tables.languages(run_dir)),
@@ -64,6 +65,10 @@ _LINEAGE = (
 _SAMPLES = (
     "Responses of every checkpoint to the same held-out problem, sampled at the temperature of the marks. Grey is the "
     "thinking, the box is the answer; a green edge means right, a red one wrong."
+)
+_STUDENTS = (
+    "What a student learnt from: the teacher's responses (sft), its distribution of them (logits), or its distribution of what the "
+    "student answered itself (on_policy). Tokens carry a loss; the accuracy is that on held-out problems, one sample at temperature 1."
 )
 _REJECTIONS = "What the filters refused. A response may be refused by several filters."
 _LOAD = (

@@ -1,13 +1,14 @@
 """distill: the teacher answers the SFT prompts anew, and small dense students learn from what passes the filters.
 
-SFT only, no RL. Reasoning responses have to be right by the rule, the others helpful by the oracle. A file of traces may
-stand in for the teacher.
+No RL. Reasoning responses have to be right by the rule, the others helpful by the oracle. A file of traces may stand in for the
+teacher. A student learns the responses (sft), the teacher's distribution of them (logits), or its distribution of what the student
+answers itself to the same prompts (on_policy), and in the last case as many tokens as it would of the responses.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from training import checkpoint, filters, prompts, responses, rewards, student, traces
@@ -15,10 +16,14 @@ from training.context import StageContext
 from training.document import Document
 from training.encoder import Encoder
 from training.errors import UserError
-from training.loops import next_token
+from training.loops import next_token, on_policy
+from training.loops.sample import Prompt
+from training.loops.token_loss import OfStored, OfTeacher, OfText, TokenLoss
+from training.model import load
 from training.parts import run_parts
 from training.recipe import start_of
 from training.responses import Source, as_sample
+from training.sections import Distill
 from training.selection import Selection, nothing_kept, select
 from training.tasks.problem import Problem
 
@@ -35,17 +40,33 @@ def run(context: StageContext) -> dict[str, Any]:
         documents, counts = _taught(context)
     # once for all students that are left
     of_teacher = functools.cache(lambda: _tokenizer_and_positions(context))
+    teacher = functools.cache(lambda: _teacher(context))
 
     def train(part: StageContext, name: str) -> dict[str, Any]:
         sizes = config.students[name]
+        method = config.method_of(name)
         teacher_tokenizer, positions = of_teacher()
         model, tokenizer = student.build(sizes, teacher_tokenizer, seed, positions)
-        metrics = next_token.train(model, tokenizer, documents, sizes, part)
+        loss = _loss(config, method, documents, lambda: _alike(name, tokenizer, teacher()))
+        if method == "on_policy":
+            metrics = on_policy.train(
+                model,
+                tokenizer,
+                _asked(context, model, tokenizer),
+                loss,
+                sizes,
+                config,
+                next_token.amount_of(model, tokenizer, documents, sizes, part.name),
+                part,
+            )
+        else:
+            metrics = next_token.train(model, tokenizer, documents, sizes, part, token_loss=loss)
         folder = context.stage.path / f"checkpoint-{name}"
         style = responses.style_of(context.name, context.recipe)
         checkpoint.save_model(model, tokenizer, folder, style)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        return {**metrics, "parameters": parameters, "accuracy": _accuracy(context, name, folder)}
+        accuracy = _accuracy(context, name, folder)
+        return {**metrics, "method": method, "parameters": parameters, "accuracy": accuracy}
 
     trained = run_parts(context, list(config.students), train)
     return {
@@ -53,6 +74,45 @@ def run(context: StageContext) -> dict[str, Any]:
         "kept": len(documents),
         **{f"{name}/{key}": value for name, metrics in trained.items() for key, value in metrics.items()},
     }
+
+
+def _teacher(context: StageContext) -> tuple[Any, Any]:
+    """The teacher, which is not trained, and its tokenizer."""
+    start = start_of(context.recipe, context.name)
+    if not start:
+        raise UserError("distill.teacher: expected one, since not all traces have stored log-probs, got none")
+    model, tokenizer = load(context.checkpoint(start))
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def _alike(name: str, tokenizer: Any, teacher: tuple[Any, Any]) -> Any:
+    """The teacher of a student that reads the same ids."""
+    model, its_tokenizer = teacher
+    if tokenizer.get_vocab() != its_tokenizer.get_vocab():
+        raise UserError(
+            f"distill.students.{name}: its tokenizer is not the teacher's, so that it can learn the teacher's text alone: "
+            "method=sft, or a student from random weights"
+        )
+    return model
+
+
+def _loss(
+    config: Distill, method: str, documents: Sequence[Document], teacher: Callable[[], Any]
+) -> TokenLoss:
+    """What a student minimises, token by token."""
+    if method == "sft":
+        return OfText()
+    kind = config.divergence or {"logits": "forward_kl", "on_policy": "reverse_kl"}[method]
+    if method == "logits" and all(document.stored is not None for document in documents):
+        return OfStored(kind, config.beta)
+    return OfTeacher(teacher(), kind, config.beta)
+
+
+def _asked(context: StageContext, model: Any, tokenizer: Any) -> list[Prompt]:
+    """The prompts that the teacher was asked, those that the student can read."""
+    problems = _prompts(context, ("reasoning", "helpful", "unsafe"))
+    fit = responses.fitting(model, tokenizer, problems, prompts.chat)
+    return [Prompt(problem, prompts.chat(problem)) for problem in fit]
 
 
 def _tokenizer_and_positions(context: StageContext) -> tuple[Any, int]:

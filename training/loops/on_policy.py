@@ -1,0 +1,93 @@
+"""On-policy distillation: the student answers, and learns the teacher's distribution of what it wrote itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from training import engines
+from training.context import StageContext
+from training.encoder import Encoder
+from training.loops import next_token
+from training.loops.batch import row_of
+from training.loops.optim import Optimizer, save_due
+from training.loops.sample import Prompt, sample
+from training.loops.token_loss import TokenLoss
+from training.sections import NextToken, Sampling
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    loss: TokenLoss,
+    config: NextToken,
+    sampling: Sampling,
+    amount: next_token.Amount,
+    context: StageContext,
+) -> dict[str, float]:
+    """Trains `model` in place: a step samples one response to each of `config.batch_size` prompts and learns from these.
+
+        loss of a step = sum of loss(token) over the step's responses / number of their tokens
+
+    Args:
+        prompts: at least one; a pass over them is in an order keyed by (seed, stage, epoch).
+        loss: that of a teacher, which reads the responses.
+        config: batch_size, lr and so on; its steps and epochs are in `amount`.
+        sampling: temperature, top_p, top_k, max_new_tokens and batch_size of the sampler.
+        amount: how much is learnt. Tokens count where it has any, so that a student whose responses are short takes more steps.
+        context: where metrics and resume points go; `context.stage` resumes a run that was cut off.
+
+    Returns:
+        The last metrics.
+    """
+    encoder = Encoder(model, tokenizer)
+    optimizer = Optimizer(model, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
+    state = context.stage.load_state()
+    start, learnt = 0, 0
+    if state is not None:
+        start, learnt = state.step, state.counters["learnt"]
+        optimizer.restore(state.tensors, state.counters)
+    key = (context.recipe.seed, context.name)
+    metrics: dict[str, Any] = {}
+    model.eval()  # no dropout: the student that samples and the one that learns are the same function
+    with (
+        closing(engines.connect(context.recipe.rollout, model, tokenizer, start)) as engine,
+        context.progress.bar(amount.steps, start, context.name) as bar,
+    ):
+        step = start
+        while (done := amount.done(step, learnt)) < amount.steps:
+            engine.update(model, step)
+            chosen = next_token.batch_of_step(len(prompts), config.batch_size, step, key)
+            drawn = sample(
+                engine,
+                [prompts[i] for i in chosen],
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_new_tokens=sampling.max_new_tokens,
+                seed_parts=(*key, "rollout", step),
+                batch_size=sampling.batch_size,
+            )
+            rows = [row_of(each) for each in drawn]
+            metrics = next_token.update(
+                model, optimizer, rows, encoder.pad_id, loss, config, context, (done, amount.steps)
+            )
+            learnt += sum(len(row.targets) for row in rows)
+            metrics |= {
+                "learnt": learnt,
+                "length": sum(len(each.token_ids) for each in drawn) / len(drawn),
+                "finished": sum(each.finished for each in drawn) / len(drawn),
+            }
+            context.stage.log(step=step, **metrics)
+            bar.advance(loss=metrics["loss"])
+            step += 1
+            if save_due(step, step + 1, config.save_every, context.stage.unsaved_seconds):
+                context.stage.save_state(
+                    step, optimizer.tensors(), {**optimizer.counters(), "learnt": learnt}
+                )
+    encoder.note_ends()
+    return {**metrics, "steps": step}
