@@ -125,7 +125,7 @@ def test_states_for_the_loss_from_hidden_states():
     model = tiny("Llama")
     ids, mask = batch()
     real = mask[:, -T:].bool()
-    ours, theirs = trl_prefix.states(model, ids, mask, T), trl_linear._states(model, ids, mask, T)
+    ours, theirs = trl_prefix.states(model, ids, mask, T), trl_linear.states(model, ids, mask, T)
     assert ours.shape == theirs.shape
     torch.testing.assert_close(ours[real], theirs[real], rtol=1e-5, atol=1e-5)
     assert not ours[~real].any()
