@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from r1kernels.integrations.transformers import prefix_tree
-from r1kernels.logprob.linear import SAVED_BYTES
+from r1kernels.logprob.head import SAVED_BYTES
 from training import adapters, traces
 from training.activations import kept_bytes
 from training.encoder import Encoder

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import autocast, checks
 from ..logprob import linear_logprobs
 from ..logprob.arguments import Head, check_linear, check_temperature
+from ..logprob.head import rows_of
 from ..logprob.kept import Kept, check_kept
 from ..logprob.sharded import shard_of
 from ..logprob.token import Rows
@@ -275,17 +276,7 @@ def _on_kernels(backend: str, call: LinearCall) -> GRPOOutput:
     temperatures, temperature = None, call.temperature
     if isinstance(temperature, Tensor):
         temperatures, temperature = temperature.reshape(-1), 1.0
-    rows = Rows(
-        head.bias,
-        head.logit_scale,
-        head.softcap or 0.0,
-        call.targets.reshape(-1),
-        temperatures,
-        float(temperature),
-        IGNORED,
-        0,
-        head.weight.shape[0],
-    )
+    rows = rows_of(head, call.targets, temperatures, float(temperature), IGNORED)
     one_pass = OnePassCall(
         hidden.reshape(-1, hidden.shape[-1]),
         head.weight,

@@ -6,15 +6,16 @@ for the row kernel; backward their gradients are written into the one that the r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import autocast
-from ..op import Contiguous, Kernel, Size, Written, recorded
+from ..op import OUTSIDE, Contiguous, Kernel, Size, Written, recorded
 from . import events, sharded
 from .events import Events
+from .head import Gradients, gradient_shapes, gradients, without_saved
 from .kept_head import capped as capped
 from .kept_head import slope as slope
 from .token import Rows
@@ -32,6 +33,7 @@ class HeadColumnsCall(NamedTuple):
     chunk_size: Size
     save_logits: bool  # not under a cap
     batch_invariant: bool
+    shard: Annotated[sharded.Shard | None, OUTSIDE] = None  # that the head is
 
 
 class HeadColumnsBackwardCall(NamedTuple):
@@ -65,52 +67,22 @@ def _shapes(call: HeadColumnsCall) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def hidden_gradient_dtype(call: HeadColumnsBackwardCall) -> torch.dtype:
-    """That of the gradient of hidden: of a slab it is one term of a sum over the slabs, which is not rounded."""
-    return call.hidden.dtype if call.rows.vocabulary == call.weight.shape[0] else torch.float32
-
-
-def _backward_shapes(call: HeadColumnsBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    """As those of linear_logprobs."""
-    hidden, weight = call.hidden, call.weight
-    return (
-        hidden.new_empty(hidden.shape if call.need_hidden else 0, dtype=hidden_gradient_dtype(call)),
-        weight.new_empty(weight.shape if call.need_weight else 0),
-        weight.new_empty(weight.shape[0] if call.need_bias else 0, dtype=torch.float32),
-    )
-
-
-def _saved_backward_shapes(call: SavedHeadColumnsBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_shapes(call.backward)
+def _saved_backward_shapes(call: SavedHeadColumnsBackwardCall) -> Gradients:
+    return gradient_shapes(call.backward)
 
 
 FORWARD = Kernel("linear_columns", HeadColumnsCall, _shapes)
-BACKWARD = Kernel("linear_columns", HeadColumnsBackwardCall, _backward_shapes, suffix="_backward")
+BACKWARD = Kernel("linear_columns", HeadColumnsBackwardCall, gradient_shapes, suffix="_backward")
 BACKWARD_OF_SAVED = Kernel(
     "linear_columns", SavedHeadColumnsBackwardCall, _saved_backward_shapes, suffix="_backward_"
 )
 
 
-class Call(NamedTuple):
-    """A HeadColumnsCall, and the shard that its head is."""
-
-    hidden: Tensor
-    weight: Tensor
-    rows: Rows
-    ids: Tensor
-    with_entropy: bool
-    chunk_size: int
-    save_logits: bool
-    batch_invariant: bool
-    shard: sharded.Shard | None
-
-
-def _forward(backend: str, call: Call) -> tuple[Tensor, ...]:
-    *local, shard = call
-    columns, stats, logits = FORWARD(backend, HeadColumnsCall._make(local))
-    if shard is not None:
-        columns = sharded.sum_over_ranks_(columns, shard)
-        stats = sharded.merged_stats(stats, shard, call.rows)
+def _forward(backend: str, call: HeadColumnsCall) -> tuple[Tensor, ...]:
+    columns, stats, logits = FORWARD(backend, call)
+    if call.shard is not None:
+        columns = sharded.sum_over_ranks_(columns, call.shard)
+        stats = sharded.merged_stats(stats, call.shard, call.rows)
     return columns.masked_fill(call.ids >= call.rows.vocabulary, torch.nan), stats, logits
 
 
@@ -118,22 +90,20 @@ def _divisor(rows: Rows) -> Tensor | float:
     return rows.temperature if rows.temperatures is None else rows.temperatures.double()
 
 
-def _give(call: Call, results: tuple[Tensor, ...]) -> Events:
+def _give(call: HeadColumnsCall, results: tuple[Tensor, ...]) -> Events:
     columns, stats, _ = results
     logits = capped(columns, call.rows)
     return events.of_sums(logits, stats, call.ids, _divisor(call.rows), call.with_entropy)
 
 
-def _save(call: Call, results: tuple[Tensor, ...]) -> Any:
+def _save(call: HeadColumnsCall, results: tuple[Tensor, ...]) -> Any:
     (_, targets, temperatures), numbers = call.rows.apart()
     columns, stats, logits = results
     tensors = (targets, temperatures, call.ids, columns, stats, logits if call.save_logits else None)
     return tensors, (numbers, call.with_entropy, call.chunk_size, call.shard)
 
 
-def _gradients(
-    backend: str, inputs: Any, saved: Any, others: Any, grads: Any, needs: Any
-) -> tuple[Tensor, ...]:
+def _gradients(backend: str, inputs: Any, saved: Any, others: Any, grads: Any, needs: Any) -> Gradients:
     hidden, weight, bias = inputs
     targets, temperatures, ids, columns, stats, logits = saved
     numbers, with_entropy, chunk_size, shard = others
@@ -144,22 +114,7 @@ def _gradients(
     of_columns = of_logits * slope(columns, rows)
     upstream = (of_columns, of_rest, of_entropy)
     call = HeadColumnsBackwardCall(hidden, weight, rows, ids, chunk_size, stats, *upstream, *needs)
-    if logits is None:
-        for_hidden, for_weight, for_bias = BACKWARD(backend, call)
-    else:
-        # an alias, whose changes autograd does not take for a fault of the caller
-        saved_call = SavedHeadColumnsBackwardCall(logits.data, call)
-        for_hidden, for_weight, for_bias = BACKWARD_OF_SAVED(backend, saved_call)
-    if shard is not None and call.need_hidden:
-        for_hidden = sharded.sum_over_ranks_(for_hidden, shard)
-    return for_hidden, for_weight, for_bias
-
-
-def _gradients_again(
-    backend: str, inputs: Any, saved: Any, others: Any, grads: Any, needs: Any
-) -> tuple[Tensor, ...]:
-    """The first backward has overwritten the logits, which come last of the tensors."""
-    return _gradients(backend, inputs, (*saved[:-1], None), others, grads, needs)
+    return gradients(backend, call, logits, shard, BACKWARD, BACKWARD_OF_SAVED)
 
 
 _recorded = recorded(
@@ -168,7 +123,7 @@ _recorded = recorded(
     differentiable=lambda call: (call.hidden, call.weight, call.rows.bias),
     save=_save,
     backward=_gradients,
-    again=_gradients_again,
+    again=without_saved(_gradients),
     give=_give,
 )
 
@@ -176,21 +131,10 @@ _recorded = recorded(
 def of_hidden(backend: str, call: LinearCall) -> Events:
     """The events of hidden states under a head, on the kernels of a backend; ``save_logits`` is decided."""
     assert call.ids is not None and call.save_logits is not None
+    save_logits = call.save_logits and not call.rows.softcap
+    options = (call.with_entropy, call.chunk_size, save_logits, call.batch_invariant, call.shard)
     with autocast.off(call.hidden):
-        found = _recorded(
-            backend,
-            Call(
-                call.hidden,
-                call.weight,
-                call.rows,
-                call.ids,
-                call.with_entropy,
-                call.chunk_size,
-                call.save_logits and not call.rows.softcap,
-                call.batch_invariant,
-                call.shard,
-            ),
-        )
+        found = _recorded(backend, HeadColumnsCall(call.hidden, call.weight, call.rows, call.ids, *options))
     return Events(*found)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import columns, columns_head, cpu, cuda, events, linear_tiles, tiles, token, triton_linear
+from . import columns, columns_head, cpu, cuda, events, head, linear_tiles, tiles, token, triton_linear
 from .token import Rows, Upstream
 
 
@@ -193,7 +193,7 @@ def head_backward(
 
     upstream = upstream_of(call.stats, call.grad_rest, call.grad_entropy)
     needs = (call.need_hidden, call.need_weight, call.need_bias)
-    dtype = columns_head.hidden_gradient_dtype(call)
+    dtype = head.hidden_gradient_dtype(call)
     return linear_tiles.gradients(of_call.problem, upstream, needs, dtype, saved, look, finish)
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from .. import autocast, checks, devices
 from ..op import Contiguous, Kernel, Op, Size, recorded
 from . import divergence_reference
-from .arguments import check_kind, check_linear, split_temperature
+from .arguments import Head, check_kind, check_linear, split_temperature
 from .divergence_rows import TeacherRows
 from .divergence_terms import KINDS
-from .linear import SAVED_BYTES
+from .head import gradient_shapes, needs_of, rows_of, saves
 from .token import Rows
 
 IGNORED = -100  # of the targets inside a call, which are 0 elsewhere
@@ -112,30 +112,18 @@ def linear_divergence(
         name = "teacher_temperature"
         of_teacher = split_temperature(teacher_temperature, targets, ignore_index, hidden.dtype, name)
     vocabulary = min(head.weight.shape[0], teacher_head.weight.shape[0])
-    rows = Rows(
-        None if head.bias is None else head.bias[:vocabulary],
-        head.logit_scale,
-        head.softcap or 0.0,
-        torch.where(targets == ignore_index, IGNORED, 0).flatten(),
-        temperatures,
-        number,
-        IGNORED,
-        0,
-        vocabulary,
-    )
+    head, teacher_head = _some(head, vocabulary), _some(teacher_head, vocabulary)
+    counted = torch.where(targets == ignore_index, IGNORED, 0)
+    rows = rows_of(head, counted, temperatures, number, IGNORED)
+    bias = None if teacher_head.bias is None else teacher_head.bias.detach()
     teacher = Teacher(
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
-        teacher_head.weight.detach()[:vocabulary],
-        TeacherRows(
-            None if teacher_head.bias is None else teacher_head.bias.detach()[:vocabulary],
-            teacher_head.logit_scale,
-            teacher_head.softcap or 0.0,
-            *of_teacher,
-        ),
+        teacher_head.weight.detach(),
+        TeacherRows(bias, teacher_head.logit_scale, teacher_head.softcap or 0.0, *of_teacher),
     )
     call = DivergenceCall(
         hidden.reshape(-1, hidden.shape[-1]),
-        head.weight[:vocabulary],
+        head.weight,
         rows,
         teacher,
         KINDS.index(kind),
@@ -147,6 +135,12 @@ def linear_divergence(
     divergence, entropy = LINEAR_DIVERGENCE(backend, call)
     divergence = divergence.view(shape)
     return (divergence, entropy.view(shape)) if return_entropy else divergence
+
+
+def _some(head: Head, ids: int) -> Head:
+    """The head of the first ``ids`` of the vocabulary."""
+    bias = None if head.bias is None else head.bias[:ids]
+    return head._replace(weight=head.weight[:ids], bias=bias)
 
 
 class Teacher(NamedTuple):
@@ -167,23 +161,9 @@ class DivergenceCall(NamedTuple):
     kind: int  # its place in KINDS
     beta: float
     with_entropy: bool
-    chunk_size: int  # tokens of a chunk; 0: chosen
-    save_logits: bool | None  # None: the backend decides
-
-
-class LinearDivergenceCall(NamedTuple):
-    """A DivergenceCall as kernels take it."""
-
-    hidden: Tensor
-    weight: Tensor
-    rows: Rows
-    teacher: Teacher
-    kind: int
-    beta: float
-    with_entropy: bool
-    chunk_size: Size
-    save_logits: bool  # the slopes of the logits, (N, V), for the backward
-    frozen: bool  # the slope of the hidden states, (N, H), which alone need a gradient
+    chunk_size: Size  # tokens of a chunk; 0: chosen
+    save_logits: bool | None  # the slopes of the logits, (N, V), for the backward; None: ``on_kernels`` says
+    frozen: bool = False  # save the slope of the hidden states, (N, H), which alone need a gradient
 
 
 class DivergenceBackwardCall(NamedTuple):
@@ -204,13 +184,13 @@ class DivergenceBackwardCall(NamedTuple):
     need_bias: bool
 
 
-def slope_shape(call: LinearDivergenceCall) -> tuple[int, ...]:
+def slope_shape(call: DivergenceCall) -> tuple[int, ...]:
     if call.save_logits:
         return (call.hidden.shape[0], call.weight.shape[0])
     return tuple(call.hidden.shape) if call.frozen else (0,)
 
 
-def _shapes(call: LinearDivergenceCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _shapes(call: DivergenceCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """divergence (N,), entropy (N,) or (0,), the sums of both (3, N) and the mean of log-ratios (2, N), as in divergence_rows.py,
     and d divergence / d raw logits (N, V) or d divergence / d hidden (N, H), else (0,); all float32."""
     hidden, tokens = call.hidden, call.hidden.shape[0]
@@ -228,26 +208,11 @@ def _shapes(call: LinearDivergenceCall) -> tuple[Tensor, Tensor, Tensor, Tensor,
     return value, entropy, stats, teacher_stats, mean, slope
 
 
-def _backward_shapes(call: DivergenceBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden, weight and, in float32, bias; (0,) where not needed."""
-    hidden, weight = call.hidden, call.weight
-    return (
-        hidden.new_empty(hidden.shape if call.need_hidden else 0),
-        weight.new_empty(weight.shape if call.need_weight else 0),
-        weight.new_empty(weight.shape[0] if call.need_bias else 0, dtype=torch.float32),
-    )
+FORWARD = Kernel("linear_divergence", DivergenceCall, _shapes)
+BACKWARD = Kernel("linear_divergence", DivergenceBackwardCall, gradient_shapes, suffix="_backward")
 
 
-FORWARD = Kernel("linear_divergence", LinearDivergenceCall, _shapes)
-BACKWARD = Kernel("linear_divergence", DivergenceBackwardCall, _backward_shapes, suffix="_backward")
-
-
-def _forward(backend: str, call: LinearDivergenceCall) -> tuple[Tensor, ...]:
-    results: tuple[Tensor, ...] = FORWARD(backend, call)
-    return results
-
-
-def _save(call: LinearDivergenceCall, results: tuple[Tensor, ...]) -> Any:
+def _save(call: DivergenceCall, results: tuple[Tensor, ...]) -> Any:
     _, _, stats, teacher_stats, mean, slope = results
     if call.frozen:
         return (slope,), None
@@ -275,7 +240,7 @@ def _gradients(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any,
 
 _recorded = recorded(
     "linear_divergence",
-    _forward,
+    FORWARD,
     differentiable=lambda call: (call.hidden, call.weight, call.rows.bias),
     save=_save,
     backward=_gradients,
@@ -285,18 +250,11 @@ _recorded = recorded(
 
 
 def on_kernels(backend: str, call: DivergenceCall) -> tuple[Tensor, Tensor]:
-    hidden, weight, bias, save_logits = call.hidden, call.weight, call.rows.bias, call.save_logits
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    differentiable = torch.is_grad_enabled() and (trained or hidden.requires_grad)
-    if save_logits is None:
-        # in a compiled graph a length must not decide
-        fits = 4 * hidden.shape[0] * weight.shape[0] <= devices.memory_budget(hidden, SAVED_BYTES)
-        save_logits = fits and not torch.compiler.is_compiling()
-    save_logits = save_logits and differentiable and trained
-    *inputs, _ = call
-    kernel_call = LinearDivergenceCall._make((*inputs, save_logits, differentiable and not trained))
-    with autocast.off(hidden):
-        found: tuple[Tensor, Tensor] = _recorded(backend, kernel_call)
+    differentiable, trained = needs_of(call)
+    save_logits = saves(call, call.save_logits) and differentiable and trained
+    with autocast.off(call.hidden):
+        decided = call._replace(save_logits=save_logits, frozen=differentiable and not trained)
+        found: tuple[Tensor, Tensor] = _recorded(backend, decided)
     return found
 
 

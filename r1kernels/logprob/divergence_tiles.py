@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import devices
 from . import divergence, tiles
 from .divergence_rows import Pair, TeacherRows, finish, gradient_over, sums
-from .linear import SAVED_BYTES
+from .head import SAVED_BYTES
 
 FEWEST = 64  # tokens of a block: with fewer both heads are read too often
 UNIT = 64.0  # of slopes in float16, which holds nothing below 6e-8; slopes are seldom above some hundred
@@ -49,7 +49,7 @@ class Problems(NamedTuple):
 
 def problems_of(
     engine: tiles.Engine,
-    call: divergence.LinearDivergenceCall | divergence.DivergenceBackwardCall,
+    call: divergence.DivergenceCall | divergence.DivergenceBackwardCall,
     tiling: tiles.Tiling,
 ) -> Problems:
     hidden, weight, of_teacher = call.teacher
@@ -68,7 +68,7 @@ def tiling_of(engine: tiles.Engine, hidden: Tensor, vocabulary: int, chunk_size:
     return tiles.tiling_of(engine, hidden, vocabulary, height, False)
 
 
-def forward(engine: tiles.Engine, call: divergence.LinearDivergenceCall) -> tuple[Tensor, ...]:
+def forward(engine: tiles.Engine, call: divergence.DivergenceCall) -> tuple[Tensor, ...]:
     """What ``divergence.FORWARD`` gives."""
     hidden, weight, backend = call.hidden, call.weight, engine.backend
     tokens, vocabulary = hidden.shape[0], weight.shape[0]

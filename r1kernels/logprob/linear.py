@@ -12,18 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import autocast, checks, devices
+from .. import autocast, checks
 from ..op import OUTSIDE, Kernel, Op, Size, Written, recorded
 from . import columns_head, frozen, kept_head, linear_reference, parts, sharded
 from .arguments import Head, check_linear, refuse_for_several, split_temperature
 from .completions import EACH_TOKEN, Completions
 from .events import PADDING, asked_of
+from .head import Gradients, gradient_shapes, gradients, needs_of, rows_of, saves, without_saved
 from .kept import Kept, check_kept
 from .token import Rows, Upstream, row_results, upstream_of
 
 STATS = ("log_sum_sq_probs", "mean_logits", "is_top1")
-# on a CPU: logits up to this size are kept for the backward where the caller does not say
-SAVED_BYTES = 256 << 20
 
 
 def linear_logprobs(
@@ -154,17 +153,7 @@ def call_of(
     vocabulary = head.weight.shape[0] if shard is None else shard.vocabulary
     if checks.values_visible(targets):
         checks.in_range("targets", targets, 0, vocabulary, allow=ignore_index)
-    rows = Rows(
-        head.bias,
-        head.logit_scale,
-        head.softcap or 0.0,
-        targets.reshape(-1),
-        temperatures,
-        scalar,
-        ignore_index,
-        0 if shard is None else shard.first,
-        vocabulary,
-    )
+    rows = rows_of(head, targets, temperatures, scalar, ignore_index, shard)
     return LinearCall(
         hidden.reshape(-1, hidden.shape[-1]),
         head.weight,
@@ -221,11 +210,6 @@ class SavedBackwardCall(NamedTuple):
     backward: LinearBackwardCall
 
 
-def hidden_gradient_dtype(call: LinearBackwardCall) -> torch.dtype:
-    """That of the gradient of hidden: of a slab it is one term of a sum over the slabs, which is not rounded."""
-    return call.hidden.dtype if call.rows.vocabulary == call.weight.shape[0] else torch.float32
-
-
 def _shapes(call: LinearCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy, stats, extra as the row kernels give them, and the raw logits (N, V) float32 if saved, else (0,)."""
     tokens, vocabulary = call.hidden.shape[0], call.weight.shape[0]
@@ -236,22 +220,12 @@ def _shapes(call: LinearCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _backward_shapes(call: LinearBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden, weight and, in float32, bias; (0,) where not needed."""
-    hidden, weight = call.hidden, call.weight
-    return (
-        hidden.new_empty(hidden.shape if call.need_hidden else 0, dtype=hidden_gradient_dtype(call)),
-        weight.new_empty(weight.shape if call.need_weight else 0),
-        weight.new_empty(weight.shape[0] if call.need_bias else 0, dtype=torch.float32),
-    )
-
-
-def _saved_backward_shapes(call: SavedBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_shapes(call.backward)
+def _saved_backward_shapes(call: SavedBackwardCall) -> Gradients:
+    return gradient_shapes(call.backward)
 
 
 FORWARD = Kernel("linear_logprobs", LinearCall, _shapes)
-BACKWARD = Kernel("linear_logprobs", LinearBackwardCall, _backward_shapes, suffix="_backward")
+BACKWARD = Kernel("linear_logprobs", LinearBackwardCall, gradient_shapes, suffix="_backward")
 BACKWARD_OF_SAVED = Kernel("linear_logprobs", SavedBackwardCall, _saved_backward_shapes, suffix="_backward_")
 
 
@@ -267,15 +241,8 @@ def _save(call: LinearCall, results: tuple[Tensor, ...]) -> Any:
     (_, targets, temperatures), numbers = call.rows.apart()
     size, cu_seqlens, divisor = call.completions
     logp, _, stats, _, logits = results
-    tensors = (
-        targets,
-        temperatures,
-        cu_seqlens,
-        divisor,
-        logp,
-        stats,
-        logits if call.save_logits else None,
-    )
+    of_completions = (cu_seqlens, divisor)
+    tensors = (targets, temperatures, *of_completions, logp, stats, logits if call.save_logits else None)
     return tensors, (numbers, call.with_entropy, call.chunk_size, call.shard, size)
 
 
@@ -285,31 +252,14 @@ def _give(call: LinearCall, results: tuple[Tensor, ...]) -> tuple[Tensor, Tensor
     return reduce(logp), reduce(entropy) if call.with_entropy else entropy, extra
 
 
-def _gradients(
-    backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any
-) -> tuple[Tensor, ...]:
+def _gradients(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any) -> Gradients:
     hidden, weight, bias = inputs
     targets, temperatures, cu_seqlens, divisor, logp, stats, logits = tensors
     numbers, with_entropy, chunk_size, shard, size = others
     rows = Rows.together((bias, targets, temperatures), numbers)
     upstream = upstream_of(logp, stats, grads, with_entropy, Completions(size, cu_seqlens, divisor))
     call = LinearBackwardCall(hidden, weight, rows, chunk_size, upstream, *needs)
-    if logits is None:
-        for_hidden, for_weight, for_bias = BACKWARD(backend, call)
-    else:
-        # an alias, whose changes autograd does not take for a fault of the caller
-        saved = SavedBackwardCall(logits.data, call)
-        for_hidden, for_weight, for_bias = BACKWARD_OF_SAVED(backend, saved)
-    if shard is not None and call.need_hidden:
-        for_hidden = sharded.sum_over_ranks_(for_hidden, shard)
-    return for_hidden, for_weight, for_bias
-
-
-def _gradients_again(
-    backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any
-) -> tuple[Tensor, ...]:
-    """The first backward has overwritten the logits, which come last of the tensors."""
-    return _gradients(backend, inputs, (*tensors[:-1], None), others, grads, needs)
+    return gradients(backend, call, logits, shard, BACKWARD, BACKWARD_OF_SAVED)
 
 
 _recorded = recorded(
@@ -318,7 +268,7 @@ _recorded = recorded(
     differentiable=lambda call: (call.hidden, call.weight, call.rows.bias),
     save=_save,
     backward=_gradients,
-    again=_gradients_again,
+    again=without_saved(_gradients),
     give=_give,
     constant=(2,),
 )
@@ -329,26 +279,17 @@ def on_kernels(backend: str, call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
         return kept_head.on_kernels(backend, call, partial(on_kernels, backend))
     if call.ids is not None:
         return columns_head.logprobs(backend, decided(call))
-    hidden, weight, bias, save_logits = call.hidden, call.weight, call.rows.bias, call.save_logits
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    differentiable = torch.is_grad_enabled() and (trained or hidden.requires_grad)
+    differentiable, trained = needs_of(call)
     # a frozen head under the log-prob alone: its slope is worked out beside it, without the logits once more
-    alone = not (call.with_entropy or save_logits or call.batch_invariant) and call.shard is None
+    alone = not (call.with_entropy or call.save_logits or call.batch_invariant) and call.shard is None
     head_is_frozen = differentiable and not trained and alone
-    with autocast.off(hidden):
+    with autocast.off(call.hidden):
         return frozen.logprobs(backend, call) if head_is_frozen else _recorded(backend, decided(call))
 
 
 def decided(call: LinearCall) -> LinearCall:
     """``call``, which says whether logits are saved: where something needs a gradient and the caller, or a memory budget, wants it."""
-    hidden, weight, bias, save_logits = call.hidden, call.weight, call.rows.bias, call.save_logits
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if save_logits is None:
-        # in a compiled graph a length must not decide
-        fits = 4 * hidden.shape[0] * weight.shape[0] <= devices.memory_budget(hidden, SAVED_BYTES)
-        save_logits = fits and not torch.compiler.is_compiling()
-    differentiable = torch.is_grad_enabled() and (trained or hidden.requires_grad)
-    return call._replace(save_logits=save_logits and differentiable)
+    return call._replace(save_logits=saves(call, call.save_logits) and needs_of(call)[0])
 
 
 LINEAR_LOGPROBS = Op("linear_logprobs", linear_reference.run, on_kernels, decides="hidden")

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import frozen, linear, parts, tiles
+from . import frozen, head, linear, parts, tiles
 from .token import Upstream
 
 Look = Callable[[slice, slice, Tensor], None]
@@ -111,7 +111,7 @@ def _gradients(
     engine: tiles.Engine, call: linear.LinearBackwardCall, saved: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = (call.need_hidden, call.need_weight, call.need_bias)
-    dtype = linear.hidden_gradient_dtype(call)
+    dtype = head.hidden_gradient_dtype(call)
     return gradients(tiles.problem_of(engine, call), call.upstream, needs, dtype, saved)
 
 
