@@ -24,6 +24,10 @@ MODULES: dict[str, tuple[str, tuple[Option, ...]]] = {
     "precision": ("errors against float64, also where one logit leads", ()),
     "saved": ("bytes that experts keep for the backward, at the shapes of models", ()),
     "mixtures": ("every mixture of transformers, patched against its own code", (_only("family"),)),
+    "suite": (
+        "transformers' own tests of its mixtures, without and with the patch",
+        (("tests", {"type": Path, "help": "the folder of the tests"}), _only("family")),
+    ),
     "prefix": ("a GRPO step with shared prefixes, without, and in TRL", (TINY, ROUNDS)),
     "rollout": ("tokens a second of the trainer's sampler, beside transformers' own ways", (TINY,)),
     "training_memory": ("peak of a GRPO step, beside what the dry run says", (TINY,)),

@@ -94,6 +94,8 @@ OWN: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
     "glm5_next": {**_SPARSE, "qk_rope_head_dim": 0, "head_dim": 0},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["full_attention"] * 2, "num_dense_layers": 0},
     "mimo_v2_flash": {"layer_types": ["full_attention"] * 2},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
@@ -110,12 +112,20 @@ def files() -> dict[str, str]:
     }
 
 
+def model_class(family: str) -> Any:
+    """The class of the model that stands for a family."""
+    return _model_class(importlib.import_module(files()[family]))
+
+
+def tiny_config(family: str) -> Any:
+    """Its config in small."""
+    return _config(model_class(family).config_class, OWN.get(family, {}))
+
+
 def build(family: str) -> Any:
     """A tiny model of random weights in float32, in evaluation mode: some draw random numbers in training."""
-    model_class = _model_class(importlib.import_module(files()[family]))
-    config = _config(model_class.config_class, OWN.get(family, {}))
     torch.manual_seed(0)
-    model = model_class(config).eval()
+    model = model_class(family)(tiny_config(family)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for block in find_blocks(model):

@@ -108,6 +108,7 @@ def deepseek_config(sizes: Model, vocab_size: int, **token_ids: int) -> Deepseek
         n_shared_experts=sizes.shared_experts,
         n_group=sizes.expert_groups,
         topk_group=sizes.expert_groups_per_token,
+        topk_method="noaux_tc",  # transformers knows no other router; vLLM takes the selection bias where it reads this
         routed_scaling_factor=sizes.routed_scaling_factor,
         q_lora_rank=sizes.q_lora_rank or None,
         kv_lora_rank=sizes.kv_lora_rank,

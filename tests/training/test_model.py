@@ -1,5 +1,7 @@
 """The DeepSeek-V3 model of the recipes: sizes, routers on r1kernels, the bias update, copies and checkpoints."""
 
+import json
+
 import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM
@@ -100,6 +102,12 @@ def test_a_checkpoint_keeps_weights_bias_and_logits(tmp_path):
     assert torch.equal(loaded(input_ids=IDS).logits, built(input_ids=IDS).logits)
     plain, _ = load_model(tmp_path / "checkpoint")  # as transformers alone reads it
     torch.testing.assert_close(plain(input_ids=IDS).logits, built(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_names_the_router_as_vllm_reads_it(tmp_path):
+    # without it vLLM has no place for the selection bias and refuses the weights
+    save_model(model(), TOKENIZER, tmp_path / "model")
+    assert json.loads((tmp_path / "model/config.json").read_text())["topk_method"] == "noaux_tc"
 
 
 def test_a_dense_model_has_no_load_and_no_bias():
