@@ -353,5 +353,13 @@ def _distillation(recipe: Recipe, model: Parameters, parents: list[str]) -> Iter
         tokens = (student.steps * student.batch_size or student.epochs * documents) * length
         flops = 3 * tokens * sizes.forward(length / 2)
         work = f"{_count(student.steps)} steps" if student.steps else f"{student.epochs} epochs"
-        work = f"student of {short(sizes.total)} parameters, {work}"
-        yield Estimate(f"  {name}", [], work, 0, tokens, 0, flops, 4 * sizes.total * BYTES)
+        method = recipe.distill.method_of(name)
+        work = f"student of {short(sizes.total)} parameters, {work}, {method}"
+        memory = 4 * sizes.total * BYTES
+        if method != "sft" and recipe.distill.teacher:  # it reads what the student learns
+            flops += tokens * model.forward(length / 2)
+            memory += model.total * BYTES
+        sampled = tokens if method == "on_policy" else 0
+        yield Estimate(
+            f"  {name}", [], work, sampled, tokens, sampled * sizes.forward(length / 2), flops, memory
+        )
