@@ -63,6 +63,10 @@ def check(recipe: Recipe, stages: Mapping[str, Stage] = STAGES, *, data: bool = 
             _check_folders(name, recipe)
     _check_tasks(recipe)
     _check_lora(recipe.model.lora)
+    if recipe.parallel.shard > 1 and recipe.model.lora.rank:
+        raise UserError(
+            f"parallel.shard: expected 1 with model.lora, whose adapters every process has whole, got {recipe.parallel.shard}"
+        )
     _check_rollout(recipe.rollout)
     sinks.check(recipe)
     return check_needs(recipe, order) if data else []

@@ -4,7 +4,7 @@ Buffers such as the router bias are part of it. The folder appears whole or not 
 and manifest.json holds the SHA-256 of every file, which `load_model` verifies.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,20 @@ def optimizer_tensors(
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"optimizer state {name!r} is {type(value).__name__}, expected a tensor")
             tensors[f"{prefix}{index}.{name}"] = value
+    return tensors
+
+
+def empty_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Iterable[str], prefix: str = "optimizer."
+) -> dict[str, torch.Tensor]:
+    """Tensors of the optimizer's state to be filled, those of `names` that `optimizer_tensors` gave, divided as the parameters are."""
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    tensors = {}
+    for name in sorted(names):
+        if name.startswith(prefix):
+            index, key = name.removeprefix(prefix).split(".", 1)
+            # AdamW counts the steps of a parameter in a number beside its two moments
+            tensors[name] = torch.zeros(()) if key == "step" else torch.zeros_like(parameters[int(index)])
     return tensors
 
 

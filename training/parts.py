@@ -42,7 +42,7 @@ class PartDir(StageDir):
         state = super().load_state()
         if state is None or state.counters["part"] != self.part:
             return None
-        return State(state.step, state.tensors, state.counters["counters"])
+        return replace(state, counters=state.counters["counters"])
 
 
 def run_parts(

@@ -24,10 +24,11 @@ from training import notices, prompts, seeding
 from training.context import StageContext
 from training.encoder import Encoder
 from training.errors import UserError
-from training.loops.batch import micro_batches
+from training.loops.batch import micro_batches, padded_pieces
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.model import prepare
 from training.parallel import ranks
+from training.parallel.shard import bring_up_to_date, forward, learner_of
 from training.recipe import NextToken
 from training.tasks.problem import Problem
 
@@ -82,10 +83,14 @@ def rewards(
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)] = torch.tensor(tokens)
     last = torch.tensor([len(tokens) - 1 for tokens in rows], device=model.device)
-    # Padding stands on the right, where causal attention never sees it: no attention mask is needed.
-    hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
-    reward: torch.Tensor = model.score(hidden[torch.arange(len(rows), device=model.device), last])
-    return reward.float().squeeze(-1)
+
+    def score() -> torch.Tensor:
+        # Padding stands on the right, where causal attention never sees it: no attention mask is needed.
+        hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+        reward: torch.Tensor = model.score(hidden[torch.arange(len(rows), device=model.device), last])
+        return reward
+
+    return forward(model, score).float().squeeze(-1)
 
 
 def encode(encoder: Encoder, problem: Problem, text: str) -> list[int]:
@@ -155,13 +160,14 @@ def train(
     if not data:
         raise UserError(f"{context.name}: no labelled responses to learn from; raise its prompts or samples")
     steps = config.steps or max(1, round(config.epochs * len(data) / config.batch_size))
-    optimizer = Optimizer(model, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
+    learner = learner_of(model, context.recipe)
+    optimizer = Optimizer(learner, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
     state = context.stage.load_state()
     start = state.step if state else 0
     if state:
-        optimizer.restore(state.tensors, state.counters)
+        optimizer.restore(state)
     metrics: dict[str, float] = {}
-    model.train()
+    learner.train()
     with context.progress.bar(steps, start, context.name) as bar:
         for step in range(start, steps):
             batch = [
@@ -169,7 +175,7 @@ def train(
                 for i in _batch(len(data), config.batch_size, step, (context.recipe.seed, context.name))
             ]
             with seeding.torch_seed(context.recipe.seed, context.name, "dropout", step, *ranks.own_key()):
-                value = _backward(model, tokenizer, batch, config.micro_batch_tokens)
+                value = _backward(learner, tokenizer, batch, config.micro_batch_tokens)
             lr = learning_rate(
                 step, steps, lr=config.lr, lr_end=config.lr_end, schedule="cosine", warmup=config.warmup
             )
@@ -179,6 +185,7 @@ def train(
             bar.advance(loss=metrics["loss"])
             if save_due(step + 1, steps, config.save_every, context.stage.unsaved_seconds):
                 context.stage.save_state(step + 1, optimizer.tensors(), optimizer.counters())
+    bring_up_to_date(model, learner)
     model.eval()
     model.config.reward_offset = _mean_reward(model, tokenizer, data)
     return {**metrics, "steps": steps}
@@ -192,8 +199,9 @@ def _backward(
     lengths = [sum(len(encode(encoder, each.problem, text)) for text in _texts(each)) for each in batch]
     own = list(ranks.share(lengths))
     total = 0.0
-    for piece in micro_batches([lengths[i] for i in own], most):
-        part = loss(model, tokenizer, [batch[own[i]] for i in piece]) * (len(piece) / len(batch))
+    for piece in padded_pieces(micro_batches([lengths[i] for i in own], most), model):
+        labelled = [batch[own[i]] for i in piece] or batch[:1]  # an empty one counts nothing
+        part = loss(model, tokenizer, labelled) * (len(piece) / len(batch))
         part.backward()
         total += part.item()
     return ranks.sums({"loss": total})["loss"]

@@ -6,7 +6,7 @@
                   samples.jsonl  decoded samples             (append-only)
                   warnings.jsonl what a person should know   (where there is something)
                   profile.txt    where a step's time goes    (training.profile), where it was asked for
-                  state.json, state-<0 or 1>.safetensors     the resume point, while the stage runs
+                  state.json, state-<0 or 1>/                the resume point, while the stage runs
                   sinks.json     ids of the stage's runs in other libraries  (training.sinks), where there are sinks
                   pieces/        responses drawn so far      (training.pieces), while the stage runs
                   checkpoint*/, *.jsonl ...                  what the stage makes: its outputs
@@ -24,23 +24,22 @@ import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from training import files, lineage, sinks
 from training.errors import UserError
-from training.parallel import ranks
+from training.parallel import ranks, saved
 from training.recipe import STAGE_NAMES, Recipe, load, to_dict
 
 APPEND_ONLY = ("metrics.jsonl", "samples.jsonl")
 PROFILE = "profile.txt"
 _WARNINGS = "warnings.jsonl"
-_TENSOR_FILES = ("state-0.safetensors", "state-1.safetensors")  # taken in turn, so that one is always whole
+_TENSOR_FOLDERS = ("state-0", "state-1")  # taken in turn, so that one is always whole
 _PIECES = "pieces"
 # what a person was asked and said; see training.cli.review
 REVIEW_FILES = (
@@ -49,7 +48,7 @@ REVIEW_FILES = (
 )
 _BOOKKEEPING = (
     *APPEND_ONLY,
-    *_TENSOR_FILES,
+    *_TENSOR_FOLDERS,
     *REVIEW_FILES,
     PROFILE,
     _WARNINGS,
@@ -64,11 +63,25 @@ _BOOKKEEPING = (
 
 @dataclass(frozen=True)
 class State:
-    """A resume point: the step it was taken after, named tensors on the CPU, and JSON counters."""
+    """A resume point: the step it was taken after, JSON counters, and a folder of named tensors."""
 
     step: int
-    tensors: dict[str, torch.Tensor]
     counters: dict[str, Any]
+    folder: Path
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of them, whole, on the CPU."""
+        return saved.read(self.folder)
+
+    @cached_property
+    def names(self) -> set[str]:
+        """Of all tensors."""
+        return saved.names(self.folder)
+
+    def read_into(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Fills the tensors of some names, which may be divided among ranks; every rank calls it."""
+        saved.read_into(self.folder, tensors)
 
 
 class StageDir:
@@ -164,38 +177,53 @@ class StageDir:
 
     # Resume points
 
-    @ranks.by_main
     def save_state(self, step: int, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, Any]) -> None:
         """Writes a resume point atomically: the one before stays valid until the new one is whole on the disk.
 
         Args:
             step: steps that are finished.
-            tensors: everything that training changes (model with buffers, optimizer, reference), any device.
+            tensors: everything that training changes (model with buffers, optimizer, reference), any device; each rank gives
+                its parts of those that are divided.
             counters: JSON values.
 
         The lengths of metrics.jsonl and samples.jsonl are recorded with it, after their lines are on the disk.
         """
+        before, folder = self._next_folder()
+        with files.disk_faults(folder):
+            saved.write(folder, tensors)
+        self._seal_state(step, counters, before, folder)
+        self._saved = time.monotonic()
+
+    @ranks.by_main
+    def _next_folder(self) -> tuple[str, Path]:
+        """The name of the folder of the resume point that there is ("" for none), and an empty one for the next."""
+        path = self.path / "state.json"
+        before = files.read_json(path)["tensors"] if path.is_file() else ""
+        folder = self.path / next(name for name in _TENSOR_FOLDERS if name != before)
+        files.remove(folder)
+        with files.disk_faults(folder):
+            folder.mkdir()
+        return before, folder
+
+    @ranks.by_main
+    def _seal_state(self, step: int, counters: Mapping[str, Any], before: str, folder: Path) -> None:
+        """Makes the tensors in `folder` the resume point."""
+        files.sync(folder)
         lengths = {}
         for name in APPEND_ONLY:
             appended = self.path / name
             if appended.is_file():
                 files.sync(appended)
                 lengths[name] = appended.stat().st_size
-        path = self.path / "state.json"
-        before = files.read_json(path)["tensors"] if path.is_file() else ""
-        tensor_path = self.path / next(name for name in _TENSOR_FILES if name != before)
-        with files.replacing(tensor_path) as temporary:
-            save_file(_separate(tensors), temporary)
         body = {
             "step": step,
             "counters": dict(counters),
             "lengths": lengths,
             "elapsed_seconds": self.elapsed_seconds,
-            "tensors": tensor_path.name,
-            "tensors_hash": files.file_hash(tensor_path),
+            "tensors": folder.name,
+            "tensors_hash": files.value_hash(files.folder_hashes(folder)),
         }
-        files.write_json(path, {**body, "hash": files.value_hash(body)})
-        self._saved = time.monotonic()
+        files.write_json(self.path / "state.json", {**body, "hash": files.value_hash(body)})
         if before:
             files.remove(self.path / before)
 
@@ -208,13 +236,9 @@ class StageDir:
         body = self._resume_point()
         if body is None:
             return None
-        try:
-            tensors = load_file(self.path / body["tensors"])
-        except SafetensorError:
-            raise self._damaged(self.path / body["tensors"]) from None
         self._seconds_before = body["elapsed_seconds"]
         self._began = time.monotonic()
-        return State(body["step"], tensors, body["counters"])
+        return State(body["step"], body["counters"], self.path / body["tensors"])
 
     @ranks.by_main
     def _resume_point(self) -> dict[str, Any] | None:
@@ -227,9 +251,9 @@ class StageDir:
         expected = body.pop("hash", None) if isinstance(body, dict) else None
         if expected != files.value_hash(body):
             raise self._damaged(path)
-        tensor_path = self.path / body["tensors"]
-        if not tensor_path.is_file() or files.file_hash(tensor_path) != body["tensors_hash"]:
-            raise self._damaged(tensor_path)
+        folder = self.path / body["tensors"]
+        if files.value_hash(files.folder_hashes(folder)) != body["tensors_hash"]:
+            raise self._damaged(folder)
         self._truncate(body["lengths"])
         return body
 
@@ -320,7 +344,7 @@ class StageDir:
 
     def tidy(self) -> None:
         """Removes what a stage under way could go on from; a kill right after its last step may have left it."""
-        for name in ("state.json", *_TENSOR_FILES, _PIECES):
+        for name in ("state.json", *_TENSOR_FOLDERS, _PIECES):
             files.remove(self.path / name)
 
     def seal(self) -> None:
@@ -357,21 +381,6 @@ class StageDir:
             if not path.is_file() or files.file_hash(path) != digest:
                 return str(path)
         return None
-
-
-def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Detached contiguous CPU tensors of which no two share memory (safetensors refuses shared memory)."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        storage = plain.untyped_storage()
-        whole = storage.nbytes() == plain.numel() * plain.element_size()
-        if not whole or (plain.numel() and storage.data_ptr() in seen):
-            plain = plain.clone()
-        seen.add(plain.untyped_storage().data_ptr())
-        separate[name] = plain
-    return separate
 
 
 class RunDir:

@@ -264,12 +264,21 @@ class Rollout:
 
 @dataclass
 class Parallel:
-    """The processes of a run. Each computes a share of every step, and all have the same model."""
+    """The processes of a run, each of which computes a share of every step: `replicate` models, each held by `shard` processes."""
 
     processes: int = setting(
         1,
         "processes on this machine, which `run` starts by torchrun; 0: one for each GPU, or for as many cores as `threads`, at most 8; where torchrun starts them, it says how many",
         minimum=0,
+        rounding=True,
+    )
+    replicate: int = setting(
+        0, "models that are trained side by side; 0: one for each `shard` processes", minimum=0, rounding=True
+    )
+    shard: int = setting(
+        1,
+        "processes that divide weights, gradients and moments of a model among them (FSDP2); 1: each has them all",
+        minimum=1,
         rounding=True,
     )
     timeout: float = setting(

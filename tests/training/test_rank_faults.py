@@ -17,10 +17,12 @@ import pytest
 
 from tests.support.runs import DEADLINE, ROOT, assert_same, lines, numbers, wait_for
 from training import pipeline
+from training.check import check
 from training.cli import main
 from training.errors import UserError
 from training.parallel import launch, ranks
 from training.pipeline import Stage
+from training.recipe import load
 from training.run_dir import RunDir
 
 PATIENCE = 60  # seconds that forked ranks may take
@@ -120,6 +122,34 @@ def test_who_was_killed_is_named_by_who_started_them(capsys):
     )
     assert launch._told({0: launch.OTHER, 1: 2}) == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        ([], 1),
+        (["parallel.processes=4", "parallel.shard=2"], 4),
+        (["parallel.processes=4", "parallel.shard=2", "parallel.replicate=2"], 4),
+        (["parallel.processes=0", "threads=1000"], 1),
+        (["parallel.processes=0", "parallel.shard=3", "threads=1000"], 3),
+    ],
+)
+def test_how_many_processes_a_recipe_asks_for(words, count):
+    assert launch.processes(load("tiny", ["device=cpu", *words])) == count
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["parallel.processes=3", "parallel.shard=2"], "any number x 2, got 3"),
+        (["parallel.processes=4", "parallel.replicate=3"], "3 x 1, got 4"),
+    ],
+)
+def test_processes_that_make_no_layout_are_refused(words, said):
+    with pytest.raises(UserError, match=f"expected parallel.replicate x parallel.shard = {said}"):
+        launch.processes(load("tiny", words))
+    with pytest.raises(UserError, match=r"parallel\.shard: expected 1 with model\.lora"):
+        check(load("tiny", ["parallel.shard=2", "model.lora.rank=4"]), data=False)
 
 
 # --- whole runs ---

@@ -1,7 +1,6 @@
 """Reward models: losses against hand-worked numbers, the data they learn from, training, saving and resuming."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from training.context import StageContext
 from training.errors import UserError
 from training.model import build_model, load
 from training.progress import Progress
-from training.recipe import Model, RewardModels
+from training.recipe import Model, Recipe, RewardModels
 from training.reward_model import Pair, Point
 from training.run_dir import StageDir
 from training.tasks import get_task
@@ -26,7 +25,7 @@ def context(path, save_every=0, steps=30):
     stage = StageDir(path)
     stage.begin({}, {})
     config = RewardModels(steps=steps, batch_size=16, lr=5e-3, lr_end=1e-3, save_every=save_every)
-    return StageContext("reward_models", SimpleNamespace(seed=0), config, stage, {}, Progress(quiet=True))
+    return StageContext("reward_models", Recipe(), config, stage, {}, Progress(quiet=True))
 
 
 def start():

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from training.engines import Kept
 from training.loops.sample import Completion
 from training.model import StepLoad, recomputed
 from training.parallel import ranks
+from training.parallel.shard import forward, is_divided
 
 Ids = tuple[int, ...]
 
@@ -142,9 +144,14 @@ def collate(
     return replace(batch, routing=integration.pad_routing(recorded, places).to(device))
 
 
-def pieces(rows: Sequence[Row], most: int, shared: bool = False) -> Iterator[list[int]]:
+def pieces(
+    rows: Sequence[Row], most: int, shared: bool = False, model: PreTrainedModel | None = None
+) -> Iterator[list[int]]:
     """Indices of the rows of this rank in pieces of at most `most` tokens that are computed: padded ones, or with `shared` those of
-    trees. Every row is one rank's."""
+    trees. Every row is one rank's.
+
+    model: that reads them; where it is divided every rank has as many pieces, and the last of some are empty (see `no_loss`).
+    """
     own = own_rows(rows, shared)
     mine = [rows[i] for i in own]
     found = (
@@ -152,7 +159,25 @@ def pieces(rows: Sequence[Row], most: int, shared: bool = False) -> Iterator[lis
         if shared
         else micro_batches([row.prompt + len(row.targets) for row in mine], most)
     )
-    return ([own[i] for i in piece] for piece in found)
+    return padded_pieces(([own[i] for i in piece] for piece in found), model)
+
+
+def padded_pieces(found: Iterator[list[int]], model: PreTrainedModel | None) -> Iterator[list[int]]:
+    """Pieces, and behind them empty ones until there are as many as on every other rank, where `model` is divided."""
+    if model is None or not is_divided(model):
+        yield from found
+        return
+    own = list(found)
+    most = max(ranks.gather(len(own)))  # before any pass, in which ranks meet too
+    yield from own
+    yield from [[]] * (most - len(own))
+
+
+def no_loss(model: PreTrainedModel) -> Tensor:
+    """0, with a gradient of zeros: the pass of a rank that has no piece where another one has, for a divided model needs all of them."""
+    batch = lay_out([Row((0,), 1, (0,))], 0, model.device)
+    with recomputed(model):
+        return 0.0 * forward(model, partial(state_logprobs, model, batch)).sum()
 
 
 def own_rows(rows: Sequence[Row], shared: bool) -> list[int]:
@@ -259,11 +284,16 @@ def states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def logprobs(model: PreTrainedModel, batch: Batch, temperature: float, entropy: bool = False) -> Logprobs:
     """Log-prob and, with `entropy`, the entropy of every target at `temperature`, with the routing replayed."""
+    compute = partial(state_logprobs, model, batch, temperature=temperature, return_entropy=entropy)
     with routed(model, batch) as replay:
-        hidden = states(model, batch)
-        results = head_logprobs(model, batch, hidden, temperature=temperature, return_entropy=entropy)
+        results = forward(model, compute)
     logp, value = results if entropy else (results, results.new_empty(0))
     return Logprobs(logp, value, math.nan if replay is None else replay.agreement)
+
+
+def state_logprobs(model: PreTrainedModel, batch: Batch, **options: Any) -> Any:
+    """`head_logprobs` of the states of a batch: a whole pass, for `parallel.shard.forward`."""
+    return head_logprobs(model, batch, states(model, batch), **options)
 
 
 def head_logprobs(model: PreTrainedModel, batch: Batch, hidden: Tensor, **options: Any) -> Any:

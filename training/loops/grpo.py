@@ -32,6 +32,7 @@ from training.loops.sample import Completion, Prompt, sample
 from training.loops.watch import Watch
 from training.model import frozen_copy, shares_prefixes
 from training.parallel import ranks
+from training.parallel.shard import bring_up_to_date, divided, learner_of
 from training.profile import profiled
 from training.prompts import Prompter
 from training.recipe import Grpo
@@ -69,28 +70,44 @@ def train(
         UserError: too many steps in a row without a finite loss or gradient.
         EngineError: the engine failed; a resume point holds all steps before.
     """
-    optimizer = Optimizer(policy, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
+    policy.eval()  # no dropout: the policy that samples and the one that learns are the same function
     if config.kl_coef and reference is None:
         reference = policy if adapters.has(policy) else frozen_copy(policy)
     elif not config.kl_coef:
         reference = None
+    models = [policy, *([] if reference is None else [reference])]
+    shared = context.recipe.shared_prefix and all(shares_prefixes(each) for each in models)
+    learner = learner_of(policy, context.recipe)
+    if reference is policy:
+        reference = learner
+    elif reference is not None:
+        reference = divided(reference, context.recipe, offload=True)
+    optimizer = Optimizer(learner, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
     state = context.stage.load_state()
     start = 0
     if state is not None:
         start = state.step
-        optimizer.restore(state.tensors, state.counters)
+        optimizer.restore(state)
         if reference is not None and config.reference_every:
-            checkpoint.load_model_tensors(reference, state.tensors, "reference.")
-    policy.eval()  # no dropout: the policy that samples and the one that learns are the same function
-    models = [policy, *([] if reference is None else [reference])]
-    shared = context.recipe.shared_prefix and all(shares_prefixes(each) for each in models)
+            state.read_into(checkpoint.model_tensors(reference, "reference."))
+    bring_up_to_date(policy, learner)
     watch = Watch(context.stage.metrics())
     with (
         closing(engines.connect(context.recipe.rollout, policy, tokenizer, start)) as engine,
         context.progress.grpo_bar(config.steps, start, context.name) as bar,
     ):
         run = _Run(
-            engine, policy, reference, tokenizer, optimizer, shared, problems, prompt, reward, config, context
+            engine,
+            learner,
+            reference,
+            tokenizer,
+            optimizer,
+            shared,
+            problems,
+            prompt,
+            reward,
+            config,
+            context,
         )
 
         def save(step: int) -> None:
@@ -115,9 +132,10 @@ def train(
                 shown.append("reward_errors")
             bar.advance(1, **{name: metrics[name] for name in shown})
             if reference is not None and config.reference_every and (step + 1) % config.reference_every == 0:
-                reference.load_state_dict(policy.state_dict())
+                reference.load_state_dict(learner.state_dict())
             if save_due(step + 1, config.steps, config.save_every, context.stage.unsaved_seconds):
                 save(step + 1)
+            bring_up_to_date(policy, learner)
     return _final(context.stage.metrics(), config.steps)
 
 

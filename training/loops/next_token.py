@@ -6,7 +6,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training import notices, seeding
@@ -14,11 +16,12 @@ from training.context import StageContext
 from training.document import Document
 from training.encoder import Encoder
 from training.errors import UserError
-from training.loops.batch import Row, lay_out, pieces, states, worth_sharing
+from training.loops.batch import Batch, Row, lay_out, no_loss, pieces, states, worth_sharing
 from training.loops.optim import Optimizer, learning_rate, save_due
 from training.loops.token_loss import OfText, TokenLoss
 from training.model import StepLoad, shares_prefixes
 from training.parallel import ranks
+from training.parallel.shard import bring_up_to_date, forward, learner_of
 from training.profile import profiled
 from training.recipe import NextToken
 
@@ -82,14 +85,15 @@ def train(
     encoder = Encoder(model, tokenizer)
     rows, truncated = _encode(encoder, documents, config.max_length, context.name)
     steps = _steps(config, len(rows))
-    optimizer = Optimizer(model, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
+    learner = learner_of(model, context.recipe)
+    optimizer = Optimizer(learner, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
     state = context.stage.load_state()
     start, learnt = 0, 0
     if state is not None:
         start, learnt = state.step, state.counters["learnt"]
-        optimizer.restore(state.tensors, state.counters)
+        optimizer.restore(state)
     metrics: dict[str, float] = {}
-    model.train()
+    learner.train()
     with context.progress.bar(steps, start, title or context.name) as bar:
         for step in range(start, steps):
             began = time.perf_counter()
@@ -102,7 +106,7 @@ def train(
                 profiled(context.stage.path, step, start, steps),
             ):
                 metrics = update(
-                    model,
+                    learner,
                     optimizer,
                     at_once,
                     encoder.pad_id,
@@ -119,6 +123,8 @@ def train(
             if save_due(step + 1, steps, config.save_every, context.stage.unsaved_seconds):
                 counters = {**optimizer.counters(), "learnt": learnt}
                 context.stage.save_state(step + 1, optimizer.tensors(), counters)
+    learner.eval()
+    bring_up_to_date(model, learner)
     model.eval()
     if any(document.prompt for document in documents):
         encoder.note_ends()
@@ -142,12 +148,15 @@ def update(
     total = sum(len(row.targets) for row in rows)
     loss = 0.0
     load = StepLoad(model)
-    for piece in pieces(rows, config.micro_batch_tokens, shared):
+    for piece in pieces(rows, config.micro_batch_tokens, shared, model):
+        if not piece:
+            no_loss(model).backward()
+            continue
         read = [rows[i] for i in piece]
         batch = lay_out(read, pad, model.device, shared)
         with load.counting(batch.counts):
-            hidden = states(model, batch)
-        part = token_loss(model, batch, hidden, read).sum() / total
+            losses = forward(model, partial(_losses, token_loss, model, batch, read))
+        part = losses.sum() / total
         part.backward()
         loss += float(part.detach())
     loss = ranks.sums({"loss": loss})["loss"]
@@ -166,6 +175,10 @@ def update(
         "expert_load": load.max_over_mean(),
         "skipped": optimizer.skipped,
     }
+
+
+def _losses(token_loss: TokenLoss, model: PreTrainedModel, batch: Batch, rows: list[Row]) -> Tensor:
+    return token_loss(model, batch, states(model, batch), rows)
 
 
 def _encode(

@@ -16,6 +16,7 @@ from training.loops.batch import row_of
 from training.loops.optim import Optimizer, save_due
 from training.loops.sample import Prompt, sample
 from training.loops.token_loss import TokenLoss
+from training.parallel.shard import bring_up_to_date, learner_of
 from training.sections import NextToken, Sampling
 
 
@@ -45,15 +46,18 @@ def train(
         The last metrics.
     """
     encoder = Encoder(model, tokenizer)
-    optimizer = Optimizer(model, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
+    learner = learner_of(model, context.recipe)
+    optimizer = Optimizer(learner, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
     state = context.stage.load_state()
     start, learnt = 0, 0
     if state is not None:
         start, learnt = state.step, state.counters["learnt"]
-        optimizer.restore(state.tensors, state.counters)
+        optimizer.restore(state)
+        bring_up_to_date(model, learner)
     key = (context.recipe.seed, context.name)
     metrics: dict[str, Any] = {}
-    model.eval()  # no dropout: the student that samples and the one that learns are the same function
+    for each in (model, learner):
+        each.eval()  # no dropout: the student that samples and the one that learns are the same function
     with (
         closing(engines.connect(context.recipe.rollout, model, tokenizer, start)) as engine,
         context.progress.bar(amount.steps, start, context.name) as bar,
@@ -74,8 +78,9 @@ def train(
             )
             rows = [row_of(each) for each in drawn]
             metrics = next_token.update(
-                model, optimizer, rows, encoder.pad_id, loss, config, context, (done, amount.steps)
+                learner, optimizer, rows, encoder.pad_id, loss, config, context, (done, amount.steps)
             )
+            bring_up_to_date(model, learner)
             learnt += sum(len(row.targets) for row in rows)
             metrics |= {
                 "learnt": learnt,

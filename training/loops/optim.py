@@ -11,6 +11,8 @@ from torch import nn
 from training import checkpoint
 from training.errors import UserError
 from training.parallel import ranks
+from training.parallel.shard import is_divided, whole
+from training.run_dir import State
 
 MAX_BAD_STEPS = 5
 SAVE_SECONDS = 600.0
@@ -56,8 +58,9 @@ class Optimizer:
         Raises:
             UserError: the loss or the gradient was not finite MAX_BAD_STEPS times in a row.
         """
-        ranks.sum_gradients(each for each in self.model.parameters() if each.requires_grad)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf))
+        if not is_divided(self.model):  # those of a divided model are sums already
+            ranks.sum_gradients(each for each in self.model.parameters() if each.requires_grad)
+        norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)))
         good = math.isfinite(norm) and math.isfinite(loss)
         if good:
             for group in self.adamw.param_groups:
@@ -82,11 +85,12 @@ class Optimizer:
         """Counters of a resume point."""
         return {"skipped": self.skipped, "bad_in_a_row": self.bad_in_a_row}
 
-    def restore(self, tensors: dict[str, torch.Tensor], counters: dict[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         """Puts model, optimizer and counters back as `tensors` and `counters` gave them."""
-        checkpoint.load_model_tensors(self.model, tensors)
-        checkpoint.load_optimizer_tensors(self.adamw, tensors)
-        self.skipped, self.bad_in_a_row = counters["skipped"], counters["bad_in_a_row"]
+        moments = checkpoint.empty_optimizer_tensors(self.adamw, state.names)
+        state.read_into({**checkpoint.model_tensors(self.model), **moments})
+        checkpoint.load_optimizer_tensors(self.adamw, moments)
+        self.skipped, self.bad_in_a_row = state.counters["skipped"], state.counters["bad_in_a_row"]
 
 
 def save_due(step: int, steps: int, every: int, unsaved_seconds: float) -> bool:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,12 +15,13 @@ from transformers import PreTrainedModel
 
 from training import adapters
 from training.loops import gap
-from training.loops.batch import Batch, Logprobs, collate, logprobs, pieces, routed, row_of
+from training.loops.batch import Batch, Logprobs, collate, logprobs, no_loss, pieces, routed, row_of
 from training.loops.loss import policy_loss
 from training.loops.optim import Optimizer
 from training.loops.sample import Completion
 from training.model import StepLoad
 from training.parallel import ranks
+from training.parallel.shard import forward
 from training.recipe import Grpo
 
 # Name in metrics.jsonl -> name in the metrics of r1kernels.grpo_loss, all means over tokens.
@@ -70,10 +72,14 @@ class Passes:
     clock: Clock
     max_gap: float  # largest distance of a log-prob of the sampler from the trainer's
 
-    def batches(self, rows: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
-        """This rank's of the completions `rows` in batches of config.micro_batch_tokens, each with the numbers of its completions."""
+    def batches(self, rows: Sequence[int]) -> Iterator[tuple[list[int], Batch | None]]:
+        """This rank's of the completions `rows` in batches of config.micro_batch_tokens, each with the numbers of its completions;
+        None for an empty piece of `pieces`."""
         read = [row_of(self.completions[i]) for i in rows]
-        for piece in pieces(read, self.config.micro_batch_tokens, self.shared):
+        for piece in pieces(read, self.config.micro_batch_tokens, self.shared, self.policy):
+            if not piece:
+                yield [], None
+                continue
             ids = [rows[i] for i in piece]
             chosen = [self.completions[i] for i in ids]
             yield ids, collate(chosen, self.pad, self.policy.device, self.config.replay, self.shared)
@@ -98,6 +104,10 @@ class Passes:
         everything = range(len(completions))
         recomputed = self.config.old_logprobs == "recomputed"
         for rows, batch in self.batches(everything) if recomputed or self.reference is not None else ():
+            if batch is None:
+                for model in [self.policy] * recomputed + [self.reference] * (self.reference is not None):
+                    no_loss(model)
+                continue
             if recomputed:
                 found = logprobs(self.policy, batch, temperature, entropy=True)
                 means["entropy"] = means.get("entropy", 0.0) + float(found.entropy.sum()) / tokens
@@ -145,18 +155,23 @@ class Passes:
         seen: list[Logprobs] | None = None if told is None else []
         before: dict[int, Tensor] = {}
         for ids, batch in self.batches(rows):
+            if batch is None:
+                no_loss(self.policy).backward()
+                continue
+            compute = partial(
+                policy_loss,
+                self.policy,
+                batch,
+                [old[i] for i in ids],
+                None if ref is None else [ref[i] for i in ids],
+                None if weights is None else [weights[i] for i in ids],
+                self.advantages[ids],
+                self.config,
+                totals,
+                seen,
+            )
             with routed(self.policy, batch, load) as replay:
-                output = policy_loss(
-                    self.policy,
-                    batch,
-                    [old[i] for i in ids],
-                    None if ref is None else [ref[i] for i in ids],
-                    None if weights is None else [weights[i] for i in ids],
-                    self.advantages[ids],
-                    self.config,
-                    totals,
-                    seen,
-                )
+                output = forward(self.policy, compute)
                 self.clock.mark("new_logprob")
                 output.loss.backward()
                 agreement = math.nan if replay is None else replay.agreement

@@ -6,7 +6,6 @@ started them. A rank that neither answers nor ends is given up after `parallel.t
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
@@ -43,14 +42,27 @@ def first() -> bool:
 
 
 def processes(recipe: Recipe) -> int:
-    """Of how many processes a run of the recipe is: what torchrun says in one of them, elsewhere what the recipe asks for."""
+    """Of how many processes a run of the recipe is: what torchrun says in one of them, elsewhere what the recipe asks for.
+
+    Raises:
+        UserError: they are not `parallel.replicate` times `parallel.shard`.
+    """
+    layout = recipe.parallel
     if started():
-        return int(os.environ["WORLD_SIZE"])
-    if recipe.parallel.processes:
-        return recipe.parallel.processes
-    if device_of(recipe).type == "cuda":
-        return torch.cuda.device_count()
-    return max(1, min(MOST, len(os.sched_getaffinity(0)) // recipe.threads))
+        count = int(os.environ["WORLD_SIZE"])
+    elif layout.processes:
+        count = layout.processes
+    else:
+        cuda = device_of(recipe).type == "cuda"
+        there = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0)) // recipe.threads
+        most = there if cuda else min(MOST, there)
+        count = max(1, most // layout.shard) * layout.shard
+    if count % layout.shard or layout.replicate not in (0, count // layout.shard):
+        models = layout.replicate or "any number"
+        raise UserError(
+            f"parallel.processes: expected parallel.replicate x parallel.shard = {models} x {layout.shard}, got {count}"
+        )
+    return count
 
 
 def launch(words: Sequence[str], count: int, threads: int) -> None:
@@ -131,8 +143,10 @@ def speaks() -> bool:
     if not started():
         return True
     if dist.is_initialized():
-        with contextlib.suppress(RuntimeError):  # whoever holds the store is gone
+        try:
             return int(dist.distributed_c10d._get_default_store().add(_TOLD, 1)) == 1
-    elif not first():
+        except RuntimeError:
+            return False  # who holds the store is gone, and has told why
+    if not first():
         time.sleep(PATIENCE)  # what keeps ranks from joining is mostly the same for all
     return True
