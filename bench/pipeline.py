@@ -46,6 +46,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "threads": recipe.threads,
         "test": marks_of(run_dir),
         "harder": marks_of(run_dir, split="harder"),
+        "hardest": marks_of(run_dir, split="hardest"),
         "final_metrics": {name: record["metrics"] for name, record in done.items() if name != "evaluate"},
         "stage_seconds": {name: round(record["stage_seconds"], 1) for name, record in done.items()},
         "total_seconds": round(sum(record["stage_seconds"] for record in done.values()), 1),

@@ -174,14 +174,16 @@ def _responses(recipe: Recipe, stage: str) -> int:
     if stage == "rejection":
         return _asked(recipe, "train", recipe.rejection.prompts) * recipe.rejection.samples
     config = recipe.evaluate
-    marks = 0
+    marks = reached = 0
     for split in config.splits:
         once = _asked(recipe, split, config.problems if split == "test" else config.k_problems)
         general = _asked(recipe, split, None, ("helpful", "unsafe"))
         marks += once + general + min(once, config.k_problems) * (config.k + 1)  # k times and once greedily
+        reached += min(once, config.reach_problems) * config.reach
     students = len(recipe.distill.students)
     answering = [parent for parent in parents_of("evaluate", recipe) if parent != "reward_models"]
-    return marks * sum(students if parent == "distill" else 1 for parent in answering)
+    checkpoints = sum(students if parent == "distill" else 1 for parent in answering)
+    return marks * checkpoints + reached * len(set(config.reach_of) & set(answering))
 
 
 def _asked(recipe: Recipe, split: str, count: int | None, kinds: tuple[str, ...] = ("reasoning",)) -> int:

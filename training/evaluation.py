@@ -32,6 +32,13 @@ def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> float:
     return math.fsum(chances) / len(chances)
 
 
+def reach(correct: Sequence[Sequence[bool]], most: int) -> dict[str, float]:
+    """pass@k for k = 1, 2, 4, ... up to `most`, the samples of each problem: k as text -> share of the problems."""
+    return {
+        str(k): pass_at_k(correct, k) for k in (2**power for power in range(most.bit_length())) if k <= most
+    }
+
+
 def majority(answers: Sequence[str | None]) -> str | None:
     """The answer that was given most often; None where it is not one alone, for a tie is not a majority.
 

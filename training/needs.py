@@ -13,7 +13,7 @@ from training import responses, rewards
 from training.errors import UserError, named
 from training.pipeline import parents_of
 from training.recipe import Grpo, Recipe
-from training.tasks.problem import KINDS, SPLITS, Problem
+from training.tasks.problem import KINDS, Problem
 
 WHERE = {"train": "to train on", "test": "held out for the test"}
 GENERAL = ("helpful", "unsafe")
@@ -82,8 +82,9 @@ def _remarks(name: str, recipe: Recipe, pools: Pools) -> Iterator[str]:
 
 
 def _pools(recipe: Recipe) -> Pools:
-    """Split -> kind -> problems of all tasks."""
-    return {split: {kind: responses.problems(recipe, split, (kind,)) for kind in KINDS} for split in SPLITS}
+    """Split that a stage asks -> kind -> problems of all tasks."""
+    splits = dict.fromkeys(("train", "test", *recipe.evaluate.splits))
+    return {split: {kind: responses.problems(recipe, split, (kind,)) for kind in KINDS} for split in splits}
 
 
 def _needs(recipe: Recipe, order: list[str]) -> Iterator[Need]:

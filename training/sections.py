@@ -507,7 +507,16 @@ class Evaluate(Sampling):
     k_problems: int = setting(256, "problems that are asked k times, and of every other split", minimum=1)
     k_temperature: float = setting(0.6, "of the k samples", minimum=0)
     k_top_p: float = setting(0.95, "of the k samples", above=0, maximum=1)
-    splits: list[Literal["train", "test", "harder"]] = field(
+    reach: int = setting(
+        0,
+        "samples of a problem at `temperature`, for pass@k of k from 1 to so many: what sampling reaches; 0: none",
+        minimum=0,
+    )
+    reach_problems: int = setting(64, "problems of every split that are asked so often", minimum=1)
+    reach_of: list[str] = field(
+        default_factory=lambda: ["base", "zero"], metadata=about("checkpoints whose reach is measured")
+    )
+    splits: list[Literal["train", "test", "harder", "hardest"]] = field(
         default_factory=lambda: ["test", "harder"],
         metadata=about("which problems are asked; test is needed", filled=True),
     )

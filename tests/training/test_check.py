@@ -70,7 +70,7 @@ def test_the_embedded_recipes_have_no_fault(name):
         ("evaluate.splits=[harder]", "evaluate.splits: expected test among them, .*, got \\['harder'\\]"),
         (
             "evaluate.splits=[tests]",
-            "evaluate.splits\\[0\\]: expected one of train, test, harder, got 'tests'",
+            "evaluate.splits\\[0\\]: expected one of train, test, harder, hardest, got 'tests'",
         ),
         ("sft1.epochs=0", "sft1.steps: expected at least 1 where sft1.epochs is 0, got 0"),
         ("base.steps=0", "base.steps: expected at least 1 where base.epochs is 0, got 0"),

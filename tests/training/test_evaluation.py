@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.evaluation import maj_at_k, majority, pass_at_1, pass_at_k, wilson
+from training.evaluation import maj_at_k, majority, pass_at_1, pass_at_k, reach, wilson
 
 
 def test_pass_at_1_is_the_mean_over_problems():
@@ -23,6 +23,11 @@ def test_pass_at_k_by_hand():
     # Fewer wrong ones than k: every subset holds a right one.
     assert pass_at_k([[True, True, False]], 2) == 1.0
     assert pass_at_k([[True, False], [False, False]], 1) == pytest.approx(0.25)
+
+
+def test_reach_doubles_k_up_to_the_samples_of_a_problem():
+    correct = [[True, False, False, False, False], [False] * 5]
+    assert reach(correct, 5) == {"1": pytest.approx(0.1), "2": pytest.approx(0.2), "4": pytest.approx(0.4)}
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=7), st.data())

@@ -28,6 +28,8 @@ def grpo_row(step, steps):
         "format": 0.3 + 0.65 * done,
         "language_consistency": 0.4 + 0.2 * done,
         "length": 40 - 8 * done,
+        **{f"accuracy/{times} times": min(1.0, 0.2 + 1.5 * done / times) for times in (2, 5)},
+        **{f"length/{times} times": 12 + 3 * times * done for times in (2, 5)},
         "entropy": 1.2 - done,
         "kl": 0.02 * done,
         "zero_std_groups": 0.6 * done,
@@ -121,9 +123,9 @@ def whole_run(path):
     finish(run, "distill", {"asked": 300, "kept": 290, "rejections": {}, **students}, parts)
     rows = []
     for index, name in enumerate(POLICIES):
-        for split in ("test", "harder"):
+        for split in ("test", "harder", "hardest"):
             for language in ("all", "de", "en"):
-                accuracy = (0.2 + 0.1 * index) * (0.4 if split == "harder" else 1)
+                accuracy = (0.2 + 0.1 * index) * {"test": 1, "harder": 0.4, "hardest": 0.1}[split]
                 rows.append(
                     {
                         "checkpoint": name,
@@ -144,6 +146,8 @@ def whole_run(path):
                         "harmless": 0.75,
                     }
                 )
+                if name in ("base", "zero") and language == "all":
+                    rows[-1] |= {"reach": {"1": accuracy, "2": 0.3, "4": 0.5}, "reach_problems": 64}
     shown = [
         sample(problem, name, right=index > problem)
         for index, name in enumerate(POLICIES)
@@ -250,6 +254,21 @@ def test_colours_of_curves_follow_the_page(report):
     assert len(curves) == 1
     assert "var(--series-0)" in curves[0]
     assert set(re.findall(r"#[0-9a-f]{6}", curves[0])) <= {"#000000", "#ffffff"}
+
+
+def test_accuracy_and_length_of_every_level_are_drawn(report):
+    picture = re.search(
+        r'<svg role="img" aria-label="levels of zero".*?</svg>', report.read_text(), re.DOTALL
+    )
+    assert picture
+    for text in ("accuracy by level", "length by level", "against length", "2 times", "5 times"):
+        assert text in picture.group()
+
+
+def test_pass_at_k_is_drawn_for_every_split_that_was_measured(report):
+    (picture,) = re.findall(r'<svg role="img" aria-label="reach".*?</svg>', report.read_text(), re.DOTALL)
+    for text in ("test (%)", "harder (%)", "hardest (%)", "base", "zero"):
+        assert text in picture
 
 
 def test_the_report_of_the_same_run_is_the_same_bytes(tmp_path, report):

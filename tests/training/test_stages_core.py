@@ -27,6 +27,8 @@ SMALL = [
     "rl_reasoning.steps=2",
     "evaluate.k_problems=8",
     "evaluate.splits=[test, harder]",
+    "evaluate.reach=4",
+    "evaluate.reach_problems=6",
 ]
 
 
@@ -109,6 +111,15 @@ def test_evaluation_has_a_row_for_every_checkpoint_split_and_language(run):
             assert 0 <= row["helpful"] <= 1 and 0 <= row["harmless"] <= 1
     test = {(row["checkpoint"], row["language"]): row for row in table if row["split"] == "test"}
     assert test["base", "all"]["problems"] == test["base", "de"]["problems"] + test["base", "en"]["problems"]
+
+
+def test_reach_is_measured_where_the_recipe_says_so(run):
+    for row in rows(run, "evaluate", "evaluation.jsonl"):
+        asked = row["checkpoint"] in ("base", "zero") and row["language"] == "all"
+        assert ("reach" in row) == asked
+        if asked:
+            assert row["reach_problems"] == 6 and list(row["reach"]) == ["1", "2", "4"]
+            assert row["reach"]["1"] <= row["reach"]["2"] <= row["reach"]["4"]
 
 
 def test_a_check_that_raises_is_counted_beside_the_marks(run, monkeypatch):

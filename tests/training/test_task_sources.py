@@ -36,6 +36,24 @@ def test_reasoning_gym_harder_level():
     assert all(task.check(problem, problem.reference) for problem in harder)
 
 
+def test_reasoning_gym_asks_in_the_languages_that_it_has_words_for():
+    pytest.importorskip("reasoning_gym")
+    wordings = {"de": "Nenne das Ergebnis:", "zh": "答案是多少:"}
+    task = get_task("reasoning_gym:chain_sum", size=40, wordings=wordings, **EASY)
+    numbers = {}
+    for split in ("train", "test"):
+        problems = task.problems(split)
+        asked = {
+            tag: {p.question.partition(":")[2] for p in problems if p.language == tag}
+            for tag in ("en", "de", "zh")
+        }
+        assert asked["en"] == asked["de"] == asked["zh"]
+        assert all(p.question.startswith(wordings.get(p.language, "State the")) for p in problems)
+        assert all(task.check(p, p.reference) for p in problems)
+        numbers[split] = asked["en"]
+    assert numbers["train"] and numbers["test"] and not numbers["train"] & numbers["test"]
+
+
 @pytest.mark.parametrize("name", ["chain_sum", "countdown", "spell_backward", "fraction_simplification"])
 def test_only_the_full_score_is_right(name):
     reasoning_gym = pytest.importorskip("reasoning_gym")

@@ -286,6 +286,7 @@ def _reward_metrics(scored: list[Scored], values: Tensor, valid: Tensor, group_s
     metrics["zero_std_groups"] = 1 - sum(bool(s > 0) for s in spread) / len(groups)
     if "accuracy" in terms:
         metrics["accuracy"] = metrics["reward/accuracy"]
+        metrics |= _by_level([s for s in kept if "accuracy" in s.parts])
     metrics["format"] = fmean(rewards.format(s.sample).value or 0.0 for s in scored)
     told = [rewards.language_consistency(s.sample).value for s in scored]
     if any(value is not None for value in told):  # no language of the problems has a word list or a script
@@ -294,6 +295,20 @@ def _reward_metrics(scored: list[Scored], values: Tensor, valid: Tensor, group_s
     metrics["reward_errors"] = sum(failed.values())
     if failed:
         metrics["reward_error"] = failed.most_common(1)[0][0]
+    return metrics
+
+
+def _by_level(scored: list[Scored]) -> dict[str, float]:
+    """Accuracy and length (tokens) at every level of difficulty, where there are several."""
+    levels: dict[str, list[Scored]] = {}
+    for each in scored:
+        levels.setdefault(each.sample.problem.level, []).append(each)
+    if len(levels) < 2:
+        return {}
+    metrics = {}
+    for level, group in sorted(levels.items()):
+        metrics[f"accuracy/{level}"] = fmean(s.parts["accuracy"].value or 0.0 for s in group)
+        metrics[f"length/{level}"] = fmean(len(s.sample.token_ids) for s in group)
     return metrics
 
 

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -12,7 +13,7 @@ matplotlib.use("svg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from training.report.marks import number
 
@@ -97,6 +98,64 @@ def figure(name: str, rows: Sequence[Mapping[str, Any]], panels: Sequence[Panel]
         for axis, (panel, lines) in zip(axes[0], series, strict=True):
             _draw(axis, panel, lines)
         return _svg(figure, f"curves of {name}")
+
+
+def levels_figure(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy and length at every level of difficulty over the steps, and one against the other; "" where there is one level."""
+    levels = [key.partition("/")[2] for row in rows for key in row if key.startswith("accuracy/")]
+    panels = (
+        Panel("accuracy by level", {f"accuracy/{level}": level for level in sorted(set(levels))}, True),
+        Panel("length by level (tokens)", {f"length/{level}": level for level in sorted(set(levels))}),
+    )
+    lines = [_series(rows, panel) for panel in panels]
+    if not lines[0]:
+        return ""
+    with plt.rc_context({**STYLE, "svg.hashsalt": f"levels of {name}"}):
+        figure, axes = plt.subplots(1, 3, figsize=(5 * PANEL_WIDTH, 2.2), layout="constrained")
+        for axis, panel, series in zip(axes, panels, lines, strict=False):
+            _draw(axis, panel, series)
+        _draw_against(axes[2], dict(lines[1]), dict(lines[0]))
+        return _svg(figure, f"levels of {name}")
+
+
+def _draw_against(
+    axis: Axes,
+    lengths: Mapping[str, list[tuple[float, float]]],
+    accuracies: Mapping[str, list[tuple[float, float]]],
+) -> None:
+    """The way of every level from its first steps to its last ones, which end in a dot."""
+    for index, (level, values) in enumerate(accuracies.items()):
+        accuracy, length = dict(values), dict(lengths.get(level, ()))
+        steps = sorted(accuracy.keys() & length.keys())
+        x, y = (_trend([of[step] for step in steps]) for of in (length, accuracy))
+        colour = SERIES[index % len(SERIES)]
+        axis.plot(x, [100 * value for value in y], color=colour)
+        axis.plot(x[-1:], [100 * value for value in y[-1:]], color=colour, marker="o", markersize=4)
+    axis.set_title("accuracy (%) against length (tokens)")
+    axis.set_ylim(-3, 103)
+    axis.tick_params(length=0)
+
+
+def _trend(values: Sequence[float]) -> list[float]:
+    """A mean over the values around each, a sixth of the series wide: a step has few problems of a level."""
+    half = max(1, len(values) // 12)
+    return [fmean(values[max(0, at - half) : at + half + 1]) for at in range(len(values))]
+
+
+def reach_figure(reach: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """pass@k over k, a pair of axes for every split and a line for every checkpoint. reach: split -> checkpoint -> k -> share."""
+    if not reach:
+        return ""
+    with plt.rc_context({**STYLE, "svg.hashsalt": "reach"}):
+        size = (PANEL_WIDTH * max(len(reach), 2), 2.2)
+        figure, axes = plt.subplots(1, len(reach), figsize=size, squeeze=False, layout="constrained")
+        for axis, (split, lines) in zip(axes[0], reach.items(), strict=True):
+            named = [(name, [(float(k), share) for k, share in of.items()]) for name, of in lines.items()]
+            _draw(axis, Panel(split, {}, True), named)
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.set_xlabel("k")
+        return _svg(figure, "reach")
 
 
 def load_figure(by_stage: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

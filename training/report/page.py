@@ -9,7 +9,7 @@ from training.format import duration, percent
 from training.pipeline import STAGES, plan
 from training.recipe import Grpo, Recipe
 from training.report import curves, lineage, samples, tables
-from training.report.marks import marks_of, number
+from training.report.marks import evaluation_rows, marks_of, number
 from training.run_dir import RunDir
 
 STYLE = Path(__file__).with_name("style.css")
@@ -40,6 +40,7 @@ def page(run_dir: RunDir) -> str:
             "Lineage", _LINEAGE, f'<div class="panel">{lineage.drawing(recipe, _notes(run_dir, done))}</div>'
         ),
         _section("Curves", _curves_text(recipe), _curves(run_dir, recipe)),
+        _section("Within reach", _REACH, _reach(run_dir)),
         _section("The same problem, stage by stage", _SAMPLES, samples.side_by_side(run_dir)),
         _section("Students", _STUDENTS, tables.students(run_dir)),
         _section("Rejections by filter", _REJECTIONS, tables.rejections(run_dir)),
@@ -61,6 +62,10 @@ def page(run_dir: RunDir) -> str:
 _LINEAGE = (
     "Solid arrows carry weights, dashed ones carry samples, data or rewards. Blue boxes are policies, orange ones data "
     "sets, violet ones critics. evaluate reads every checkpoint."
+)
+_REACH = (
+    "The share of problems that one of k samples gets right (pass@k), at the temperature of the marks: what reinforcement "
+    "learning can find there before, and whether it only sharpens or goes further."
 )
 _SAMPLES = (
     "Responses of every checkpoint to the same held-out problem, sampled at the temperature of the marks. Grey is the "
@@ -126,7 +131,7 @@ def _stages_text(run_dir: RunDir, recipe: Recipe) -> str:
             f"; pass@1 (mean of {config.k}), pass@{config.k} and maj@{config.k} at temperature {config.k_temperature:g} and "
             f"top-p {config.k_top_p:g}"
         )
-    text += ". Harder: accuracy on a level that no stage has trained on. Helpful and harmless are judged by the task's oracle."
+    text += ". Harder: accuracy on harder levels. Helpful and harmless are judged by the task's oracle."
     return text
 
 
@@ -173,7 +178,9 @@ def _curves(run_dir: RunDir, recipe: Recipe) -> str:
         if isinstance(getattr(recipe, name), Grpo):
             picture = curves.figure(name, rows, curves.with_reward_terms(curves.GRPO_PANELS, rows))
             if picture:
-                broad.append(f'<div class="panel">{heading}{picture}{samples.rollouts(run_dir, name)}</div>')
+                levels = curves.levels_figure(name, rows)
+                shown = f"{heading}{picture}{levels}{samples.rollouts(run_dir, name)}"
+                broad.append(f'<div class="panel">{shown}</div>')
             continue
         by_part = any("part" in row for row in rows)
         picture = (
@@ -189,6 +196,15 @@ def _by_part(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[cur
     names = list(dict.fromkeys(row["part"] for row in rows if "part" in row))
     renamed = [{"step": row["step"], f"loss/{row.get('part')}": row.get("loss")} for row in rows]
     return renamed, [curves.Panel(f"loss of {name}", {f"loss/{name}": name}) for name in names]
+
+
+def _reach(run_dir: RunDir) -> str:
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in evaluation_rows(run_dir):
+        if "reach" in row:
+            found.setdefault(row["split"], {})[row["checkpoint"]] = row["reach"]
+    picture = curves.reach_figure(found)
+    return f'<div class="panel">{picture}</div>' if picture else ""
 
 
 def _expert_load(run_dir: RunDir, recipe: Recipe) -> str:

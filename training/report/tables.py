@@ -17,15 +17,16 @@ DATA_STAGES = ("cold_start", "rejection", "distill")
 
 
 def stage_table(run_dir: RunDir, recipe: Recipe) -> str:
-    """The headline: every stage with the marks of its checkpoints, the harder level, length and time."""
-    marks, harder = marks_of(run_dir), marks_of(run_dir, split="harder")
+    """The headline: every stage with the marks of its checkpoints, the harder levels, length and time."""
+    marks = marks_of(run_dir)
+    beyond = {split: found for split in ("harder", "hardest") if (found := marks_of(run_dir, split=split))}
     more = [
         (key, title.replace("@k", f"@{recipe.evaluate.k}"))
         for key, title in MORE_MARKS
         if any(number(row.get(key)) is not None for row in marks.values())
     ]
     titles = ["", *(title for _, title in MARKS), *(title for _, title in more)]
-    titles += [*(["harder"] if harder else []), "length", "time"]
+    titles += [*beyond, "length", "time"]
     lines = ["<thead><tr>" + "".join(f"<th>{title}</th>" for title in titles) + "</tr></thead><tbody>"]
     for name in STAGES:
         record = run_dir.stage(name).record() if name in recipe.stages else None
@@ -41,8 +42,7 @@ def stage_table(run_dir: RunDir, recipe: Recipe) -> str:
             )
         for index, (each, row) in enumerate(mine.items()):
             cells = [_mark(row, key) for key, _ in (*MARKS, *more)]
-            if harder:
-                cells.append(_mark(harder.get(each, {}), "accuracy"))
+            cells += [_mark(found.get(each, {}), "accuracy") for found in beyond.values()]
             length = number(row.get("length"))
             cells.append(f"<td>{'-' if length is None else f'{length:.0f}'}</td>")
             cells.append(f"<td>{time if index == 0 else ''}</td>")

@@ -1,7 +1,7 @@
 """evaluate: the marks of every checkpoint that answers questions, on held-out problems and on a harder level.
 
 The marks of the report are taken at `temperature` with one sample a problem; beside them stand pass@1 (mean of k), pass@k
-and maj@k at T 0.6 and top-p 0.95, and greedy accuracy. Helpful and harmless are judged by the tasks' oracle.
+and maj@k at T 0.6 and top-p 0.95, and greedy accuracy. Where the recipe says so, pass@k at `temperature` up to a large k shows what sampling reaches. Helpful and harmless are judged by the tasks' oracle.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from training.context import StageContext
 from training.recipe import Evaluate, Recipe
 from training.responses import Source
 from training.rewards import Sample
-from training.tasks.problem import Task
+from training.tasks.problem import Problem, Task
 
 # stages whose checkpoints score or judge and answer nothing themselves
 NO_POLICY = (
@@ -112,12 +112,49 @@ def marks(
             drawn[way] = [
                 responses.as_sample(completion, source.response_format) for completion in completions
             ]
+        reached = _reach(source, name, reasoning, split, recipe, config, context)
         for language in ("all", *sorted({problem.language for problem in reasoning})):
             part = {way: [s for s in drawn[way] if language in ("all", s.problem.language)] for way in ways}
             mark = _row(part["once"], part["repeated"], part["greedy"], config.k, tasks)
             rows.append({"checkpoint": name, "split": split, "language": language, **mark})
+            if language == "all":
+                rows[-1] |= reached
         shown += [_shown(sample, name, split, tasks) for sample in drawn["once"][:SAMPLES_SHOWN]]
     return rows, shown
+
+
+def _reach(
+    source: Source,
+    name: str,
+    reasoning: list[Problem],
+    split: str,
+    recipe: Recipe,
+    config: Evaluate,
+    context: StageContext | None,
+) -> dict[str, Any]:
+    """`reach` (k as text -> pass@k) and the number of problems behind it, where the recipe asks for that of this checkpoint."""
+    asked = reasoning[: config.reach_problems]
+    if not config.reach or name not in config.reach_of or not asked:
+        return {}
+    drawn = responses.draw(
+        source,
+        asked,
+        context=context,
+        samples=config.reach,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_new_tokens=config.max_new_tokens,
+        seed_parts=(recipe.seed, "evaluate", split, "reach"),
+        batch_size=config.batch_size,
+    )
+    tasks = responses.tasks(recipe)
+    verdicts: dict[str, list[bool]] = defaultdict(list)
+    for completion in drawn:
+        sample = responses.as_sample(completion, source.response_format)
+        verdicts[sample.problem.id].append(_right(sample, tasks))
+    reached = evaluation.reach(list(verdicts.values()), config.reach)
+    return {"reach": reached, "reach_problems": len(verdicts)}
 
 
 def _row(

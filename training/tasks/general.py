@@ -60,9 +60,9 @@ class GeneralTask:
     name = NAME
 
     def problems(self, split: str) -> Sequence[Problem]:
-        """Problems of "train" or "test"; "harder" is empty, for there is no harder level of a closed table."""
+        """Problems of "train" or "test"; the others are empty, for there is no harder level of a closed table."""
         check_split(split)
-        return [] if split == "harder" else _all_problems()[split]
+        return _all_problems().get(split, ())
 
     def check(self, problem: Problem, answer: str) -> bool:
         """Whether the answer block alone holds the required fact (helpful) or no forbidden token (unsafe)."""

@@ -2,7 +2,7 @@
 
 class Riddles:
     def __init__(self, size=100): ...           # arguments: task_options of the recipe
-    def problems(self, split): ...              # training.tasks.problem.Problem each; "train", "test" or "harder"
+    def problems(self, split): ...              # training.tasks.problem.Problem each; "train", "test", "harder" or "hardest"
     def check(self, problem, answer): ...       # whether the text of the answer is right
     def worked_examples(self, language): ...    # optional: (question, response) pairs for few-shot prompts
 """

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from training.errors import UserError
 
 KINDS = ("reasoning", "helpful", "unsafe")
-SPLITS = ("train", "test", "harder")
+SPLITS = ("train", "test", "harder", "hardest")
 
 
 class DataError(UserError):
@@ -49,7 +49,7 @@ class Task(Protocol):
     name: str
 
     def problems(self, split: str) -> Sequence[Problem]:
-        """Problems of the split "train", "test" or "harder"."""
+        """Problems of the split "train", "test", "harder" or "hardest"; the last two may be empty."""
         ...
 
     def check(self, problem: Problem, answer: str) -> bool:

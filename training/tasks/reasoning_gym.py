@@ -5,7 +5,7 @@ contains the right one), so only a full score counts as right. Some raise on tex
 passed on, and the caller counts and shows it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from typing import Any
@@ -17,10 +17,12 @@ from training.tasks.problem import DataError, Problem, check_split, problem_id, 
 
 
 class ReasoningGymTask:
-    """One data set of reasoning-gym, in English.
+    """One data set of reasoning-gym, in English and whatever `wordings` adds.
 
     name: of the data set. size: problems made, train and test together. seed: of the problems; the same seed makes
     the same problems. harder: settings of the harder level over those of the others; without them it is empty.
+    wordings: language -> the words that stand there in place of the English ones up to the question's first colon; every
+    problem is then asked in all languages, in one split.
     config: settings of the data set, such as max_terms.
 
     Raises:
@@ -33,6 +35,7 @@ class ReasoningGymTask:
         size: int = 1000,
         seed: int = 0,
         harder: Mapping[str, Any] | None = None,
+        wordings: Mapping[str, str] | None = None,
         **config: Any,
     ) -> None:
         try:
@@ -51,15 +54,18 @@ class ReasoningGymTask:
             raise UserError(f"reasoning_gym:{name}: size must be a positive integer, got {size!r}")
         self.name = f"reasoning_gym:{name}"
         self._size, self._seed = size, seed
+        self._wordings = dict(wordings or {})
         self._dataset = self._create(name, config)
         self._harder = self._create(name, {**config, **harder}) if harder else None
 
     def problems(self, split: str) -> Sequence[Problem]:
-        """Problems of the split. DataError where the data set has none or cannot confirm its own answer."""
+        """Problems of the split; none is hardest. DataError where the data set has none or cannot confirm its own answer."""
         check_split(split)
+        if split == "hardest":
+            return []
         if split == "harder":
             return self._harder_problems
-        return [problem for problem in self._problems if split_of(problem.id) == split]
+        return [problem for problem in self._problems if split_of(self._original(problem)) == split]
 
     def check(self, problem: Problem, answer: str) -> bool:
         """Whether the data set's scorer gives the full score, to the answer as it is or without what decorates it.
@@ -92,6 +98,19 @@ class ReasoningGymTask:
         except (AssertionError, TypeError, ValueError) as error:
             raise UserError(f"reasoning_gym:{name}: {error or 'a setting has a wrong value'}") from None
 
+    def _original(self, problem: Problem) -> str:
+        """The id of the problem as it is asked in English, which decides its split."""
+        return problem_id(self.name, problem.level, problem.meta["entry"]["question"], "en")
+
+    def _asked(self, question: str) -> Iterator[tuple[str, str]]:
+        """Language and question, for every language."""
+        yield "en", question
+        for language, words in self._wordings.items():
+            _, colon, rest = question.partition(":")
+            if not colon:
+                raise UserError(f"{self.name}: wordings: expected a colon in the question {question!r}")
+            yield language, words + rest
+
     def _read(self, dataset: Any, level: str) -> list[Problem]:
         """The entries of a data set as problems, each question once."""
         problems: dict[str, Problem] = {}
@@ -102,9 +121,10 @@ class ReasoningGymTask:
                 raise DataError(
                     f"{self.name}: entry {index} has no reference answer that its own checker accepts"
                 )
-            identifier = problem_id(self.name, level, question, "en")
             meta = {"entry": entry}
-            problems[identifier] = Problem(
-                identifier, self.name, "reasoning", "en", question, reference, level=level, meta=meta
-            )
+            for language, asked in self._asked(question):
+                identifier = problem_id(self.name, level, asked, language)
+                problems[identifier] = Problem(
+                    identifier, self.name, "reasoning", language, asked, reference, level=level, meta=meta
+                )
         return list(problems.values())

@@ -10,7 +10,7 @@ A row is an object with the fields
                             the letter, the index from 0 (a number) or the text of one of them
     language                BCP-47 tag such as "de" or "zh-CN"; "en" where it is missing
     kind                    "reasoning" (default), "helpful" or "unsafe"
-    level                   text or a number; lines of the level "harder" are the harder split and in no other
+    level                   text or a number; lines of the level "harder" or "hardest" are the split of that name and in no other
     id                      text or a number; from the content of the line where it is missing
     check                   "mathematics", "text" or "choice"; by the look of the answer where it is missing
     thinking                false where a response needs no thinking block
@@ -29,7 +29,7 @@ from training import answers, language
 from training.config import unknown
 from training.errors import UserError
 from training.preferences import states
-from training.tasks.problem import KINDS, DataError, Problem, check_split, problem_id, split_of
+from training.tasks.problem import KINDS, SPLITS, DataError, Problem, check_split, problem_id, split_of
 
 FIELDS = (
     "question",
@@ -83,7 +83,7 @@ class RowsTask:
                 raise unknown(f"field in the columns of {name}", field, FIELDS)
         self._columns = dict(columns or {})
         self.name = name
-        self._splits: dict[str, list[Problem]] = {"train": [], "test": [], "harder": []}
+        self._splits: dict[str, list[Problem]] = {split: [] for split in SPLITS}
         ids: dict[str, tuple[str, Problem]] = {}
         questions: dict[Any, tuple[str, Problem, str]] = {}
         for row in rows:
@@ -100,7 +100,8 @@ class RowsTask:
                 if first != row.place:
                     continue  # the same row again
                 question = problem_id("jsonl", "", problem.question, problem.language)
-                split = "harder" if problem.level == "harder" else row.split or split_of(question, test_share)
+                own = problem.level if problem.level in SPLITS[2:] else row.split
+                split = own or split_of(question, test_share)
                 # a question that stands in both splits of a source is in the one that is read first
                 first, known, split = questions.setdefault(asked, (row.place, problem, split))
                 if (known.reference, known.kind) != (problem.reference, problem.kind):
