@@ -5,18 +5,20 @@ Shapes: N tokens, H hidden (the teacher may have another), V vocabulary that bot
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import autocast, checks, devices
-from ..op import Contiguous, Kernel, Op, Size, recorded
-from . import divergence_reference
+from ..op import OUTSIDE, Contiguous, Kernel, Op, Size, recorded
+from . import divergence_reference, linear, parts, sharded
 from .arguments import Head, check_kind, check_linear, split_temperature
-from .divergence_rows import TeacherRows
+from .divergence_rows import TeacherRows, finish
 from .divergence_terms import KINDS
 from .head import gradient_shapes, needs_of, rows_of, saves
+from .linear import LinearCall
 from .token import Rows
 
 IGNORED = -100  # of the targets inside a call, which are 0 elsewhere
@@ -43,6 +45,7 @@ def linear_divergence(
     return_entropy: bool = False,
     chunk_size: int | None = None,
     save_logits: bool | None = None,
+    group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Divergence of the student's and the teacher's distribution of each token over the whole vocabulary, for distillation.
@@ -70,6 +73,9 @@ def linear_divergence(
         save_logits: keep the (N, V) gradient of the student's logits for the backward (True, faster) or recompute it (False, less
             memory); None chooses by a memory budget, as ``linear_logprobs`` does. Where hidden alone needs a gradient, kernels do
             neither: the forward works out d divergence / d hidden too.
+        group: a process group over which the vocabulary is sharded: weights and biases of both are this rank's rows, the same ids
+            of either, in rank order; everything else is the same on every rank, and so are the results and the gradient of
+            ``hidden``. Both logits are then computed once more in the forward. Every call waits once for the sizes of the shards.
 
     Returns:
         divergence (...), or (divergence, entropy): float32, float64 where hidden is, in nats. Gradients of hidden, weight and bias
@@ -112,9 +118,17 @@ def linear_divergence(
         name = "teacher_temperature"
         of_teacher = split_temperature(teacher_temperature, targets, ignore_index, hidden.dtype, name)
     vocabulary = min(head.weight.shape[0], teacher_head.weight.shape[0])
+    shard = None
+    if group is not None:
+        if head.weight.shape[0] != teacher_head.weight.shape[0]:
+            raise ValueError(
+                f"teacher_weight: expected the {head.weight.shape[0]} rows that weight has on this rank of group, "
+                f"got {teacher_head.weight.shape[0]}"
+            )
+        shard = sharded.shard_of(head.weight, group)
     head, teacher_head = _some(head, vocabulary), _some(teacher_head, vocabulary)
     counted = torch.where(targets == ignore_index, IGNORED, 0)
-    rows = rows_of(head, counted, temperatures, number, IGNORED)
+    rows = rows_of(head, counted, temperatures, number, IGNORED, shard)
     bias = None if teacher_head.bias is None else teacher_head.bias.detach()
     teacher = Teacher(
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
@@ -131,6 +145,7 @@ def linear_divergence(
         return_entropy,
         chunk_size or 0,
         save_logits,
+        shard=shard,
     )
     divergence, entropy = LINEAR_DIVERGENCE(backend, call)
     divergence = divergence.view(shape)
@@ -164,6 +179,21 @@ class DivergenceCall(NamedTuple):
     chunk_size: Size  # tokens of a chunk; 0: chosen
     save_logits: bool | None  # the slopes of the logits, (N, V), for the backward; None: ``on_kernels`` says
     frozen: bool = False  # save the slope of the hidden states, (N, H), which alone need a gradient
+    shard: Annotated[sharded.Shard | None, OUTSIDE] = None
+
+
+class DivergenceSumsCall(NamedTuple):
+    """Of a slab, some columns of the vocabulary, where the sums of whole rows are known."""
+
+    hidden: Tensor
+    weight: Tensor
+    rows: Rows
+    teacher: Teacher
+    kind: int
+    beta: float
+    chunk_size: Size
+    stats: Tensor
+    teacher_stats: Tensor
 
 
 class DivergenceBackwardCall(NamedTuple):
@@ -208,8 +238,41 @@ def _shapes(call: DivergenceCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     return value, entropy, stats, teacher_stats, mean, slope
 
 
+def _sums_shapes(call: DivergenceSumsCall) -> Tensor:
+    """What these columns add to the sums (4, N) of divergence_rows.py."""
+    return call.hidden.new_empty((4, call.hidden.shape[0]), dtype=torch.float32)
+
+
 FORWARD = Kernel("linear_divergence", DivergenceCall, _shapes)
+SUMS = Kernel("linear_divergence", DivergenceSumsCall, _sums_shapes, suffix="_sums")
 BACKWARD = Kernel("linear_divergence", DivergenceBackwardCall, gradient_shapes, suffix="_backward")
+
+
+def _forward(backend: str, call: DivergenceCall) -> tuple[Tensor, ...]:
+    if call.shard is not None:
+        return _of_shard(backend, call, call.shard)
+    results: tuple[Tensor, ...] = FORWARD(backend, call)
+    return results
+
+
+def _of_shard(backend: str, call: DivergenceCall, shard: sharded.Shard) -> tuple[Tensor, ...]:
+    """What FORWARD gives, of the whole vocabulary: the sums of either model's rows, then what the ids add."""
+    hidden, weight, rows, teacher, kind, beta, with_entropy, chunk_size, *_ = call
+
+    def merged(of_call: LinearCall) -> tuple[Tensor, Tensor]:
+        chosen, _, stats, extra, _ = linear.FORWARD(backend, of_call)
+        part = parts.Part(chosen, stats, extra)
+        _, entropy, stats, _ = sharded.merge(part, shard, of_call.rows, of_call.with_entropy)
+        return entropy, stats
+
+    other, head, of_teacher = teacher
+    options = (False, chunk_size, False, False)
+    entropy, stats = merged(LinearCall(hidden, weight, rows, with_entropy, *options))
+    _, teacher_stats = merged(LinearCall(other, head, of_teacher.beside(rows), False, *options))
+    slab = DivergenceSumsCall(hidden, weight, rows, teacher, kind, beta, chunk_size, stats, teacher_stats)
+    sums = sharded.sum_over_ranks_(SUMS(backend, slab), shard)
+    divergence, mean = finish(sums, stats)
+    return divergence, entropy, stats, teacher_stats, mean, divergence.new_empty(0)
 
 
 def _save(call: DivergenceCall, results: tuple[Tensor, ...]) -> Any:
@@ -220,7 +283,7 @@ def _save(call: DivergenceCall, results: tuple[Tensor, ...]) -> Any:
     hidden, weight, (bias, logit_scale, softcap, temperatures, temperature) = call.teacher
     tensors = (*of_rows, hidden, weight, bias, temperatures, stats, teacher_stats, mean)
     of_teacher = (logit_scale, softcap, temperature)
-    others = (numbers, of_teacher, call.kind, call.beta, call.chunk_size)
+    others = (numbers, of_teacher, call.kind, call.beta, call.chunk_size, call.shard)
     return (*tensors, slope if call.save_logits else None), others
 
 
@@ -229,18 +292,21 @@ def _gradients(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any,
         (slope,) = tensors
         return slope * grads[0].unsqueeze(1), None, None
     hidden, weight, bias = inputs
-    numbers, (logit_scale, softcap, temperature), kind, beta, chunk_size = others
+    numbers, (logit_scale, softcap, temperature), kind, beta, chunk_size, shard = others
     targets, temperatures, x, w, b, of_tokens, stats, teacher_stats, mean, slope = tensors
     rows = Rows.together((bias, targets, temperatures), numbers)
     teacher = Teacher(x, w, TeacherRows(b, logit_scale, softcap, of_tokens, temperature))
     sums = stats, teacher_stats, mean, slope
     call = (hidden, weight, rows, teacher, kind, beta, chunk_size, *sums, grads[0], *needs)
-    return BACKWARD(backend, DivergenceBackwardCall(*call))
+    for_hidden, for_weight, for_bias = BACKWARD(backend, DivergenceBackwardCall(*call))
+    if shard is not None and needs[0]:
+        for_hidden = sharded.sum_over_ranks_(for_hidden, shard)
+    return for_hidden, for_weight, for_bias
 
 
 _recorded = recorded(
     "linear_divergence",
-    FORWARD,
+    _forward,
     differentiable=lambda call: (call.hidden, call.weight, call.rows.bias),
     save=_save,
     backward=_gradients,
@@ -251,9 +317,10 @@ _recorded = recorded(
 
 def on_kernels(backend: str, call: DivergenceCall) -> tuple[Tensor, Tensor]:
     differentiable, trained = needs_of(call)
-    save_logits = saves(call, call.save_logits) and differentiable and trained
+    alone = differentiable and call.shard is None
+    save_logits = saves(call, call.save_logits) and alone and trained
     with autocast.off(call.hidden):
-        decided = call._replace(save_logits=save_logits, frozen=differentiable and not trained)
+        decided = call._replace(save_logits=save_logits, frozen=alone and not trained)
         found: tuple[Tensor, Tensor] = _recorded(backend, decided)
     return found
 

@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import autocast, transforms
 from ..op import recorded
-from . import linear_reference, reference
+from . import linear_reference, reference, sharded
 from .arguments import Head
-from .divergence_terms import KINDS, mean_ratio, slopes, terms
+from .divergence_terms import KINDS, Mean, log_ratios, mean_ratio, slopes, terms
 from .token import Rows
 
 if TYPE_CHECKING:
@@ -29,7 +29,11 @@ def run(call: DivergenceCall) -> tuple[Tensor, Tensor]:
         None if x is None else x.to(dtype) for x in (call.rows.bias, of_teacher.teacher_bias)
     )
     with autocast.off(call.hidden):
+        hidden = (
+            call.hidden if call.shard is None else sharded.copy_to_group(call.hidden.to(dtype), call.shard)
+        )
         call = call._replace(
+            hidden=hidden,
             weight=call.weight.to(dtype),
             rows=call.rows._replace(bias=bias),
             teacher=call.teacher._replace(
@@ -76,7 +80,9 @@ def _chunk(call: DivergenceCall) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         hidden, weight, of_teacher = call.teacher
         teacher = _scaled_logits(hidden, weight, of_teacher.beside(call.rows), ignored)
-    divergence, entropy = divergence_of_logits(x, teacher, KINDS[call.kind], call.beta, call.with_entropy)
+    divergence, entropy = divergence_of_logits(
+        x, teacher, KINDS[call.kind], call.beta, call.with_entropy, call.shard
+    )
     entropy = entropy.masked_fill(ignored, 0.0) if call.with_entropy else entropy
     return divergence.masked_fill(ignored, 0.0), entropy
 
@@ -89,51 +95,75 @@ def _scaled_logits(hidden: Tensor, weight: Tensor, rows: Rows, ignored: Tensor) 
 
 
 class LogitsCall(NamedTuple):
-    """Scaled logits (N, V) of both."""
+    """Scaled logits (N, V) of both; of a shard, this rank's columns."""
 
     student: Tensor
     teacher: Tensor
     kind: str
     beta: float
     with_entropy: bool
+    shard: sharded.Shard | None
 
 
 def divergence_of_logits(
-    student: Tensor, teacher: Tensor, kind: str, beta: float, with_entropy: bool
+    student: Tensor,
+    teacher: Tensor,
+    kind: str,
+    beta: float,
+    with_entropy: bool,
+    shard: sharded.Shard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(divergence (N,), entropy (N,) or (0,)) of scaled logits; its own gradient is exact, transforms take that of autograd."""
-    call = LogitsCall(student, teacher, kind, beta, with_entropy)
+    call = LogitsCall(student, teacher, kind, beta, with_entropy, shard)
     divergence, entropy = _forward("", call) if transforms.active() else _recorded("", call)
     return divergence, entropy
 
 
-def log_probs(x: Tensor) -> Tensor:
+def log_probs(x: Tensor, shard: sharded.Shard | None = None) -> Tensor:
     """log softmax of scaled logits (N, V), without cancellation where one leads; NaN where all are -inf."""
-    largest, others, _ = reference.sums(x, False).unsqueeze(-1).unbind(0)
+    largest, others, _ = _stats(x, False, shard).unsqueeze(-1).unbind(0)
     return x - largest - torch.where(largest == -torch.inf, torch.nan, others).log1p()
 
 
+def _stats(x: Tensor, with_entropy: bool, shard: sharded.Shard | None) -> Tensor:
+    """M, S', E' (3, N) of the whole vocabulary."""
+    stats = reference.sums(x, with_entropy)
+    if shard is None:
+        return stats
+    targets = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    rows = Rows(None, 1.0, 0.0, targets, None, 1.0, -100, shard.first, shard.vocabulary)
+    return sharded.merged_stats(stats, shard, rows)
+
+
 def _forward(backend: str, call: LogitsCall) -> tuple[Tensor, Tensor]:
-    divergence = terms(log_probs(call.student), log_probs(call.teacher), call.kind, call.beta).sum(-1)
-    if not call.with_entropy:
+    student, teacher, kind, beta, with_entropy, shard = call
+    divergence = terms(log_probs(student, shard), log_probs(teacher, shard), kind, beta).sum(-1)
+    if shard is not None:
+        divergence = sharded.sum_over_ranks_(divergence, shard)
+    if not with_entropy:
         return divergence, divergence.new_empty(0)
     with torch.no_grad():
-        _, others, spread = reference.sums(call.student, True)
+        _, others, spread = _stats(student, True, shard)
         return divergence, others.log1p() + spread / (1 + others)
 
 
 def _gradients(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any) -> list[Tensor]:
-    (student,), (teacher,) = (map(log_probs, tensors) for tensors in (inputs, tensors))
-    kind, beta = others
-    slope = slopes(student, teacher, kind, beta, mean_ratio(student, teacher, kind, beta))
-    return [grads[0].unsqueeze(-1) * slope]
+    kind, beta, shard = others
+    student, teacher = (log_probs(x, shard) for x in (*inputs, *tensors))
+    if shard is None or kind == "forward_kl":
+        mean = mean_ratio(student, teacher, kind, beta)
+    else:
+        probs, ratios = student.exp(), log_ratios(student, teacher, kind, beta)
+        part = torch.where(probs == 0, 0.0, probs * ratios).sum(-1, keepdim=True)
+        mean = Mean(torch.zeros_like(part), sharded.sum_over_ranks_(part, shard))
+    return [grads[0].unsqueeze(-1) * slopes(student, teacher, kind, beta, mean)]
 
 
 _recorded = recorded(
     "linear_divergence",
     _forward,
     differentiable=lambda call: (call.student,),
-    save=lambda call, results: ((call.teacher,), (call.kind, call.beta)),
+    save=lambda call, results: ((call.teacher,), (call.kind, call.beta, call.shard)),
     backward=_gradients,
     constant=(1,),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import devices
 from . import divergence, tiles
 from .divergence_rows import Pair, TeacherRows, finish, gradient_over, sums
-from .head import SAVED_BYTES
+from .head import SAVED_BYTES, hidden_gradient_dtype
 
 FEWEST = 64  # tokens of a block: with fewer both heads are read too often
 UNIT = 64.0  # of slopes in float16, which holds nothing below 6e-8; slopes are seldom above some hundred
@@ -25,6 +25,7 @@ UNIT = 64.0  # of slopes in float16, which holds nothing below 6e-8; slopes are 
 def implement(engine: tiles.Engine, key: str) -> None:
     """The kernels of linear_divergence for tensors of one dispatch key, by an engine."""
     divergence.FORWARD.implement(engine.backend, key)(partial(forward, engine))
+    divergence.SUMS.implement(engine.backend, key)(partial(sums_of_slab, engine))
     divergence.BACKWARD.implement(engine.backend, key)(partial(backward, engine))
 
 
@@ -40,6 +41,11 @@ class Problems(NamedTuple):
         tiles.raw_logits(self.student, block, slab, student)
         tiles.raw_logits(self.teacher, block, slab, teacher)
 
+    def side_by_side(self, block: slice, student: Tensor, teacher: Tensor) -> None:
+        """The raw logits of a block in all columns."""
+        for slab in self.student.tiling.slabs(self.student.weight.shape[0]):
+            self.raw_logits(block, slab, student[:, slab], teacher[:, slab])
+
     def pair(self, block: slice, slab: slice, stats: Tensor, teacher_stats: Tensor) -> Pair:
         """What the row kernels are told about a tile; the sums are those of its tokens."""
         of_teacher = TeacherRows.of(tiles.rows_of(self.teacher, block, slab))
@@ -49,7 +55,7 @@ class Problems(NamedTuple):
 
 def problems_of(
     engine: tiles.Engine,
-    call: divergence.DivergenceCall | divergence.DivergenceBackwardCall,
+    call: divergence.DivergenceCall | divergence.DivergenceSumsCall | divergence.DivergenceBackwardCall,
     tiling: tiles.Tiling,
 ) -> Problems:
     hidden, weight, of_teacher = call.teacher
@@ -74,7 +80,7 @@ def forward(engine: tiles.Engine, call: divergence.DivergenceCall) -> tuple[Tens
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     tiling = tiling_of(engine, hidden, vocabulary, call.chunk_size)
     problems = problems_of(engine, call, tiling)
-    slabs, whole = tiling.slabs(vocabulary), slice(0, vocabulary)
+    whole = slice(0, vocabulary)
     slope = engine.empty(hidden, divergence.slope_shape(call), torch.float32)
     beside, own = (tiles.scratch(engine, hidden, tiling.tokens, vocabulary) for _ in range(2))
     unit = torch.full((tiling.tokens,), UNIT, device=hidden.device) if weight.dtype == torch.float16 else None
@@ -82,8 +88,7 @@ def forward(engine: tiles.Engine, call: divergence.DivergenceCall) -> tuple[Tens
     for block in tiling.blocks(tokens):
         count = block.stop - block.start
         student, teacher = slope[block] if call.save_logits else own[:count], beside[:count]
-        for slab in slabs:
-            problems.raw_logits(block, slab, student[:, slab], teacher[:, slab])
+        problems.side_by_side(block, student, teacher)
         rows = [tiles.rows_of(problem, block, whole) for problem in problems[:2]]
         _, entropy, stats, _ = tiles.row_sums(problems.student, student, rows[0], call.with_entropy, False)
         _, _, teacher_stats, _ = tiles.row_sums(problems.teacher, teacher, rows[1], False, False)
@@ -98,6 +103,21 @@ def forward(engine: tiles.Engine, call: divergence.DivergenceCall) -> tuple[Tens
     if call.frozen and unit is not None:
         slope /= UNIT
     return *(torch.cat(values, dim=-1) for values in zip(*found, strict=True)), slope
+
+
+def sums_of_slab(engine: tiles.Engine, call: divergence.DivergenceSumsCall) -> Tensor:
+    """What ``divergence.SUMS`` gives."""
+    hidden, vocabulary = call.hidden, call.weight.shape[0]
+    tiling = tiling_of(engine, hidden, vocabulary, call.chunk_size)
+    problems, whole = problems_of(engine, call, tiling), slice(0, vocabulary)
+    student, teacher = (tiles.scratch(engine, hidden, tiling.tokens, vocabulary) for _ in range(2))
+    found = []
+    for block in tiling.blocks(hidden.shape[0]):
+        x, y = student[: block.stop - block.start], teacher[: block.stop - block.start]
+        problems.side_by_side(block, x, y)
+        pair = problems.pair(block, whole, call.stats[:, block], call.teacher_stats[:, block])
+        found.append(sums(engine.backend, x, y, pair))
+    return torch.cat(found, dim=-1)
 
 
 def block_tokens(engine: tiles.Engine, hidden: Tensor, vocabulary: int) -> int:
@@ -126,4 +146,4 @@ def backward(engine: tiles.Engine, call: divergence.DivergenceBackwardCall) -> t
         return tiles.factor(engine, student, hidden.dtype)
 
     needs = (call.need_hidden, call.need_weight, call.need_bias)
-    return tiles.gradients(problems.student, needs, hidden.dtype, gradient)
+    return tiles.gradients(problems.student, needs, hidden_gradient_dtype(call), gradient)

@@ -505,6 +505,8 @@ def test_it_compiles_in_one_graph(place, save_logits):
         ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1, got 0"),
         ({"save_logits": 1}, TypeError, "save_logits: expected a bool, got int"),
         ({"return_entropy": 1}, TypeError, "return_entropy: expected a bool, got int"),
+        ({"group": 1}, ValueError, "teacher_weight: expected the 8 rows that weight has on this rank of group, got 7"),
+        ({"group": 1, "teacher_weight": torch.zeros(8, 4)}, TypeError, "group: expected a torch.distributed.ProcessGroup"),
         ({"weight": torch.zeros(0, 5)}, ValueError, r"weight: expected shape \(V, H\) with V >= 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

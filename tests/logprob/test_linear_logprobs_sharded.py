@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 from r1kernels import (
     extension,
+    linear_divergence,
     linear_grouped_logprobs,
     linear_grpo_loss,
     linear_logprobs,
@@ -100,6 +101,25 @@ def topk(x, weight, bias, targets, **options):
     return [found.detach(), *torch.autograd.grad(loss, leaves)]
 
 
+def divergence(x, weight, bias, targets, **options):
+    """That from a teacher whose head is the student's turned round, and gradients; the entropy comes along."""
+    leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
+    found, entropy = linear_divergence(
+        *leaves[:2],
+        x.flip(1) * 1.2,
+        weight.flip(1),
+        bias=leaves[2],
+        teacher_bias=-bias,
+        kind="jsd",
+        beta=0.3,
+        targets=targets,
+        return_entropy=True,
+        **options,
+    )
+    loss = (found * torch.linspace(-1, 1, len(found), dtype=found.dtype)).sum()
+    return [found.detach(), *torch.autograd.grad(loss, leaves), entropy]
+
+
 def grpo(x, weight, bias, targets, **options):
     """The loss with an entropy bonus, and gradients."""
     leaves = [leaf.detach().requires_grad_() for leaf in (x.view(4, 3, -1), weight, bias)]
@@ -136,6 +156,7 @@ def _on_rank(rank, backend, folder):
                 )
             found["completions"] = completions(*call, **HEAD, **where)
             found["grpo"] = grpo(*call, **HEAD, **where)
+            found["divergence"] = divergence(*call, **HEAD, **where)
             found["topk"] = topk(*call, **HEAD, **where)
             found["several"] = several(*call, **HEAD, **where)
             if backend == "reference":
@@ -213,7 +234,7 @@ def test_without_a_gradient(ranks):
         assert same_bits(values["no gradient"], values["everything"][0])
 
 
-@pytest.mark.parametrize("op", [completions, grpo, several, topk])
+@pytest.mark.parametrize("op", [completions, divergence, grpo, several, topk])
 def test_ops_above_it(ranks, op):
     _, found = ranks
     leaves, targets = problem("everything")
