@@ -82,12 +82,13 @@ def forward(engine: tiles.Engine, call: divergence.DivergenceCall) -> tuple[Tens
     problems = problems_of(engine, call, tiling)
     whole = slice(0, vocabulary)
     slope = engine.empty(hidden, divergence.slope_shape(call), torch.float32)
-    beside, own = (tiles.scratch(engine, hidden, tiling.tokens, vocabulary) for _ in range(2))
+    beside = tiles.scratch(engine, hidden, tiling.tokens, vocabulary)
+    own = slope if call.save_logits else tiles.scratch(engine, hidden, tiling.tokens, vocabulary)
     unit = torch.full((tiling.tokens,), UNIT, device=hidden.device) if weight.dtype == torch.float16 else None
     found = []
     for block in tiling.blocks(tokens):
         count = block.stop - block.start
-        student, teacher = slope[block] if call.save_logits else own[:count], beside[:count]
+        student, teacher = own[block if call.save_logits else slice(count)], beside[:count]
         problems.side_by_side(block, student, teacher)
         rows = [tiles.rows_of(problem, block, whole) for problem in problems[:2]]
         _, entropy, stats, _ = tiles.row_sums(problems.student, student, rows[0], call.with_entropy, False)
