@@ -77,7 +77,10 @@ def larger(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ..
     uneven = (4 * torch.rand(tokens, 2, generator=generator) ** 3).long()
     uneven[0] = 6  # nobody's, as expert parallelism has it
     experts = (normal(tokens, 512), uneven.to(device), torch.rand(tokens, 2, generator=generator).to(device))
-    yield "moe_experts", (*experts, normal(6, 256, 512), normal(6, 512, 128)), {}
+    weights = normal(6, 256, 512), normal(6, 512, 128)
+    factors = normal(6, 16, 512), normal(6, 256, 16), normal(6, 24, 128), normal(6, 512, 24)
+    yield "moe_experts", (*experts, *weights), {}
+    yield "moe_experts", (*experts, *weights), {"lora": (*(one.requires_grad_() for one in factors), 2.0)}
     bounds = torch.tensor([0, 4, 6], device=device)
     logp = -torch.rand(2, 2100, generator=generator).to(device)
     mask = torch.ones(2, 2100, dtype=torch.bool, device=device)

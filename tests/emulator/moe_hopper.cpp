@@ -62,7 +62,8 @@ R1kernelsMoeProduct product_of(const py::dict& call) {
     product.scales = pointer<const float>(call, "scales");
     product.order = pointer<const int32_t>(call, "order");
     product.partials = pointer<float>(call, "partials");
-    product.scale = 1.0f;
+    product.scale = call.contains("scale") ? get<float>(call, "scale") : 1.0f;
+    product.low.rows = pointer<const void>(call, "low");
     return product;
 }
 

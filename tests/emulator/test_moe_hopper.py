@@ -354,6 +354,8 @@ def test_the_protocol_neither_hangs_nor_overruns_for_any_number_of_k_tiles(modul
         ({"weight": 0x1002}, False),
         ({"out": 0x1004}, False),
         ({"x_index": 0x1004}, False),
+        ({"low": 0x1000}, False),
+        ({"scale": 2.0}, False),
         ({"epilogue": UP, "x_index": 0x1004}, True),
         ({"epilogue": UP, "x_index": 0x1004, "columns": 40}, False),
         ({"epilogue": UP, "x_index": 0x1004, "activated": 0x1008}, False),

