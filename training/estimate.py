@@ -163,7 +163,8 @@ def _count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def _length(longest: int) -> float:
+def length_of(longest: int) -> float:
+    """Tokens that a text is taken to have, of at most `longest`."""
     return max(1.0, LENGTH_SHARE * longest)
 
 
@@ -197,7 +198,7 @@ def _asked(recipe: Recipe, split: str, count: int | None, kinds: tuple[str, ...]
 def _sampling(
     stage: str, parents: list[str], work: str, responses: int, config: Sampling, model: Parameters
 ) -> Estimate:
-    length = _length(config.max_new_tokens)
+    length = length_of(config.max_new_tokens)
     flops = responses * length * model.forward(length / 2)
     return Estimate(stage, parents, work, responses * length, 0, flops, 0, model.total * BYTES)
 
@@ -250,7 +251,7 @@ def _grpo(
     fixed = (config.old_logprobs == "recomputed") + bool(config.kl_coef)
     tokens = sampling = training = read = 0.0
     for step in range(config.steps):
-        length = _length(max_new_tokens(config, step))
+        length = length_of(max_new_tokens(config, step))
         whole = asked.read(_readings(group, prompt, length, most, shared))
         at_once = group / (config.minibatches * present)
         times = config.minibatches * present * _readings(at_once, prompt, length, most, shared)
@@ -309,7 +310,7 @@ def _next_token(
         documents, work = config.steps * config.batch_size, f"{_count(config.steps)} steps"
     else:
         documents, work = config.epochs * _documents(recipe, stage), f"{config.epochs} epochs"
-    length = _length(config.max_length or DOCUMENT_TOKENS)
+    length = length_of(config.max_length or DOCUMENT_TOKENS)
     tokens = documents * length
     flops = 3 * tokens * model.forward(length / 2)
     work += f" of {config.batch_size} documents"
@@ -351,7 +352,7 @@ def _distillation(recipe: Recipe, model: Parameters, parents: list[str]) -> Iter
         in_folder = student.pretrained and recipe.model.sizes == "folder"
         sizes = count(pretrained_config(student.pretrained) if in_folder else config_of(student, vocabulary))
         longest = DOCUMENT_TOKENS if recipe.distill.data else recipe.distill.max_new_tokens
-        length = _length(student.max_length or longest)
+        length = length_of(student.max_length or longest)
         tokens = (student.steps * student.batch_size or student.epochs * documents) * length
         flops = 3 * tokens * sizes.forward(length / 2)
         work = f"{_count(student.steps)} steps" if student.steps else f"{student.epochs} epochs"

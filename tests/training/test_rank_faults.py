@@ -116,7 +116,7 @@ def test_a_run_in_use_is_told_once_and_stops_all(tmp_path):
 
 
 def test_who_was_killed_is_named_by_who_started_them(capsys):
-    assert launch._told({0: launch.OTHER, 1: -signal.SIGKILL}) == 1
+    assert launch._told({0: -signal.SIGTERM, 1: -signal.SIGKILL, 2: launch.OTHER}) == 1
     assert capsys.readouterr().err == (
         "error: rank 1 was ended by SIGKILL; the same command goes on from the last resume point\n"
     )

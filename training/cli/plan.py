@@ -1,7 +1,8 @@
 """`run --dry-run`: the plan of a recipe, its stage graph, memory and cost."""
 
 from training.engines.describe import describe
-from training.estimate import BYTES, CPU, GPU, LENGTH_SHARE, Parameters, estimate, parameters
+from training.estimate import BYTES, CPU, GPU, LENGTH_SHARE, Device, Parameters, estimate, parameters
+from training.exchange import LINKS, Layout, Share, layout_of, shares
 from training.files import readable_bytes
 from training.format import align, short
 from training.pipeline import STAGES, parents_of, plan
@@ -70,8 +71,33 @@ def text(recipe: Recipe) -> str:
         lines.append(
             "the paper reports 147,000 H800 hours (101,000 for zero, 5,000 for data, 41,000 for the rest): 294,000 dollars"
         )
+    layout = layout_of(recipe)
+    if layout.processes > 1:
+        lines += ["", *_processes(shares(recipe, model, rows, layout, device), layout, device)]
     lines += [f"warning: {remark}" for remark in remarks(recipe)]
     return "\n".join(lines)
+
+
+def _processes(found: list[Share], layout: Layout, device: Device) -> list[str]:
+    """What each of several processes holds, sends and computes."""
+    header = ["stage", "memory", "sent in a step", "hours", "of exchange"]
+    body = [
+        [
+            share.stage,
+            readable_bytes(share.memory_bytes),
+            readable_bytes(share.step_bytes),
+            f"{share.hours:,.2f}",
+            f"{share.exchange_hours:,.2f}",
+        ]
+        for share in found
+    ]
+    speed = LINKS["cpu" if device is CPU else "cuda"]
+    return [
+        f"one of {layout.processes} processes ({layout.replicate} x {layout.shard}: models side by side, processes of a model)",
+        *align([header, *body]),
+        f"assumed: work that divides evenly, exchange at {readable_bytes(speed)} a second that nothing hides, micro-batches of a "
+        "process counted as they are; a divided model has an undivided copy beside it in every process",
+    ]
 
 
 def _bytes_per_parameter(model: Parameters) -> str:

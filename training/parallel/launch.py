@@ -94,13 +94,14 @@ def _told(codes: dict[int, int]) -> int:
     spoken = [code for code in codes.values() if code > 0 and code != OTHER]
     if spoken:
         return spoken[0]
-    for number, code in codes.items():
-        if code < 0:
-            name = signal.Signals(-code).name
-            print(
-                f"error: rank {number} was ended by {name}; the same command goes on from the last resume point",
-                file=sys.stderr,
-            )
+    killed = {number: signal.Signals(-code) for number, code in codes.items() if code < 0}
+    # torchrun ends the others by SIGTERM
+    first = {number: each for number, each in killed.items() if each != signal.SIGTERM} or killed
+    for number, each in first.items():
+        print(
+            f"error: rank {number} was ended by {each.name}; the same command goes on from the last resume point",
+            file=sys.stderr,
+        )
     return 1
 
 
