@@ -31,6 +31,10 @@ MODULES: dict[str, tuple[str, tuple[Option, ...]]] = {
     "prefix": ("a GRPO step with shared prefixes, without, and in TRL", (TINY, ROUNDS)),
     "rollout": ("tokens a second of the trainer's sampler, beside transformers' own ways", (TINY,)),
     "training_memory": ("peak of a GRPO step, beside what the dry run says", (TINY,)),
+    "distillation": (
+        "students of a finished run of tiny, by text, logits and on policy",
+        (("run", {"type": Path, "help": "the folder of the run"}),),
+    ),
     "truncation": (
         "importance ratios of GRPO under top-p sampling, without kept sets and with them",
         (TINY,),

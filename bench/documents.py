@@ -26,6 +26,7 @@ FILES = (
     ROOT / "docs/shared-prefix.md",
     ROOT / "docs/mixtures.md",
     ROOT / "docs/training.md",
+    ROOT / "docs/distillation.md",
 )
 TRUNCATION = ROOT / "bench/results/cpu/truncation.json"
 _BLOCK = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -117,6 +118,13 @@ def truncated() -> str:
     return truncation.note(truncation.load_record(TRUNCATION))
 
 
+def students() -> str:
+    """The table of ``python -m bench distillation``."""
+    from . import distillation  # which needs transformers
+
+    return distillation.table(distillation.load_record(ROOT / "bench/results/cpu/distillation.json"))
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "ops": ops,
     "every case": every_case,
@@ -128,6 +136,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "mixtures": every_mixture,
     "rollout": rollouts,
     "truncation": truncated,
+    "distillation": students,
 }
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import documents, guard, pictures, precision, results, truncation
+from bench import distillation, documents, guard, pictures, precision, results, truncation
 from bench.peers import EAGER
 
 RESULTS = documents.ROOT / "bench/results/cpu"
@@ -29,6 +29,19 @@ def test_without_kept_sets_ratios_are_off_by_what_was_kept_and_with_them_they_ar
     for without, with_sets in zip(*(runs[name]["ratio_mean"] for name in runs), strict=True):
         assert truncation.TOP_P - 0.01 < without < 0.99
         assert with_sets == pytest.approx(1, abs=1e-4)
+
+
+def test_students_are_compared_at_equal_tokens():
+    """Equal within those of a step, of at most 64 responses of 65 tokens."""
+    rows = distillation.load_record(RESULTS / "distillation.json")["rows"]
+    for start in (0, distillation.START):
+        learnt = {
+            row["method"]: row["learnt"]
+            for row in rows
+            if (row["start"], row["epochs"]) != (0, distillation.START) and row["start"] == start
+        }
+        assert list(learnt) == list(distillation.METHODS)
+        assert max(learnt.values()) - min(learnt.values()) < 64 * 65
 
 
 def test_what_stands_between_marks_is_replaced(monkeypatch):

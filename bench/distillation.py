@@ -1,0 +1,91 @@
+"""``python -m bench distillation RUN``: what students learn from a teacher's text, from its distribution of it, and on policy.
+
+RUN is a finished run of the recipe `tiny`: its last policy is the teacher, and the responses that its distillation kept are the text.
+Each method learns the tokens of EPOCHS epochs over that, from random weights and from a student that has learnt the text for START
+epochs before.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from training.context import StageContext
+from training.progress import Progress
+from training.recipe import load
+from training.run_dir import RunDir, StageDir
+from training.stages import distill
+
+from . import results
+from .environment import environment
+
+METHODS = ("sft", "logits", "on_policy")
+EPOCHS, START, MORE = 5, 12, 6
+SIZES = "architecture: qwen2, hidden_size: 64, layers: 2, heads: 4, intermediate_size: 192"
+SHOWN = ("learnt", "steps", "loss", "accuracy")
+
+
+def train(run: Path, folder: Path, method: str, epochs: int, start: Path | None = None) -> dict[str, Any]:
+    """What became of one student, whose checkpoint is put into ``folder``. start: the checkpoint that it goes on from."""
+    name = method.replace("_", "")
+    pretrained = "" if start is None else f', pretrained: "{start}"'
+    sizes = f"{SIZES}, epochs: {epochs}, batch_size: 64, lr: 3e-3, lr_end: 3e-4, save_every: 0{pretrained}"
+    recipe = load("tiny", [f"distill.students={{{name}: {{{sizes}, method: {method}}}}}"])
+    stage, before = StageDir(folder), RunDir(run)
+    stage.begin({}, {})
+    for data in ("data.jsonl", "counts.jsonl"):
+        shutil.copy(before.stage("distill").data(data), folder / data)
+    inputs = {parent: before.stage(parent) for parent in ("rl_all", "rejection")}
+    context = StageContext("distill", recipe, recipe.distill, stage, inputs, Progress())
+    metrics = distill.run(context)
+    return {"method": method, "epochs": epochs, **{key: metrics[f"{name}/{key}"] for key in SHOWN}}
+
+
+def measure(run: Path) -> list[dict[str, Any]]:
+    """A row a student."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        rows = [{"start": 0, **train(run, folder / method, method, EPOCHS)} for method in METHODS]
+        rows.append({"start": 0, **train(run, folder / "start", "sft", START)})
+        begun = folder / "start" / "checkpoint-sft"
+        for method in METHODS:
+            more = train(run, folder / f"more_{method}", method, MORE, begun)
+            rows.append({"start": START, **more})
+    return rows
+
+
+def record(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is committed."""
+    return {
+        "schema": 1,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment("cpu"),
+        "recipe": "tiny",
+        "rows": rows,
+    }
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """A row a student: what it began with and learnt, how many tokens, and the accuracy that came of it; for docs."""
+    lines = ["| begins with | learns by | tokens | steps | accuracy |", "|---|---|---|---|---|"]
+    for row in found["rows"]:
+        began = f"{row['start']} epochs of sft" if row["start"] else "random weights"
+        accuracy = f"{100 * row['accuracy']:.1f} %"
+        lines.append(f"| {began} | {row['method']} | {row['learnt']:,} | {row['steps']:,} | {accuracy} |")
+    return "\n".join(lines)
+
+
+def main(run: Path, out: Path) -> None:
+    """The command."""
+    results.save(out, record(measure(run)))
+
+
+def load_record(path: Path) -> dict[str, Any]:
+    """A committed file of ``main``."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
