@@ -16,8 +16,9 @@ from torch import Tensor
 from .. import devices
 from . import divergence, tiles
 from .divergence_rows import Pair, TeacherRows, finish, gradient_over, sums
-from .head import SAVED_BYTES, hidden_gradient_dtype
+from .head import hidden_gradient_dtype
 
+PAIR_BYTES = 512 << 20  # of the logits of both models, on a CPU
 FEWEST = 64  # tokens of a block: with fewer both heads are read too often
 UNIT = 64.0  # of slopes in float16, which holds nothing below 6e-8; slopes are seldom above some hundred
 
@@ -124,7 +125,7 @@ def sums_of_slab(engine: tiles.Engine, call: divergence.DivergenceSumsCall) -> T
 def block_tokens(engine: tiles.Engine, hidden: Tensor, vocabulary: int) -> int:
     """As many tokens as the engine likes and the logits of both leave memory for, in blocks of equal size."""
     tokens = hidden.shape[0]
-    room = devices.memory_budget(hidden, SAVED_BYTES) // (8 * vocabulary)
+    room = devices.memory_budget(hidden, PAIR_BYTES) // (8 * vocabulary)
     blocks = -(-tokens // max(min(engine.tokens, room), FEWEST))
     return -(-tokens // max(blocks, 1)) or 1
 
