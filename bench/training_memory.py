@@ -1,7 +1,7 @@
 """``python -m bench training_memory``: peak memory of a GRPO step, beside what the dry run says.
 
-A model of the shape of Qwen2-0.5B with random weights takes two steps of the trainer's own GRPO; from the second one on the
-optimizer holds its moments. Each case has a process of its own. The peak is the growth of its resident memory over what it held
+A model of the shape of Qwen2-0.5B with random weights takes a step of the trainer's own GRPO in two minibatches; from the second
+one on the optimizer holds its moments. Each case has a process of its own. The peak is the growth of its resident memory over what it held
 before there was a model.
 """
 
@@ -55,20 +55,20 @@ QUESTION = "1 plus 2 plus 3 plus 4 plus"
 
 
 def recipe_of(rank: int, recomputes: bool) -> Recipe:
-    """The settings of a case: 16 responses of 96 tokens to four questions, one minibatch, micro-batches of 512 tokens."""
-    sizes = {"steps": 2, "prompts": 4, "group_size": 4, "minibatches": 1, "max_new_tokens": 96}
+    """The settings of a case: four responses of 32 tokens to a question, two in a minibatch, which is a micro-batch."""
+    sizes = {"steps": 1, "prompts": 1, "group_size": 4, "minibatches": 2, "max_new_tokens": 32}
     return make(
         {
             "stages": ["base", "zero"],
             "gradient_checkpointing": recomputes,
             "model": {"lora": {"rank": rank}},
-            "zero": {**sizes, "micro_batch_tokens": 512},
+            "zero": {**sizes, "micro_batch_tokens": 96},
         }
     )
 
 
 def case(sizes: Mapping[str, Any], rank: int, recomputes: bool) -> dict[str, Any]:
-    """Two steps in this process, and what the dry run says of them."""
+    """A step in this process, and what the dry run says of it."""
     recipe = recipe_of(rank, recomputes)
     tokenizer = build_tokenizer()
     config = Qwen2Config(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -91,8 +91,13 @@ def case(sizes: Mapping[str, Any], rank: int, recomputes: bool) -> dict[str, Any
     }
 
 
+def parameters(sizes: Mapping[str, Any]) -> int:
+    """Weights of a model of these sizes."""
+    return estimate.count(Qwen2Config(**sizes)).total
+
+
 def _problems(step: int) -> list[Problem]:
-    return [Problem(f"{step} {n}", "made", "reasoning", "en", f"{QUESTION} {n}", "0") for n in range(4)]
+    return [Problem(str(step), "made", "reasoning", "en", QUESTION, "0")]
 
 
 def _reward(step: int, samples: list[Sample]) -> list[Scored]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from r1kernels.integrations import transformers as integration
@@ -55,7 +56,7 @@ def kept_bytes(
     depth = config.get_text_config().num_hidden_layers
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(_shallow(config))
+            model: Any = AutoModelForCausalLM.from_config(_shallow(config)).eval()
         if has_experts(model):
             integration.patch(model)
             for module in model.modules():
@@ -63,7 +64,11 @@ def kept_bytes(
                     gate_of(module)  # found on numbers, of which there are none below
         if lora.rank:
             adapters.attach(model, lora, 0)
-        with FakeTensorMode():
+        # transformers looks at positions for packed texts: of tensors without numbers it makes masks that no real pass has
+        with (
+            FakeTensorMode(),
+            mock.patch(f"{masking_utils.__name__}.find_packed_sequence_indices", return_value=None),
+        ):
             _put_on_cpu(model)
             whole, layers = _pass(model, torch.zeros(rows, length, dtype=torch.int64))
     except Exception:  # of many types, by what the model does

@@ -1,0 +1,15 @@
+"""The bench of training memory runs."""
+
+import pytest
+
+from bench import training_memory
+
+
+@pytest.mark.parametrize(("rank", "recomputes"), training_memory.CASES)
+def test_a_case_measures_a_step_and_what_the_dry_run_says(rank, recomputes):
+    found = training_memory.case(training_memory.TINY, rank, recomputes)
+    assert found["peak_bytes"] is None or found["peak_bytes"] > 0
+    weights = 4 * training_memory.parameters(training_memory.TINY)
+    held = weights if rank else 5 * weights  # gradients, moments and a reference beside them
+    assert held < found["dry_run_bytes"] < 20 * held
+    assert len(found["response_tokens"]) == 1
