@@ -21,6 +21,7 @@ from training.loops.batch import collate, routed, states
 from training.loops.off_policy import of_sampler, sampler_gap
 from training.loops.sample import Completion
 from training.model import has_experts
+from training.parallel.shard import forward
 from training.recipe import Grpo, Recipe
 
 if TYPE_CHECKING:
@@ -83,12 +84,16 @@ def _reason(passes: Passes, completion: Completion, place: int) -> str:
     """What differs between the sampler and the trainer at a token."""
     policy, config = passes.policy, passes.config
     batch = collate([completion], passes.pad, policy.device, config.replay)
-    with routed(policy, batch) as replay:
+
+    def score() -> Tensor:
         hidden = states(policy, batch)[place : place + 1]
+        return head_logits(hidden, integration.output_head(policy))[0]
+
+    with routed(policy, batch) as replay:
+        logits = forward(policy, score)
     if completion.kept is None and (config.top_p < 1 or config.top_k > 0):
         return "which tokens top_p and top_k left was not told, and the trainer scores it among all"
     if completion.kept is not None:
-        logits = head_logits(hidden, integration.output_head(policy))[0]
         found = _of_set(completion, place, logits, config, passes.max_gap)
         if found:
             return found
