@@ -87,6 +87,13 @@ def every_mixture() -> str:
     return mixtures.table(json.loads((ROOT / "bench/results/cpu/mixtures.json").read_text(encoding="utf-8")))
 
 
+def own_tests() -> str:
+    """The table of ``python -m bench suite``."""
+    from . import suite  # which needs transformers
+
+    return suite.table(json.loads((ROOT / "bench/results/cpu/suite.json").read_text(encoding="utf-8")))
+
+
 def prefixes() -> str:
     """The tables of ``python -m bench prefix``."""
     from . import prefix  # which needs transformers
@@ -134,6 +141,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "saved": saved_bytes,
     "prefix": prefixes,
     "mixtures": every_mixture,
+    "suite": own_tests,
     "rollout": rollouts,
     "truncation": truncated,
     "distillation": students,

@@ -98,6 +98,7 @@ OWN: dict[str, dict[str, Any]] = {
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["full_attention"] * 2, "num_dense_layers": 0},
     "mimo_v2_flash": {"layer_types": ["full_attention"] * 2},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 
