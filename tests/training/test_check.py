@@ -3,17 +3,23 @@
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
 from training import pipeline, responses
 from training.check import check
+from training.checkpoint import save_model
 from training.cli import main
 from training.errors import UserError
 from training.estimate import estimate
+from training.model import build_model
 from training.progress import Progress
 from training.recipe import STAGE_NAMES, load, names
 from training.run_dir import RunDir
+from training.tokenizer import build_tokenizer
+
+ROOT = Path(__file__).parents[2]
 
 
 def faults(tmp_path, *words, recipe="tiny"):
@@ -32,9 +38,22 @@ def faults(tmp_path, *words, recipe="tiny"):
     return found[0]
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name not in ("deepseek-r1", "smollm2")])
+@pytest.mark.parametrize(
+    "name", [name for name in names() if name not in ("deepseek-r1", "smollm2", "tiny-controls")]
+)
 def test_the_embedded_recipes_have_no_fault(name):
     assert check(load(name)) == []
+
+
+def test_the_controls_of_tiny_start_from_its_base(tmp_path, monkeypatch):
+    recipe = load("tiny-controls")
+    (starts,) = {recipe.zero.start, recipe.distill.teacher, recipe.distill.students["own"].pretrained}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "training").symlink_to(ROOT / "training")
+    with pytest.raises(UserError, match=f"or the folder of a checkpoint, got '{starts}'"):
+        check(recipe)
+    save_model(build_model(load("tiny").model, build_tokenizer(), 0), build_tokenizer(), tmp_path / starts)
+    assert check(recipe) == []
 
 
 @pytest.mark.parametrize(
@@ -161,7 +180,7 @@ def test_a_test_split_that_is_empty_is_named(tmp_path, problems):
 
 def test_fewer_problems_than_a_stage_asks_are_said_and_the_dry_run_counts_them(problems):
     words = ["stages=[base, zero, evaluate]", "zero.prompts=60", "zero.group_size=4", "evaluate.problems=100"]
-    words += ["evaluate.k_problems=5", "evaluate.k=3"]
+    words += ["evaluate.k_problems=5", "evaluate.k=3", "evaluate.reach=2"]
     recipe = load("tiny", [problems(60, "reasoning"), *words])
     (task,) = responses.tasks(recipe).values()
     train, test = len(task.problems("train")), len(task.problems("test"))
@@ -171,8 +190,8 @@ def test_fewer_problems_than_a_stage_asks_are_said_and_the_dry_run_counts_them(p
     assert any(f"evaluate: asks {test} problems" in each for each in remarks)
     work = {row.stage: row.work for row in estimate(recipe)}
     assert f"rollouts of {4 * train} in" in work["zero"]
-    # two checkpoints: every problem once, the first five three times and once greedily; no harder ones
-    assert work["evaluate"] == f"{2 * (test + 5 * (3 + 1))} responses"
+    # two checkpoints: every problem once, and twice for the reach, the first five three times and once greedily; no harder ones
+    assert work["evaluate"] == f"{2 * (3 * test + 5 * (3 + 1))} responses"
     assert not any("asks" in each for each in check(load("tiny")))
 
 
