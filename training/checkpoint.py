@@ -17,6 +17,7 @@ from training.errors import UserError
 from training.parallel import ranks
 
 MANIFEST = "manifest.json"
+SHARD = "5GB"  # a larger model is several files of safetensors with an index
 STYLE = "prompt.json"  # the prompt that a checkpoint was trained with
 # Layers whose cache is keys and values; every other kind keeps a state that the sampler cannot select rows of.
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
@@ -44,7 +45,7 @@ def save_model(model: Any, tokenizer: Any, path: Path, style: Mapping[str, Any] 
     """
     with files.replacing(path) as temporary:
         temporary.mkdir()
-        model.save_pretrained(temporary, state_dict=_narrowed(model))
+        model.save_pretrained(temporary, state_dict=_narrowed(model), max_shard_size=SHARD)
         kept = getattr(model, "kept_dtype", None)
         if kept is not None:  # transformers notes the dtype of the float32 weights
             config = files.read_json(temporary / "config.json")

@@ -229,3 +229,19 @@ def test_an_optimizer_that_keeps_other_things_is_refused():
     optimizer.state[parameter]["count"] = 3
     with pytest.raises(TypeError, match="'count' is int, expected a tensor"):
         optimizer_tensors(optimizer)
+
+
+def test_a_large_model_is_several_files_which_plain_transformers_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.checkpoint.SHARD", "20KB")
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    save_model(model, None, tmp_path / "checkpoint")
+    assert len(list((tmp_path / "checkpoint").glob("model-*.safetensors"))) > 1
+    for loaded in (
+        load_model(tmp_path / "checkpoint")[0],
+        AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint"),
+    ):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name

@@ -78,7 +78,9 @@ def launch(words: Sequence[str], count: int, threads: int) -> None:
     os.environ.setdefault(
         "OMP_NUM_THREADS", str(threads)
     )  # of every process; torchrun warns where it is not said
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the ranks speak for themselves
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):  # the ranks speak for themselves
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     arguments = torchrun.parse_args(["--standalone", "--nproc-per-node", str(count), "-m", "training"])
     arguments.training_script_args = list(words)  # which torchrun's parser would take some of for its own
     try:
