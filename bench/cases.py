@@ -1,7 +1,7 @@
 """What is measured: one table of cases, each an op at the shape of a real model, with its algorithmic work.
 
 Sizes: N tokens, V vocabulary, H hidden, B completions of at most L tokens, G completions a prompt, T tokens that are
-routed, I intermediate size of an expert, E experts, K experts a token, R rank of a low-rank addition, S ids of a token,
+routed, I intermediate size of an expert, E experts, K experts per token, R rank of a low-rank addition, S ids of a token,
 that a sampler kept or a teacher named, D hidden size of a teacher.
 """
 
@@ -35,7 +35,7 @@ GROUPS, GROUPS_PER_TOKEN, SCALE = 8, 4, 2.5
 
 @dataclass(frozen=True)
 class Work:
-    """What a phase can not do without: each input read once and each output written once, GEMM FLOPs, exponentials."""
+    """What a phase cannot do without: each input read once and each output written once, GEMM FLOPs, exponentials."""
 
     bytes: float = 0.0
     flops: float = 0.0

@@ -1,4 +1,4 @@
-"""The three ceilings of the machine, measured in the same run as everything else: bytes, FLOPs and exponentials a second."""
+"""The three ceilings of the machine, measured in the same run as everything else: bytes, FLOPs and exponentials per second."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Two results side by side: what became faster or slower, with eager PyTorch as the control.
 
-A machine that is busier, or another one, moves everybody; so a verdict takes the change of our time over the change of
+A machine that is busier, or another one, moves everyone; so a verdict takes the change of our time over the change of
 eager's in the same case.
 """
 

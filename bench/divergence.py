@@ -1,4 +1,4 @@
-"""linear_divergence: inputs, exact results in float64, and everybody who computes it.
+"""linear_divergence: inputs, exact results in float64, and everyone who computes it.
 
 N tokens, V vocabulary, H hidden size of the student, D of the teacher. The layout of a case is the kind of its divergence.
 """

@@ -149,7 +149,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """A document with what stands between its marks made anew.
+    """A document with what stands between its marks made again.
 
     Raises:
         KeyError: a mark names no block.

@@ -1,4 +1,4 @@
-"""The GRPO ops: inputs, exact results in float64, and everybody who computes them.
+"""The GRPO ops: inputs, exact results in float64, and everyone who computes them.
 
 B completions of at most L tokens, N tokens packed, V vocabulary, H hidden. The loss is that of R1 with token ratios:
 clip 0.2, KL (k3) with coefficient 0.04, mean over the tokens of each completion and then over completions; all

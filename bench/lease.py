@@ -5,7 +5,7 @@ python -m bench.lease products    bandwidth, and the matrix products of the head
 python -m bench.lease profiled    one call each of what a profiler is to look at
 python -m bench.lease hopper      does the extension hold the kernels of this GPU
 
-T tokens, H hidden, I intermediate size, E experts, K experts a token; N tokens, V vocabulary of a head.
+T tokens, H hidden, I intermediate size, E experts, K experts per token; N tokens, V vocabulary of a head.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The log-prob ops: inputs, exact results in float64, and everybody who computes them.
+"""The log-prob ops: inputs, exact results in float64, and everyone who computes them.
 
 N tokens, V vocabulary, H hidden, B completions of at most L tokens, G completions a prompt.
 """

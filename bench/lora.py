@@ -1,6 +1,6 @@
 """moe_experts with low-rank additions to frozen weights: inputs, exact results in float64, and whoever computes them.
 
-T tokens, H hidden, I intermediate size of an expert, E experts, K experts a token, R rank.
+T tokens, H hidden, I intermediate size of an expert, E experts, K experts per token, R rank.
 """
 
 from __future__ import annotations

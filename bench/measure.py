@@ -150,7 +150,7 @@ def _first_calls(case: Case, peer: Peer, row: Row, inputs: Inputs, exact: dict[s
     except torch.OutOfMemoryError:
         row.status, row.reason = "unavailable", "out of memory"
     except Exception as problem:
-        # somebody else's package may fail in any way; ours must not
+        # someone else's package may fail in any way; ours must not
         row.status = "failed" if peer.kind == "ours" else "unavailable"
         row.reason = first_line(problem)
     if device.type == "cuda":
@@ -175,7 +175,7 @@ def _judge(rows: list[Row], case: Case) -> None:
 def _time(
     running: list[_Running], inputs: Inputs, case: Case, effort: Effort, progress: Callable[[str], None]
 ) -> None:
-    """Rounds in which everybody has a turn, until the time is spent; how long the first takes says how many."""
+    """Rounds in which everyone has a turn, until the time is spent; how long the first takes says how many."""
     device = torch.device(case.device)
     clock = timing.Clock(device)
     sets = _rotating(inputs, device)
@@ -218,7 +218,7 @@ def _far_behind(running: list[_Running]) -> set[str]:
 
 
 def _round(running: list[_Running], inputs: Inputs, clock: timing.Clock) -> dict[str, float]:
-    """A turn of everybody in each mode; adds to the samples and returns the seconds of each. Whoever fails now is out."""
+    """A turn of everyone in each mode; adds to the samples and returns the seconds of each. Whoever fails now is out."""
     taken: dict[str, float] = {}
     for mode in _MODES:
         for one in running:
@@ -281,7 +281,7 @@ def _overhead(one: _Running, case: Case) -> timing.Phases:
 
 
 def _replayed(one: _Running, sets: list[Inputs]) -> timing.Replayed | None:
-    """A graph of the call, or None where it can not be captured (then its launches are part of its time)."""
+    """A graph of the call, or None where it cannot be captured (then its launches are part of its time)."""
     try:
         return timing.Replayed(one.call, sets, one.peer.phases)
     except RuntimeError as problem:

@@ -18,7 +18,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 class Peak:
-    """Bytes at the peak inside the ``with`` block above those before it; None where the system can not tell.
+    """Bytes at the peak inside the ``with`` block above those before it; None where the system cannot tell.
 
     On a CPU it is the resident memory of the process, so that scratch outside of torch counts too; buffers that r1kernels
     keeps for its next call are given back before.

@@ -1,6 +1,6 @@
-"""The mixture-of-experts ops: inputs, exact results in float64, and everybody who computes them.
+"""The mixture-of-experts ops: inputs, exact results in float64, and everyone who computes them.
 
-T tokens, H hidden, I intermediate size of an expert, E experts, K experts a token, S = T * K routed rows.
+T tokens, H hidden, I intermediate size of an expert, E experts, K experts per token, S = T * K routed rows.
 """
 
 from __future__ import annotations

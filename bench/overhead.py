@@ -125,7 +125,7 @@ def main(only: Sequence[str], against: Path | None, rounds: int, out: Path | Non
 
     folders = [ROOT] if against is None else [ROOT, against.resolve()]
     here, *others = in_turns(folders, rounds, 60, only)
-    head = ["microseconds a call", *PHASES]
+    head = ["microseconds per call", *PHASES]
     rows = [[op, *(_cell(here, others, op, phase) for phase in PHASES)] for op in here]
     print("\n".join(align([head, *rows])))
     if out is not None:

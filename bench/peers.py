@@ -25,7 +25,7 @@ PHASES = ("inference", *TRAINING)
 
 
 class Unavailable(Exception):
-    """An implementation that is not installed here or can not run this case; the message says why."""
+    """An implementation that is not installed here or cannot run this case; the message says why."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Peer:
 
     make(case, inputs) gives a function from inputs to named outputs, or raises Unavailable. A "floor" does part of the
     work only (bare GEMMs): its function maps inputs to a function for each phase, and it is no competitor.
-    prepare: what has to be set up anew before every call, outside of the clock.
+    prepare: what has to be set up again before every call, outside of the clock.
     package: the distribution whose version is reported. phases: those that it can be compared in.
     compiles: its first call takes compile time and memory that later ones do not.
     """
@@ -122,9 +122,9 @@ def needs(module: str, package: str | None = None) -> ModuleType:
         name = package or module.split(".")[0]
         if problem.name and problem.name.split(".")[0] == module.split(".")[0] and version(name) is None:
             raise Unavailable(f"{name} is not installed") from problem
-        raise Unavailable(f"{module} can not be imported: {problem}") from problem
+        raise Unavailable(f"{module} cannot be imported: {problem}") from problem
     except Exception as problem:
-        raise Unavailable(f"{module} can not be imported: {type(problem).__name__}: {problem}") from problem
+        raise Unavailable(f"{module} cannot be imported: {type(problem).__name__}: {problem}") from problem
 
 
 def version(package: str) -> str | None:

@@ -56,7 +56,7 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown: a row a checkpoint, each cell the marks of all runs in % of the held-out problems."""
+    """Markdown: a row per checkpoint, each cell the marks of all runs in % of the held-out problems."""
     runs: Sequence[Mapping[str, Any]] = results["runs"]
     titles = ["checkpoint", *(title for _, title in COLUMNS)]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]

@@ -50,7 +50,7 @@ def case_record(case: Case, rows: Sequence[Row], ceilings: Ceilings, load: Seque
 
 
 def set_floors(case: Mapping[str, Any], ceilings: Ceilings) -> None:
-    """The floors of a case in a record anew, under other ceilings."""
+    """The floors of a case in a record again, under other ceilings."""
     works = {
         phase: Work(**{name: found[name] for name in ("bytes", "flops", "exps")})
         for phase, found in case["phases"].items()
@@ -74,7 +74,7 @@ def _row_record(row: Row) -> dict[str, Any]:
 
 
 def short(value: float) -> float | None:
-    """Four digits, which is more than a clock repeats; None for what JSON can not hold."""
+    """Four digits, which is more than a clock repeats; None for what JSON cannot hold."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
@@ -144,7 +144,7 @@ def fastest(row: Mapping[str, Any], phase: str) -> float | None:
 
 
 def has_first_calls(case: Mapping[str, Any], phase: str) -> bool:
-    """Whether a turn of somebody makes several calls in this phase, of which the first is told apart."""
+    """Whether a turn of someone makes several calls in this phase, of which the first is told apart."""
     return any(phase in row["cold"] for row in case["rows"])
 
 
@@ -193,7 +193,7 @@ def rounds_spread(row: Mapping[str, Any], phase: str) -> float | None:
 
 
 def best_peer(case: Mapping[str, Any], phase: str) -> dict[str, Any] | None:
-    """The fastest implementation of somebody else that gives right results."""
+    """The fastest implementation of someone else that gives right results."""
     timed = [
         (found, row)
         for row in case["rows"]

@@ -171,7 +171,7 @@ def _case(title: str, ways: Mapping[str, Draw], sizes: Sizes, say: Callable[[str
                 if turn:  # the first call warms up
                     rates.setdefault(name, []).append(tokens / (time.perf_counter() - began))
     for name, found in rates.items():
-        say(f"  {name}: {statistics.median(found):,.0f} tokens a second")
+        say(f"  {name}: {statistics.median(found):,.0f} tokens per second")
     return {
         "title": title,
         "load_average": load_average(),

@@ -6,7 +6,7 @@ from shared memory, FLOPs, and the instructions behind a tile's products, which 
 (results/machine_code.json). A tile is its products and then its epilogue, one after the other, for its warps have both to do;
 everything else overlaps. Launches add up.
 
-T tokens, H hidden, I intermediate size, E experts, K experts a token, S = T * K routed rows; N tokens, V vocabulary of a head.
+T tokens, H hidden, I intermediate size, E experts, K experts per token, S = T * K routed rows; N tokens, V vocabulary of a head.
 """
 
 from __future__ import annotations

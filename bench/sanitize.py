@@ -75,7 +75,7 @@ def larger(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ..
     # weights tiles of none, one and many, for the experts have different numbers of rows
     tokens = TOKENS if dtype == torch.bfloat16 else 400
     uneven = (4 * torch.rand(tokens, 2, generator=generator) ** 3).long()
-    uneven[0] = 6  # nobody's, as expert parallelism has it
+    uneven[0] = 6  # no one's, as expert parallelism has it
     experts = (normal(tokens, 512), uneven.to(device), torch.rand(tokens, 2, generator=generator).to(device))
     weights = normal(6, 256, 512), normal(6, 512, 128)
     factors = normal(6, 16, 512), normal(6, 256, 16), normal(6, 24, 128), normal(6, 512, 24)

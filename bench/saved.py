@@ -1,7 +1,7 @@
 """``python -m bench saved``: the bytes that the experts keep for the backward, at the true shapes of models.
 
 The goal is X + pre-activation: tokens (T, H) and (S, 2 I), S = T * K routed rows. All tensors that autograd saves count,
-each storage once, parameters left out. Nobody needs the weights for that: ours and grouped_mm run on fake tensors of the
+each storage once, parameters left out. No one needs the weights for that: ours and grouped_mm run on fake tensors of the
 true shapes, which have sizes and no memory; eager PyTorch, which looks at the routing, runs on real tokens, with one
 expert's weights in the place of all.
 """

@@ -98,7 +98,7 @@ class Replayed:
 
     Captures ``inference``, ``forward`` and ``forward+backward``; the backward is their difference.
 
-    Raises RuntimeError, as torch does, for a call that can not be captured (one that waits for the device).
+    Raises RuntimeError, as torch does, for a call that cannot be captured (one that waits for the device).
     """
 
     def __init__(

@@ -134,7 +134,7 @@ def _row(found: Mapping[str, Any]) -> list[str]:
 
 
 def table(record: Mapping[str, Any]) -> Table:
-    """Measured and foretold, a row a case."""
+    """Measured and foretold, a row per case."""
     found = Table("Memory of a GRPO step", ("trained", "backward", "peak", "dry run", "dry run / peak"))
     for each in record["cases"]:
         mark = "failed" if abs(each["dry_run_bytes"] / each["peak_bytes"] - 1) > ALLOWED else ""

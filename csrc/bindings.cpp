@@ -13,7 +13,7 @@ namespace py = pybind11;
 extern "C" int r1kernels_cuda_probe(int device);
 extern "C" const char* r1kernels_cuda_error(int code);
 
-// Read out of the file by r1kernels/extension.py when the library can not be loaded.
+// Read out of the file by r1kernels/extension.py when the library cannot be loaded.
 __attribute__((used)) static const char build_record[] =
     "r1kernels-build{torch=" R1KERNELS_TORCH_VERSION ",python=" PYBIND11_TOSTRING(PY_MAJOR_VERSION) "." PYBIND11_TOSTRING(
         PY_MINOR_VERSION) "}";

@@ -59,7 +59,7 @@ class Backend:
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for can not serve the call; the message holds its reasons."""
+    """A backend that was asked for cannot serve the call; the message holds its reasons."""
 
 
 class _Scopes(threading.local):
@@ -204,7 +204,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     for backend in backends.values():
         refusal = backend.refuses(*call)
         yielded = backend.yields(*call) if backend.yields is not None and not refusal else ""
-        state = "can not run: " + "; ".join(refusal) if refusal else "could run"
+        state = "cannot run: " + "; ".join(refusal) if refusal else "could run"
         state += f", and leaves it to others: {yielded}" if yielded else ""
         lines.append(f"  {backend.name:<10} {'runs' if backend.name == chosen else state}")
     return "\n".join(lines)
@@ -282,7 +282,7 @@ def _device_type(value: Any) -> str:
 
 
 def _refusal_text(backend: Backend, refusal: tuple[str, ...]) -> str:
-    return f"backend {backend.name!r} can not serve this call of {backend.op}: {'; '.join(refusal)}"
+    return f"backend {backend.name!r} cannot serve this call of {backend.op}: {'; '.join(refusal)}"
 
 
 def _fall_back(backend: Backend, refusal: tuple[str, ...]) -> None:

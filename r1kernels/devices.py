@@ -1,4 +1,4 @@
-"""Why a kernel backend can not run where an argument lies, or in its dtype: sentences for ``backends.register``.
+"""Why a kernel backend cannot run where an argument lies, or in its dtype: sentences for ``backends.register``.
 
 Triton is looked for, not imported. With TRITON_INTERPRET=1, Triton's own switch, its kernels run in its interpreter, which
 serves tensors on the CPU.
@@ -21,7 +21,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (8, 0)  # the capability of sm_80
 _MMA_SYNC_IS_SLOW = (9, 10, 11)  # majors whose tensor cores reach their rate by wgmma or tcgen05 alone
 
-# read once: torch.compile can not trace a call into the extension
+# read once: torch.compile cannot trace a call into the extension
 _no_cpu, _no_cuda = extension.missing(), extension.cuda_missing()
 _BUILT = sorted(divmod(int(name), 10) for name in extension.cuda_architectures() if name.isdigit())
 # majors with grouped products of their own
@@ -39,7 +39,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def cpu(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> list[str]:
-    """Why the C++ kernels for CPUs can not take ``tensor``, the argument ``name``."""
+    """Why the C++ kernels for CPUs cannot take ``tensor``, the argument ``name``."""
     if tensor.is_cpu and tensor.dtype in dtypes and not _no_cpu:  # as most are
         return []
     found = [] if tensor.is_cpu else [f"{name}: on {tensor.device}, this backend is for the CPU"]
@@ -47,7 +47,7 @@ def cpu(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> li
 
 
 def cuda(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> list[str]:
-    """Why the C++ kernels for NVIDIA GPUs can not take ``tensor``, the argument ``name``."""
+    """Why the C++ kernels for NVIDIA GPUs cannot take ``tensor``, the argument ``name``."""
     if not tensor.is_cuda:
         found = [f"{name}: on {tensor.device}, this backend is for NVIDIA GPUs"]
     else:
@@ -68,7 +68,7 @@ def grouped_products_yield(tensor: Tensor) -> str:
 
 
 def triton(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> list[str]:
-    """Why the Triton kernels can not take ``tensor``, the argument ``name``."""
+    """Why the Triton kernels cannot take ``tensor``, the argument ``name``."""
     if tensor.is_cuda:
         found = _too_old(tensor)
     else:
@@ -91,7 +91,7 @@ def memory_budget(tensor: Tensor, on_cpu: int) -> int:
 
 
 def _not_interpreted(name: str, tensor: Tensor) -> list[str]:
-    """Why Triton's interpreter can not take ``tensor``."""
+    """Why Triton's interpreter cannot take ``tensor``."""
     if _NO_TRITON or tensor.dtype != torch.bfloat16:
         return []
     from . import triton_interpreter
@@ -118,7 +118,7 @@ def _too_old(tensor: Tensor) -> list[str]:
 
 
 def _not_loaded(tensor: Tensor) -> list[str]:
-    """Why the extension's CUDA kernels can not run on the GPU of ``tensor``.
+    """Why the extension's CUDA kernels cannot run on the GPU of ``tensor``.
 
     A binary runs on its major from its minor on, and the newest architecture is there as PTX too, which later ones translate.
     """
@@ -128,7 +128,7 @@ def _not_loaded(tensor: Tensor) -> list[str]:
         names = ", ".join(f"sm_{major}{minor}" for major, minor in _BUILT)
         return [f"{tensor.device} is an sm_{here[0]}{here[1]}, the extension was built for {names}"]
     problem = extension.cuda_problem(tensor.device.index or 0)
-    return [f"{tensor.device} can not run the extension's CUDA kernels: {problem}"] if problem else []
+    return [f"{tensor.device} cannot run the extension's CUDA kernels: {problem}"] if problem else []
 
 
 def _common(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], missing: str | None) -> list[str]:

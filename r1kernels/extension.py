@@ -64,12 +64,12 @@ _build_info: dict[str, str] = {} if _module is None else _module.build_info()
 
 
 def missing() -> str | None:
-    """Why the extension can not be used, or None where it is loaded."""
+    """Why the extension cannot be used, or None where it is loaded."""
     return _failure
 
 
 def cuda_missing() -> str | None:
-    """Why the CUDA kernels of the extension can not be used, or None where they were built."""
+    """Why the CUDA kernels of the extension cannot be used, or None where they were built."""
     if _failure is None and not cuda_architectures():
         return "the extension was built without CUDA kernels: no nvcc was found, or R1KERNELS_CUDA=OFF"
     return _failure
@@ -90,7 +90,7 @@ def cuda_problem(device: int) -> str:
 
     It knows what no list of architectures does: a driver that is older than the CUDA runtime inside the library.
     """
-    if device not in _problems and not torch.compiler.is_compiling():  # which can not trace the question
+    if device not in _problems and not torch.compiler.is_compiling():  # which cannot trace the question
         _problems[device] = "" if _module is None else str(_module.cuda_problem(device))
     return _problems.get(device, "")
 

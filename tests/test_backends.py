@@ -53,7 +53,7 @@ def test_a_backend_that_yields_is_asked_last_of_the_kernels(op):
 def test_a_backend_on_the_call_is_used_or_an_error(op):
     assert backends.dispatch(op, "reference", X) == "reference"
     with pytest.raises(
-        r1kernels.BackendError, match="'triton' can not serve this call of .*: not a CUDA tensor"
+        r1kernels.BackendError, match="'triton' cannot serve this call of .*: not a CUDA tensor"
     ):
         backends.dispatch(op, "triton", X)
     with pytest.raises(
@@ -88,7 +88,7 @@ def test_a_preference_that_refuses_falls_back_with_one_line(op, caplog):
     with caplog.at_level(logging.INFO, logger="r1kernels"), r1kernels.use_backend("triton", op=op):
         assert [backends.dispatch(op, None, X) for _ in range(3)] == ["cpu"] * 3
     assert [record.getMessage() for record in caplog.records] == [
-        f"backend 'triton' can not serve this call of {op}: not a CUDA tensor; another backend runs"
+        f"backend 'triton' cannot serve this call of {op}: not a CUDA tensor; another backend runs"
     ]
 
 
@@ -108,8 +108,8 @@ def test_explain_shows_every_backend_and_its_reasons(op):
     public.__name__ = op
     text = r1kernels.explain(public, torch.zeros(6))
     assert [line.split()[0] for line in text.splitlines()[1:]] == ["triton", "cpu", "reference"]
-    assert "triton     can not run: not a CUDA tensor" in text
-    assert "cpu        can not run: more than five entries" in text
+    assert "triton     cannot run: not a CUDA tensor" in text
+    assert "cpu        cannot run: more than five entries" in text
     assert "reference  runs" in text
     assert public(X) == "cpu"
 

@@ -103,7 +103,7 @@ def test_torch_is_asked_for_the_properties_of_a_gpu_once(gpu, monkeypatch):
 def test_the_answer_of_the_driver_stands_in_a_compiled_graph(gpu):
     gpu((9, 0), problem="too old")
     compiled = torch.compile(lambda x: x + len(extension.cuda_problem(0)), fullgraph=True, backend="eager")
-    assert compiled(torch.ones(())) == 1  # nobody has asked
+    assert compiled(torch.ones(())) == 1  # no one has asked
     assert extension.cuda_problem(0) == "too old"
     assert compiled(torch.ones(())) == 8
 

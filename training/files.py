@@ -135,14 +135,14 @@ def _number(value: Any) -> Any:
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Writes one JSON value a line, atomically."""
+    """Writes one JSON value per line, atomically."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json_line(row))
 
 
 def read_jsonl(path: Path, growing: bool = False) -> list[Any]:
-    """The values of a JSONL file, one a line; a broken line is a `UserError` with its number.
+    """The values of a JSONL file, one per line; a broken line is a `UserError` with its number.
 
     growing: the file is written line by line, so that its last line may be half there, after a kill or while it is written:
         it is left out, and a warning says so.

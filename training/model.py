@@ -241,7 +241,7 @@ class StepLoad:
 
     @contextmanager
     def counting(self, counts: Tensor | None) -> Iterator[None]:
-        """Counts each token of a forward pass as often as `counts` says (any shape, one number a token, 0 at padding); None: as
+        """Counts each token of a forward pass as often as `counts` says (any shape, one number per token, 0 at padding); None: as
         often as sequences share it."""
         if not is_patched(self.model):
             yield

@@ -268,7 +268,7 @@ class StageDir:
 
     def _damaged(self, path: Path) -> UserError:
         return UserError(
-            f"{path} is damaged: put it back, or start stage {self.name} anew with --redo {self.name}"
+            f"{path} is damaged: put it back, or start stage {self.name} again with --redo {self.name}"
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Every setting of a run as dataclasses: one a stage, the model, and `Recipe` that holds them.
+"""Every setting of a run as dataclasses: one per stage, the model, and `Recipe` that holds them.
 
 The values here are defaults; recipes/*.yaml and `key=value` words are laid over them by training.recipe. Learning rates
 and lengths have a second default, for a pretrained model (`model.pretrained`): those of the small ones would wreck it.

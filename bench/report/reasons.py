@@ -1,4 +1,4 @@
-"""Why somebody else is faster, where that is so: a sentence for the report, from the numbers of the case."""
+"""Why someone else is faster, where that is so: a sentence for the report, from the numbers of the case."""
 
 from __future__ import annotations
 

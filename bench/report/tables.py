@@ -232,7 +232,7 @@ def best_ratio(case: Case) -> float | None:
 
 
 def not_best(record: Mapping[str, Any]) -> list[str]:
-    """A sentence for every case in which somebody else is faster."""
+    """A sentence for every case in which someone else is faster."""
     lines = []
     for case in record["cases"]:
         for phase in dict.fromkeys((results.main_phase(case), "inference")):

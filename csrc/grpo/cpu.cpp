@@ -210,7 +210,7 @@ void between(const R1kernelsGrpo& call, void* workspace, int64_t items) {
 
 R1KERNELS_FLATTEN void second_pass(const R1kernelsGrpo& given, void* workspace, int64_t items, int64_t begin,
                                    int64_t end) {
-    const R1kernelsGrpo call = given;  // a copy: gradients that are stored can not change it
+    const R1kernelsGrpo call = given;  // a copy: gradients that are stored cannot change it
     const Workspace parts = parts_of(workspace, items);
     for (int64_t number = begin; number < end; ++number) {
         const Item item = item_of(call, number, kGrpoChunk);

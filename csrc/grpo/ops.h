@@ -45,7 +45,7 @@ inline int32_t integer_bytes(const char* name, const Tensor& tensor) {
     return static_cast<int32_t>(tensor.element_size());
 }
 
-// Whether the values are one a token; (B, 1): one a sequence.
+// Whether the values are one per token; (B, 1): one per sequence.
 inline bool per_token(const Tensor& tensor, const R1kernelsGrpo& call) {
     return !(tensor.dim() == 2 && tensor.size(0) == call.sequences && tensor.size(1) == 1);
 }

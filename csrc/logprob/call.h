@@ -32,7 +32,7 @@ struct R1kernelsTokenLogprobs {
 struct R1kernelsLogprobGradients {
     const float* logp;                           // (B * T), final
     const float* stats;                          // (3, B * T): M, S', E' over the whole vocabulary
-    const float* grad_logp;                      // (B * T), or one a sequence; null for no gradient
+    const float* grad_logp;                      // (B * T), or one per sequence; null for no gradient
     const float* grad_entropy;                   // likewise
     const int32_t* sequences;                    // (B * T): the entry of the gradients that a row takes; null: its own
 };

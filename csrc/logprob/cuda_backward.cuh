@@ -7,7 +7,7 @@
 //
 // so that apart from the target the gradient is 2^-d (a + b d), with a and b of the row.
 //
-// Floor: N * V * (bytes of a logit + bytes of a gradient), read and written once; one exponential a logit, as in the
+// Floor: N * V * (bytes of a logit + bytes of a gradient), read and written once; one exponential per logit, as in the
 // forward.
 #pragma once
 

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kCompletionThreads)
     }
 }
 
-// One thread a token: the last completion that begins at or before it, by halving.
+// One thread per token: the last completion that begins at or before it, by halving.
 __global__ void __launch_bounds__(kCompletionThreads)
     completion_numbers_kernel(const int64_t* cu_seqlens, int64_t completions, int64_t tokens, int32_t* numbers) {
     for (int64_t token = blockIdx.x * int64_t{kCompletionThreads} + threadIdx.x; token < tokens;

@@ -1,4 +1,4 @@
-// Divergences of rows on CUDA: the logits of teacher and student side by side, their sums known. One block a row.
+// Divergences of rows on CUDA: the logits of teacher and student side by side, their sums known. One block per row.
 //
 // Floor: 8 N V bytes read forward, 4 N V more written backward; two exponentials an id in either direction.
 #pragma once

@@ -3,7 +3,7 @@
 // With S = 1 + S':  logp = (z_y - M) / T - log1p(S'),  entropy = log1p(S') + E' / S.
 //
 // Floor: N * V * (bytes of a logit) are read once; all else is O(N), and 12 bytes a piece where a row has several. One
-// exponential a logit: 16 a clock and multiprocessor, so that in bf16 exponentials alone take about half of the time that
+// exponential per logit: 16 a clock and multiprocessor, so that in bf16 exponentials alone take about half of the time that
 // the bytes take on Hopper. So do instructions: at that rate a logit may cost 12, and 7 (9 with the entropy) are spent.
 #pragma once
 
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kMode))
     }
 }
 
-// Merges the pieces of each row and writes its outputs: one warp a row, a piece a lane.
+// Merges the pieces of each row and writes its outputs: one warp per row, a piece a lane.
 template <class Scalar>
 __global__ void __launch_bounds__(kThreads)
     merge_kernel(R1kernelsTokenLogprobs call, R1kernelsLogprobOutputs to, Partition partition, const float* parts) {

@@ -14,7 +14,7 @@ __device__ inline bool has_row(const R1kernelsKeptProducts& call, int64_t id) {
     return id >= call.first && id < call.first + call.vocabulary;
 }
 
-// One warp an entry: a lane adds every 32nd chunk of 16 bytes in their order, then the lanes are added as a tree.
+// One warp per entry: a lane adds every 32nd chunk of 16 bytes in their order, then the lanes are added as a tree.
 template <class Scalar>
 __global__ void __launch_bounds__(kKeptThreads) kept_products_kernel(R1kernelsKeptProducts call, float* to) {
     constexpr int kWarps = kKeptThreads / kWarpSize, kSize = Chunk<Scalar>::kSize;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kKeptThreads) kept_products_kernel(R1kernelsKe
     }
 }
 
-// One block a token; a thread sums up every kKeptThreads-th column over the entries of the token.
+// One block per token; a thread sums up every kKeptThreads-th column over the entries of the token.
 template <class Scalar, class Out>
 __global__ void __launch_bounds__(kKeptThreads) kept_gradient_of_hidden_kernel(R1kernelsKeptProducts call, Out* to) {
     const Scalar* weight = static_cast<const Scalar*>(call.weight);

@@ -1,7 +1,7 @@
 // What the kernels of the MoE ops are called with. Plain C types only.
 //
 // T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows, R rank of a low-rank
-// addition. "Expert order": the rows sorted by expert (sort_by_expert), rows of nobody (sentinels) last. All matrices are contiguous; pointers and row
+// addition. "Expert order": the rows sorted by expert (sort_by_expert), rows of no expert (sentinels) last. All matrices are contiguous; pointers and row
 // lengths may have any alignment that their element has.
 #pragma once
 
@@ -58,18 +58,18 @@ struct R1kernelsExpertSort {
 
 // --- grouped products on CUDA: the schedule, which rows belong to whom ---
 
-// Rows [first, end) of one expert, at most tile_rows of them. expert E: rows of nobody; expert -1: no tile.
+// Rows [first, end) of one expert, at most tile_rows of them. expert E: rows of no expert; expert -1: no tile.
 struct R1kernelsMoeTile {
     int32_t expert, first, end, unused;
 };
 
-// Made on the device, from offsets that nobody has looked at: bounds[e] is the largest of offsets[0 .. e], in [0, S].
+// Made on the device, from offsets that no one has looked at: bounds[e] is the largest of offsets[0 .. e], in [0, S].
 struct R1kernelsMoeSchedule {
     int64_t rows, experts;      // S, E
     int64_t tile_rows;          // 64 or 128
     int64_t tile_count;         // the most tiles that any routing needs; those in use come first
     R1kernelsMoeTile* tiles;    // (tile_count)
-    int32_t* bounds;            // (E + 2): bounds[e] = the first row of e; rows from bounds[E] on are nobody's; then S
+    int32_t* bounds;            // (E + 2): bounds[e] = the first row of e; rows from bounds[E] on are no one's; then S
 };
 
 // --- grouped products on CUDA ---
@@ -107,7 +107,7 @@ struct R1kernelsMoeProduct {
     R1kernelsMoeEpilogue epilogue;
     r1kernels::Gating gating;
     int32_t transposed;                    // the layout of weight
-    int32_t clear_rest;                    // the rows of nobody get zeros (P = 0); else they stay as they are
+    int32_t clear_rest;                    // the rows of no expert get zeros (P = 0); else they stay as they are
     R1kernelsMoeRows x;                    // rows of `depth` elements
     const void* weight;                    // transposed: (E, columns, depth), else (E, depth, columns)
     int64_t columns, depth;                // of an UP product columns is 2 I, of a GATE_BACKWARD I
@@ -133,7 +133,7 @@ struct R1kernelsMoeWeightProduct {
 
 // --- sums on CUDA ---
 
-// out[t] = sum_k weights[t, k] rows[inverse[t * K + k]] in float32, in the order of k; rows of nobody are not read.
+// out[t] = sum_k weights[t, k] rows[inverse[t * K + k]] in float32, in the order of k; rows of no expert are not read.
 struct R1kernelsMoeCombine {
     r1kernels::Element element;
     const void* rows;                      // (S, columns)

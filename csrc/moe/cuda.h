@@ -2,7 +2,7 @@
 //
 // Every launcher enqueues on `stream` (a cudaStream_t) of the current device, does not wait for it, and returns
 // a cudaError_t as an int: 0 is success. Arguments are trusted: the caller has checked them. Values of indices and offsets
-// are not: an index outside [0, E) is nobody's. A row's result does not depend on other rows.
+// are not: an index outside [0, E) is no one's. A row's result does not depend on other rows.
 #pragma once
 
 #include <cstddef>
@@ -43,7 +43,7 @@ int r1kernels_moe_weight_product_cuda(const R1kernelsMoeWeightProduct* product, 
 
 int r1kernels_moe_combine_cuda(const R1kernelsMoeCombine* combine, void* stream);
 
-// grad[permutation[r]] = the sum of partials (parts, S) over the parts; 0 for rows of nobody.
+// grad[permutation[r]] = the sum of partials (parts, S) over the parts; 0 for rows of no expert.
 int r1kernels_moe_sum_partials_cuda(const R1kernelsMoeSchedule* schedule, const float* partials, int64_t parts,
                                     const int32_t* permutation, float* grad, void* stream);
 

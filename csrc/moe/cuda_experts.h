@@ -232,7 +232,7 @@ void run_forward(Host& host, const CudaExperts& call, const int64_t* indices, vo
     const CudaLowRank &up = call.gate_up_low, &down = call.down_low;
     {
         const LowRows<Host> low(host, call, *schedule, true, x_rows, call.hidden, up.a, up.rank);
-        // rows of sentinels are saved too, and nobody computes them
+        // rows of sentinels are saved too, and no one computes them
         run_up(host, call, *schedule, low.times(up.b), pre_activation != nullptr, pre_activation, activated.data_ptr());
     }
     const LowRows<Host> low(host, call, *schedule, true, {activated.data_ptr(), nullptr, 1}, call.intermediate, down.a,

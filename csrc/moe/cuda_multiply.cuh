@@ -16,7 +16,7 @@ constexpr int kTileColumns = 128;
 constexpr int kWarpColumns = 64;
 constexpr int kRunColumns = 32;
 
-static_assert(kWarpColumns == R1KERNELS_MOE_PART_COLUMNS, "a warp writes one partial sum a row");
+static_assert(kWarpColumns == R1KERNELS_MOE_PART_COLUMNS, "a warp writes one partial sum per row");
 
 __device__ inline int warp_row() { return threadIdx.x / kWarpSize / 2; }
 __device__ inline int warp_column() { return threadIdx.x / kWarpSize % 2; }

@@ -1,4 +1,4 @@
-// The router: a warp a token, which chooses among keys in registers.
+// The router: a warp per token, which chooses among keys in registers.
 //
 // Scores are computed in float64 and rounded once to float32, so that equal logits have equal scores on every device. The
 // choice compares their keys: integers in the order of the floats, NaN above everything. Expert e lies in lane e % 32.

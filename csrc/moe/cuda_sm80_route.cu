@@ -1,4 +1,4 @@
-// The router for every architecture from sm_80 on: its gradient, a warp a token, and the launchers; the forward stands in
+// The router for every architecture from sm_80 on: its gradient, a warp per token, and the launchers; the forward stands in
 // cuda_route.cuh.
 //
 // Notation: l logits, p scores, w weights, c scale, g gradient of the weights, n = sum p + eps; sums over the chosen.

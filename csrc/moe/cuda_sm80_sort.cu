@@ -1,7 +1,7 @@
 // sort_by_expert: a stable counting sort of S rows by E experts, in three phases with a barrier between them.
 //
 // Rows are cut into tiles, one warp each. count: how many rows of each bin a tile has (a bin is an expert; the last bin,
-// E, holds the rows of nobody). scan: of each bin, the sums over the tiles before. place: a row's place is the start of
+// E, holds the rows of no expert). scan: of each bin, the sums over the tiles before. place: a row's place is the start of
 // its bin, plus its bin's rows in tiles before, plus those before it in its tile. Nothing depends on the order in which
 // warps run.
 #include "common/block_reduce.cuh"

@@ -46,14 +46,14 @@ __device__ inline void write_tiles(R1kernelsMoeTile* tiles, int expert, int firs
 __global__ void schedule_kernel(R1kernelsMoeSchedule schedule, const int32_t* offsets) {
     ScheduleShared& shared = *reinterpret_cast<ScheduleShared*>(shared_memory);
     const int rows = static_cast<int>(schedule.rows), tile_rows = static_cast<int>(schedule.tile_rows);
-    const int thread = threadIdx.x, nobody = static_cast<int>(schedule.experts);
-    // Rows and tiles before a strip: before the first one rows of nobody, where the offsets do not begin at 0.
+    const int thread = threadIdx.x, unowned = static_cast<int>(schedule.experts);
+    // Rows and tiles before a strip: before the first one rows of no expert, where the offsets do not begin at 0.
     int before = min(max(offsets[0], 0), rows);
     int tiles = before / tile_rows + (before % tile_rows != 0);
-    if (thread < kWarpSize) write_tiles(schedule.tiles, nobody, 0, before, tile_rows);
+    if (thread < kWarpSize) write_tiles(schedule.tiles, unowned, 0, before, tile_rows);
     for (int64_t strip = 0; strip <= schedule.experts; strip += kScheduleThreads) {
         const int64_t expert = strip + thread;
-        // the last one, expert E, has the other rows of nobody
+        // the last one, expert E, has the other rows of no expert
         int end = expert < schedule.experts ? min(max(offsets[expert + 1], before), rows) : rows;
         end = block_scan(end, shared.of_warp, [](int a, int b) { return max(a, b); });
         shared.end[thread] = end;
@@ -103,7 +103,7 @@ __global__ __launch_bounds__(kSumThreads) void combine_kernel(R1kernelsMoeCombin
 #pragma unroll 4
         for (int64_t k = token * combine.top_k; k < (token + 1) * combine.top_k; ++k) {
             const int64_t row = combine.inverse[k];
-            if (row >= limit) continue;  // of nobody: it was never written
+            if (row >= limit) continue;  // of no one: it was never written
             const float weight = combine.weights ? combine.weights[k] : 1.0f;
             const Chunk<Scalar> values =
                 load_chunk(static_cast<const Scalar*>(combine.rows) + row * size, column, size);
@@ -141,7 +141,7 @@ void r1kernels_moe_plan(Element element, int64_t rows, int64_t experts, R1kernel
     schedule->rows = rows;
     schedule->experts = experts;
     schedule->tile_rows = element == Element::float32 || rows <= kManyRows * experts ? 64 : 128;
-    // each group, and the rows of nobody are two, leaves at most one tile partly empty, and an empty group has none
+    // each group, and the rows of no expert are two, leaves at most one tile partly empty, and an empty group has none
     const int64_t groups = std::min(rows, experts + 2);
     schedule->tile_count = (rows + groups * (schedule->tile_rows - 1)) / schedule->tile_rows;
 }

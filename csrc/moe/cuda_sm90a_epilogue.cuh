@@ -133,16 +133,16 @@ __device__ inline void store_up(const Product& product, const R1kernelsMoeProduc
     });
 }
 
-// cuda.h: R1KERNELS_MOE_GATE_BACKWARD. `nobody`: a tile of rows of nobody, all of whose outputs are 0.
+// cuda.h: R1KERNELS_MOE_GATE_BACKWARD. `unowned`: a tile of rows of no expert, all of whose outputs are 0.
 template <class Scalar, Activation kActivation, class Product>
 __device__ inline void store_gate_backward(const Product& product, const R1kernelsMoeProduct& call,
-                                           const R1kernelsMoeTile& tile, int64_t column, bool nobody, int thread) {
+                                           const R1kernelsMoeTile& tile, int64_t column, bool unowned, int thread) {
     const int64_t inner = call.columns;
     const Scalar* pre = static_cast<const Scalar*>(call.pre_activation);
     Scalar *out = static_cast<Scalar*>(call.out), *activated = static_cast<Scalar*>(call.activated);
     for_rows(thread, [&](int half, int r) {
         const int64_t row = tile.first + r;
-        const bool mine = row < tile.end, read = mine && !nobody;
+        const bool mine = row < tile.end, read = mine && !unowned;
         const float scale = read ? call.scales[call.order[row]] : 0.0f;
         float dot = 0.0f;
 #pragma unroll

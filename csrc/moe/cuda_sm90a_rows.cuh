@@ -26,12 +26,12 @@ struct RowTiles {
         look();
     }
 
-    // Its rows are of an expert, or rows of nobody that are to be cleared.
+    // Its rows are of an expert, or rows of no expert that are to be cleared.
     __device__ bool counts() const {
         return rows.expert >= 0 && (call->product.clear_rest || rows.expert < call->product.schedule.experts);
     }
-    __device__ bool nobody() const { return rows.expert == call->product.schedule.experts; }
-    __device__ int k_tiles() const { return nobody() ? 0 : static_cast<int>(tiles_of(call->product.depth, kBlockK)); }
+    __device__ bool unowned() const { return rows.expert == call->product.schedule.experts; }
+    __device__ int k_tiles() const { return unowned() ? 0 : static_cast<int>(tiles_of(call->product.depth, kBlockK)); }
 
 private:
     __device__ void look() {
@@ -116,7 +116,7 @@ private:
         } else if constexpr (kEpilogue == R1KERNELS_MOE_UP) {
             store_up<Scalar, kActivation>(product, call.product, tiles.rows, column, thread);
         } else {
-            store_gate_backward<Scalar, kActivation>(product, call.product, tiles.rows, column, tiles.nobody(), thread);
+            store_gate_backward<Scalar, kActivation>(product, call.product, tiles.rows, column, tiles.unowned(), thread);
         }
     }
 };

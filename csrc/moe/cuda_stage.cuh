@@ -133,7 +133,7 @@ private:
     __device__ static int chunk() { return threadIdx.x % Layout::kChunks; }
     __device__ static int depth(int i) { return threadIdx.x / Layout::kChunks + i * (kThreads / Layout::kChunks); }
 
-    // A step ahead, so that nobody waits for the index.
+    // A step ahead, so that no one waits for the index.
     __device__ void look_up() {
         if constexpr (kGathered) {
             if (index_ == nullptr) return;

@@ -1,5 +1,5 @@
 // The torch ops of the MoE family on CUDA: they check what the kernels trust, and allocate. Indices and offsets are data of
-// the device: nobody looks at them here, the kernels stay in bounds whatever they hold.
+// the device: no one looks at them here, the kernels stay in bounds whatever they hold.
 #ifdef R1KERNELS_CUDA
 
 #include "common/cuda_host.h"

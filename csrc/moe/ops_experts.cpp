@@ -164,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_forward(const Tensor&
     const int32_t* bounds = data_of<int32_t>(offsets);
     sort_rows(data_of<int64_t>(indices), call.rows, call.experts, data_of<int32_t>(offsets),
               data_of<int32_t>(permutation), data_of<int32_t>(inverse));
-    if (keep) {  // rows of sentinels are saved too, and nobody computes them
+    if (keep) {  // rows of sentinels are saved too, and no one computes them
         memset(at_element(pre_activation, bounds[call.experts] * 2 * call.intermediate), 0,
                (call.rows - bounds[call.experts]) * 2 * call.intermediate * x.element_size());
     }

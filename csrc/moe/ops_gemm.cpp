@@ -118,7 +118,7 @@ const int32_t* checked_offsets(const Tensor& offsets, const Tensor& x, const Ten
     return values;
 }
 
-// Rows behind the last expert are nobody's: zeros.
+// Rows behind the last expert are no one's: zeros.
 void clear_rest(const Tensor& rows, int64_t first) {
     memset(at_element(rows, first * rows.size(1)), 0, (rows.size(0) - first) * rows.size(1) * rows.element_size());
 }

@@ -36,7 +36,7 @@ def importance_weights(
         cu_seqlens: int32 or int64 (B + 1,), the boundaries of packed sequences.
 
     Returns:
-        float32 weights without gradient: one a token, or (B, 1) for the sequence modes (packed too).
+        float32 weights without gradient: one per token, or (B, 1) for the sequence modes (packed too).
 
     Raises:
         ValueError: an unknown mode, low above high, a wrong shape. TypeError: a wrong type or dtype.
@@ -83,13 +83,13 @@ def off_policy_mask(
         logp: x, log-probs under the policy being trained, (B, T), or (N,) with ``cu_seqlens``.
         sampler_logp: s, as the sampler reported them, likewise; give the old log-probs where there are none. A NaN counts
             as no difference.
-        advantages: (B,) or (B, 1), or one a token. A packed (N,) with N = B is read as one a sequence.
+        advantages: (B,) or (B, 1), or one per token. A packed (N,) with N = B is read as one per sequence.
         mask: bool or integer, shaped like ``logp``.
         threshold: in nats a token.
         cu_seqlens: int32 or int64 (B + 1,), the boundaries of packed sequences.
 
     Returns:
-        bool, True to keep: (B, 1) (packed too), or one a token if ``advantages`` are.
+        bool, True to keep: (B, 1) (packed too), or one per token if ``advantages`` are.
 
     Raises:
         ValueError: a wrong shape. TypeError: a wrong type or dtype.

@@ -36,13 +36,13 @@ class Layout(NamedTuple):
         return kept.new_zeros(self.num_sequences).index_add(0, self.segment, kept)
 
     def spread(self, per_sequence: Tensor) -> Tensor:
-        """A value a sequence (B,), given to each of its tokens."""
+        """A value per sequence (B,), given to each of its tokens."""
         if self.segment is None:
             return per_sequence.unsqueeze(-1).expand(self.mask.shape)
         return per_sequence.index_select(0, self.segment)
 
     def to_tokens(self, values: Tensor) -> Tensor:
-        """Values of shape (B, 1), one a sequence, or one a token, as one a token."""
+        """Values of shape (B, 1), one per sequence, or one per token, as one per token."""
         if values.shape == (self.num_sequences, 1):
             return self.spread(values.squeeze(1))
         return values

@@ -68,7 +68,7 @@ def grpo_loss(
     Args:
         logp: x, (B, T), or packed (N,) with ``cu_seqlens``; the only argument, with ``entropy``, that gets a gradient.
         old_logp: o, shaped like ``logp``; None: the current policy made the sample, o = sg(x).
-        advantages: (B,) or (B, 1), or one a token. A packed (N,) with N = B is read as one a sequence.
+        advantages: (B,) or (B, 1), or one per token. A packed (N,) with N = B is read as one per sequence.
         mask: bool or integer, shaped like ``logp``; 0: the token does not count, and whatever stands there, NaN too,
             changes nothing. A token that counts and has log-prob -inf both in ``logp`` and in ``old_logp`` (if given), because it
             is outside a kept set, say, has x - o = 0 and w = 0: it adds nothing and gets no gradient; metrics leave it out and
@@ -90,7 +90,7 @@ def grpo_loss(
             1 - e^(r - x). "k3_plus": the value of k3, the gradient of k2. "unbiased" (DeepSeek-V3.2): c k3, gradient
             c (x - r) for token ratios. With ratio="output" k3 of the summed log-probs and no other. k3 is not bounded: from
             r - x = 89 nats on float32 holds neither it nor its gradient (the gradients of k3_plus and "unbiased" stay finite).
-        policy_weights: one a token, or (B, 1), or bool: multiplies the policy term, never the KL; in vespo it enters w
+        policy_weights: one per token, or (B, 1), or bool: multiplies the policy term, never the KL; in vespo it enters w
             alone. See ``importance_weights``, ``off_policy_mask``, ``top_entropy_mask``.
         entropy: H, shaped like ``logp``; measured, and subtracted from the loss where ``entropy_coef`` is not 0.
         entropy_coef: the weight of the entropy bonus.
@@ -107,7 +107,7 @@ def grpo_loss(
         0-d views of one tensor: loss, policy_loss (without KL and bonus), kl, entropy, ratio/mean, ratio/max,
         clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean (c < 1 - low and A < 0; c > 1 + high and A > 0;
         either), approx_kl = mean(o - x), ess (effective sample size of c over their number, 1 on policy), num_tokens, num_impossible.
-        Means are over the counted tokens of this call; where the ratio is one value a sequence, ratio, clip and ess (and
+        Means are over the counted tokens of this call; where the ratio is one value per sequence, ratio, clip and ess (and
         the KL of "output") count every sequence that has a token once. kl and entropy stand there if they were given,
         the clip ratios if the variant has a clip.
 

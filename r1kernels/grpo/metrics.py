@@ -82,7 +82,7 @@ class GRPOOutput(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What the metrics are made of; one value a token and without gradient, but for the two scalars."""
+    """What the metrics are made of; one value per token and without gradient, but for the two scalars."""
 
     loss: Tensor
     policy_loss: Tensor
@@ -101,7 +101,7 @@ def measure(
     """The metrics of one call.
 
     ``ratios`` are the tokens in the means over ratios and clips, and the weight of each there: 1, or 1 / length where the ratio is
-    one value a sequence (then a sequence counts once, as in TRL); ``kls`` the same for the KL.
+    one value per sequence (then a sequence counts once, as in TRL); ``kls`` the same for the KL.
     """
     of_ratio, units = ratios
     tokens = mask.to(units.dtype)

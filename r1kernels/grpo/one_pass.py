@@ -20,7 +20,7 @@ from .loss import KernelCall, Tokens
 from .objective import Numbers
 
 CHUNK_BYTES = 1 << 30  # of logits, float32, on a CPU
-FEWEST = 256  # tokens a chunk: with fewer the head is read too often
+FEWEST = 256  # tokens per chunk: with fewer the head is read too often
 
 
 def one_pass_of_counted(engine: tiles.Engine, call: OnePassCall) -> Results:

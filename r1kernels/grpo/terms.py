@@ -1,4 +1,4 @@
-"""The loss term of each variant, one value a token, to be minimised.
+"""The loss term of each variant, one value per token, to be minimised.
 
 x: log-prob under the policy, o: under the policy that made the sample, l = x - o, c: importance ratio (of the token, or
 of its sequence), A: advantage. Every function returns l_t; the line above a formula gives its derivative in x.
@@ -21,7 +21,7 @@ HIGHEST_LOG_WEIGHT = 20.0
 
 
 class Inputs(NamedTuple):
-    """What the terms are made of; all values are one a token and finite where a token does not count."""
+    """What the terms are made of; all values are one per token and finite where a token does not count."""
 
     layout: Layout
     logp: Tensor
@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
     advantages: Tensor
     """A."""
     policy_weights: Tensor | None
-    """As given: one a token, or (B, 1)."""
+    """As given: one per token, or (B, 1)."""
 
 
 def policy_term(inputs: Inputs, objective: Objective) -> Tensor:
@@ -119,7 +119,7 @@ TERMS: dict[str, Callable[[Inputs, Objective], Tensor]] = {
 
 
 def clipped_tokens(inputs: Inputs, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Which tokens a clip bounds (bool, one a token): from below, and from above."""
+    """Which tokens a clip bounds (bool, one per token): from below, and from above."""
     punished, rewarded = inputs.advantages < 0, inputs.advantages > 0
     if objective.variant in ("grpo", "dual_clip"):
         low, high = inputs.ratio < 1 - objective.clip_low, inputs.ratio > 1 + objective.clip_high

@@ -35,7 +35,7 @@ PLACES = {name: place for place, name in enumerate(NAMES)}  # of the metrics
 
 @triton.jit
 def with_weight_of_sequence(inner, given, sequence, count, CALL: tl.constexpr):
-    """INNER with VESPO's policy weight where that is one a sequence."""
+    """INNER with VESPO's policy weight where that is one per sequence."""
     if CALL.variant == "vespo" and CALL.sequence_weights:
         inner += log_of_weight(load(given.policy_weights, sequence, count > 0.0))
     return inner

@@ -1,7 +1,7 @@
 """The first kernel of grpo_loss in Triton: one pass over the tokens, a few sums for every slot (see triton_terms.py).
 
 One pass is enough for every variant. The terms of a ratio are linear in A where its sign is kept: where the ratio is one
-value a sequence, its term is that of the sum of its A >= 0 plus that of the sum of its A < 0.
+value per sequence, its term is that of the sum of its A >= 0 plus that of the sum of its A < 0.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -75,7 +75,7 @@ def selective_log_softmax(
 ) -> Tensor:
     """Log-probs (...) of ``index`` (...) under logits (..., V): ``token_logprobs``; 0 where ``row_mask`` is 0.
 
-    Several tokens a row, ``index`` (..., K), are left to TRL's own function.
+    Several tokens per row, ``index`` (..., K), are left to TRL's own function.
     """
     if index.ndim == logits.ndim:
         # older versions have neither option

@@ -37,7 +37,7 @@ def log_metrics(
     mask, count = tokens.mask, tokens.mask.sum()
 
     def total(values: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of values and their number; (B, 1) are one a sequence."""
+        """The sum of values and their number; (B, 1) are one per sequence."""
         if values.shape[1] == 1:
             return values.sum(), torch.full_like(count, values.shape[0])
         return (values * mask).sum(), count

@@ -83,10 +83,10 @@ def check_targets(targets: Tensor, shape: torch.Size, like: Tensor) -> bool:
 
 
 def refuse_for_several(**given: bool) -> None:
-    """Raise ValueError at the first option that is given and does not go together with K targets a token."""
+    """Raise ValueError at the first option that is given and does not go together with K targets per token."""
     for name, there in given.items():
         if there:
-            raise ValueError(f"{name}: expected none together with K targets a token")
+            raise ValueError(f"{name}: expected none together with K targets per token")
 
 
 def split_temperature(

@@ -1,6 +1,6 @@
-"""The logits of K ids a token, and the sums over all others: token_logprobs of K targets a token, and what events.py needs.
+"""The logits of K ids per token, and the sums over all others: token_logprobs of K targets per token, and what events.py needs.
 
-B, T leading dimensions, N = B * T tokens, V vocabulary, K ids a token. The row kernels sum over the rest: they get the logits with
+B, T leading dimensions, N = B * T tokens, V vocabulary, K ids per token. The row kernels sum over the rest: they get the logits with
 -inf in the columns of the ids.
 """
 

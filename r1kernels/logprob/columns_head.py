@@ -1,6 +1,6 @@
-"""The logits of K ids a token from hidden states and the head, and the sums over all others: linear_logprobs of K targets a token.
+"""The logits of K ids a token from hidden states and the head, and the sums over all others: linear_logprobs of K targets per token.
 
-N tokens, H hidden, V vocabulary, K ids a token. In the tile loop the ids take their logits out of each tile, which has -inf there
+N tokens, H hidden, V vocabulary, K ids per token. In the tile loop the ids take their logits out of each tile, which has -inf there
 for the row kernel; backward their gradients are written into the one that the row kernel makes.
 """
 

@@ -1,4 +1,4 @@
-"""The logits of K ids a token and the sums over all others, in plain PyTorch. N tokens, V vocabulary, K ids a token."""
+"""The logits of K ids per token and the sums over all others, in plain PyTorch. N tokens, V vocabulary, K ids per token."""
 
 from __future__ import annotations
 

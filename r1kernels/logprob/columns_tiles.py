@@ -1,6 +1,6 @@
 """The kernels of columns.py and columns_head.py on every backend: the row kernels on logits with -inf in the columns of the ids.
 
-n tokens x v columns of a tile, N tokens, V vocabulary, K ids a token.
+n tokens x v columns of a tile, N tokens, V vocabulary, K ids per token.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def linear_divergence(
         targets: (...), int64, or None. Tokens whose target is ``ignore_index`` give 0 and take no part in any gradient, whatever
             their hidden states hold; other values are not looked at.
         return_entropy: also return the student's entropy, in nats, without a gradient.
-        chunk_size: tokens a chunk; None chooses from V and a memory budget.
+        chunk_size: tokens per chunk; None chooses from V and a memory budget.
         save_logits: keep the (N, V) gradient of the student's logits for the backward (True, faster) or recompute it (False, less
             memory); None chooses by a memory budget, as ``linear_logprobs`` does. Where hidden alone needs a gradient, kernels do
             neither: the forward works out d divergence / d hidden too.

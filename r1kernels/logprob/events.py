@@ -1,6 +1,6 @@
-"""K ids a token and all other ids as one event: the mathematics of K + 1 events, in float64.
+"""K ids per token and all other ids as one event: the mathematics of K + 1 events, in float64.
 
-N tokens, V vocabulary, K ids a token, each there once. With x = logits / temperature and R the ids of the vocabulary that are not
+N tokens, V vocabulary, K ids per token, each there once. With x = logits / temperature and R the ids of the vocabulary that are not
 among the K:
 
     y = (x_1, ..., x_K, log sum_{v in R} e^x_v)        the logits of the events; p = softmax(y)
@@ -27,7 +27,7 @@ PADDING = -1
 
 
 class Asked(NamedTuple):
-    """K targets a token."""
+    """K targets per token."""
 
     ids: Tensor  # (N, K) each there once, PADDING where there is none
     first: Tensor  # (N, K) where the id of each target stands

@@ -1,4 +1,4 @@
-"""Log-probs under a frozen head together with their slope d logp / d hidden: two products a tile instead of three.
+"""Log-probs under a frozen head together with their slope d logp / d hidden: two products per tile instead of three.
 
 Shapes: N tokens, H hidden, V vocabulary. With z_v the logit of column v, T the temperature, y the target and
 J_v = d z_v / d hidden = logit_scale cap'_v W_v, where cap'_v = 1 - (z_v / softcap)^2, or 1 without a cap:

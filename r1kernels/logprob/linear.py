@@ -53,14 +53,14 @@ def linear_logprobs(
     Args:
         hidden: (..., H), float32, bfloat16, float16 or float64; under autocast cast as ``F.linear`` would.
         weight: (V, H), of the same dtype. bias: (V,) or None.
-        targets: (...), int64, in [0, V) or ``ignore_index``; or (..., K), K a token, without ``stats`` and ``kept``.
+        targets: (...), int64, in [0, V) or ``ignore_index``; or (..., K), K per token, without ``stats`` and ``kept``.
         temperature: a number above 0 or a tensor, () or one per token (...); no gradient.
         return_entropy: also return the entropy, in nats.
         stats: names out of "log_sum_sq_probs" (log of the sum of squared probabilities), "mean_logits" (mean over the
             vocabulary of logits / temperature) and "is_top1" (the target is the first largest); same pass, no gradient.
         ignore_index: tokens with this target give 0 (False) everywhere and take no part in any gradient, whatever their
             hidden states hold.
-        chunk_size: tokens a chunk; None chooses from V and a memory budget.
+        chunk_size: tokens per chunk; None chooses from V and a memory budget.
         save_logits: keep the logits for the backward (True, faster) or recompute them chunk by chunk (False, less memory);
             None chooses by a memory budget, a sixteenth of a GPU's memory and 256 MiB on a CPU. Where hidden alone needs a gradient, and of logp alone, kernels do neither
             (False, None): the forward works out d logp / d hidden too.

@@ -124,9 +124,9 @@ def gradients(
     look: Look | None = None,
     finish: Look | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden (in ``dtype``), weight and bias that are needed, from the logits in ``saved`` (N, V) or computed anew.
+    """The gradients of hidden (in ``dtype``), weight and bias that are needed, from the logits in ``saved`` (N, V) or computed again.
 
-    ``look`` sees the logits of each tile that are computed anew, ``finish`` the gradient that the row kernel makes of a tile.
+    ``look`` sees the logits of each tile that are computed again, ``finish`` the gradient that the row kernel makes of a tile.
     """
     logp, stats, grad_logp, grad_entropy, sequences = upstream
     by_sequence, engine = sequences is not None, problem.engine

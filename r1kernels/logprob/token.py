@@ -40,7 +40,7 @@ def token_logprobs(
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64, any strides.
-        targets: (...), int64, in [0, V) or ``ignore_index``; or (..., K), K a token.
+        targets: (...), int64, in [0, V) or ``ignore_index``; or (..., K), K per token.
         temperature: a number above 0, or a tensor: () or (...), one per token; it gets no gradient.
         return_entropy: also return the entropy, in nats.
         ignore_index: tokens with this target give log-prob 0, entropy 0 and a zero gradient row.

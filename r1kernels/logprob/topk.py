@@ -1,6 +1,6 @@
 """topk_divergence, linear_topk_divergence: a student against a teacher of which K log-probs a token are stored.
 
-N tokens, H hidden, V vocabulary, K ids a token. With p_T, p_S the probabilities of the K ids, r_T and r_S those of all others
+N tokens, H hidden, V vocabulary, K ids per token. With p_T, p_S the probabilities of the K ids, r_T and r_S those of all others
 together, the K ids and the rest are K + 1 events (events.py), whose divergence is at most that over the whole vocabulary:
 
     D = KL(p_T, r_T | p_S, r_S)           d D / d x_v = p_S - p_T for the K ids, p_S (1 - r_T / r_S) for others

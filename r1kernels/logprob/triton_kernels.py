@@ -237,7 +237,7 @@ def backward_kernel(
     temperature,
     logp,  # (B * T) float32
     stats,  # (3, B * T) float32
-    grad_logp,  # (B * T) float32, one a sequence if ``sequences`` are given, or None
+    grad_logp,  # (B * T) float32, one per sequence if ``sequences`` are given, or None
     grad_entropy,  # as grad_logp
     sequences,  # (B * T) int32 or None
     ignore_index: tl.int64,

@@ -95,7 +95,7 @@ def moe_experts(
             way (DeepSeek-V4); what is beyond it gets no gradient. None: no clamp.
         shift: added to u (1 in MiniMax-M3, with alpha 1.702 and limit 7).
         lora: (A_up (E, R, H), B_up (E, 2 * I, R), A_down (E, R, I), B_down (E, H, R), scale): the matrices of expert e are
-            gate_up[e] + scale B_up[e] A_up[e] and down[e] + scale B_down[e] A_down[e], which nobody forms: rows of R elements join
+            gate_up[e] + scale B_up[e] A_up[e] and down[e] + scale B_down[e] A_down[e], which no one forms: rows of R elements join
             the products, and gradients of A and B cost products of that width. The dtype of ``hidden``; each pair has a rank of its
             own; both of a pair may be None. None: no addition.
         save: "hidden" keeps the hidden states and the pre-activations for the backward, "nothing" only the

@@ -281,7 +281,7 @@ def _gemm_by_tile(x: Tensor, weight: Tensor, offsets: Tensor, batch_invariant: b
     rows, experts = x.shape[0], weight.shape[0]
     height = _INVARIANT_ROWS if batch_invariant else max(1, -(-rows // experts))
     tiles = -(-rows // height) + experts
-    # nobody could check them: an offset below an earlier one counts as that one
+    # no one could check them: an offset below an earlier one counts as that one
     offsets = offsets.to(torch.int64).clamp(0, rows).cummax(0).values
 
     row = torch.arange(rows, device=x.device)

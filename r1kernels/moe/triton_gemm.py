@@ -51,7 +51,7 @@ def rows_kernel(
     TAIL: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """out[r] = SCALE weight[expert of r] @ x[r], or x[r] @ weight[expert of r]; with TAIL rows of nobody become 0. Where there are
+    """out[r] = SCALE weight[expert of r] @ x[r], or x[r] @ weight[expert of r]; with TAIL rows of no expert become 0. Where there are
     rows ``low``, their product with ``low_weight`` is added to the sums."""
     size *= UNIT
     width *= UNIT

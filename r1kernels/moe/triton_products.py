@@ -190,7 +190,7 @@ def up_into(
 
 
 def clear_rest(matrix: Tensor, rows: Rows) -> None:
-    """Rows of sentinels, which nobody computes, become 0: they are saved too."""
+    """Rows of sentinels, which no one computes, become 0: they are saved too."""
     from . import triton_combine as kernels
 
     if rows.count == 0:

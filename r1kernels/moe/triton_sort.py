@@ -1,6 +1,6 @@
 """The order of rows by expert in Triton: a stable counting sort, without atomics whose order matters.
 
-S routed rows, E experts; a bin is an expert, and the last bin, E, holds the rows of nobody. Rows are cut into tiles, one
+S routed rows, E experts; a bin is an expert, and the last bin, E, holds the rows of no expert. Rows are cut into tiles, one
 program each:
 
     count   the rank of each row among the rows of its bin in its tile, and how many rows of each bin a tile has

@@ -7,7 +7,7 @@ that the host knows. Which expert a tile has only the device knows; ``schedule_k
     schedule[0]             the number of row tiles in use
     schedule[1 + 3 t ...]   of row tile t: its expert, its first row, and the end of the expert's rows
 
-With a tail, rows of nobody get tiles too: those behind the last expert as rows of an expert E, those before the first one as
+With a tail, rows of no expert get tiles too: those behind the last expert as rows of an expert E, those before the first one as
 rows of an expert E + 1.
 
 Sizes of matrices are given in units of UNIT elements, a vector's, so that the compiler knows what they are multiples of.

@@ -37,7 +37,7 @@ def test_the_work_of_a_fused_head_by_hand():
 
 
 def test_the_work_of_experts_by_hand():
-    # 6 T K H I = 6 * 3 * 2 * 4 * 5; of one expert everybody is hit
+    # 6 T K H I = 6 * 3 * 2 * 4 * 5; of one expert everyone is hit
     work = Case("moe_experts", "cpu", "float32", {"T": 3, "H": 4, "I": 5, "E": 1, "K": 1}).work()
     assert work["forward"].flops == 6 * 3 * 4 * 5 and work["backward"].flops == 12 * 3 * 4 * 5
     assert work["forward"].bytes == 4 * (3 * 5 * 4 + 2 * 3 * 4)
@@ -167,12 +167,12 @@ def test_whoever_is_far_behind_our_fastest_is_known():
         row = measure.Row(name, kind, "torch", "1", status, samples={"forward+backward": [seconds]})
         return measure._Running(None, row, None)
 
-    everybody = [
+    everyone = [
         running("ours", "ours", 2.0),
         running("ours, other", "ours", 1.0),
         running("slow", "peer", 3.1),
         running("close", "peer", 2.9),
         running("out", "peer", 9.0, "failed"),
     ]
-    assert measure._far_behind(everybody) == {"slow"}
-    assert measure._far_behind(everybody[2:]) == set()
+    assert measure._far_behind(everyone) == {"slow"}
+    assert measure._far_behind(everyone[2:]) == set()

@@ -25,7 +25,7 @@ def test_the_floor_of_a_decode_step_is_its_weights_and_its_cache(ceiling):
     found = rollout.decode(rows=16, longest=4, rounds=1)
     sizes = load("tiny").model
     width = sizes.qk_rope_head_dim + sizes.qk_nope_head_dim + sizes.v_head_dim
-    # half of four tokens a row, and one prompt of 16
+    # half of four tokens per row, and one prompt of 16
     cache = 4 * sizes.layers * sizes.heads * width * (16 * 2 + 16)
     weights = found["bytes"] - cache
     assert 4 * 200_000 < weights < 4 * 500_000  # tiny has 0.4 million parameters

@@ -16,7 +16,7 @@ def test_what_ours_keeps_by_hand():
     rows, size = 12 * 2, 2
     wanted = 12 * 16 * size + rows * 2 * 8 * size
     assert saved.goal(CASE) == wanted
-    # besides: 5 offsets, permutation, inverse and weights of 4 bytes a row
+    # besides: 5 offsets, permutation, inverse and weights of 4 bytes per row
     assert saved.count(CASE, PEERS[saved.OURS]) == wanted + 4 * 5 + 3 * 4 * rows
     without = saved.count(CASE, PEERS[saved.NOTHING_SAVED])
     assert without == 12 * 16 * size + 4 * 5 + 3 * 4 * rows

@@ -1,4 +1,4 @@
-"""Turns: a short call is made several times and its first call told apart, a long one once, by one rule for everybody.
+"""Turns: a short call is made several times and its first call told apart, a long one once, by one rule for everyone.
 
 A machine with a clock of its own stands in for the real one: a call takes longer when something else ran before it.
 """

@@ -75,7 +75,7 @@ public:
 
     void run(std::mt19937_64& random);
     void wait(Fiber::State state, std::string reason);
-    // Ends the grid with an error, from inside a thread that can not throw.
+    // Ends the grid with an error, from inside a thread that cannot throw.
     void stop(const std::string& message) {
         error_ = std::make_exception_ptr(EmulatorError(message));
         wait(Fiber::kDone, "");
@@ -176,7 +176,7 @@ bool Block::wake_waiting(std::mt19937_64& random) {
     return count > 0;
 }
 
-// Nobody can run: either all threads wait at the same barrier, or some wait for what never comes.
+// No one can run: either all threads wait at the same barrier, or some wait for what never comes.
 void Block::release_barrier() {
     for (const Fiber& fiber : fibers_) {
         if (fiber.state != Fiber::kAtBarrier || fiber.waits_for != fibers_[0].waits_for) {

@@ -61,7 +61,7 @@ def test_a_completion_has_the_same_bits_in_any_company(module):
 
 @pytest.mark.parametrize("bounds", [[0, 5, 99], [-1, 5, 10], [0, 7, 5], [0, 2**62, 10]], ids=str)
 def test_bounds_outside_are_nan_and_read_nothing(module, bounds):
-    """On a GPU nobody has looked at the bounds; what lies outside is NaN in the redzones, or crashes."""
+    """On a GPU no one has looked at the bounds; what lies outside is NaN in the redzones, or crashes."""
     values = torch.ones(10)
     ours = sums(module, values, torch.tensor(bounds), 2)
     for i, sum_of_one in enumerate(ours.tolist()):

@@ -117,7 +117,7 @@ def test_no_order_of_threads_or_blocks_moves_a_bit(module, backend, ratio):
 
 
 def test_wrong_boundaries_read_and_write_nothing_outside(backend, monkeypatch):
-    """On a GPU nobody looks at the boundaries: tokens behind the last one count nowhere and get no gradient."""
+    """On a GPU no one looks at the boundaries: tokens behind the last one count nowhere and get no gradient."""
     monkeypatch.setattr("r1kernels.checks.values_visible", lambda *tensors: False)
     (logp, old, advantages, mask), keywords = random_call(2, packed=True)
     keywords["cu_seqlens"] = torch.tensor([0, 9, 4, 20, 5000])

@@ -126,7 +126,7 @@ def test_tiles_give_the_whole(dtype, save):
 @pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_ids_of_a_token_and_the_rest(dtype, save):
-    """The logits of three ids a token, what the others sum up to, and gradients of both: of hidden states and of logits."""
+    """The logits of three ids per token, what the others sum up to, and gradients of both: of hidden states and of logits."""
     case = Case(dtype)
     ids = torch.stack([torch.randperm(600)[:3] for _ in case.targets])
     ids[1, 2], ids[3] = -1, -1

@@ -282,7 +282,7 @@ def test_no_alignment_moves_a_bit(kernels, dtype, sizes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_order_of_threads_blocks_and_copies_moves_a_bit(module, dtype):
-    """A missing barrier, or a copy that nobody waits for, shows as a difference between two orders."""
+    """A missing barrier, or a copy that no one waits for, shows as a difference between two orders."""
     case = Case(11, 136, 40, 3, 2, dtype=dtype)
     first, *others = (module.set_seed(seed) or case.run(experts) for seed in range(4))
     for other in others:
@@ -307,7 +307,7 @@ def test_against_the_backend_cpu(dtype):
 @pytest.mark.parametrize("counts", [[2, 0, 20, 1], [0, 0, 0, 0], [70, 6, 0, 7]])
 def test_grouped_gemm(counts, dtype, transposed):
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
-    rows = int(offsets[-1]) + 3  # three rows of nobody, which are not even finite
+    rows = int(offsets[-1]) + 3  # three rows of no expert, which are not even finite
     x = torch.randn(rows, 45).to(dtype)
     x[int(offsets[-1]) :] = torch.nan
     x.requires_grad_()

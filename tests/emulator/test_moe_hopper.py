@@ -3,7 +3,7 @@
 Barriers, boxes of the copy engine and wgmma are emulated; that the swizzled layouts and the instructions are those of the
 hardware, tests/packaging/test_hopper_build.py checks as far as it can be without one.
 
-S rows, E experts. Rows in expert order, rows of nobody last.
+S rows, E experts. Rows in expert order, rows of no expert last.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from tests.support.redzones import Redzones
 
 ELEMENTS = {torch.bfloat16: 1, torch.float16: 2}
 STORE, UP, GATE_BACKWARD = range(3)
-# rows of each expert, and of nobody: none, a part of a tile, exactly one, more than one
+# rows of each expert, and of no one: none, a part of a tile, exactly one, more than one
 COUNTS = [0, 5, 128, 0, 150]
 NOBODY = 9
 TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # one rounding
@@ -32,11 +32,11 @@ def module(emulated):
 class Case:
     """Rows of the experts COUNTS and a call of the kernels, whose arrays lie between redzones."""
 
-    def __init__(self, module, dtype, counts=COUNTS, nobody=NOBODY, top_k=2, seed=0):
+    def __init__(self, module, dtype, counts=COUNTS, unowned=NOBODY, top_k=2, seed=0):
         torch.manual_seed(seed)
         module.set_seed(seed)
         self.module, self.dtype, self.zones = module, dtype, Redzones()
-        self.counts, self.rows = counts, sum(counts) + nobody
+        self.counts, self.rows = counts, sum(counts) + unowned
         self.bounds = [0, *itertools.accumulate(counts), self.rows]
         order = torch.randperm(self.rows)
         self.tokens = (self.rows + top_k - 1) // top_k
@@ -83,7 +83,7 @@ class Case:
         self.zones.check()
 
     def products(self, x, weight):
-        """Row r of expert e: x[r] @ weight[e], in float64; zeros for rows of nobody."""
+        """Row r of expert e: x[r] @ weight[e], in float64; zeros for rows of no expert."""
         parts = [
             x[begin:end].double() @ matrix.double()
             for matrix, (begin, end) in zip(weight, itertools.pairwise(self.bounds), strict=False)
@@ -158,7 +158,7 @@ def gate_backward(module, dtype, inner, hidden=136, seed=0, **wanted):
     case = Case(module, dtype, seed=seed)
     grad, weight = case.values(case.tokens, hidden), case.values(len(COUNTS), hidden, inner)
     pre = case.values(case.rows, 2 * inner) * 4
-    pre[case.bounds[-2] :] = torch.nan  # nobody has written them
+    pre[case.bounds[-2] :] = torch.nan  # no one has written them
     scales = torch.rand(case.rows)
     scales[case.order[case.bounds[-2] :]] = torch.nan
     parts = (inner + module.PART_COLUMNS - 1) // module.PART_COLUMNS
@@ -193,7 +193,7 @@ def test_backward_of_the_gate(module, dtype, inner):
     close(ours["out"][:end], exact["out"], dtype)
     close(ours["activated"][:end], exact["activated"], dtype, extra=2e-2 * TOLERANCE[dtype])
     torch.testing.assert_close(ours["partials"][:, :end].double(), exact["partials"], rtol=1e-3, atol=2e-2)
-    assert ours["out"][end:].isnan().all(), "rows of nobody were written"
+    assert ours["out"][end:].isnan().all(), "rows of no expert were written"
 
 
 @pytest.mark.parametrize("missing", ["out", "activated", "partials"])
@@ -229,7 +229,7 @@ def test_gradient_of_the_weights(module, gathered, m, n):
     left = case.values(case.tokens if gathered == "left" else case.rows, m)
     right = case.values(case.tokens if gathered == "right" else case.rows, n)
     if gathered != "left":
-        left[case.bounds[-2] :] = torch.nan  # rows of nobody
+        left[case.bounds[-2] :] = torch.nan  # rows of no expert
     if gathered != "right":
         right[case.bounds[-2] :] = torch.inf
     out = case.output(len(counts), m, n)
@@ -247,7 +247,7 @@ def test_gradient_of_the_weights(module, gathered, m, n):
 def test_two_runs_agree_bit_for_bit_in_any_order_of_events(module):
     outs = []
     for seed in range(3):
-        case = Case(module, torch.bfloat16, counts=[200, 3], nobody=0)
+        case = Case(module, torch.bfloat16, counts=[200, 3], unowned=0)
         module.set_seed(seed)
         x, weight = case.given(case.values(case.rows, 328)), case.given(case.values(2, 40, 328))
         outs.append(case.output(case.rows, 40))
@@ -329,11 +329,11 @@ def test_every_step_has_one_producer_which_is_the_one_of_its_stage(module):
 
 
 def test_the_protocol_neither_hangs_nor_overruns_for_any_number_of_k_tiles(module):
-    """Tiles with 0 to 3 * STAGES k tiles one after another in a block: the emulator stops where nobody can go on."""
+    """Tiles with 0 to 3 * STAGES k tiles one after another in a block: the emulator stops where no one can go on."""
     for seed in range(2):
         counts = [64 * k - 7 * (k > 0) for k in range(3 * module.STAGES + 1)]
         random.Random(seed).shuffle(counts)
-        case = Case(module, torch.float16, counts=counts, nobody=0, seed=seed)
+        case = Case(module, torch.float16, counts=counts, unowned=0, seed=seed)
         left, right = case.values(case.rows, 8), case.values(case.rows, 8)
         out = case.output(len(counts), 8, 8)
         case.run("weight_product", left=case.given(left), right=case.given(right), m=8, n=8, out=out)

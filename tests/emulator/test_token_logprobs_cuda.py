@@ -36,7 +36,7 @@ class TestRowOpsCuda(RowOpsKernel):
 
 
 def row_lengths(module):
-    """One warp a row, one block a row, several blocks a row; none a multiple of anything."""
+    """One warp per row, one block per row, several blocks per row; none a multiple of anything."""
     return (module.WARP_ROW - 3, module.WARP_ROW + 701, module.PIECE + 1009)
 
 

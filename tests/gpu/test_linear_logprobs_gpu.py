@@ -209,7 +209,7 @@ def test_more_than_2_to_the_31_logits(backend):
 
 
 def test_a_forward_alone_keeps_no_tile():
-    """Extra memory of Triton's forward: three numbers a token and block of columns, far below the logits."""
+    """Extra memory of Triton's forward: three numbers per token and block of columns, far below the logits."""
     pytest.importorskip("triton", reason="Triton is not installed")
     hidden, weight, targets = random_case(4096, 50_000, 256)
     torch.cuda.reset_peak_memory_stats()

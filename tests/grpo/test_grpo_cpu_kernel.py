@@ -104,7 +104,7 @@ def test_opcheck(ratio):
 
 @pytest.mark.slow
 def test_compiled_it_is_one_graph_and_no_number_recompiles_it():
-    """With the compiler that fixes every number it can: an op with a float argument would be compiled anew for each."""
+    """With the compiler that fixes every number it can: an op with a float argument would be compiled again for each."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(grpo_loss, fullgraph=True, backend=counter)

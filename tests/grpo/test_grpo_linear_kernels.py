@@ -302,7 +302,7 @@ def test_the_op_keeps_its_schema(batch_of):
 def test_no_reason_is_given_twice(batch_of):
     leaves, targets, tensors, _ = call_of(batch_of(seed=14), dtype=torch.float64)
     for line in explain(linear_grpo_loss, *leaves[:2], targets, *tensors).splitlines()[1:]:
-        reasons = line.partition("can not run: ")[2].split("; ")
+        reasons = line.partition("cannot run: ")[2].split("; ")
         assert len(set(reasons)) == len(reasons)
 
 

@@ -19,7 +19,7 @@ PLACES = [
 
 @pytest.fixture(params=PLACES)
 def place(request):
-    """(backend, device) for the op that the test file names as OP; skips where it can not run."""
+    """(backend, device) for the op that the test file names as OP; skips where it cannot run."""
     backend, device = request.param
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU here")

@@ -369,7 +369,7 @@ def test_it_is_chosen_on_the_cpu_and_float64_goes_to_the_reference():
     targets = torch.tensor([0])
     assert "cpu        runs" in explain("token_logprobs", torch.zeros(1, 4), targets)
     text = explain("token_logprobs", torch.zeros(1, 4, dtype=torch.float64), targets)
-    assert "cpu        can not run: logits: float64 is served by the reference alone" in text
+    assert "cpu        cannot run: logits: float64 is served by the reference alone" in text
     assert "reference  runs" in text
 
 

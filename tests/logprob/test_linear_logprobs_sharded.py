@@ -83,7 +83,7 @@ def completions(x, weight, bias, targets, **options):
 
 
 def several(x, weight, bias, targets, **options):
-    """Two targets a token, some of them on either rank, and gradients."""
+    """Two targets per token, some of them on either rank, and gradients."""
     leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
     both = torch.stack((targets, (7 * targets + 3) % 37), 1).masked_fill(targets.unsqueeze(1) < 0, -100)
     logp, entropy = linear_logprobs(*leaves[:2], both, bias=leaves[2], return_entropy=True, **options)
@@ -92,7 +92,7 @@ def several(x, weight, bias, targets, **options):
 
 
 def topk(x, weight, bias, targets, **options):
-    """The divergence from a teacher's log-probs of two ids a token, and gradients."""
+    """The divergence from a teacher's log-probs of two ids per token, and gradients."""
     leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
     ids = torch.stack((targets, (7 * targets + 3) % 37), 1).masked_fill(targets.unsqueeze(1) < 0, -1)
     logp = torch.tensor([-0.5, -3.0]).expand(ids.shape)

@@ -1,4 +1,4 @@
-"""What the log-prob ops say to arguments they can not take: N tokens, H hidden, V vocabulary."""
+"""What the log-prob ops say to arguments they cannot take: N tokens, H hidden, V vocabulary."""
 
 from __future__ import annotations
 

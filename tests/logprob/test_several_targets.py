@@ -1,4 +1,4 @@
-"""K targets a token in token_logprobs and linear_logprobs, on every backend. N tokens, H hidden, V vocabulary, K targets a token."""
+"""K targets a token in token_logprobs and linear_logprobs, on every backend. N tokens, H hidden, V vocabulary, K targets per token."""
 
 from __future__ import annotations
 
@@ -328,10 +328,10 @@ def test_arguments_that_it_refuses(op):
     with pytest.raises(IndexError, match=r"got 67 at position \(2, 3\)"):
         call(targets.index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(V)))
     kept = (torch.tensor([1]), torch.tensor([0, 1] + [1] * 10))
-    with pytest.raises(ValueError, match="kept: expected none together with K targets a token"):
+    with pytest.raises(ValueError, match="kept: expected none together with K targets per token"):
         call(kept=kept)
     if op == "linear_logprobs":
-        with pytest.raises(ValueError, match="stats: expected none together with K targets a token"):
+        with pytest.raises(ValueError, match="stats: expected none together with K targets per token"):
             call(stats=("is_top1",))
 
 

@@ -1,4 +1,4 @@
-"""topk_divergence and linear_topk_divergence on every backend. N tokens, H hidden, V vocabulary, K ids a token."""
+"""topk_divergence and linear_topk_divergence on every backend. N tokens, H hidden, V vocabulary, K ids per token."""
 
 from __future__ import annotations
 

@@ -321,7 +321,7 @@ def test_meta_tensors_give_shapes():
 @pytest.mark.parametrize("counts", [[2, 0, 5, 1], [0, 0, 0, 8], [0, 0, 0, 0], [1, 1, 1, 1]])
 def test_grouped_gemm(form, counts):
     offsets = torch.tensor([0, *counts]).cumsum(0)
-    rows = int(offsets[-1]) + 3  # three rows of nobody
+    rows = int(offsets[-1]) + 3  # three rows of no expert
     x, weight = normal(rows, 5).requires_grad_(), normal(4, 6, 5, seed=1).requires_grad_()
     out = grouped_gemm(x, weight, offsets.int())
     owner = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))

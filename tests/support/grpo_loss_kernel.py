@@ -326,7 +326,7 @@ class GrpoLossKernel:
         assert output.loss.isnan() and output.metrics["ratio/max"].isnan()
 
     def test_as_many_packed_tokens_as_sequences(self, backend):
-        """Advantages (N,) with N = B are one a sequence, policy weights (N,) one a token."""
+        """Advantages (N,) with N = B are one per sequence, policy weights (N,) one per token."""
         logp, old, advantages = torch.randn(3, 5, generator=torch.Generator().manual_seed(15))
         cu_seqlens = torch.tensor([0, 2, 2, 4, 4, 5])
         keywords = {"policy_weights": old.abs(), "cu_seqlens": cu_seqlens}

@@ -1,4 +1,4 @@
-"""What the kernels become for sm_90, read from their machine code: bench/results/machine_code.json, and what writes it anew.
+"""What the kernels become for sm_90, read from their machine code: bench/results/machine_code.json, and what writes it again.
 
 python -m tests.support.machine_code [SOURCE ...]      of these alone, such as csrc/moe/cuda_sm80_route.cu or triton
 

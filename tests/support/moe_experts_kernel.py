@@ -419,7 +419,7 @@ class MoeExpertsKernel:
     )
     def test_grouped_gemm(self, backend, counts, dtype):
         offsets = torch.tensor([0, *counts]).cumsum(0)
-        rows = int(offsets[-1]) + 3  # three rows of nobody, which are not even finite
+        rows = int(offsets[-1]) + 3  # three rows of no expert, which are not even finite
         x = torch.randn(rows, 45).to(dtype)
         x[int(offsets[-1]) :] = torch.nan
         x.requires_grad_()

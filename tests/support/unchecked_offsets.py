@@ -1,4 +1,4 @@
-"""grouped_gemm with offsets that nobody could check, as on a GPU: no memory is left as it was, and nothing else is reached.
+"""grouped_gemm with offsets that no one could check, as on a GPU: no memory is left as it was, and nothing else is reached.
 
 S rows, E experts.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 OFFSETS = (  # of 20 rows and 3 experts
     (5, 9, 9, 20),  # rows before the first one and
-    (5, 8, 12, 14),  # behind the last one are nobody's
+    (5, 8, 12, 14),  # behind the last one are no one's
     (20, 20, 20, 20),
     (0, 30, 5, 40),
     (-9, 3, 7, 99),

@@ -133,8 +133,8 @@ def test_a_folder_counts_by_what_it_holds(saved):
 def test_a_name_without_network_or_cache_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True, raising=False)
-    with pytest.raises(UserError, match="^hf:nobody/nothing cannot be read: ") as error:
-        get_task("hf:nobody/nothing")
+    with pytest.raises(UserError, match="^hf:unowned/nothing cannot be read: ") as error:
+        get_task("hf:unowned/nothing")
     assert "\n" not in str(error.value)
 
 

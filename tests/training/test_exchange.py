@@ -9,7 +9,7 @@ from training.recipe import load
 
 
 def test_whole_models_send_their_gradients_around_a_ring():
-    # 10 weights, 8 of them trained: 2 * 3/4 * 4 bytes * 8 = 48 bytes an update
+    # 10 weights, 8 of them trained: 2 * 3/4 * 4 bytes * 8 = 48 bytes per update
     assert sent(10, 8, Work(3, 5, 7), Layout(4, 1), 4) == 3 * 48
 
 

@@ -392,7 +392,7 @@ def test_other_ratios_and_reductions_learn_too(tmp_path, ratio, reduction):
     ids=["token", "no KL", "output", "sequence", "cispo"],
 )  # fmt: skip
 def test_the_fused_loss_takes_the_same_step(tmp_path, changes):
-    config = replace(CONFIG, steps=1, micro_batch_tokens=60, **changes)  # several forward passes an update
+    config = replace(CONFIG, steps=1, micro_batch_tokens=60, **changes)  # several forward passes per update
     rows, weights, _, _ = run_grpo(tmp_path / "a", config)
     fused, fused_weights, _, _ = run_grpo(tmp_path / "b", replace(config, fused_loss=True))
     assert set(fused[0]) == set(rows[0])

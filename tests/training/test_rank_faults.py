@@ -1,4 +1,4 @@
-"""Ranks that fail, are killed or hang: one message, and nobody waits for ever."""
+"""Ranks that fail, are killed or hang: one message, and no one waits for ever."""
 
 import contextlib
 import functools

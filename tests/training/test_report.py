@@ -218,7 +218,7 @@ def test_every_section_is_there_with_its_numbers(report):
     assert "0.875" in text
     assert "1,024 held-out problems" in text
     # of the parts of a step, 0.1 s to 0.6 s, the rollout is the first
-    assert "tokens a second" in text and "12,345 4.8 % 1.0e-06 3.0e-05 recomputed 0.0 %" in text
+    assert "tokens per second" in text and "12,345 4.8 % 1.0e-06 3.0e-05 recomputed 0.0 %" in text
     assert text.count("pass@4") >= 1
     for stage in ("zero", "rl_reasoning", "rl_all", "base", "sft1"):
         assert ("aria-label", f"curves of {stage}") in page.attributes

@@ -28,7 +28,7 @@ def test_bfloat16_is_served_by_another_backend(op):
     args, kwargs = examples.calls("cpu", torch.bfloat16)[op]
     function = getattr(r1kernels, op)
     assert (
-        "triton     can not run: " in (text := r1kernels.explain(function, *args, **kwargs))
+        "triton     cannot run: " in (text := r1kernels.explain(function, *args, **kwargs))
         and REFUSED in text
     )
     exact = first(function(*args, **kwargs, backend="reference"))

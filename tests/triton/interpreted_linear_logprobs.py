@@ -182,7 +182,7 @@ class TestForwardWithoutATile:
             assert stats["is_top1"].tolist() == [True, False, False]
 
     def test_a_target_out_of_range_or_a_bad_temperature_is_nan(self, tile):
-        """What the op does on a GPU, where nobody looks at the values."""
+        """What the op does on a GPU, where no one looks at the values."""
         hidden, weight, targets = random_case(5, 90, 16)
         clean = forward(hidden, weight, rows_of(weight.T, targets), tile)
         targets[1], targets[2] = 90, -5

@@ -163,7 +163,7 @@ def test_the_loads_of_a_tile_begin_under_the_epilogue_of_the_one_before(table_of
         depthless, _, rest = code.partition("} else {")
         assert "scf.if" in depthless and depthless.count("scf.for") == 1 and "async_tma_copy" not in depthless
         assert rest.count("scf.for") == 1 and "async_tma_copy" in rest
-    # the depth of rows of nobody is none, that of the others is not: two loops, one inside the other
+    # the depth of rows of no expert is none, that of the others is not: two loops, one inside the other
     assert "scf.if" not in with_tail.partition("scf.for")[0] and with_tail.count("scf.for") == 2
 
 
@@ -203,7 +203,7 @@ def test_grouped_gemm_of_many_experts_fits(tmp_path, table_of, capability, exper
 def test_no_number_of_tokens_compiles_a_kernel_anew(table_of):
     table_of(80)
     with offline_triton.compile_only(80) as compiled:
-        for rows in (520, 1026, 2048):  # more than 64 rows an expert: the same entries
+        for rows in (520, 1026, 2048):  # more than 64 rows per expert: the same entries
             forward(rows, torch.bfloat16, 64)
             backward(rows, torch.bfloat16, 64)
     kernels = [kernel for kernel in compiled if kernel.name in PRODUCTS + OTHERS]
@@ -213,7 +213,7 @@ def test_no_number_of_tokens_compiles_a_kernel_anew(table_of):
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_the_tables_are_well_formed(path):
-    """Entries in rising order of rows an expert; the default serves every kernel, class and kind, any number of rows."""
+    """Entries in rising order of rows per expert; the default serves every kernel, class and kind, any number of rows."""
     table = json.loads(path.read_text())
     if path.stem == "default":
         assert set(table) == set(tuning.KERNELS)

@@ -33,7 +33,7 @@ def stages(run_dir: RunDir) -> str:
 
 
 def final_metrics(stage: StageDir) -> str:
-    """The final metrics of a stage, one a line."""
+    """The final metrics of a stage, one per line."""
     metrics = (stage.record() or {}).get("metrics", {})
     rows = [
         [name, f"{value:.4g}" if isinstance(value, float) else str(value)] for name, value in metrics.items()

@@ -132,7 +132,7 @@ class Engine(Protocol):
     version: int  # of its weights
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Output]:
-        """One output a request, in order. What is drawn depends on a request's prompt and key, on no other request."""
+        """One output per request, in order. What is drawn depends on a request's prompt and key, on no other request."""
 
     def update(self, model: PreTrainedModel, version: int) -> None:
         """Draws with the weights and buffers of `model` from now on: the same model at a later version, its weights changed."""

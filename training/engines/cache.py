@@ -25,7 +25,7 @@ NAME = "r1kernels_rollout"  # of the attention in transformers' interface
 
 class Rule(NamedTuple):
     """What a layer asks of its attention: factor of the scores, tokens it sees back to (None: all), soft cap of the scores,
-    and a score for nothing, one a head (Hq,)."""
+    and a score for nothing, one per head (Hq,)."""
 
     scaling: float
     window: int | None

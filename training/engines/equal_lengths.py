@@ -19,7 +19,7 @@ from training.engines.choice import choose_tokens, uniforms
 def draw(
     model: PreTrainedModel, requests: Sequence[Request], params: SamplingParams, version: int
 ) -> list[Output]:
-    """One output a request, in order, without routing; call it without gradients and in eval mode."""
+    """One output per request, in order, without routing; call it without gradients and in eval mode."""
     alike: dict[int, list[int]] = defaultdict(list)
     for i, request in enumerate(requests):
         alike[len(request.prompt_ids)].append(i)

@@ -31,7 +31,7 @@ class SharedEngine:
         self.engine.close()
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Output]:
-        """One output a request, in order."""
+        """One output per request, in order."""
 
         def draw(own: Sequence[Request]) -> list[Output]:
             return [_packed(each) for each in self.engine.sample(own, params)]
@@ -69,7 +69,7 @@ class EngineOfMain:
             self._engine.close()
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Output]:
-        """One output a request, in order."""
+        """One output per request, in order."""
         drawn = ranks.once(lambda: [_packed(each) for each in self._engine.sample(requests, params)])
         return [_unpacked(each) for each in drawn]
 

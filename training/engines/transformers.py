@@ -63,7 +63,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Output]:
-        """One output a request, in order."""
+        """One output per request, in order."""
         if not requests:
             return []
         with ExitStack() as stack:
@@ -166,7 +166,7 @@ class _Prompt:
 
 @dataclass
 class _Row:
-    """A response in flight. drawn: its tokens so far, or more of them where it has ended and nobody has looked yet; kept: what
+    """A response in flight. drawn: its tokens so far, or more of them where it has ended and no one has looked yet; kept: what
     each of them was drawn from."""
 
     request: int
@@ -328,7 +328,7 @@ class _Flight:
         if not self.reads:
             self.reads, self.alone = self._shared_reads(), Share(range(n), self.device)
         longest = max(row.drawn for row in self.rows)
-        # A row that has ended reads its last token again and again until somebody looks: nothing of it changes.
+        # A row that has ended reads its last token again and again until someone looks: nothing of it changes.
         at = self.count[:n] - 1
         self.own.make_room(self.slots, min(max(longest, FIRST_ROOM), self.tokens.shape[1]))
         places = torch.arange(longest, device=self.device)

@@ -87,7 +87,7 @@ class VllmEngine:
             self._hand_over(str(version))
 
     def sample(self, requests: Sequence[Request], params: SamplingParams) -> list[Output]:
-        """One output a request, in order; each is a call of its own with the seed of its key."""
+        """One output per request, in order; each is a call of its own with the seed of its key."""
         if not requests:
             return []
         self._hold()

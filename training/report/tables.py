@@ -246,7 +246,7 @@ def rollouts(run_dir: RunDir, recipe: Recipe) -> str:
         return ""
     titles = (
         "",
-        "tokens a second",
+        "tokens per second",
         "share of the step",
         "sampler gap, mean",
         "maximum",

@@ -1,4 +1,4 @@
-"""distill: the teacher answers the SFT prompts anew, and small dense students learn from what passes the filters.
+"""distill: the teacher answers the SFT prompts again, and small dense students learn from what passes the filters.
 
 No RL. Reasoning responses have to be right by the rule, the others helpful by the oracle. A file of traces may stand in for the
 teacher. A student learns the responses (sft), the teacher's distribution of them (logits), or its distribution of what the student

@@ -28,7 +28,7 @@ SAMPLES_SHOWN = 8  # responses of every checkpoint in samples.jsonl
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Evaluate the checkpoints of all parents; writes evaluation.jsonl, one row a checkpoint, split and language."""
+    """Evaluate the checkpoints of all parents; writes evaluation.jsonl, one row per checkpoint, split and language."""
     checkpoints = {
         name: (parent, path)
         for parent, stage in context.inputs.items()

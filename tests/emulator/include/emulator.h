@@ -6,7 +6,7 @@
 // What it notices: a missing barrier (between barriers warps run one after another, in an order shuffled by the seed, as
 // do blocks), a divergent barrier or warp operation (EmulatorError), reads of uninitialised shared memory (poisoned
 // with 0xFF before every block: NaN as a float), writes past its end, misaligned accesses, and asynchronous copies that
-// nobody waits for or that come too early (the seed decides whether a copy happens at once or when it is waited for).
+// no one waits for or that come too early (the seed decides whether a copy happens at once or when it is waited for).
 // Tensor cores are those of tensor_cores.h, and of Hopper those of moe/cuda_sm90a_machine.cuh. What it does not cover:
 // memory order inside a warp, and static __shared__ variables (a compile error: use the dynamic shared memory).
 #pragma once
@@ -51,7 +51,7 @@ void sync_threads(const char* file, int line);
 // Waits until all lanes of `mask` have come; every lane's value.
 WarpValues exchange(uint32_t mask, uint64_t value, const char* operation);
 int lane();
-// Waits until `ready`, which is asked when nobody else can run; `what`: for the error that says that it never came.
+// Waits until `ready`, which is asked when no one else can run; `what`: for the error that says that it never came.
 void wait_until(const char* what, const std::function<bool()>& ready);
 // Waits until all 32 lanes have come with a pointer of theirs; the last one acts for all, before any goes on.
 void together(const void* mine, const char* operation, const std::function<void(const LanePointers&)>& act);
