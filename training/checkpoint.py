@@ -215,16 +215,6 @@ def model_tensors(model: torch.nn.Module, prefix: str = "model.") -> dict[str, t
     }
 
 
-def load_model_tensors(
-    model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], prefix: str = "model."
-) -> None:
-    """Puts what `model_tensors` gave back into `model`, in place and exactly."""
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    found = model.load_state_dict(own, strict=not adapters.has(model))
-    if lacks := [name for name in found.missing_keys if adapters.is_adapter(name)]:
-        raise KeyError(f"{prefix}{lacks[0]}")
-
-
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, prefix: str = "optimizer."
 ) -> dict[str, torch.Tensor]:

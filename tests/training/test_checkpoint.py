@@ -18,13 +18,13 @@ from transformers import (
 from training.checkpoint import (
     checkpoint_hash,
     load_model,
-    load_model_tensors,
     load_optimizer_tensors,
     model_tensors,
     optimizer_tensors,
     save_model,
 )
 from training.errors import UserError
+from training.parallel import saved
 
 
 def tiny_moe(seed=0):
@@ -213,11 +213,10 @@ def test_training_goes_on_exactly_from_saved_tensors(tmp_path):
     train(whole, whole_optimizer, 6)
     first, first_optimizer = fresh(0)
     train(first, first_optimizer, 3)
-    kept = {**model_tensors(first, "policy."), **optimizer_tensors(first_optimizer)}
-    kept = {name: tensor.clone() for name, tensor in kept.items()}
+    saved.write(tmp_path, {**model_tensors(first, "policy."), **optimizer_tensors(first_optimizer)})
     second, second_optimizer = fresh(5)
-    load_model_tensors(second, kept, "policy.")
-    load_optimizer_tensors(second_optimizer, kept)
+    saved.read_into(tmp_path, model_tensors(second, "policy."))
+    load_optimizer_tensors(second_optimizer, saved.read(tmp_path))
     train(second, second_optimizer, 3, first=3)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(second.state_dict()[name], tensor), name
