@@ -11,13 +11,13 @@ ROOT = Path(__file__).parents[2]
 DEADLINE = 1800  # seconds until a subprocess is given up
 
 
-def start(command):
+def start(command, stdout=subprocess.DEVNULL):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(
         command,
         cwd=ROOT,
         env=environment,
-        stdout=subprocess.DEVNULL,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.runs import DEADLINE, ROOT, assert_same, lines, numbers, wait_for
+from tests.support.runs import DEADLINE, assert_same, lines, numbers, start, wait_for
 from training import pipeline
 from training.check import check
 from training.cli import main
@@ -160,16 +160,7 @@ def command(folder, *words):
 
 
 def begin(words):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        words,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return start(words, stdout=subprocess.PIPE)
 
 
 def ranks_of(process):
