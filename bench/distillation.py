@@ -18,6 +18,7 @@ from typing import Any
 from training.context import StageContext
 from training.progress import Progress
 from training.recipe import load
+from training.report.students import seconds
 from training.run_dir import RunDir, StageDir
 from training.stages import distill
 
@@ -43,7 +44,8 @@ def train(run: Path, folder: Path, method: str, epochs: int, start: Path | None 
     inputs = {parent: before.stage(parent) for parent in ("rl_all", "rejection")}
     context = StageContext("distill", recipe, recipe.distill, stage, inputs, Progress())
     metrics = distill.run(context)
-    return {"method": method, "epochs": epochs, **{key: metrics[f"{name}/{key}"] for key in SHOWN}}
+    shown = {key: metrics[f"{name}/{key}"] for key in SHOWN}
+    return {"method": method, "epochs": epochs, **shown, "seconds": round(seconds(stage.metrics()), 1)}
 
 
 def measure(run: Path) -> list[dict[str, Any]]:
@@ -71,12 +73,14 @@ def record(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """A row a student: what it began with and learnt, how many tokens, and the accuracy that came of it; for docs."""
-    lines = ["| begins with | learns by | tokens | steps | accuracy |", "|---|---|---|---|---|"]
+    """A row a student: what it began with and learnt, tokens, seconds and the accuracy that came of it; for docs."""
+    lines = ["| begins with | learns by | tokens | seconds | steps | accuracy |", "|---|---|---|---|---|---|"]
     for row in found["rows"]:
         began = f"{row['start']} epochs of sft" if row["start"] else "random weights"
         accuracy = f"{100 * row['accuracy']:.1f} %"
-        lines.append(f"| {began} | {row['method']} | {row['learnt']:,} | {row['steps']:,} | {accuracy} |")
+        spent = f"{row['seconds']:.0f}" if "seconds" in row else "-"
+        cells = (began, row["method"], f"{row['learnt']:,}", spent, f"{row['steps']:,}", accuracy)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ FILES = (
     ROOT / "docs/mixtures.md",
     ROOT / "docs/training.md",
     ROOT / "docs/distillation.md",
+    ROOT / "docs/divergence.md",
 )
 TRUNCATION = ROOT / "bench/results/cpu/truncation.json"
 _BLOCK = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -68,10 +70,16 @@ def floors() -> str:
     return f"{table.note}\n\n{markdown.rows(table)}"
 
 
-def exactness() -> str:
-    """The tables of ``python -m bench precision``."""
+def exactness(ops: precision.Ops) -> str:
+    """The tables of ``python -m bench precision`` of these ops."""
     record = json.loads((ROOT / "bench/results/cpu/precision.json").read_text(encoding="utf-8"))
-    return "\n\n".join(markdown.section(one, level=3) for one in precision.tables(record))
+    return "\n\n".join(markdown.section(one, level=3) for one in precision.tables(record, ops))
+
+
+def divergences() -> str:
+    """Times, errors and memory of everyone, case by case."""
+    cases = dict(tables.by_op(_ops()["cases"])).get("linear_divergence", [])
+    return "\n\n".join(markdown.section(tables.case_table(case), level=3) for case in cases)
 
 
 def saved_bytes() -> str:
@@ -137,7 +145,9 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "every case": every_case,
     "inference": inference,
     "floors": floors,
-    "precision": exactness,
+    "precision": partial(exactness, precision.LOGPROBS),
+    "precision of divergences": partial(exactness, precision.DIVERGENCES),
+    "divergences": divergences,
     "saved": saved_bytes,
     "prefix": prefixes,
     "mixtures": every_mixture,

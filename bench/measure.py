@@ -132,7 +132,8 @@ def _first_calls(case: Case, peer: Peer, row: Row, inputs: Inputs, exact: dict[s
         if peer.compiles:
             timing.train(call, _fresh(peer, inputs), timing.Clock(device))
         ready = _fresh(peer, inputs)
-        parameters = [inputs[name] for name in ("weight", "gate_up", "down") if name in inputs.tensors]
+        named = ("weight", "teacher_weight", "gate_up", "down")
+        parameters = [inputs[name] for name in named if name in inputs.tensors]
         with memory.Peak(device) as peak:
             with memory.counting_saved(parameters) as saved:
                 outputs = call(ready)

@@ -6,7 +6,7 @@ alike; errors are the largest against float64, over the largest exact value, of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ QUANTITIES = (
     ("logp", "log-prob"),
     ("entropy", "entropy"),
     ("divergence", "divergence"),
+    ("mean divergence", "mean of the divergences"),
     ("gradient", "gradient"),
 )
 # of the implementations of the benchmarks, those that are not another name for one of these
@@ -77,6 +78,19 @@ def _along(weight: Tensor, targets: Tensor, lead: int, generator: torch.Generato
     return lead * weight[targets] if lead else torch.randn(SIZES["N"], SIZES["H"], generator=generator)
 
 
+# an op, and of a divergence its kind: the inputs, and who is measured
+Ops = Mapping[str, tuple[Callable[[torch.dtype, int], Inputs], tuple[Peer, ...]]]
+LOGPROBS: Ops = {
+    "token_logprobs": (logits_inputs, logprob.TOKEN),
+    "linear_logprobs": (linear_inputs, logprob.LINEAR),
+}
+DIVERGENCES: Ops = {
+    f"linear_divergence, {kind}": (divergence_inputs, divergence.DIVERGENCE)
+    for kind in ("forward_kl", "reverse_kl", "jsd")
+}
+OPS: Ops = {**LOGPROBS, **DIVERGENCES}
+
+
 def measure_all() -> dict[str, Any]:
     """Errors of every implementation that runs here, for each dtype and lead."""
     rows = []
@@ -105,17 +119,6 @@ def measure_all() -> dict[str, Any]:
     }
 
 
-# an op, and of a divergence its kind: the inputs, and who is measured
-OPS: Mapping[str, tuple[Callable[[torch.dtype, int], Inputs], tuple[Peer, ...]]] = {
-    "token_logprobs": (logits_inputs, logprob.TOKEN),
-    "linear_logprobs": (linear_inputs, logprob.LINEAR),
-    **{
-        f"linear_divergence, {kind}": (divergence_inputs, divergence.DIVERGENCE)
-        for kind in ("forward_kl", "reverse_kl", "jsd")
-    },
-}
-
-
 def _case(op: str, dtype: str) -> Case:
     name, _, layout = op.partition(", ")
     return Case(name, "cpu", dtype, SIZES, layout)
@@ -137,8 +140,10 @@ def _errors(case: Case, peer: Peer, inputs: Inputs, exact: Mapping[str, Exact]) 
     except Unavailable:
         return {}
     gradients = timing.differentiate(*timing.upstream(outputs, inputs), inputs)
-    # a mean over tokens hides what each of them is off by: of those that give no other result the gradient is shown
+    # a mean over tokens hides what each of them is off by: it is shown only of those that give a divergence in no other form
     found = {name: error(value, exact[name]) for name, value in outputs.items() if name != "loss"}
+    if case.op == "linear_divergence" and not found:
+        found["mean divergence"] = error(outputs["loss"], exact["loss"])
     found["gradient"] = max(error(value, exact[name]) for name, value in gradients.items())
     return {name: results.short(value) for name, value in found.items()}
 
@@ -163,9 +168,9 @@ def table(record: Mapping[str, Any], op: str, quantity: str) -> Table:
     return found
 
 
-def tables(record: Mapping[str, Any]) -> list[Table]:
-    """All of them, those without a row left out."""
-    every = [table(record, op, name) for op in OPS for name, _ in QUANTITIES]
+def tables(record: Mapping[str, Any], ops: Iterable[str] = OPS) -> list[Table]:
+    """Those of these ops, those without a row left out."""
+    every = [table(record, op, name) for op in ops for name, _ in QUANTITIES]
     return [one for one in every if one.rows]
 
 

@@ -120,9 +120,20 @@ def _check_training(key: str, config: NextToken) -> None:
 
 
 def _check_students(config: Distill) -> None:
+    before: list[str] = []
     for name, sizes in config.students.items():
         if not _STUDENT_NAME.fullmatch(name):
             raise UserError(f"distill.students: expected names of letters and digits, got {name!r}")
+        if sizes.start and sizes.start not in before:
+            raise UserError(
+                f"distill.students.{name}.start: expected a student listed before ({', '.join(before) or 'none is'}), got "
+                f"{sizes.start!r}"
+            )
+        if sizes.start and sizes.pretrained:
+            raise UserError(
+                f"distill.students.{name}.pretrained: expected none with start, which is where it begins, got {sizes.pretrained!r}"
+            )
+        before.append(name)
         if not sizes.pretrained and sizes.hidden_size % sizes.heads:
             raise UserError(
                 f"distill.students.{name}.hidden_size: expected a multiple of heads = {sizes.heads}, got {sizes.hidden_size}"
@@ -133,7 +144,7 @@ def _check_students(config: Distill) -> None:
                 "distill.data: expected none with the method on_policy, for which students answer the problems of the tasks, got "
                 f"{config.data!r}"
             )
-        if not config.teacher and not (config.data and sizes.pretrained):
+        if not config.teacher and not (config.data and config.beginning_of(name).pretrained):
             raise UserError(
                 f"distill.teacher: expected one where distill.students.{name} does not learn from a file with a tokenizer of its own"
             )

@@ -349,8 +349,9 @@ def _distillation(recipe: Recipe, model: Parameters, parents: list[str]) -> Iter
     spec = recipe.model.pretrained if recipe.model.sizes == "folder" else ""
     vocabulary = pretrained_config(spec).get_text_config().vocab_size if spec else _vocabulary(recipe)
     for name, student in recipe.distill.students.items():
-        in_folder = student.pretrained and recipe.model.sizes == "folder"
-        sizes = count(pretrained_config(student.pretrained) if in_folder else config_of(student, vocabulary))
+        first = recipe.distill.beginning_of(name)
+        in_folder = first.pretrained and recipe.model.sizes == "folder"
+        sizes = count(pretrained_config(first.pretrained) if in_folder else config_of(first, vocabulary))
         longest = DOCUMENT_TOKENS if recipe.distill.data else recipe.distill.max_new_tokens
         length = length_of(student.max_length or longest)
         tokens = (student.steps * student.batch_size or student.epochs * documents) * length

@@ -122,8 +122,8 @@ def start_of(recipe: Recipe, stage: str) -> str:
     """
     section = getattr(recipe, stage)
     if stage == "distill" and section.data:
-        students = section.students.items()
-        if all(each.pretrained and section.method_of(name) == "sft" for name, each in students):
+        names = section.students
+        if all(section.beginning_of(name).pretrained and section.method_of(name) == "sft" for name in names):
             return ""
     start: str = getattr(section, "start", getattr(section, "teacher", ""))
     return start

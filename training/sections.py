@@ -452,6 +452,7 @@ class Student(NextToken):
     """One student of the distillation: a small dense model."""
 
     method: Literal["", "sft", "logits", "on_policy"] = setting("", '"": as distill.method says')
+    start: str = setting("", 'a student listed before, from which it goes on; "": none')
     architecture: Literal["qwen2", "llama"] = setting("qwen2", "of a student from random weights")
     pretrained: str = setting("", '"": random weights; else the folder of a checkpoint or a name on the hub')
     hidden_size: int = setting(64, "width of the model", minimum=1)
@@ -496,6 +497,13 @@ class Distill(Sampling):
     def method_of(self, student: str) -> str:
         """How a student learns."""
         return self.students[student].method or self.method
+
+    def beginning_of(self, student: str) -> Student:
+        """The settings of the student that is first in the row of those from which this one goes on."""
+        names = list(self.students)
+        while (start := self.students[student].start) in names[: names.index(student)]:
+            student = start
+        return self.students[student]
 
 
 @dataclass

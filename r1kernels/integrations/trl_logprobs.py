@@ -67,21 +67,13 @@ class ChunkedLogProbs:
         return (results[0], entropy, *(found.get(name) for name in OUTPUTS[1:]))
 
 
-_own_selective_log_softmax = utils.selective_log_softmax
-
-
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
-    """Log-probs (...) of ``index`` (...) under logits (..., V): ``token_logprobs``; 0 where ``row_mask`` is 0.
+    """Log-probs of ``index``, one token per row (...) or K (..., K), under logits (..., V): ``token_logprobs``.
 
-    Several tokens per row, ``index`` (..., K), are left to TRL's own function.
+    ``row_mask`` has the shape of ``index``: 0 gives 0.
     """
-    if index.ndim == logits.ndim:
-        # older versions have neither option
-        options: dict[str, Any] = {} if temperature == 1.0 else {"temperature": temperature}
-        options |= {} if row_mask is None else {"row_mask": row_mask}
-        return _own_selective_log_softmax(logits, index, **options)
     logp: Any = token_logprobs(logits, _kept(index, row_mask), temperature=temperature)
     return logp
 

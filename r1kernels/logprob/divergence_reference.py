@@ -153,10 +153,19 @@ def _gradients(backend: str, inputs: Any, tensors: Any, others: Any, grads: Any,
     if shard is None or kind == "forward_kl":
         mean = mean_ratio(student, teacher, kind, beta)
     else:
-        probs, ratios = student.exp(), log_ratios(student, teacher, kind, beta)
-        part = torch.where(probs == 0, 0.0, probs * ratios).sum(-1, keepdim=True)
-        mean = Mean(torch.zeros_like(part), sharded.sum_over_ranks_(part, shard))
+        mean = _mean_of_ranks(student, teacher, kind, beta, shard)
     return [grads[0].unsqueeze(-1) * slopes(student, teacher, kind, beta, mean)]
+
+
+def _mean_of_ranks(student: Tensor, teacher: Tensor, kind: str, beta: float, shard: sharded.Shard) -> Mean:
+    """``mean_ratio`` of all ranks; ids as likely as the likeliest are taken together."""
+    ratios = log_ratios(student, teacher, kind, beta)
+    leads = student == sharded.max_over_ranks_(student.amax(-1, keepdim=True), shard)
+    those = torch.stack((torch.where(leads, ratios, 0.0), leads.to(ratios.dtype))).sum(-1, keepdim=True)
+    total, count = sharded.sum_over_ranks_(those, shard)
+    at_largest, probs = total / count, student.exp()
+    weighted = torch.where(probs == 0, 0.0, probs * (ratios - at_largest)).sum(-1, keepdim=True)
+    return Mean(at_largest, sharded.sum_over_ranks_(weighted, shard))
 
 
 _recorded = recorded(

@@ -62,6 +62,12 @@ def sum_over_ranks_(values: Tensor, shard: Shard) -> Tensor:
     return values
 
 
+def max_over_ranks_(values: Tensor, shard: Shard) -> Tensor:
+    """``values``, overwritten with the largest of all ranks."""
+    dist.all_reduce(values, dist.ReduceOp.MAX, group=shard.group)
+    return values
+
+
 def copy_to_group(hidden: Tensor, shard: Shard) -> Tensor:
     """``hidden`` itself; its gradient is the sum over the ranks, since each rank's columns give a part of it."""
     return _recorded_copy("reference", CopyCall(hidden, shard))

@@ -215,13 +215,16 @@ def _no(bad: Tensor, values: Tensor, text: str) -> None:
         )
 
 
-def _divergence(found: events.Events, teacher: Teacher, how: How, dtype: torch.dtype) -> Tensor:
+def _divergence(
+    found: events.Events, teacher: Teacher, how: How, vocabulary: int, dtype: torch.dtype
+) -> Tensor:
     """(N,) of the events of the student."""
     if how.tail == "ignore":
         return _of_ids_alone(found, teacher, how).to(dtype)
     rest = _rest(teacher.logp)
-    # ids that are all that is possible leave nothing to either
-    nothing = (found.logits[:, -1] == -torch.inf) & (rest <= ROUNDED_REST)
+    # ids that are all that there is, or all that is possible, leave nothing to either
+    every = (teacher.ids >= 0).sum(-1) == vocabulary
+    nothing = every | (found.logits[:, -1] == -torch.inf) & (rest <= ROUNDED_REST)
     log_rest = rest.clamp(min=LEAST_REST).log().masked_fill(nothing, -torch.inf)
     log_teacher = torch.cat((teacher.logp, log_rest.unsqueeze(-1)), -1)
     divergence, _ = divergence_of_logits(found.logits, log_teacher, how.kind, how.beta, False)
@@ -252,7 +255,7 @@ def _of_ids_alone(found: events.Events, teacher: Teacher, how: How) -> Tensor:
 def _of_logits(backend: str, call: TopkCall) -> Tensor:
     dtype = torch.float64 if call.logits.dtype == torch.float64 else torch.float32
     found = columns.of_logits(backend, call.logits, call.rows, call.teacher.ids, False)
-    return _divergence(found, call.teacher, call.how, dtype)
+    return _divergence(found, call.teacher, call.how, call.rows.vocabulary, dtype)
 
 
 def _of_hidden(backend: str, call: LinearTopkCall) -> Tensor:
@@ -261,7 +264,7 @@ def _of_hidden(backend: str, call: LinearTopkCall) -> Tensor:
     else:
         found = columns_head.of_hidden(backend, linear.decided(call.source))
     dtype = torch.float64 if call.hidden.dtype == torch.float64 else torch.float32
-    return _divergence(found, call.teacher, call.how, dtype)
+    return _divergence(found, call.teacher, call.how, call.source.rows.vocabulary, dtype)
 
 
 TOPK_DIVERGENCE = Op("topk_divergence", partial(_of_logits, "reference"), _of_logits, decides="logits")

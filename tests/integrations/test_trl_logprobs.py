@@ -199,14 +199,27 @@ def test_log_softmax_and_entropy_of_logits(patched, shape):
         utils.selective_log_softmax(logits, index, 0.0)
 
 
-def test_several_tokens_a_row_stay_with_trl(patched):
-    logits = torch.randn(3, 5, 11, generator=torch.Generator().manual_seed(0))
-    index = logits.topk(2).indices
-    mask = torch.ones_like(index)
-    mask[0, 0] = 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (7,)])
+def test_several_tokens_per_row(patched, shape, dtype):
+    """Log-probs and gradients are TRL's of float64 logits; a token may be there twice, and some are masked."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(*shape, 11, generator=generator).to(dtype).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    index = torch.randint(11, (*shape, 3), generator=generator)
+    index[0, ..., 1] = index[0, ..., 0]
+    mask = (torch.rand(index.shape, generator=generator) > 0.3).long()
+    upstream = torch.linspace(-1, 2, index.numel()).view_as(index)
+    rounding = 1e-6 if dtype == torch.float32 else 1e-2
     for options in ({}, {"temperature": 0.5, "row_mask": mask}):
         ours = utils.selective_log_softmax(logits, index, **options)
-        assert torch.equal(ours, OWN["selective_log_softmax"](logits, index, **options))
+        theirs = OWN["selective_log_softmax"](exact, index, **options)
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6)
+        (mine,) = torch.autograd.grad(ours, logits, upstream)
+        (other,) = torch.autograd.grad(theirs, exact, upstream.double())
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.double(), other, rtol=rounding, atol=rounding)
 
 
 def test_patch_reaches_every_module_and_is_undone():

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from tests.support.own_models import write_folder
 from training import pipeline, prompts, student, traces
 from training.check import check
+from training.checkpoint import load_model
 from training.context import StageContext
 from training.document import Document, Stored
 from training.errors import UserError
+from training.estimate import estimate
 from training.loops import next_token, on_policy
 from training.loops.batch import lay_out, states
 from training.loops.sample import Prompt
@@ -20,7 +22,7 @@ from training.loops.token_loss import OfStored, OfTeacher, OfText
 from training.model import build_model
 from training.progress import Progress
 from training.recipe import load, make
-from training.report import write_report
+from training.report import students, write_report
 from training.run_dir import RunDir, StageDir
 from training.sections import Distill, Model, NextToken, Student
 from training.tasks.arithmetic import make_problem
@@ -206,9 +208,10 @@ def recipe_of(brought, **distill):
         "batch_size": 8,
         "epochs": 2,
     }
-    students = {
+    given = {
         name: {**sizes, "method": name.replace("policy", "_policy")} for name in ("sft", "logits", "onpolicy")
     }
+    given["later"] = {**sizes, "start": "sft"}
     return make(
         {
             "stages": ["distill"],
@@ -219,7 +222,7 @@ def recipe_of(brought, **distill):
                 "samples": 1,
                 "max_new_tokens": 6,
                 "filters": [],
-                "students": students,
+                "students": given,
                 **distill,
             },
         }
@@ -241,6 +244,65 @@ def test_a_run_with_all_three_methods_reports_them_at_equal_tokens(brought, tmp_
     assert max(told) - min(told) < 8 * 7  # those of a step
     page = write_report(run_dir).read_text()
     assert "learns from" in page and "<td>on_policy</td>" in page and f"<td>{told[0]:,}</td>" in page
+    every, equal = page.split("<h3>Methods at equal tokens</h3>")
+    assert "<tr><th>later</th><td>sft</td>" in every
+    for name in ("sft", "logits", "onpolicy"):
+        assert f"<tr><th>{name}</th>" in equal
+    assert "<tr><th>later</th>" not in equal  # the only one that begins so
+    for each in students.learnt(run_dir):
+        rows = [row for row in run_dir.stage("distill").metrics() if row["part"] == each.name]
+        assert each.seconds > 0 and len(rows) == each.steps and rows[-1]["learnt"] == each.tokens
+
+
+def test_a_student_goes_on_from_another_one(brought, tmp_path):
+    """With a learning rate of 0 it stays what that one was."""
+    sizes = {"hidden_size": 16, "heads": 2, "layers": 1, "intermediate_size": 32, "steps": 1}
+    given = {
+        "first": {**sizes, "lr": 0.1},
+        "still": {"start": "first", "steps": 1, "lr": 0.0, "lr_end": 0.0, "method": "on_policy"},
+        "moved": {"start": "still", "steps": 1, "lr": 0.1},
+    }
+    recipe = recipe_of(brought, students=given)
+    assert recipe.distill.beginning_of("moved") is recipe.distill.students["first"]
+    assert [row.stage.strip() for row in estimate(recipe)] == ["distill", *given]
+    run_dir = RunDir(tmp_path / "run")
+    pipeline.run(recipe, run_dir, progress=Progress(quiet=True))
+    first, still, moved = (
+        load_model(run_dir.stage("distill").path / f"checkpoint-{name}")[0].state_dict() for name in given
+    )
+    assert all(torch.equal(first[name], still[name]) for name in first)
+    assert not all(torch.equal(first[name], moved[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"a": {"start": "a"}}, r"distill.students.a.start: expected a student listed before \(none is\), got 'a'"),
+        ({"a": {}, "b": {"start": "c"}, "c": {}}, r"b.start: expected a student listed before \(a\), got 'c'"),
+        ({"a": {}, "b": {"start": "a", "pretrained": "x"}}, "b.pretrained: expected none with start, .*, got 'x'"),
+    ],
+)  # fmt: skip
+def test_a_student_from_which_another_goes_on_stands_before_it(brought, given, said):
+    with pytest.raises(UserError, match=said):
+        check(recipe_of(brought, students=given))
+
+
+def test_methods_stand_side_by_side_where_they_begin_alike_and_learn_as_much():
+    def one(name, method, beginning, epochs):
+        return students.Learnt(name, method, beginning, epochs, 500, 1, 1.0, 1.0, 0.5, None, None)
+
+    given = [
+        one("a", "sft", "random", 9),
+        one("b", "on_policy", "a", 5),
+        one("c", "sft", "a", 5),
+        one("d", "logits", "a", 5),
+        one("e", "logits", "a", 8),
+        one("f", "sft", "c", 5),
+        one("g", "sft", "c", 5),
+        one("h", "sft", "d", 0),
+        one("i", "logits", "d", 0),
+    ]
+    assert [[each.name for each in group] for group in students.at_equal_tokens(given)] == [["b", "c", "d"]]
 
 
 def test_stored_log_probs_from_a_file_need_no_teacher(brought, tmp_path):
@@ -254,8 +316,8 @@ def test_stored_log_probs_from_a_file_need_no_teacher(brought, tmp_path):
     }
     path = tmp_path / "stored.jsonl"
     path.write_text(json.dumps(line) + "\n")
-    students = {"own": {"pretrained": str(folder), "steps": 1}}
-    recipe = recipe_of(brought, data=str(path), teacher="", method="logits", students=students)
+    given = {"own": {"pretrained": str(folder), "steps": 1}}
+    recipe = recipe_of(brought, data=str(path), teacher="", method="logits", students=given)
     check(recipe)
     run_dir = RunDir(tmp_path / "run")
     pipeline.run(recipe, run_dir, progress=Progress(quiet=True))
@@ -298,10 +360,10 @@ def test_what_does_not_go_together_is_refused(brought, tmp_path):
     with pytest.raises(UserError, match="distill.teacher: expected one where distill.students.sft"):
         check(recipe_of(brought, teacher=""))
     other = write_folder(tmp_path / "other", "llama", template="llama3")
-    students = {"own": {"pretrained": str(other), "steps": 1, "method": "logits"}}
+    given = {"own": {"pretrained": str(other), "steps": 1, "method": "logits"}}
     with pytest.raises(UserError, match="distill.students.own: its tokenizer is not the teacher's"):
         pipeline.run(
-            recipe_of(brought, students=students), RunDir(tmp_path / "run"), progress=Progress(quiet=True)
+            recipe_of(brought, students=given), RunDir(tmp_path / "run"), progress=Progress(quiet=True)
         )
 
 

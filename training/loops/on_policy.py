@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
@@ -64,6 +65,7 @@ def train(
     ):
         step = start
         while (done := amount.done(step, learnt)) < amount.steps:
+            began = time.perf_counter()
             engine.update(model, step)
             chosen = next_token.batch_of_step(len(prompts), config.batch_size, step, key)
             drawn = sample(
@@ -86,6 +88,7 @@ def train(
                 "learnt": learnt,
                 "length": sum(len(each.token_ids) for each in drawn) / len(drawn),
                 "finished": sum(each.finished for each in drawn) / len(drawn),
+                "tokens_per_second": metrics["tokens"] / (time.perf_counter() - began),
             }
             context.stage.log(step=step, **metrics)
             bar.advance(loss=metrics["loss"])

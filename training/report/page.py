@@ -8,7 +8,7 @@ from training.files import readable_bytes
 from training.format import duration, percent
 from training.pipeline import STAGES, plan
 from training.recipe import Grpo, Recipe
-from training.report import curves, lineage, samples, tables
+from training.report import curves, lineage, samples, students, tables
 from training.report.marks import evaluation_rows, marks_of, number
 from training.run_dir import RunDir
 
@@ -42,7 +42,7 @@ def page(run_dir: RunDir) -> str:
         _section("Curves", _curves_text(recipe), _curves(run_dir, recipe)),
         _section("Within reach", _REACH, _reach(run_dir)),
         _section("The same problem, stage by stage", _SAMPLES, samples.side_by_side(run_dir)),
-        _section("Students", _STUDENTS, tables.students(run_dir)),
+        _section("Students", _STUDENTS, students.tables(run_dir)),
         _section("Rejections by filter", _REJECTIONS, tables.rejections(run_dir)),
         _section("Expert load", _LOAD, _expert_load(run_dir, recipe)),
         _section("Language mix", _LANGUAGES, tables.languages(run_dir)),
@@ -73,7 +73,8 @@ _SAMPLES = (
 )
 _STUDENTS = (
     "What a student learnt from: the teacher's responses (sft), its distribution of them (logits), or its distribution of what the "
-    "student answered itself (on_policy). Tokens carry a loss; the accuracy is that on held-out problems, one sample at temperature 1."
+    "student answered itself (on_policy). Tokens carry a loss; the accuracy is that on held-out problems, one sample at temperature 1, "
+    "with its 95 % interval."
 )
 _REJECTIONS = "What the filters refused. A response may be refused by several filters."
 _LOAD = (
@@ -99,8 +100,8 @@ def _head(run_dir: RunDir, recipe: Recipe, done: dict[str, dict[str, Any]]) -> s
         for name, key, label in TILES
         if (value := number(marks.get(name, {}).get(key))) is not None
     ]
-    students = [number(row.get("accuracy")) for name, row in marks.items() if name.startswith("distill-")]
-    known = [value for value in students if value is not None]
+    of_students = (number(row.get("accuracy")) for name, row in marks.items() if name.startswith("distill-"))
+    known = [value for value in of_students if value is not None]
     if known:
         tiles.append(
             f'<div class="tile"><b>{percent(min(known))} <small>%</small></b><span>weakest student: accuracy</span></div>'

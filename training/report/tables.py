@@ -80,27 +80,6 @@ def said(stage: str, metrics: Mapping[str, Any]) -> str:
     return ""
 
 
-def students(run_dir: RunDir) -> str:
-    """How each student of the distillation learnt, of how many tokens, and what came of it."""
-    record = run_dir.stage("distill").record()
-    metrics: Mapping[str, Any] = record["metrics"] if record is not None else {}
-    names = [key.removesuffix("/method") for key in metrics if key.endswith("/method")]
-    if not names:
-        return ""
-    head = "".join(
-        f"<th>{title}</th>" for title in ("", "learns from", "tokens", "steps", "loss", "accuracy")
-    )
-    lines = []
-    for name in names:
-        of: dict[str, Any] = {
-            key: metrics[f"{name}/{key}"] for key in ("method", "learnt", "steps", "loss", "accuracy")
-        }
-        accuracy = "-" if of["accuracy"] is None else f"{percent(of['accuracy'])} %"
-        cells = (escape(of["method"]), f"{of['learnt']:,}", f"{of['steps']:,}", f"{of['loss']:.3f}", accuracy)
-        lines.append(f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-
-
 def warnings(run_dir: RunDir) -> str:
     """What the stages warned of, in their order."""
     items = "".join(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from training import checkpoint, filters, prompts, responses, rewards, student, traces
@@ -45,8 +46,11 @@ def run(context: StageContext) -> dict[str, Any]:
     def train(part: StageContext, name: str) -> dict[str, Any]:
         sizes = config.students[name]
         method = config.method_of(name)
-        teacher_tokenizer, positions = of_teacher()
-        model, tokenizer = student.build(sizes, teacher_tokenizer, seed, positions)
+        if sizes.start:
+            model, tokenizer = load(_folder(context, sizes.start))
+        else:
+            teacher_tokenizer, positions = of_teacher()
+            model, tokenizer = student.build(sizes, teacher_tokenizer, seed, positions)
         loss = _loss(config, method, documents, lambda: _alike(name, tokenizer, teacher()))
         if method == "on_policy":
             metrics = on_policy.train(
@@ -61,7 +65,7 @@ def run(context: StageContext) -> dict[str, Any]:
             )
         else:
             metrics = next_token.train(model, tokenizer, documents, sizes, part, token_loss=loss)
-        folder = context.stage.path / f"checkpoint-{name}"
+        folder = _folder(context, name)
         style = responses.style_of(context.name, context.recipe)
         checkpoint.save_model(model, tokenizer, folder, style)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -74,6 +78,11 @@ def run(context: StageContext) -> dict[str, Any]:
         "kept": len(documents),
         **{f"{name}/{key}": value for name, metrics in trained.items() for key, value in metrics.items()},
     }
+
+
+def _folder(context: StageContext, name: str) -> Path:
+    """Of a student's checkpoint."""
+    return context.stage.path / f"checkpoint-{name}"
 
 
 def _teacher(context: StageContext) -> tuple[Any, Any]:
