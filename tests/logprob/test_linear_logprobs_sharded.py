@@ -120,6 +120,22 @@ def divergence(x, weight, bias, targets, **options):
     return [found.detach(), *torch.autograd.grad(loss, leaves), entropy]
 
 
+def leading(x, weight, bias, targets, **options):
+    """Divergences where one id leads by 30 nats, of the first rank at the student and of the second at the teacher."""
+    found = []
+    for kind in ("reverse_kl", "jsd"):
+        leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
+        # on a rank the whole head is not there: leaders are added to the bias by their number
+        first = 0 if len(bias) in (13, 37) else 13
+        ids = torch.arange(first, first + len(bias))
+        lead = 30.0 * (ids == 5).to(bias.dtype)
+        value = linear_divergence(
+            *leaves[:2], x, weight, bias=leaves[2] + lead, teacher_bias=bias + 0.9 * lead + 0.5 * (ids == 20), kind=kind, **options
+        )  # fmt: skip
+        found += [value.detach(), *torch.autograd.grad(value.sum(), leaves)]
+    return found
+
+
 def grpo(x, weight, bias, targets, **options):
     """The loss with an entropy bonus, and gradients."""
     leaves = [leaf.detach().requires_grad_() for leaf in (x.view(4, 3, -1), weight, bias)]
@@ -158,6 +174,7 @@ def _on_rank(rank, backend, folder):
             found["grpo"] = grpo(*call, **HEAD, **where)
             found["divergence"] = divergence(*call, **HEAD, **where)
             found["topk"] = topk(*call, **HEAD, **where)
+            found["leading"] = leading(*call, **where)
             found["several"] = several(*call, **HEAD, **where)
             if backend == "reference":
                 double = (tensor.double() for tensor in call[:3])
@@ -232,6 +249,15 @@ def test_without_a_gradient(ranks):
     _, found = ranks
     for values in found:
         assert same_bits(values["no gradient"], values["everything"][0])
+
+
+def test_slopes_of_shards_keep_their_digits_where_a_logit_leads(ranks):
+    _, found = ranks
+    leaves, targets = problem("everything")
+    expected = leading(*(leaf.double() for leaf in leaves), targets, backend="reference")
+    for start in (0, 4):
+        shares = [{"leading": values["leading"][start : start + 4]} for values in found]
+        assert_shares(shares, "leading", expected[start : start + 4], (0, 13, 37), 1e-4, count=1)
 
 
 @pytest.mark.parametrize("op", [completions, divergence, grpo, several, topk])

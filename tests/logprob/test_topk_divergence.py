@@ -139,6 +139,23 @@ def test_a_bucket_is_a_lower_bound_and_all_ids_are_the_whole_divergence(place, k
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_all_ids_leave_no_rest_however_they_are_rounded(place, kind, dtype):
+    """The divergence from the stored probabilities over their sum, which in 16 bits is off by more than a rounding of float32."""
+    backend, device = place
+    logits, teacher = torch.randn(2, 20, V, generator=torch.Generator().manual_seed(6))
+    logp, ids = torch.log_softmax(2 * teacher, -1).topk(V)
+    logp = logp.to(dtype)
+    found = topk_divergence(logits.to(device), ids.to(device), logp.to(device), kind=kind, backend=backend)
+    p = logp.double().log_softmax(-1)
+    q = logits.double().log_softmax(-1).gather(1, ids)
+    mean = ((p.exp() + q.exp()) / 2).log()
+    pairs = {"forward_kl": ((p, q, 1),), "reverse_kl": ((q, p, 1),), "jsd": ((p, mean, 0.5), (q, mean, 0.5))}
+    exact = sum(share * (a.exp() * (a - b)).sum(-1) for a, b, share in pairs[kind])
+    torch.testing.assert_close(found.cpu().double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_stored_log_probs_that_sum_to_more_than_1(place, kind):
     """Rounded to 16 bits, those of a peaked teacher sum to more than 1; the result is as of its probabilities over their sum."""
     backend, device = place
