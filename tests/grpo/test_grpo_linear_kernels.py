@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +18,7 @@ from r1kernels.grpo.one_pass import one_pass_of_all
 from r1kernels.logprob import cpu, linear_logprobs
 from tests.support.host_reads import NoHostReads
 from tests.support.numerics import assert_as_exact_as, same_bits
+from tests.support.ranks import on_ranks
 
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 
@@ -394,27 +394,20 @@ def test_two_ranks_give_the_gradient_of_one_batch(batch_of, tmp_path):
         total = {"num_tokens": int(batch.mask.sum())} if preset == "dapo" else {"num_sequences": 5}
         per_rank = {name: value / 2 for name, value in total.items()}
         calls.append((leaves, targets, tensors, keywords | per_rank))
-    torch.save(calls, tmp_path / "calls.pt")
-    mp.spawn(_on_rank, args=(str(tmp_path),), nprocs=2)
-    for ours, one in zip(torch.load(tmp_path / "grads.pt"), expected, strict=True):
-        torch.testing.assert_close(ours, one, rtol=1e-5, atol=1e-6)
 
+    def averaged():
+        mine, found = slice(0, 2) if dist.get_rank() == 0 else slice(2, 5), []
+        for (hidden, *head), targets, tensors, keywords in calls:
+            leaves = [hidden[mine], *head]
+            _, grads = run("cpu", leaves, targets[mine], [value[mine] for value in tensors], keywords)
+            for grad in grads[1:]:  # of the head, which all ranks share
+                dist.all_reduce(grad)
+                found.append(grad / 2)
+        return found
 
-def _on_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    mine = slice(0, 2) if rank == 0 else slice(2, 5)
-    averaged = []
-    for leaves, targets, tensors, keywords in torch.load(f"{folder}/calls.pt"):
-        leaves[0] = leaves[0][mine]
-        _, grads = run("cpu", leaves, targets[mine], [value[mine] for value in tensors], keywords)
-        for grad in grads[1:]:  # of the head, which all ranks share
-            dist.all_reduce(grad)
-            averaged.append(grad / 2)
-    if rank == 0:
-        torch.save(averaged, f"{folder}/grads.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    for ours in on_ranks(2, averaged, tmp_path / "meeting"):
+        for grad, one in zip(ours, expected, strict=True):
+            torch.testing.assert_close(grad, one, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.05])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from r1kernels import (
     extension,
@@ -21,6 +20,7 @@ from r1kernels import (
 from tests.support import linear_oracle as oracle
 from tests.support.kept_case import in_csr
 from tests.support.numerics import same_bits
+from tests.support.ranks import on_ranks
 
 STATS = ("log_sum_sq_probs", "mean_logits", "is_top1")
 HEAD = {"temperature": 1.3, "softcap": 5.0, "logit_scale": 0.7}
@@ -155,10 +155,9 @@ def grpo(x, weight, bias, targets, **options):
     return [output.loss.detach(), *torch.autograd.grad(output.loss, leaves)]
 
 
-def _on_rank(rank, backend, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    found = {}
+def everything(backend):
+    """What the rank that calls it finds."""
+    found, rank = {}, dist.get_rank()
     for name, (_, cuts, _, options) in CASES.items():
         (x, weight, bias), targets = problem(name)
         mine = slice(cuts[rank], cuts[rank + 1])
@@ -179,16 +178,14 @@ def _on_rank(rank, backend, folder):
             if backend == "reference":
                 double = (tensor.double() for tensor in call[:3])
                 found["float64"] = results_and_gradients(*double, targets, **options, **where)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def ranks(request, tmp_path_factory):
     """(backend, what each of the two ranks found)"""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_on_rank, args=(request.param, str(folder)), nprocs=2)
-    return request.param, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    folder = tmp_path_factory.mktemp("ranks") / "meeting"
+    return request.param, on_ranks(2, lambda: everything(request.param), folder)
 
 
 def assert_shares(ranks, found, expected, cuts, tolerance, count=2):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import mpmath
 import torch
 from torch import Tensor
@@ -10,9 +12,8 @@ from torch import Tensor
 def row(logits: list[float], target: int, temperature: float = 1.0) -> tuple[float, float]:
     """(log-prob, entropy) of one row of logits."""
     with mpmath.workdps(60):
-        probs, entropy = _softmax(logits, temperature)
-        logp = mpmath.log(probs[target]) if probs[target] > 0 else mpmath.mpf("-inf")
-        return float(logp), float(entropy)
+        _, logs, entropy = _softmax(tuple(logits), temperature)
+        return float(logs[target]), float(entropy)
 
 
 def gradient(
@@ -20,24 +21,29 @@ def gradient(
 ) -> list[float]:
     """d (grad_logp logp + grad_entropy H) / d logits of one row, from the derivatives of the textbook formulas."""
     with mpmath.workdps(60):
-        probs, entropy = _softmax(logits, temperature)
+        probs, logs, entropy = _softmax(tuple(logits), temperature)
         result = []
-        for index, p in enumerate(probs):
+        for index, (p, log) in enumerate(zip(probs, logs, strict=True)):
             value = grad_logp * ((1 if index == target else 0) - p)
             if p > 0:
-                value -= grad_entropy * p * (mpmath.log(p) + entropy)
+                value -= grad_entropy * p * (log + entropy)
             result.append(float(value / mpmath.mpf(temperature)))
         return result
 
 
-def _softmax(logits: list[float], temperature: float) -> tuple[list[mpmath.mpf], mpmath.mpf]:
-    """The distribution of a row and its entropy."""
+@functools.lru_cache(maxsize=64)  # every backend, the values and the gradients ask for the same rows
+def _softmax(
+    logits: tuple[float, ...], temperature: float
+) -> tuple[list[mpmath.mpf], list[mpmath.mpf], mpmath.mpf]:
+    """The distribution of a row, its logarithms and its entropy."""
     x = [mpmath.mpf(value) / mpmath.mpf(temperature) for value in logits]
     largest = max(x)
     weights = [mpmath.e ** (value - largest) if value != mpmath.mpf("-inf") else mpmath.mpf(0) for value in x]
     total = mpmath.fsum(weights)
     probs = [weight / total for weight in weights]
-    return probs, -mpmath.fsum(p * mpmath.log(p) for p in probs if p > 0)
+    logs = [mpmath.log(p) if p > 0 else mpmath.mpf("-inf") for p in probs]
+    entropy = -mpmath.fsum(p * log for p, log in zip(probs, logs, strict=True) if p > 0)
+    return probs, logs, entropy
 
 
 def rows(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
