@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import families, logprob, measure, run
+from bench import families, logprob, measure, noise, run
 from bench.cases import CASES, Case, lengths, tiny
 from bench.ceilings import Ceilings
 from bench.measure import Effort
@@ -91,9 +91,15 @@ def test_every_case_is_either_run_or_listed_with_a_reason():
 
 @pytest.fixture
 def known_ceilings(monkeypatch):
-    """A machine whose ceilings need no measuring, another copy rate each time."""
+    """A quiet machine whose ceilings need no measuring, another copy rate each time."""
     found = (Ceilings(speed * 1e9, {"float32": 1e9, "bfloat16": 2e9}, 1e9) for speed in (2, 1, 3, 1, 1))
     monkeypatch.setattr(run.ceilings, "measure", lambda device: next(found))
+    monkeypatch.setattr(run.noise, "of_machine", lambda device: 1.0)
+
+
+def test_times_that_repeat_are_no_noise(monkeypatch):
+    monkeypatch.setattr(noise, "_TIMES", 3)
+    assert noise.of_machine(torch.device("cpu")) >= 1 == noise.spread([2.0, 2.0, 2.0])
 
 
 def test_a_run_keeps_what_is_done_and_can_be_added_to(tmp_path, known_ceilings):
