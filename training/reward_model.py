@@ -204,7 +204,7 @@ def _backward(
         part = loss(model, tokenizer, labelled) * (len(piece) / len(batch))
         part.backward()
         total += part.item()
-    return ranks.sums({"loss": total})["loss"]
+    return ranks.sum_number(total)
 
 
 def _texts(labelled: Labelled) -> tuple[str, ...]:

@@ -279,7 +279,7 @@ class StageDir:
     @property
     def unsaved_seconds(self) -> float:
         """Seconds of work that a kill would cost: since the last resume point."""
-        return ranks.once(lambda: time.monotonic() - self._saved)
+        return ranks.of_main(time.monotonic() - self._saved)
 
     # Beginning and end
 

@@ -555,7 +555,7 @@ class Recipe:
     )
     shared_prefix: bool = setting(
         True,
-        "what sequences have in common, as the prompt of a group, is computed once in log-prob passes and SFT",
+        "what sequences have in common, as the prompt of a group, is computed once in log-prob passes and next-token training, and no padding is",
         rounding=True,
     )
     sinks: list[Literal["tensorboard", "trackio", "wandb"]] = field(

@@ -7,6 +7,7 @@ that a person may type anything in `chat`. Characters alone would double the len
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -42,8 +43,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({entry: i for i, entry in enumerate(entries)}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     # A known word counts only as a whole word; every other character that is not a blank is a token of its own.
-    longest_first = sorted((word for word in words if len(word) > 1), key=len, reverse=True)
-    whole_word = r"(?<![^\W\d_])(?:" + "|".join(map(re.escape, longest_first)) + r")(?![^\W\d_])"
+    whole_word = rf"(?<![^\W\d_]){_any_of(word for word in words if len(word) > 1)}(?![^\W\d_])"
     pattern = Regex(whole_word + r"|```|\n|\S")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="removed", invert=True)
     # WordPiece joins by spaces (no token starts with its prefix), then the digits of a number close up.
@@ -65,3 +65,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=1_000_000,
     )
+
+
+def _any_of(words: Iterable[str]) -> str:
+    """The pattern of these words, longer ones first, that reads each letter once: "an(?:d|swer)"."""
+    tails: dict[str, list[str]] = {}
+    for word in words:
+        tails.setdefault(word[:1], []).append(word[1:])
+    ends = tails.pop("", None)
+    choices = "|".join(re.escape(head) + _any_of(rest) for head, rest in tails.items())
+    return f"(?:{choices})" + "?" * bool(ends) if choices else ""

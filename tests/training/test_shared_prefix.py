@@ -63,7 +63,7 @@ def gradients(monkeypatch):
     return found
 
 
-def train(folder, shared, make, config=STEP):
+def train(folder, shared, make, config=STEP, documents=None):
     """(metrics, parameters after it, tokens of every pass, warnings) of a step of GRPO, or of next-token training on `config`."""
     at = context(folder, config)
     at.recipe = replace(at.recipe, shared_prefix=shared)
@@ -71,7 +71,7 @@ def train(folder, shared, make, config=STEP):
     heard = []
     with counted(policy) as read, notices.listening(lambda kind, text: heard.append((kind, text))):
         if isinstance(config, NextToken):
-            next_token.train(policy, TOKENIZER, ANSWERS, config, at)
+            next_token.train(policy, TOKENIZER, documents or ANSWERS, config, at)
         else:
             grpo.train(policy, TOKENIZER, lambda step: PROBLEMS, prompts.chat, share_of_makes, config, at)
     return without_times(at.stage.metrics()), policy.state_dict(), read, heard
@@ -151,18 +151,28 @@ def test_sft_on_several_responses_to_a_prompt_is_that_of_the_repeated_form(tmp_p
     assert sum(shared[2]) < 0.75 * sum(repeated[2])
 
 
-@pytest.mark.parametrize(
-    "documents", [DOCUMENTS[:8], [Document("7 " * 30 + each.text) for each in DOCUMENTS[:8]]]
-)
-def test_documents_without_a_common_prompt_are_read_side_by_side(tmp_path, documents):
-    """In pretraining too, where documents may begin alike."""
+def test_documents_of_one_length_with_nothing_in_common_are_read_side_by_side(tmp_path):
     at = context(tmp_path / "a", LEARNT)
     policy = dense()
     with counted(policy) as read:
-        next_token.train(policy, TOKENIZER, documents, replace(LEARNT, steps=1, batch_size=8), at)
-    lengths = {len(TOKENIZER.encode(each.text, add_special_tokens=False)) + 2 for each in documents}
+        next_token.train(policy, TOKENIZER, DOCUMENTS[:8], replace(LEARNT, steps=1, batch_size=8), at)
+    (length,) = {len(TOKENIZER.encode(each.text, add_special_tokens=False)) + 2 for each in DOCUMENTS[:8]}
     # the other is the trial of the head
-    assert len(lengths) == 1 and 8 * lengths.pop() in read and len(read) == 2
+    assert 8 * length in read and len(read) == 2
+
+
+OF_TWO_LENGTHS = [
+    Document(("7 " * 30 if i % 4 == 0 else "") + each.text) for i, each in enumerate(DOCUMENTS[:8])
+]
+THAT_BEGIN_ALIKE = [Document("7 " * 30 + each.text) for each in DOCUMENTS[:8]]
+
+
+@pytest.mark.parametrize("documents", [OF_TWO_LENGTHS, THAT_BEGIN_ALIKE], ids=["lengths", "beginnings"])
+def test_pretraining_computes_no_padding_and_common_beginnings_once(tmp_path, gradients, documents):
+    shared = train(tmp_path / "a", True, model, LEARNT, documents)
+    repeated = train(tmp_path / "b", False, model, LEARNT, documents)
+    assert_same(shared, repeated, gradients)
+    assert sum(shared[2]) < 0.9 * sum(repeated[2])
 
 
 def llama4():

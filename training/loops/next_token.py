@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -142,7 +143,7 @@ def update(
     place: tuple[float, int],
 ) -> dict[str, float]:
     """One optimizer step by the mean loss of the targets of the rows. place: how many of so many steps are done."""
-    shared = context.recipe.shared_prefix and worth_sharing(rows)
+    shared = context.recipe.shared_prefix and worth_sharing(rows, config.micro_batch_tokens)
     shared = shared and all(shares_prefixes(each) for each in (model, *token_loss.readers))
     step, steps = place
     total = sum(len(row.targets) for row in rows)
@@ -159,7 +160,7 @@ def update(
         part = losses.sum() / total
         part.backward()
         loss += float(part.detach())
-    loss = ranks.sums({"loss": loss})["loss"]
+    loss = ranks.sum_number(loss)
     load.sum()
     lr = learning_rate(
         step, steps, lr=config.lr, lr_end=config.lr_end, schedule="cosine", warmup=config.warmup
@@ -187,25 +188,15 @@ def _encode(
     """The documents as rows, and how many of them were cut: at max_length (0: none) and at the positions of the model."""
     most = min(length for length in (max_length, encoder.positions, sys.maxsize) if length)
     rows, longest, truncated = [], 0, 0
-    for document in documents:
-        if document.prompt:
-            prompt, opening = encoder.prompt(document.prompt)
-            response = encoder.response(document.text, opening)
-            ids, first = prompt + response, max(1, len(prompt))
-            if document.stored is not None and len(document.stored.ids) != len(response):
-                raise UserError(
-                    f"teacher_ids: expected a list for each of the {len(response)} tokens of the response, its end counted, got "
-                    f"{len(document.stored.ids)}: {document.text!r:.60}"
-                )
-        else:
-            ids, first = encoder.document(document.text), 1  # nothing predicts the first token
+    read = ranks.spread(lambda own: [_ids(encoder, each) for each in own], documents)
+    for document, (ids, first) in zip(documents, read, strict=True):
         truncated += len(ids) > most
         longest = max(longest, len(ids))
-        targets = tuple(ids[first:most])
+        targets = ids[first:most]
         stored = document.stored
         if stored is not None:  # where nothing stands before a response, its first token is not predicted
             stored = stored.part(len(stored.ids) - (len(ids) - first), len(targets))
-        rows.append(Row(tuple(ids[:most]), first, targets, stored))
+        rows.append(Row(ids[:most], first, targets, stored))
     if truncated:
         notices.warn(
             "documents",
@@ -218,12 +209,30 @@ def _encode(
     return rows, truncated
 
 
+def _ids(encoder: Encoder, document: Document) -> tuple[tuple[int, ...], int]:
+    """Token ids of a document, and the first of them that is learnt."""
+    if not document.prompt:
+        return tuple(encoder.document(document.text)), 1  # nothing predicts the first token
+    prompt, opening = encoder.prompt(document.prompt)
+    response = encoder.response(document.text, opening)
+    if document.stored is not None and len(document.stored.ids) != len(response):
+        raise UserError(
+            f"teacher_ids: expected a list for each of the {len(response)} tokens of the response, its end counted, got "
+            f"{len(document.stored.ids)}: {document.text!r:.60}"
+        )
+    return (*prompt, *response), max(1, len(prompt))
+
+
 def batch_of_step(count: int, size: int, step: int, key: tuple[int | str, ...]) -> list[int]:
     """Indices of the documents of a step: pass after pass over all of them, each in its own keyed order."""
     chosen: list[int] = []
     position = step * size
     while len(chosen) < size:
         epoch, offset = divmod(position + len(chosen), count)
-        order = seeding.numpy_rng(*key, "order", epoch).permutation(count)
-        chosen += order[offset : offset + size - len(chosen)].tolist()
+        chosen += _order(count, epoch, key)[offset : offset + size - len(chosen)].tolist()
     return chosen
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, epoch: int, key: tuple[int | str, ...]) -> np.ndarray:
+    return seeding.numpy_rng(*key, "order", epoch).permutation(count)

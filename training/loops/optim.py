@@ -47,7 +47,7 @@ class Optimizer:
             {"params": vectors, "weight_decay": 0.0},
         ]
         self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95)
+            [group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95), fused=True
         )
 
     def step(self, loss: float, lr: float) -> tuple[float, bool]:

@@ -105,6 +105,20 @@ def gather(value: T) -> list[T]:
     return found
 
 
+def of_main(number: float) -> float:
+    """The number that rank 0 has."""
+    if world() == 1:
+        return number
+    held = torch.tensor(number, dtype=torch.float64)
+    dist.broadcast(held, src=0)
+    return float(held)
+
+
+def sum_number(number: float) -> float:
+    """The sum of a number over the ranks."""
+    return float(sum_tensor(torch.tensor(number, dtype=torch.float64))) if world() > 1 else number
+
+
 def sums(values: Mapping[str, float]) -> dict[str, float]:
     """Named numbers added up over the ranks; a rank that lacks one adds nothing to it."""
     total: dict[str, float] = {}

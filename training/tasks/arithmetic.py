@@ -71,12 +71,17 @@ class ArithmeticTask:
 
     def worked_examples(self, language: str) -> list[tuple[str, str]]:
         """Four training questions of the language with tidy responses in the special-token form."""
-        problems = [p for p in self.problems("train") if p.language == language]
-        step = len(problems) // 4
-        return [
-            (p.question, response(*tidy(p), form="special", language=language))
-            for p in problems[step - 1 :: step]
-        ]
+        return list(_worked_examples(self.digits, language))
+
+
+@cache
+def _worked_examples(digits: int, language: str) -> tuple[tuple[str, str], ...]:
+    problems = [p for p in _split_problems(digits)["train"] if p.language == language]
+    step = len(problems) // 4
+    return tuple(
+        (p.question, response(*tidy(p), form="special", language=language))
+        for p in problems[step - 1 :: step]
+    )
 
 
 def make_problem(a: int, b: int, language: str) -> Problem:
