@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,14 +49,11 @@ class Ceilings:
         )
 
     def floors(self, case: Case) -> dict[str, tuple[float, str]]:
-        """Phase -> (seconds, bound); forward+backward is the sum, bound by the larger part."""
-        return self.floors_of(case.work(), case.dtype)
-
-    def floors_of(self, works: Mapping[str, Work], dtype: str) -> dict[str, tuple[float, str]]:
-        """The same from the work of the phases "forward" and "backward"; nothing from nothing."""
+        """Phase -> (seconds, bound); forward+backward is the sum, bound by the larger part; nothing of a whole step."""
+        works = case.work()
         if not works:
             return {}
-        forward, backward = (self.floor(works[phase], dtype) for phase in ("forward", "backward"))
+        forward, backward = (self.floor(works[phase], case.dtype) for phase in ("forward", "backward"))
         both = (forward[0] + backward[0], max(forward, backward)[1])
         return {"forward": forward, "backward": backward, "inference": forward, "forward+backward": both}
 

@@ -7,11 +7,9 @@ epochs before.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,7 @@ from training.report.students import seconds
 from training.run_dir import RunDir, StageDir
 from training.stages import distill
 
-from . import results
-from .environment import environment
+from .table import Table
 
 METHODS = ("sft", "logits", "on_policy")
 EPOCHS, START, MORE = 5, 12, 6
@@ -48,7 +45,7 @@ def train(run: Path, folder: Path, method: str, epochs: int, start: Path | None 
     return {"method": method, "epochs": epochs, **shown, "seconds": round(seconds(stage.metrics()), 1)}
 
 
-def measure(run: Path) -> list[dict[str, Any]]:
+def measure(run: Path) -> dict[str, Any]:
     """A row a student."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -58,38 +55,15 @@ def measure(run: Path) -> list[dict[str, Any]]:
         for method in METHODS:
             more = train(run, folder / f"more_{method}", method, MORE, begun)
             rows.append({"start": START, **more})
-    return rows
+    return {"recipe": "tiny", "rows": rows}
 
 
-def record(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is committed."""
-    return {
-        "schema": 1,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment("cpu"),
-        "recipe": "tiny",
-        "rows": rows,
-    }
-
-
-def table(found: Mapping[str, Any]) -> str:
-    """A row a student: what it began with and learnt, tokens, seconds and the accuracy that came of it; for docs."""
-    lines = ["| begins with | learns by | tokens | seconds | steps | accuracy |", "|---|---|---|---|---|---|"]
-    for row in found["rows"]:
+def tables(record: Mapping[str, Any]) -> list[Table]:
+    """A row a student: what it began with and learnt, tokens, seconds and the accuracy that came of it."""
+    found = Table("Students", ("begins with", "learns by", "tokens", "seconds", "steps", "accuracy"))
+    for row in record["rows"]:
         began = f"{row['start']} epochs of sft" if row["start"] else "random weights"
         accuracy = f"{100 * row['accuracy']:.1f} %"
         spent = f"{row['seconds']:.0f}" if "seconds" in row else "-"
-        cells = (began, row["method"], f"{row['learnt']:,}", spent, f"{row['steps']:,}", accuracy)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def main(run: Path, out: Path) -> None:
-    """The command."""
-    results.save(out, record(measure(run)))
-
-
-def load_record(path: Path) -> dict[str, Any]:
-    """A committed file of ``main``."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+        found.rows.append([began, row["method"], f"{row['learnt']:,}", spent, f"{row['steps']:,}", accuracy])
+    return [found]

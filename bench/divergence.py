@@ -1,76 +1,97 @@
-"""linear_divergence: inputs, exact results in float64, and everyone who computes it.
+"""linear_divergence, topk_divergence, linear_topk_divergence: inputs, exact results in float64, and everyone who computes them.
 
-N tokens, V vocabulary, H hidden size of the student, D of the teacher. The layout of a case is the kind of its divergence.
+N tokens, V vocabulary, H hidden size of the student, D of the teacher, S ids of a teacher for each token. The layout of a case
+of linear_divergence is the kind of its divergence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import logprob
 from .cases import Case
-from .logprob import CHECKED_COLUMNS, spread
-from .numerics import Exact
-from .peers import COMPILED, EAGER, OURS, Call, Inputs, Ours, Outputs, Peer, compiled, needs
+from .numerics import Exact, of_head, of_logits
+from .peers import Call, Draw, Inputs, Op, Ours, Peer, needs, plain, theirs
 
 BETA = 0.5
-_ROWS_AT_ONCE = 128
-# TRL's names of the kinds
-_TRL_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": BETA}
+_TRL_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": BETA}  # TRL's names of the kinds
+_SHARE = 0.9  # that a teacher gives to its ids together
+_FOUR = "hidden,weight,teacher_hidden,teacher_weight"
+
+
+# --- inputs ---
 
 
 def inputs(case: Case, device: torch.device) -> Inputs:
     """Hidden states and heads whose logits have a deviation of 2; the loss is the mean divergence."""
-    sizes = case.sizes
-    generator = torch.Generator(device).manual_seed(0)
+    s, draw, dtype = case.sizes, Draw(device), case.torch_dtype
+    tensors = {}
+    for who, size in (("", s["H"]), ("teacher_", s["D"])):
+        tensors[f"{who}hidden"] = draw.normal(s["N"], size).to(dtype)
+        tensors[f"{who}weight"] = draw.normal(s["V"], size).to(dtype) * (2 / size**0.5)
+    above = {
+        "divergence": torch.full((s["N"],), 1.0 / s["N"], device=device),
+        "loss": torch.ones((), device=device),
+    }
+    return Inputs(tensors, ("hidden", "weight"), above)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(case.torch_dtype)
 
-    tokens = sizes["N"]
-    return Inputs(
-        {
-            "hidden": normal(tokens, sizes["H"]),
-            "weight": normal(sizes["V"], sizes["H"]) * (2 / sizes["H"] ** 0.5),
-            "teacher_hidden": normal(tokens, sizes["D"]),
-            "teacher_weight": normal(sizes["V"], sizes["D"]) * (2 / sizes["D"] ** 0.5),
-        },
-        ("hidden", "weight"),
-        {
-            "divergence": torch.full((tokens,), 1.0 / tokens, device=device),
-            "loss": torch.ones((), device=device),
-        },
-    )
+def topk_inputs(case: Case, device: torch.device) -> Inputs:
+    """Logits (N, V), or hidden states and a head, and log-probs of S ids of each token, spread over the vocabulary."""
+    given = (logprob.linear_inputs if "H" in case.sizes else logprob.token_inputs)(case, device)
+    scores = 2 * Draw(device, 1).normal(case.sizes["N"], case.sizes["S"])
+    stored = {
+        "ids": logprob.spread_ids(case, given.tensors.pop("targets")),
+        "logp": F.log_softmax(scores, -1) + torch.tensor(_SHARE).log(),
+    }
+    above = {"divergence": torch.full((len(scores),), 1.0 / len(scores), device=device)}
+    return replace(given, tensors=given.tensors | stored, upstream=above)
+
+
+# --- exact, in float64 ---
 
 
 def exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
-    """Divergence, loss and dX of every token, dW of up to CHECKED_COLUMNS rows of the head."""
-    hidden, weight = inputs["hidden"], inputs["weight"].double()
-    teacher_weight = inputs["teacher_weight"].double()
-    columns = spread(case.sizes["V"], CHECKED_COLUMNS, weight.device)
-    d_weight = torch.zeros(len(columns), weight.shape[1], dtype=torch.float64, device=weight.device)
-    divergence, d_hidden = [], []
-    for start in range(0, hidden.shape[0], _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        x = hidden[rows].double()
-        found, slopes = divergence_rows(
-            x @ weight.T, inputs["teacher_hidden"][rows].double() @ teacher_weight.T, case.layout
-        )
-        slopes *= inputs.upstream["divergence"][rows].double().unsqueeze(1)
-        divergence.append(found)
-        d_hidden.append(slopes @ weight)
-        d_weight += slopes[:, columns].T @ x
-    every = torch.cat(divergence)
-    return {
-        "divergence": Exact(every),
-        "loss": Exact(every.mean()),
-        "d hidden": Exact(torch.cat(d_hidden)),
-        "d weight": Exact(d_weight, columns),
-    }
+    """Of both heads, and the loss."""
+    hidden, weight, teacher_hidden, teacher_weight = (one.detach() for one in inputs.of(_FOUR))
+    wide, above = teacher_weight.double(), inputs.upstream["divergence"].double()
+
+    def rows(logits: Tensor, which: slice) -> tuple[Tensor, Tensor]:
+        value, slopes = divergence_rows(logits, teacher_hidden[which].double() @ wide.T, case.layout)
+        return value, slopes * above[which].unsqueeze(1)
+
+    found = of_head(hidden, weight, "divergence", rows)
+    return found | {"loss": Exact(found["divergence"].values.mean())}
+
+
+def topk_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
+    """Of logits, or of a head."""
+    above = inputs.upstream["divergence"].double()
+
+    def rows(logits: Tensor, which: slice) -> tuple[Tensor, Tensor]:
+        value, slopes = _topk_rows(logits, inputs["ids"][which], inputs["logp"][which].double())
+        return value, slopes * above[which].unsqueeze(1)
+
+    if "logits" in inputs.tensors:
+        return of_logits(inputs["logits"], "divergence", rows)
+    return of_head(inputs["hidden"], inputs["weight"], "divergence", rows)
+
+
+def _topk_rows(logits: Tensor, ids: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
+    """(forward KL with all other ids as one event, its slope in the logits (N, V)) in float64."""
+    q = F.log_softmax(logits, -1)
+    other = torch.ones_like(q, dtype=torch.bool).scatter(1, ids, False)
+    rest = torch.where(other, q, -torch.inf).logsumexp(1, keepdim=True)
+    teacher_rest = (-logp.exp().sum(1, keepdim=True)).log1p()
+    of_ids = (logp.exp() * (logp - q.gather(1, ids))).sum(1)
+    of_rest = (teacher_rest.exp() * (teacher_rest - rest)).squeeze(1)
+    slope = torch.where(other, q.exp() * -(teacher_rest - rest).expm1(), 0.0)
+    return of_ids + of_rest, slope.scatter(1, ids, q.gather(1, ids).exp() - logp.exp())
 
 
 def divergence_rows(student: Tensor, teacher: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -101,44 +122,37 @@ def _kl(p: Tensor, q: Tensor, share: float = 1.0) -> Tensor:
     return (p.exp() * (y - log)).sum(1)
 
 
-# --- plain PyTorch, which eager and torch.compile share ---
+# --- plain PyTorch ---
 
 
-def _textbook(kind: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def _textbook(case: Case) -> Callable[..., Tensor]:
+    def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
     def divergence(hidden: Tensor, weight: Tensor, x: Tensor, w: Tensor) -> Tensor:
         q = F.log_softmax(F.linear(hidden, weight).float(), -1)
         p = F.log_softmax(F.linear(x, w).float(), -1)
-        if kind == "forward_kl":
-            return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
-        if kind == "reverse_kl":
-            return F.kl_div(p, q, log_target=True, reduction="none").sum(-1)
+        if case.layout != "jsd":
+            return kl(p, q) if case.layout == "forward_kl" else kl(q, p)
         mean = (BETA * p.exp() + (1 - BETA) * q.exp()).log()
-        of_teacher = F.kl_div(mean, p, log_target=True, reduction="none").sum(-1)
-        of_student = F.kl_div(mean, q, log_target=True, reduction="none").sum(-1)
-        return BETA * of_teacher + (1 - BETA) * of_student
+        return BETA * kl(p, mean) + (1 - BETA) * kl(q, mean)
 
     return divergence
 
 
-def _four(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return inputs["hidden"], inputs["weight"], inputs["teacher_hidden"], inputs["teacher_weight"]
+def _topk(logits: Tensor, ids: Tensor, logp: Tensor) -> Tensor:
+    """What people write: the rest is 1 - sum, kept away from 0."""
+    q = F.log_softmax(logits.float(), -1).gather(-1, ids)
+    rest, teacher_rest = ((1 - each.exp().sum(-1)).clamp(min=1e-8) for each in (q, logp))
+    of_rest = teacher_rest * (teacher_rest / rest).log()
+    return (logp.exp() * (logp - q)).sum(-1) + of_rest
 
 
-def _torch(function: Callable[..., Tensor]) -> Call:
-    return lambda inputs: {"divergence": function(*_four(inputs))}
+def _linear_topk(hidden: Tensor, weight: Tensor, ids: Tensor, logp: Tensor) -> Tensor:
+    return _topk(F.linear(hidden, weight), ids, logp)
 
 
-# --- others ---
-
-
-def _trl(case: Case, inputs: Inputs) -> Call:
-    function = needs("trl.kernels.chunked_divergence", "trl").ChunkedDivergenceFunction
-
-    def call(inputs: Inputs) -> Outputs:
-        hidden, weight, x, w = _four(inputs)
-        return {"divergence": function.apply(hidden, weight, None, x, w, None, _TRL_BETA[case.layout])[0]}
-
-    return call
+# --- who computes them ---
 
 
 def _liger(case: Case, inputs: Inputs) -> Call:
@@ -148,40 +162,31 @@ def _liger(case: Case, inputs: Inputs) -> Call:
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=_TRL_BETA[case.layout]
     )
     targets = torch.zeros(case.sizes["N"], dtype=torch.int64, device=inputs["hidden"].device)
-    return lambda inputs: {"loss": loss(*_four(inputs), targets)}
+    return lambda inputs: {"loss": loss(*inputs.of(_FOUR), targets)}
 
 
-def bare_gemms(recompute: bool) -> Callable[[Case, Inputs], Any]:
-    """The GEMMs of both heads alone: two forward, two or four backward, nothing between."""
-
-    def make(case: Case, inputs: Inputs) -> Any:
-        hidden, weight, x, w = (value.detach() for value in _four(inputs))
-        gradient = torch.ones(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
-
-        def forward() -> object:
-            return hidden @ weight.T, x @ w.T
-
-        def backward() -> object:
-            again = forward() if recompute else None
-            return again, gradient @ weight, gradient.T @ hidden
-
-        return {"forward": forward, "backward": backward}
-
-    return make
-
-
-OURS_DIVERGENCE = Ours(
-    "linear_divergence",
-    lambda case, inputs: (_four(inputs), {"kind": case.layout, "beta": BETA}),
-    lambda found: {"divergence": found},
+_OURS = Ours(
+    "linear_divergence", _FOUR, "divergence", lambda case, inputs: {"kind": case.layout, "beta": BETA}
 )
+_OURS_TOPK = Ours("topk_divergence", "logits,ids,logp", "divergence")
+_OURS_LINEAR_TOPK = Ours("linear_topk_divergence", "hidden,weight,ids,logp", "divergence")
 DIVERGENCE = (
-    Peer(EAGER, lambda case, inputs: _torch(_textbook(case.layout))),
-    OURS_DIVERGENCE.peer(f"{OURS}, slopes saved", save_logits=True),
-    OURS_DIVERGENCE.peer(f"{OURS}, logits recomputed", save_logits=False),
-    Peer(COMPILED, lambda case, inputs: _torch(compiled(_textbook(case.layout))), compiles=True),
-    Peer("TRL, chunked", _trl, package="trl"),
+    *plain(_textbook, _FOUR, "divergence",
+           _OURS.peer("slopes saved", save_logits=True), _OURS.peer("logits recomputed", save_logits=False)),
+    theirs("TRL, chunked", "trl", "trl.kernels.chunked_divergence", lambda trl, x, case: {
+        "divergence": trl.ChunkedDivergenceFunction.apply(
+            x["hidden"], x["weight"], None, x["teacher_hidden"], x["teacher_weight"], None, _TRL_BETA[case.layout])[0]}),
     Peer("Liger, chunked", _liger, package="liger-kernel", compiles=True),
-    Peer("four bare GEMMs", bare_gemms(recompute=False), kind="floor"),
-    Peer("six bare GEMMs", bare_gemms(recompute=True), kind="floor"),
+    logprob.bare_gemms("four bare GEMMs"),
+    logprob.bare_gemms("six bare GEMMs", recompute=True),
+)  # fmt: skip
+TOPK = plain(lambda case: _topk, "logits,ids,logp", "divergence", _OURS_TOPK.peer())
+LINEAR_TOPK = (
+    *plain(lambda case: _linear_topk, "hidden,weight,ids,logp", "divergence", _OURS_LINEAR_TOPK.peer()),
+    logprob.bare_gemms("three bare GEMMs"),
 )
+OPS = {
+    "topk_divergence": Op(_OURS_TOPK, topk_inputs, topk_exact, TOPK),
+    "linear_topk_divergence": Op(_OURS_LINEAR_TOPK, topk_inputs, topk_exact, LINEAR_TOPK),
+    "linear_divergence": Op(_OURS, inputs, exact, DIVERGENCE),
+}

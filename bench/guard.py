@@ -14,40 +14,36 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from . import families, measure, results, timing, turns
 from .cases import Case
-from .environment import environment
-from .numerics import Exact, allowed, error
+from .numerics import allowed, error
 from .peers import Inputs, Peer
 
-BASELINE = Path(__file__).parent / "results/cpu/guard.json"
+BASELINE = results.FOLDER / "cpu/guard.json"
 # wider than what two runs on one machine differ by
 BAND = 0.3
 ROUNDS, REPEATS, AGAIN = 12, 3, 3
-SCHEMA = 1
+PHASES = ("forward", "backward")
 
-_LOGITS = {"N": 256, "V": 32768}
+_LOGITS, _HEAD = {"N": 256, "V": 32768}, {"N": 512, "V": 16384, "H": 256}
+_EXPERTS = {"T": 256, "H": 256, "I": 128, "E": 16, "K": 4}
 GUARDED = (
     Case("token_logprobs", "cpu", "float32", _LOGITS),
     Case("token_logprobs", "cpu", "bfloat16", _LOGITS),
-    Case("linear_logprobs", "cpu", "float32", {"N": 512, "V": 16384, "H": 256}),
-    Case("linear_logprobs", "cpu", "bfloat16", {"N": 512, "V": 16384, "H": 256}),
+    Case("linear_logprobs", "cpu", "float32", _HEAD),
+    Case("linear_logprobs", "cpu", "bfloat16", _HEAD),
     Case("grouped_logprobs", "cpu", "float32", {"B": 64, "L": 32, "G": 8, "V": 4096}, "padded"),
     Case("grpo_loss", "cpu", "float32", {"B": 64, "L": 1024}, "padded"),
-    Case("moe_experts", "cpu", "float32", {"T": 256, "H": 256, "I": 128, "E": 16, "K": 4}),
-    Case("moe_experts", "cpu", "bfloat16", {"T": 256, "H": 256, "I": 128, "E": 16, "K": 4}),
+    Case("moe_experts", "cpu", "float32", _EXPERTS),
+    Case("moe_experts", "cpu", "bfloat16", _EXPERTS),
     Case("route", "cpu", "float32", {"T": 2048, "E": 256, "K": 8}),
 )
-
-
 Ratios = dict[str, dict[str, float]]
-Shortest = dict[str, tuple[float, float]]
+Shortest = dict[str, tuple[float, float]]  # phase -> of ours, of the yardstick
 
 
 def ratios(say: Callable[[str], None], baseline: Ratios) -> Ratios:
@@ -66,12 +62,16 @@ def ratios(say: Callable[[str], None], baseline: Ratios) -> Ratios:
             if _backend(case) == "reference":
                 say(f"{case.id}: no kernel serves it here")
                 continue
-            shortest = _repeated(case, {})
-            for _ in range(AGAIN):
-                if not compare(baseline, {case.id: _divided(shortest)}):
+            shortest: Shortest = {}
+            for _ in range(1 + AGAIN):
+                for _ in range(REPEATS):
+                    now = _shortest(case)
+                    for phase, (ours, its) in now.items():
+                        before = shortest.get(phase, (ours, its))
+                        shortest[phase] = min(ours, before[0]), min(its, before[1])
+                found[case.id] = {phase: ours / its for phase, (ours, its) in shortest.items()}
+                if not compare(baseline, {case.id: found[case.id]}):
                     break
-                shortest = _repeated(case, shortest)
-            found[case.id] = _divided(shortest)
             say(f"{case.id}: {', '.join(f'{phase} {value:.3g}' for phase, value in found[case.id].items())}")
             measure.release()
     finally:
@@ -79,86 +79,52 @@ def ratios(say: Callable[[str], None], baseline: Ratios) -> Ratios:
     return found
 
 
-def _divided(shortest: Shortest) -> dict[str, float]:
-    return {phase: ours / its for phase, (ours, its) in shortest.items()}
-
-
-def _repeated(case: Case, shortest: Shortest) -> Shortest:
-    """Phase -> the shortest rounds of ours and of the yardstick, over REPEATS more and those before."""
-    for _ in range(REPEATS):
-        ours, its = _shortest(case)
-        for phase in ("forward", "backward"):
-            before = shortest.get(phase, (ours[phase], its[phase]))
-            shortest = {**shortest, phase: (min(before[0], ours[phase]), min(before[1], its[phase]))}
-    return shortest
-
-
 def _backend(case: Case) -> str:
     op = families.OPS[case.op]
     return op.ours.backend(case, op.inputs(case, torch.device("cpu")))
 
 
-def _shortest(case: Case) -> tuple[timing.Phases, timing.Phases]:
+def _shortest(case: Case) -> Shortest:
     """The shortest rounds of ours and of the yardstick."""
     op, device = families.OPS[case.op], torch.device("cpu")
     inputs = op.inputs(case, device)
     exact = op.exact(case, inputs)
-    for leaf in inputs.leaves:
-        inputs[leaf].requires_grad_()
+    inputs.require_grad()
     # of ours the last: in place where there is such a form, since the page faults of a large result are not repeatable
     peer = [peer for peer in op.peers if peer.kind == "ours"][-1 if case.op == "token_logprobs" else 0]
-    call, prepare = peer.make(case, inputs), peer.prepare or (lambda inputs: inputs)
-    _check(case, call, prepare(inputs), exact, op.comparable)
-    yardstick = _yardstick(case, inputs, op.peers)
-    clock = timing.Clock(device)
-    both = (lambda: timing.train(call, prepare(inputs), clock), lambda: yardstick(clock))
+    call, ready = peer.make(case, inputs), peer.fresh(inputs)
+    outputs = call(ready)
+    for name, value in op.comparable({**outputs, **timing.differentiate(outputs, ready)}).items():
+        off = error(value, exact[name])
+        if not off <= allowed(None, case.torch_dtype):
+            raise SystemExit(f"FAILED {case.id}: {name} is off by {off:.2g}")
+    yardstick, clock = _yardstick(case, inputs, op.peers), timing.Clock(device)
+    both = (lambda: timing.train(call, peer.fresh(inputs), clock), lambda: timing.floor(yardstick, clock))
     # the first round is a warm-up, and tells how many calls a turn makes
     calls = [turns.take(once).calls for once in both]
     rounds = [
         [turns.take(once, count).samples for once, count in zip(both, calls, strict=True)]
         for _ in range(ROUNDS)
     ]
-    ours, its = (
-        {phase: min(one[phase] for one in samples) for phase in ("forward", "backward")}
-        for samples in zip(*rounds, strict=True)
-    )
-    return ours, its
+    ours, its = zip(*rounds, strict=True)
+    return {phase: (min(one[phase] for one in ours), min(one[phase] for one in its)) for phase in PHASES}
 
 
-def _check(
-    case: Case,
-    call: Callable[[Inputs], Mapping[str, torch.Tensor]],
-    inputs: Inputs,
-    exact: Mapping[str, Exact],
-    comparable: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
-) -> None:
-    outputs = call(inputs)
-    found = comparable({**outputs, **timing.differentiate(*timing.upstream(outputs, inputs), inputs)})
-    for name, value in found.items():
-        off = error(value, exact[name])
-        if not off <= allowed(None, case.torch_dtype):
-            raise SystemExit(f"FAILED {case.id}: {name} is off by {off:.2g}")
-
-
-def _yardstick(
-    case: Case, inputs: Inputs, peers: tuple[Peer, ...]
-) -> Callable[[timing.Clock], timing.Phases]:
+def _yardstick(case: Case, inputs: Inputs, peers: tuple[Peer, ...]) -> dict[str, Callable[[], object]]:
     """The bare GEMMs of the op where it has some, else torch.exp over values like those of its first leaf."""
+    single = {
+        name: tensor.detach().float() if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.tensors.items()
+    }
     for peer in peers:
         if peer.kind == "floor":
-            single = {
-                name: tensor.detach().float() if tensor.is_floating_point() else tensor
-                for name, tensor in inputs.tensors.items()
-            }
-            functions = peer.make(replace(case, dtype="float32"), replace(inputs, tensors=single))
-            return lambda clock: timing.floor(functions, clock)
-    values = inputs[inputs.leaves[0]].detach().float()
+            found: dict[str, Callable[[], object]] = peer.make(
+                replace(case, dtype="float32"), replace(inputs, tensors=single)
+            )
+            return found
+    values = single[inputs.leaves[0]]
     target = torch.empty_like(values)
-
-    def once() -> object:
-        return torch.exp(values, out=target)
-
-    return lambda clock: timing.floor({"forward": once, "backward": once}, clock)
+    return dict.fromkeys(PHASES, lambda: torch.exp(values, out=target))
 
 
 def main(update: bool, baseline: Path = BASELINE) -> int:
@@ -168,16 +134,10 @@ def main(update: bool, baseline: Path = BASELINE) -> int:
     before = {} if update else json.loads(baseline.read_text(encoding="utf-8"))["ratios"]
     found = ratios(lambda text: print(text, flush=True), before)
     if update:
-        record: dict[str, Any] = {
-            "schema": SCHEMA,
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "environment": {**environment("cpu"), "threads": 1},
-            "ratios": {
-                name: {phase: results.short(value) for phase, value in phases.items()}
-                for name, phases in found.items()
-            },
+        short = {
+            name: {phase: results.short(value) for phase, value in one.items()} for name, one in found.items()
         }
-        results.save(baseline, record)
+        results.save(baseline, results.record(ratios=short))
         return 0
     slower = compare(before, found)
     print("\n".join(slower) if slower else "no kernel is slower than the baseline")

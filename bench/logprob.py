@@ -1,6 +1,6 @@
 """The log-prob ops: inputs, exact results in float64, and everyone who computes them.
 
-N tokens, V vocabulary, H hidden, B completions of at most L tokens, G completions a prompt.
+N tokens, V vocabulary, H hidden, B completions of at most L tokens, G completions a prompt, S ids that a sampler kept.
 """
 
 from __future__ import annotations
@@ -13,29 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cases import Case, lengths
-from .numerics import Exact
-from .peers import (
-    COMPILED,
-    EAGER,
-    OURS,
-    TRAINING,
-    Call,
-    Inputs,
-    Ours,
-    Outputs,
-    Peer,
-    Unavailable,
-    compiled,
-    needs,
-    only_on_cuda,
-)
+import r1kernels
 
-CHECKED_ROWS = 256
-CHECKED_COLUMNS = 512
-_ROWS_AT_ONCE = 128
-# what TRL's trainers pass
-_TRL_CHUNK = 32768
+from .cases import Case, lengths
+from .numerics import Exact, of_head, softmax_rows, spread
+from .peers import OURS, TRAINING, Call, Draw, Inputs, Op, Ours, Outputs, Peer, Unavailable, plain, theirs
+
+_CHECKED_ROWS = 256
+TRL_CHUNK = 32768  # what TRL's trainers pass
 
 
 # --- inputs ---
@@ -43,298 +28,187 @@ _TRL_CHUNK = 32768
 
 def token_inputs(case: Case, device: torch.device) -> Inputs:
     """Random logits (N, V) and targets, and random gradients of log-prob and entropy."""
-    tokens, vocabulary = case.sizes["N"], case.sizes["V"]
-    generator = torch.Generator(device).manual_seed(0)
-    normal = _normal(generator, device)
-    return Inputs(
-        {
-            "logits": (normal(tokens, vocabulary) * 3).to(case.torch_dtype),
-            "targets": torch.randint(vocabulary, (tokens,), generator=generator, device=device),
-        },
-        ("logits",),
-        {"logp": normal(tokens), "entropy": normal(tokens)},
-    )
+    n, v, draw = case.sizes["N"], case.sizes["V"], Draw(device)
+    tensors = {"logits": (draw.normal(n, v) * 3).to(case.torch_dtype), "targets": draw.below(v, n)}
+    return Inputs(tensors, ("logits",), {"logp": draw.normal(n), "entropy": draw.normal(n)})
 
 
-def linear_inputs(case: Case, device: torch.device) -> Inputs:
+def linear_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     """Hidden states, a head whose logits have a deviation of 2, targets; the loss is the mean negative log-prob."""
-    tokens, vocabulary, hidden = case.sizes["N"], case.sizes["V"], case.sizes["H"]
-    generator = torch.Generator(device).manual_seed(0)
-    normal = _normal(generator, device)
-    return Inputs(
-        {
-            "hidden": normal(tokens, hidden).to(case.torch_dtype),
-            "weight": (normal(vocabulary, hidden) * (2 / hidden**0.5)).to(case.torch_dtype),
-            "targets": torch.randint(vocabulary, (tokens,), generator=generator, device=device),
-        },
-        ("hidden", "weight"),
-        {"logp": torch.full((tokens,), -1.0 / tokens, device=device), "loss": torch.ones((), device=device)},
-    )
+    s, dtype, draw = case.sizes, case.torch_dtype, Draw(device, seed)
+    n = s["N"] if "N" in s else s["B"] * s["L"]
+    tensors = {
+        "hidden": draw.normal(n, s["H"]).to(dtype),
+        "weight": (draw.normal(s["V"], s["H"]) * (2 / s["H"] ** 0.5)).to(dtype),
+        "targets": draw.below(s["V"], n),
+    }
+    above = {"logp": torch.full((n,), -1.0 / n, device=device), "loss": torch.ones((), device=device)}
+    return Inputs(tensors, ("hidden", "weight"), above)
+
+
+def kept_inputs(case: Case, device: torch.device) -> Inputs:
+    """Those of linear_logprobs, and for each token S ids, its target among them."""
+    given = linear_inputs(case, device)
+    ids = spread_ids(case, given["targets"])
+    offsets = torch.arange(case.sizes["N"] + 1) * case.sizes["S"]
+    return replace(given, tensors={**given.tensors, "ids": ids, "offsets": offsets})
+
+
+def spread_ids(case: Case, targets: Tensor) -> Tensor:
+    """(N, S): ids of each token, spread over the vocabulary, its target first."""
+    steps = torch.arange(case.sizes["S"], device=targets.device) * (case.sizes["V"] // case.sizes["S"])
+    return (targets.unsqueeze(1) + steps) % case.sizes["V"]
 
 
 def grouped_inputs(case: Case, device: torch.device) -> Inputs:
     """Completions of uneven lengths, padded (B, L, V) with a mask or packed (N, V) with cu_seqlens."""
-    sizes = case.sizes
-    generator = torch.Generator(device).manual_seed(0)
-    normal = _normal(generator, device)
-    found = lengths(case).to(device)
-    places = (int(found.sum()),) if case.layout == "packed" else (sizes["B"], sizes["L"])
+    s, draw, found = case.sizes, Draw(device), lengths(case).to(device)
+    packed = case.layout == "packed"
+    places = (int(found.sum()),) if packed else (s["B"], s["L"])
     tensors = {
-        "logits": (normal(*places, sizes["V"]) * 3).to(case.torch_dtype),
-        "targets": torch.randint(sizes["V"], places, generator=generator, device=device),
+        "logits": (draw.normal(*places, s["V"]) * 3).to(case.torch_dtype),
+        "targets": draw.below(s["V"], *places),
     }
-    if case.layout == "packed":
+    if packed:
         tensors["cu_seqlens"] = F.pad(found.cumsum(0), (1, 0)).to(torch.int32)
     else:
-        tensors["mask"] = torch.arange(sizes["L"], device=device) < found.unsqueeze(1)
-    return Inputs(tensors, ("logits",), {"logp": normal(sizes["B"] // sizes["G"], sizes["G"])})
+        tensors["mask"] = torch.arange(s["L"], device=device) < found.unsqueeze(1)
+    return Inputs(tensors, ("logits",), {"logp": draw.normal(s["B"])})
 
 
 def linear_grouped_inputs(case: Case, device: torch.device) -> Inputs:
     """Those of linear_logprobs as completions of uneven lengths, padded: hidden states (B, L, H) and a mask."""
-    sizes = case.sizes
-    tokens = replace(case, sizes={**sizes, "N": sizes["B"] * sizes["L"]})
-    given = linear_inputs(tokens, device).tensors
-    normal = _normal(torch.Generator(device).manual_seed(1), device)
+    s, given = case.sizes, linear_inputs(case, device)
     tensors = {
-        "hidden": given["hidden"].view(sizes["B"], sizes["L"], -1),
+        "hidden": given["hidden"].view(s["B"], s["L"], -1),
         "weight": given["weight"],
-        "targets": given["targets"].view(sizes["B"], sizes["L"]),
-        "mask": torch.arange(sizes["L"], device=device) < lengths(case).to(device).unsqueeze(1),
+        "targets": given["targets"].view(s["B"], s["L"]),
+        "mask": torch.arange(s["L"], device=device) < lengths(case).to(device).unsqueeze(1),
     }
-    above = normal(sizes["B"] // sizes["G"], sizes["G"])
-    return Inputs(tensors, ("hidden", "weight"), {"logp": above})
-
-
-def _normal(generator: torch.Generator, device: torch.device) -> Callable[..., Tensor]:
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    return draw
+    return Inputs(tensors, given.leaves, {"logp": Draw(device, 1).normal(s["B"])})
 
 
 # --- exact, in float64 ---
 
 
 def token_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
-    """Of up to CHECKED_ROWS rows, the first and the last among them."""
-    rows = spread(case.sizes["N"], CHECKED_ROWS, inputs["targets"].device)
-    found = softmax_rows(
-        inputs["logits"][rows],
-        inputs["targets"][rows],
-        inputs.upstream["logp"][rows],
-        inputs.upstream["entropy"][rows],
-    )
+    """Of up to _CHECKED_ROWS rows, the first and the last among them."""
+    rows = spread(case.sizes["N"], _CHECKED_ROWS, inputs["targets"].device)
+    above = (inputs.upstream[name][rows] for name in ("logp", "entropy") if name in inputs.upstream)
+    found = softmax_rows(inputs["logits"][rows], inputs["targets"][rows], *above)
     return {name: Exact(values, rows) for name, values in found.items()}
 
 
 def linear_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
-    """Log-prob, loss and dX of every token, dW of up to CHECKED_COLUMNS rows of the head."""
-    hidden, weight = inputs["hidden"], inputs["weight"].double()
-    columns = spread(case.sizes["V"], CHECKED_COLUMNS, weight.device)
-    d_weight = torch.zeros(len(columns), weight.shape[1], dtype=torch.float64, device=weight.device)
-    logp, d_hidden = [], []
-    for start in range(0, hidden.shape[0], _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        x = hidden[rows].double()
-        found = softmax_rows(x @ weight.T, inputs["targets"][rows], inputs.upstream["logp"][rows])
-        logp.append(found["logp"])
-        d_hidden.append(found["d logits"] @ weight)
-        d_weight += found["d logits"][:, columns].T @ x
-    every = torch.cat(logp)
-    return {
-        "logp": Exact(every),
-        "loss": Exact(-every.mean()),
-        "d hidden": Exact(torch.cat(d_hidden)),
-        "d weight": Exact(d_weight, columns),
-    }
+    """Of a head, given each token the gradient of its log-prob; and the loss."""
+    targets, above = inputs["targets"].flatten(), inputs.upstream["logp"]
+
+    def rows(logits: Tensor, which: slice) -> tuple[Tensor, Tensor]:
+        found = softmax_rows(logits, targets[which], above[which])
+        return found["logp"], found["d logits"]
+
+    found = of_head(inputs["hidden"].flatten(0, -2), inputs["weight"], "logp", rows)
+    return found | {"loss": Exact(-found["logp"].values.mean())}
+
+
+def kept_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
+    """Log-prob, loss and dX of every token, dW of the rows of the head that are read."""
+    hidden, ids = inputs["hidden"].double(), inputs["ids"]
+    rows = inputs["weight"][ids].double()
+    first = torch.zeros_like(inputs["targets"])  # where the target stands
+    found = softmax_rows((rows @ hidden.unsqueeze(2)).squeeze(2), first, inputs.upstream["logp"])
+    slopes = found["d logits"].unsqueeze(2)
+    read, place = ids.unique(return_inverse=True)
+    d_weight = hidden.new_zeros(len(read), hidden.shape[1])
+    d_weight.index_add_(0, place.flatten(), (slopes * hidden.unsqueeze(1)).flatten(0, 1))
+    values = {"logp": found["logp"], "loss": -found["logp"].mean(), "d hidden": (slopes * rows).sum(1)}
+    return {name: Exact(value) for name, value in values.items()} | {"d weight": Exact(d_weight, read)}
 
 
 def grouped_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
-    """Sums and logits gradients of two prompts, the first and the last."""
-    group, prompts = case.sizes["G"], case.sizes["B"] // case.sizes["G"]
-    places = spread(prompts, 2, inputs["targets"].device)
-    completions = [int(prompt) * group + member for prompt in places for member in range(group)]
-    found = lengths(case)
-    starts = F.pad(found.cumsum(0), (1, 0))
-    sums, gradients = [], []
-    packed_rows: list[int] = []
-    for completion in completions:
-        size = int(found[completion])
-        if case.layout == "packed":
-            tokens = slice(int(starts[completion]), int(starts[completion]) + size)
-            logits, targets = inputs["logits"][tokens], inputs["targets"][tokens]
-            packed_rows += range(tokens.start, tokens.stop)
-        else:
-            logits, targets = inputs["logits"][completion, :size], inputs["targets"][completion, :size]
-        upstream = inputs.upstream["logp"].flatten()[completion].expand(size)
-        exact = softmax_rows(logits, targets, upstream)
-        sums.append(exact["logp"].sum())
-        pad = 0 if case.layout == "packed" else case.sizes["L"] - size
-        gradients.append(F.pad(exact["d logits"], (0, 0, 0, pad)))
-    gradient = torch.cat(gradients) if case.layout == "packed" else torch.stack(gradients)
-    rows = packed_rows if case.layout == "packed" else completions
-    return {
-        "logp": Exact(torch.stack(sums).view(-1, group), places),
-        "d logits": Exact(gradient, torch.tensor(rows, device=gradient.device)),
-    }
+    """Sums and logits gradients of a few completions, the first and the last among them."""
+    found, targets = lengths(case).to(inputs["targets"].device), inputs["targets"].flatten()
+    chosen = spread(case.sizes["B"], 2 * case.sizes["G"], targets.device)
+    counts = (
+        torch.ones_like(targets, dtype=torch.bool) if case.layout == "packed" else inputs["mask"].flatten()
+    )
+    of = torch.arange(len(found), device=targets.device)
+    completion = of.repeat_interleave(found if case.layout == "packed" else case.sizes["L"])
+    places = torch.isin(completion, chosen).nonzero().squeeze(1)
+    above = inputs.upstream["logp"][completion[places]] * counts[places]
+    rows = softmax_rows(inputs["logits"].flatten(0, -2)[places], targets[places], above)
+    sums = rows["logp"].new_zeros(len(found)).index_add_(0, completion[places], rows["logp"] * counts[places])
+    return {"logp": Exact(sums[chosen], chosen), "d logits": Exact(rows["d logits"], places)}
 
 
 def linear_grouped_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
     """Sums of linear_exact, given each token the gradient of its completion, 0 where the mask is 0."""
-    mask, shape = inputs["mask"], inputs["targets"].shape
-    above = (inputs.upstream["logp"].reshape(-1, 1) * mask).flatten()
-    tokens = {
-        "hidden": inputs["hidden"].flatten(0, 1),
-        "weight": inputs["weight"],
-        "targets": inputs["targets"].flatten(),
-    }
-    found = linear_exact(case, Inputs(tokens, (), {"logp": above}))
-    sums = (found["logp"].values.view(shape) * mask).sum(-1)
-    return {
-        "logp": Exact(sums.view(-1, case.sizes["G"])),
-        "d hidden": Exact(found["d hidden"].values.view(inputs["hidden"].shape)),
-        "d weight": found["d weight"],
-    }
+    above = (inputs.upstream["logp"].unsqueeze(1) * inputs["mask"]).flatten()
+    found = linear_exact(case, replace(inputs, upstream={"logp": above}))
+    sums = (found["logp"].values.view(inputs["mask"].shape) * inputs["mask"]).sum(-1)
+    return {"logp": Exact(sums), "d hidden": found["d hidden"], "d weight": found["d weight"]}
 
 
-def softmax_rows(
-    logits: Tensor, targets: Tensor, grad_logp: Tensor, grad_entropy: Tensor | None = None
-) -> dict[str, Tensor]:
-    """In float64 from differences to the target: with S = sum over the others of e^(z - z_y), log p_y = -log1p(S)."""
-    z, column = logits.double(), targets.unsqueeze(1)
-    shifted = z - z.gather(1, column)
-    others = shifted.exp().scatter(1, column, 0.0).sum(1)
-    logp = -others.log1p()
-    log_probs = shifted + logp.unsqueeze(1)
-    probs = log_probs.exp()
-    # d log p_y / d z_v = 1[v = y] - p_v, and 1 - p_y = S / (1 + S)
-    above = grad_logp.double()
-    gradient = (-above.unsqueeze(1) * probs).scatter(1, column, (above * others / (1 + others)).unsqueeze(1))
-    entropy = -(probs * log_probs).sum(1)
-    if grad_entropy is not None:
-        gradient -= grad_entropy.double().unsqueeze(1) * probs * (log_probs + entropy.unsqueeze(1))
-    return {"logp": logp, "entropy": entropy, "d logits": gradient}
+# --- plain PyTorch ---
 
 
-def spread(size: int, count: int, device: torch.device) -> Tensor:
-    """Up to ``count`` places out of ``size``, evenly spread, first and last included."""
-    return torch.linspace(0, size - 1, min(size, count), dtype=torch.float64, device=device).round().long()
+def log_softmax(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
-# --- plain PyTorch, which eager and torch.compile share ---
-
-
-def _log_softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _with_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     log_probs = F.log_softmax(logits.float(), dim=-1)
     logp = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return logp, -(log_probs.exp() * log_probs).sum(-1)
 
 
-def _linear_log_softmax(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    log_probs = F.log_softmax(F.linear(hidden, weight).float(), dim=-1)
-    return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+def _linear(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return log_softmax(F.linear(hidden, weight), targets)
 
 
-def _masked_sums(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    log_probs = F.log_softmax(logits.float(), dim=-1)
-    return (log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1) * mask).sum(-1)
+def _masked(hidden: Tensor, weight: Tensor, targets: Tensor, ids: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight).float()
+    others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, ids, False)
+    return log_softmax(logits.masked_fill(others, -torch.inf), targets)
 
 
-def _linear_masked_sums(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    return (_linear_log_softmax(hidden, weight, targets) * mask).sum(-1)
+def _sums(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    return (log_softmax(logits, targets) * mask).sum(-1)
 
 
 def _packed_sums(logits: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
-    log_probs = F.log_softmax(logits.float(), dim=-1)
-    logp = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    logp = log_softmax(logits, targets)
     completion = torch.bucketize(torch.arange(len(logp), device=logp.device), cu_seqlens[1:], right=True)
     return logp.new_zeros(len(cu_seqlens) - 1).index_add(0, completion, logp)
 
 
-def _token_torch(function: Callable[..., Any]) -> Call:
-    def call(inputs: Inputs) -> Outputs:
-        logp, entropy = function(inputs["logits"], inputs["targets"])
-        return {"logp": logp, "entropy": entropy}
-
-    return call
-
-
-def _linear_torch(function: Callable[..., Any]) -> Call:
-    return lambda inputs: {"logp": function(inputs["hidden"], inputs["weight"], inputs["targets"])}
-
-
-def _grouped_torch(case: Case, wrap: Callable[..., Any]) -> Call:
-    packed = case.layout == "packed"
-    function = wrap(_packed_sums if packed else _masked_sums)
-
-    def call(inputs: Inputs) -> Outputs:
-        sums = function(inputs["logits"], inputs["targets"], inputs["cu_seqlens" if packed else "mask"])
-        return {"logp": sums.view(-1, case.sizes["G"])}
-
-    return call
-
-
-def _linear_grouped_torch(case: Case, wrap: Callable[..., Any]) -> Call:
-    function, names = wrap(_linear_masked_sums), ("hidden", "weight", "targets", "mask")
-    return lambda inputs: {"logp": function(*map(inputs.__getitem__, names)).view(-1, case.sizes["G"])}
-
-
-def _same(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
-
-
-# --- ours ---
-
-
-def _grouped_arguments(case: Case, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    layout: dict[str, Any] = {name: inputs[name] for name in ("mask", "cu_seqlens") if name in inputs.tensors}
-    return (inputs["logits"], inputs["targets"]), {**layout, "group_size": case.sizes["G"]}
-
-
-OURS_TOKEN = Ours(
-    "token_logprobs",
-    lambda case, inputs: ((inputs["logits"], inputs["targets"]), {"return_entropy": True}),
-    lambda found: {"logp": found[0], "entropy": found[1]},
-)
-OURS_LINEAR = Ours(
-    "linear_logprobs",
-    lambda case, inputs: ((inputs["hidden"], inputs["weight"], inputs["targets"]), {}),
-    lambda found: {"logp": found},
-)
-OURS_GROUPED = Ours("grouped_logprobs", _grouped_arguments, lambda found: {"logp": found.logp})
-
-OURS_LINEAR_GROUPED = Ours(
-    "linear_grouped_logprobs",
-    lambda case, inputs: (
-        (inputs["hidden"], inputs["weight"], inputs["targets"]),
-        {"mask": inputs["mask"], "group_size": case.sizes["G"]},
-    ),
-    lambda found: {"logp": found.logp},
-)
-
-
-def _overwritable(inputs: Inputs) -> Inputs:
-    """A copy of the logits for a backward that overwrites them; as the result of an op it is no leaf, as those of a model."""
-    logits = inputs["logits"].detach().requires_grad_().clone()
-    return replace(inputs, tensors={**inputs.tensors, "logits": logits})
+def _linear_sums(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    return (_linear(hidden, weight, targets) * mask).sum(-1)
 
 
 # --- others ---
 
 
-def _trl_token(case: Case, inputs: Inputs) -> Call:
-    return _token_torch(needs("trl.trainer.utils", "trl").selective_log_softmax_and_entropy)
+def head(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    return inputs["hidden"], inputs["weight"], inputs["targets"]
 
 
-def _trl_linear(case: Case, inputs: Inputs) -> Call:
-    function = needs("trl.kernels", "trl").ChunkedLogProbFunction
+def trl_logp(trl: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """By TRL's chunked kernel."""
+    found: Tensor = trl.ChunkedLogProbFunction.apply(
+        hidden, weight, None, targets, 1.0, TRL_CHUNK, None, 1.0, ()
+    )[0]
+    return found
 
-    def call(inputs: Inputs) -> Outputs:
-        arguments = (inputs["hidden"], inputs["weight"], None, inputs["targets"], 1.0, _TRL_CHUNK)
-        return {"logp": function.apply(*arguments, None, 1.0, ())[0]}
 
-    return call
+def _trl_token(trl: Any, inputs: Inputs, case: Case) -> Outputs:
+    logp, entropy = trl.selective_log_softmax_and_entropy(*inputs.of("logits,targets"))
+    return {"logp": logp, "entropy": entropy}
+
+
+def _cce(filter_eps: str | None) -> Callable[[Any, Inputs, Case], Outputs]:
+    return lambda cce, inputs, case: {"loss": cce.linear_cross_entropy(*head(inputs), filter_eps=filter_eps)}
 
 
 def _torch_linear(chunked: bool) -> Callable[[Case, Inputs], Call]:
@@ -343,143 +217,137 @@ def _torch_linear(chunked: bool) -> Callable[[Case, Inputs], Call]:
         if function is None:
             raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
         options = torch.nn.LinearCrossEntropyOptions() if chunked else None
-
-        def call(inputs: Inputs) -> Outputs:
-            loss = function(inputs["hidden"], inputs["weight"], inputs["targets"], options=options)
-            return {"loss": loss}
-
-        return call
+        return lambda inputs: {"loss": function(*head(inputs), options=options)}
 
     return make
 
 
-def _liger_linear(case: Case, inputs: Inputs) -> Call:
-    only_on_cuda(case, "Liger's fused linear cross-entropy (Triton)")
-    module = needs("liger_kernel.ops.fused_linear_cross_entropy", "liger-kernel")
-    function = module.LigerFusedLinearCrossEntropyFunction
-
-    def call(inputs: Inputs) -> Outputs:
-        found = function.apply(inputs["hidden"], inputs["weight"], inputs["targets"])
-        return {"loss": found[0] if isinstance(found, tuple) else found}
-
-    return call
+def _liger_triton(module: Any, inputs: Inputs, case: Case) -> Outputs:
+    found = module.LigerFusedLinearCrossEntropyFunction.apply(*head(inputs))
+    return {"loss": found[0] if isinstance(found, tuple) else found}
 
 
-def _liger_cute(case: Case, inputs: Inputs) -> Call:
+def _liger_cute(module: Any, inputs: Inputs, case: Case) -> Outputs:
     """Log-probs of each token by Liger's Hopper kernel; on other devices its name stands for a loop over chunks."""
-    only_on_cuda(case, "Liger's fused linear log-probs (CuTe)")
     if torch.cuda.get_device_capability() != (9, 0):
         raise Unavailable("Liger's fused linear log-probs (CuTe) need sm_90")
-    module = needs("liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel")
-    function = module.LigerFusedLinearScaledCrossEntropyFunction
+    return {"logp": -module.LigerFusedLinearScaledCrossEntropyFunction.apply(*head(inputs))}
+
+
+def _liger_chunked(module: Any, inputs: Inputs, case: Case) -> Outputs:
+    hidden, weight, targets = head(inputs)
+    found = module.LigerFusedLinearPPOBase.chunk_forward(hidden[None], weight, targets[None], temperature=1.0)
+    return {"logp": found.squeeze(0)}
+
+
+def _whole_head(case: Case, inputs: Inputs) -> Call:
+    """All logits by torch's GEMM, of which token_logprobs reads the kept ones."""
 
     def call(inputs: Inputs) -> Outputs:
-        return {"logp": -function.apply(inputs["hidden"], inputs["weight"], inputs["targets"])}
+        logits = F.linear(inputs["hidden"], inputs["weight"])
+        kept = (inputs["ids"].flatten(), inputs["offsets"])
+        return {"logp": r1kernels.token_logprobs(logits, inputs["targets"], kept=kept)}  # type: ignore[dict-item]
 
     return call
 
 
-def _liger_chunked(case: Case, inputs: Inputs) -> Call:
-    base = needs("liger_kernel.chunked_loss.fused_linear_ppo", "liger-kernel").LigerFusedLinearPPOBase
-
-    def call(inputs: Inputs) -> Outputs:
-        logp = base.chunk_forward(
-            inputs["hidden"].unsqueeze(0), inputs["weight"], inputs["targets"].unsqueeze(0), temperature=1.0
-        )
-        return {"logp": logp.squeeze(0)}
-
-    return call
-
-
-def _cce(filter_eps: str | None) -> Callable[[Case, Inputs], Call]:
-    def make(case: Case, inputs: Inputs) -> Call:
-        only_on_cuda(case, "cut-cross-entropy (Triton)")
-        module = needs("cut_cross_entropy", "cut-cross-entropy")
-
-        def call(inputs: Inputs) -> Outputs:
-            arguments = (inputs["hidden"], inputs["weight"], inputs["targets"])
-            return {"loss": module.linear_cross_entropy(*arguments, filter_eps=filter_eps)}
-
-        return call
-
-    return make
-
-
-def _quack(case: Case, inputs: Inputs) -> Call:
-    only_on_cuda(case, "quack (CuTe)")
-    module = needs("quack.linear_cross_entropy", "quack-kernels")
-
-    def call(inputs: Inputs) -> Outputs:
-        arguments = (inputs["hidden"], inputs["weight"], inputs["targets"])
-        return {"loss": module.chunked_linear_cross_entropy(*arguments)}
-
-    return call
-
-
-def _verl(case: Case, inputs: Inputs) -> Call:
-    only_on_cuda(case, "verl's fused head (Triton)")
-    function = needs("verl.utils.kernel.linear_cross_entropy", "verl").linear_cross_entropy
-
-    def call(inputs: Inputs) -> Outputs:
-        logp, _ = function(inputs["hidden"], inputs["weight"], inputs["targets"], 1.0, "none")
-        return {"logp": logp}
-
-    return call
-
-
-def bare_gemms(recompute: bool) -> Callable[[Case, Inputs], Any]:
-    """The GEMMs of the head alone, in the dtype of the inputs: one forward, two or three backward, nothing between."""
+def bare_gemms(name: str, recompute: bool = False) -> Peer:
+    """The GEMMs of a head alone, or of two, in the dtype of the inputs: forward, of the first backward, nothing between."""
 
     def make(case: Case, inputs: Inputs) -> Any:
-        hidden, weight = inputs["hidden"].detach(), inputs["weight"].detach()
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        gradient = torch.ones(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+        hidden, weight, *teacher = (
+            one.detach() for one in inputs.of("hidden,weight,teacher_hidden,teacher_weight")
+        )
+        hidden = hidden.flatten(0, -2)
+        gradient = hidden.new_ones(len(hidden), len(weight))
 
         def forward() -> object:
-            return hidden @ weight.T
+            return hidden @ weight.T, teacher[0] @ teacher[1].T if teacher else None
 
         def backward() -> object:
-            again = hidden @ weight.T if recompute else None
-            return again, gradient @ weight, gradient.T @ hidden
+            return forward() if recompute else None, gradient @ weight, gradient.T @ hidden
 
         return {"forward": forward, "backward": backward}
 
-    return make
+    return Peer(name, make, kind="floor")
 
 
+# --- who computes them ---
+
+
+def _overwritable(inputs: Inputs) -> Inputs:
+    """A copy of the logits for a backward that overwrites them; as the result of an op it is no leaf, as those of a model."""
+    logits = inputs["logits"].detach().requires_grad_().clone()
+    return replace(inputs, tensors={**inputs.tensors, "logits": logits})
+
+
+def _kept_options(case: Case, inputs: Inputs) -> dict[str, Any]:
+    return {"kept": (inputs["ids"].flatten(), inputs["offsets"])}
+
+
+def _grouped_options(case: Case, inputs: Inputs) -> dict[str, Any]:
+    layout = "mask" if "mask" in inputs.tensors else "cu_seqlens"
+    return {layout: inputs[layout], "group_size": case.sizes["G"]}
+
+
+def _logp(found: Any) -> Outputs:
+    return {"logp": found.logp}
+
+
+_TOKEN = Ours(
+    "token_logprobs", "logits,targets", "logp,entropy", lambda case, inputs: {"return_entropy": True}
+)
+_LINEAR = Ours("linear_logprobs", "hidden,weight,targets", "logp")
+_KEPT = Ours("linear_logprobs", "hidden,weight,targets", "logp", _kept_options)
+_GROUPED = Ours("grouped_logprobs", "logits,targets", _logp, _grouped_options)
+_LINEAR_GROUPED = Ours("linear_grouped_logprobs", "hidden,weight,targets", _logp, _grouped_options)
+_IN_PLACE = replace(_TOKEN.peer("in place", inplace_backward=True), prepare=_overwritable, phases=TRAINING)
+
+
+_THREE = bare_gemms("three bare GEMMs")
 TOKEN = (
-    Peer(EAGER, lambda case, inputs: _token_torch(_log_softmax)),
-    OURS_TOKEN.peer(),
-    OURS_TOKEN.peer(f"{OURS}, in place", _overwritable, TRAINING, inplace_backward=True),
-    Peer(COMPILED, lambda case, inputs: _token_torch(compiled(_log_softmax)), compiles=True),
-    Peer("TRL", _trl_token, package="trl"),
+    *plain(lambda case: _with_entropy, "logits,targets", "logp,entropy", _TOKEN.peer(), _IN_PLACE),
+    theirs("TRL", "trl", "trl.trainer.utils", _trl_token),
 )
 LINEAR = (
-    Peer(EAGER, lambda case, inputs: _linear_torch(_linear_log_softmax)),
-    OURS_LINEAR.peer(f"{OURS}, logits saved", save_logits=True),
-    OURS_LINEAR.peer(f"{OURS}, logits recomputed", save_logits=False),
-    Peer(COMPILED, lambda case, inputs: _linear_torch(compiled(_linear_log_softmax)), compiles=True),
+    *plain(lambda case: _linear, "hidden,weight,targets", "logp",
+           _LINEAR.peer("logits saved", save_logits=True), _LINEAR.peer("logits recomputed", save_logits=False)),
     Peer("F.linear_cross_entropy", _torch_linear(chunked=False)),
     Peer("F.linear_cross_entropy, chunked", _torch_linear(chunked=True)),
-    Peer("TRL, chunked", _trl_linear, package="trl"),
-    Peer("Liger, chunked", _liger_chunked, package="liger-kernel"),
-    Peer("Liger, Triton", _liger_linear, package="liger-kernel"),
-    Peer("Liger, CuTe", _liger_cute, package="liger-kernel"),
-    Peer("cut-cross-entropy, exact", _cce(None), package="cut-cross-entropy"),
-    Peer("cut-cross-entropy, filtered", _cce("high"), package="cut-cross-entropy"),
-    Peer("quack", _quack, package="quack-kernels"),
-    Peer("verl", _verl, package="verl"),
-    Peer("three bare GEMMs", bare_gemms(recompute=False), kind="floor"),
-    Peer("four bare GEMMs", bare_gemms(recompute=True), kind="floor"),
-)
-GROUPED = (
-    Peer(EAGER, lambda case, inputs: _grouped_torch(case, _same)),
-    OURS_GROUPED.peer(),
-    Peer(COMPILED, lambda case, inputs: _grouped_torch(case, compiled), compiles=True),
+    theirs("TRL, chunked", "trl", "trl.kernels", lambda trl, x, case: {"logp": trl_logp(trl, *head(x))}),
+    theirs("Liger, chunked", "liger-kernel", "liger_kernel.chunked_loss.fused_linear_ppo", _liger_chunked),
+    theirs("Liger, Triton", "liger-kernel", "liger_kernel.ops.fused_linear_cross_entropy", _liger_triton, gpu=True),
+    theirs("Liger, CuTe", "liger-kernel", "liger_kernel.ops.fused_linear_scaled_cross_entropy", _liger_cute, gpu=True),
+    theirs("cut-cross-entropy, exact", "cut-cross-entropy", "cut_cross_entropy", _cce(None), gpu=True),
+    theirs("cut-cross-entropy, filtered", "cut-cross-entropy", "cut_cross_entropy", _cce("high"), gpu=True),
+    theirs("quack", "quack-kernels", "quack.linear_cross_entropy",
+           lambda quack, x, case: {"loss": quack.chunked_linear_cross_entropy(*head(x))}, gpu=True),
+    theirs("verl", "verl", "verl.utils.kernel.linear_cross_entropy",
+           lambda verl, x, case: {"logp": verl.linear_cross_entropy(*head(x), 1.0, "none")[0]}, gpu=True),
+    _THREE,
+    bare_gemms("four bare GEMMs", recompute=True),
+)  # fmt: skip
+KEPT = (
+    *plain(lambda case: _masked, "hidden,weight,targets,ids", "logp", _KEPT.peer(),
+           Peer(f"{OURS}, whole head", _whole_head, kind="ours", package=OURS)),
+    bare_gemms("three bare GEMMs of the whole head"),
+)  # fmt: skip
+GROUPED = plain(
+    lambda case: _packed_sums if case.layout == "packed" else _sums,
+    "logits,targets,mask,cu_seqlens",
+    "logp",
+    _GROUPED.peer(),
 )
 LINEAR_GROUPED = (
-    Peer(EAGER, lambda case, inputs: _linear_grouped_torch(case, _same)),
-    OURS_LINEAR_GROUPED.peer(),
-    Peer(COMPILED, lambda case, inputs: _linear_grouped_torch(case, compiled), compiles=True),
-    Peer("three bare GEMMs", bare_gemms(recompute=False), kind="floor"),
+    *plain(lambda case: _linear_sums, "hidden,weight,targets,mask", "logp", _LINEAR_GROUPED.peer()),
+    _THREE,
 )
+OPS = {
+    "token_logprobs": Op(_TOKEN, token_inputs, token_exact, TOKEN),
+    "linear_logprobs": Op(_LINEAR, linear_inputs, linear_exact, LINEAR),
+    "kept_logprobs": Op(_KEPT, kept_inputs, kept_exact, KEPT),
+    "grouped_logprobs": Op(_GROUPED, grouped_inputs, grouped_exact, GROUPED),
+    "linear_grouped_logprobs": Op(
+        _LINEAR_GROUPED, linear_grouped_inputs, linear_grouped_exact, LINEAR_GROUPED
+    ),
+}

@@ -8,7 +8,6 @@ gradients of all parameters are compared, and what ``explain`` finds is kept.
 
 from __future__ import annotations
 
-import datetime
 import importlib
 import inspect
 import warnings
@@ -24,8 +23,7 @@ from r1kernels.integrations.transformers_experts import computed_by
 from r1kernels.integrations.transformers_match import Match
 from r1kernels.integrations.transformers_routers import Block, find_blocks
 
-from . import results
-from .environment import environment
+from .table import Cell, Table
 
 DECORATOR = "@use_experts_implementation"
 # Mixtures whose experts do not go through transformers' experts interface.
@@ -39,66 +37,47 @@ OUTSIDE = {
 }
 TOKENS = (2, 9)
 SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 8,
-    "num_experts": 8,
-    "num_local_experts": 8,
-    "n_routed_experts": 8,
-    "moe_num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_topk": 2,
-    "top_k_experts": 2,
-    "moe_k": 2,
-    "n_shared_experts": 1,
-    "num_shared_experts": 1,
-    "moe_num_shared_experts": 1,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 8,
-    "n_group": 2,
-    "topk_group": 1,
-    "first_k_dense_replace": 0,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    **dict.fromkeys(("hidden_size", "intermediate_size"), 32),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 4),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "num_hidden_layers"), 2),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
+    **{"vocab_size": 64, "max_position_embeddings": 64, "head_dim": 8, "initializer_range": 0.3},
+    **{"kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
+    **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 0},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
 # What a family needs besides, or instead.
 _SPARSE = {"mlp_layer_types": ["sparse", "sparse"]}
+_FULL = {"layer_types": ["full_attention"] * 2}
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 OWN: dict[str, dict[str, Any]] = {
     "beam": _SPARSE,
     "deepseek_ocr2": {**_SPARSE, "n_group": 2, "topk_group": 1},
-    "diffusion_gemma": {"layer_types": ["full_attention"] * 2, "global_head_dim": 8},
+    "diffusion_gemma": {**_FULL, "global_head_dim": 8},
     "ernie4_5_vl_moe": {
         "moe_intermediate_size": [24, 24],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
     },
     "flint": {"mlp_only_layers": []},
     "gemma4": {
-        "enable_moe_block": True,
-        "layer_types": ["full_attention"] * 2,
-        "global_head_dim": 8,
-        "hidden_size_per_layer_input": 0,
-        "vocab_size_per_layer_input": 64,
+        **_FULL,
+        **{
+            "enable_moe_block": True,
+            "global_head_dim": 8,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 64,
+        },
     },
     "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
     "glm5_next": {**_SPARSE, "qk_rope_head_dim": 0, "head_dim": 0},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["full_attention"] * 2, "num_dense_layers": 0},
-    "mimo_v2_flash": {"layer_types": ["full_attention"] * 2},
-    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "kimi_linear": _LINEAR,
+    "lfm2_moe": {**_FULL, "num_dense_layers": 0},
+    "mimo_v2_flash": _FULL,
+    "qwen3_next": _LINEAR,
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 
@@ -233,14 +212,9 @@ def _config(config_class: Any, own: dict[str, Any]) -> Any:
     return config_class(**{name: value for name, value in SIZES.items() if name in known} | own)
 
 
-def record(only: list[str]) -> dict[str, Any]:
+def measure(only: list[str]) -> dict[str, Any]:
     """What ``compare`` finds for all families, or for those named."""
-    rows = []
-    for family in only or files():
-        rows.append(compare(family))
-        print(f"{family}: {'ok' if agrees(rows[-1]) else 'DIFFERS'}", flush=True)
-    date = datetime.date.today().isoformat()
-    return {"schema": 1, "date": date, "environment": environment("cpu"), "families": rows}
+    return {"families": [compare(family) for family in only or files()]}
 
 
 def agrees(row: dict[str, Any]) -> bool:
@@ -248,28 +222,21 @@ def agrees(row: dict[str, Any]) -> bool:
     return row["logits"] < 1e-4 and row["gradients"] < 1e-3 and row["same_parameters"] and row["reached"]
 
 
-def table(found: dict[str, Any]) -> str:
-    """The record as Markdown: a row for each family, what serves it and why not."""
+def tables(found: dict[str, Any]) -> list[Table]:
+    """A row for each family: what serves it and why not."""
     rows = found["families"]
-    fused = sum(row["computed"].startswith("moe_experts") for row in rows)
-    products = sum(row["computed"].startswith("grouped_gemm") for row in rows)
-    lines = [
+    fused, products = (
+        sum(row["computed"].startswith(op) for row in rows) for op in ("moe_experts", "grouped_gemm")
+    )
+    note = (
         f"transformers {found['environment']['packages']['transformers']}: of {len(rows)} families, `route` serves the routers of "
-        f"{sum(row['routes'] for row in rows)}; `moe_experts` computes the experts of {fused} and `grouped_gemm` those of {products}.",
-        "",
-        "| family | its router | its experts | same logits and gradients |",
-        "|---|---|---|---|",
-    ]
+        f"{sum(row['routes'] for row in rows)}; `moe_experts` computes the experts of {fused} and `grouped_gemm` those of {products}."
+    )
+    shown = Table("Mixtures", ("family", "its router", "its experts", "same logits and gradients"), note=note)
     for row in rows:
         router = row["route"] if row["routes"] else f"transformers: {row['route']}"
-        lines.append(f"| {row['family']} | {router} | {row['computed']} | {'yes' if agrees(row) else 'NO'} |")
-    lines += [f"| {family} | not patched: {why} | | |" for family, why in OUTSIDE.items()]
-    return "\n".join(lines)
-
-
-def main(only: list[str], out: Path) -> int:
-    """The command: 1 if a family differs."""
-    found = record(only)
-    results.save(out, found)
-    print(table(found))
-    return int(not all(agrees(row) for row in found["families"]))
+        shown.rows.append(
+            [row["family"], router, row["computed"], "yes" if agrees(row) else Cell("NO", "failed")]
+        )
+    shown.rows += [(family, f"not patched: {why}", "", "") for family, why in OUTSIDE.items()]
+    return [shown]

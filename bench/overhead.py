@@ -36,7 +36,7 @@ BATCH_SECONDS = 2e-3
 Times = dict[str, dict[str, float]]
 
 
-def measure(batches: int, only: Sequence[str] = ()) -> Times:
+def calls(batches: int, only: Sequence[str] = ()) -> Times:
     """Op -> phase -> seconds of a call, the shortest of so many batches; "forward" records for a backward. Of all ops, or some."""
     import torch
 
@@ -101,7 +101,7 @@ def _shortest(call: Callable[[], object], batches: int) -> float:
 
 
 def in_turns(folders: list[Path], rounds: int, batches: int, only: Sequence[str] = ()) -> list[Times]:
-    """``measure`` in processes that import r1kernels of each folder in turn; the shortest times of each folder."""
+    """``calls`` in processes that import r1kernels of each folder in turn; the shortest times of each folder."""
     best: list[Times] = [{} for _ in folders]
     for number in range(rounds):
         # whoever runs second does so as often as the other
@@ -120,30 +120,26 @@ def in_turns(folders: list[Path], rounds: int, batches: int, only: Sequence[str]
     return best
 
 
-def main(only: Sequence[str], against: Path | None, rounds: int, out: Path | None) -> None:
-    from training.format import align
-
+def measure(only: Sequence[str], against: Path | None, rounds: int) -> dict[str, Any]:
+    """Seconds of this checkout, and of the other one."""
     folders = [ROOT] if against is None else [ROOT, against.resolve()]
     here, *others = in_turns(folders, rounds, 60, only)
-    head = ["microseconds per call", *PHASES]
-    rows = [[op, *(_cell(here, others, op, phase) for phase in PHASES)] for op in here]
-    print("\n".join(align([head, *rows])))
-    if out is not None:
-        from .environment import environment
-
-        record = {"schema": 1, "environment": environment("cpu"), "rounds": rounds, "seconds": here}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record | ({"against": others[0]} if others else {}), indent=1) + "\n")
+    return {"rounds": rounds, "seconds": here} | ({"against": others[0]} if others else {})
 
 
-def _cell(here: Times, others: list[Times], op: str, phase: str) -> str:
-    seconds = here[op].get(phase)
-    if seconds is None:
-        return "-"
-    text = f"{1e6 * seconds:.2f}"
-    before = others[0].get(op, {}).get(phase) if others else None
-    return text if before is None else f"{text} ({1e6 * (seconds - before):+.2f})"
+def tables(record: dict[str, Any]) -> list[Any]:
+    """A row per op; in brackets the difference to the other checkout."""
+    from .table import Table
+
+    rows = []
+    for op, seconds in record["seconds"].items():
+        before = record.get("against", {}).get(op, {})
+        texts = {phase: f"{1e6 * found:.2f}" for phase, found in seconds.items()}
+        for phase in texts.keys() & before.keys():
+            texts[phase] += f" ({1e6 * (seconds[phase] - before[phase]):+.2f})"
+        rows.append([op, *(texts.get(phase, "-") for phase in PHASES)])
+    return [Table("Microseconds per call", ("op", *PHASES), rows)]
 
 
 if __name__ == "__main__":
-    json.dump(measure(int(sys.argv[1]), sys.argv[2:]), sys.stdout)
+    json.dump(calls(int(sys.argv[1]), sys.argv[2:]), sys.stdout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -16,10 +16,9 @@ import r1kernels
 from r1kernels import backends
 
 from .cases import Case
+from .numerics import Exact
 
-OURS = "r1kernels"
-EAGER = "eager PyTorch"
-COMPILED = "torch.compile"
+OURS, EAGER, COMPILED = "r1kernels", "eager PyTorch", "torch.compile"
 TRAINING = ("forward", "backward", "forward+backward")
 PHASES = ("inference", *TRAINING)
 
@@ -44,17 +43,45 @@ class Inputs:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    def of(self, names: str) -> Iterator[Tensor]:
+        """The tensors of these names, separated by commas, that there are."""
+        return (self.tensors[name] for name in names.split(",") if name in self.tensors)
+
+    def require_grad(self) -> Inputs:
+        for leaf in self.leaves:
+            self.tensors[leaf].requires_grad_()
+        return self
+
+
+class Draw:
+    """Random tensors, the same in every run."""
+
+    def __init__(self, device: torch.device, seed: int = 0) -> None:
+        self.device, self.generator = device, torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, device=self.device)
+
+    def below(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self.generator, device=self.device)
+
 
 Outputs = Mapping[str, Tensor]
 Call = Callable[[Inputs], Outputs]
+Result = (
+    str | Callable[[Any], Outputs]
+)  # names of what a function gives, separated by commas, or what makes them
 
 
 @dataclass(frozen=True)
 class Peer:
     """One implementation of one op.
 
-    make(case, inputs) gives a function from inputs to named outputs, or raises Unavailable. A "floor" does part of the
-    work only (bare GEMMs): its function maps inputs to a function for each phase, and it is no competitor.
+    make(case, inputs) gives a function from inputs to named outputs; it or the function raises Unavailable. A "floor" does
+    part of the work only (bare GEMMs): its function maps inputs to a function for each phase, and it is no competitor.
     prepare: what has to be set up again before every call, outside of the clock.
     package: the distribution whose version is reported. phases: those that it can be compared in.
     compiles: its first call takes compile time and memory that later ones do not.
@@ -68,46 +95,108 @@ class Peer:
     phases: tuple[str, ...] = PHASES
     compiles: bool = False
 
+    def fresh(self, inputs: Inputs) -> Inputs:
+        """What it is called with."""
+        return inputs if self.prepare is None else self.prepare(inputs)
+
+
+def _named(result: Result, found: Any) -> Outputs:
+    if callable(result):
+        return result(found)
+    values = found if isinstance(found, tuple) else (found,)
+    return dict(zip(result.split(","), values, strict=False))
+
 
 @dataclass(frozen=True)
 class Ours:
-    """A public op of r1kernels as an implementation.
-
-    arguments(case, inputs) gives args and kwargs of the op; outputs(result) its named results.
-    """
+    """A public op of r1kernels: names of its arguments, of its results, and its options for a case."""
 
     op: str
-    arguments: Callable[[Case, Inputs], tuple[tuple[Any, ...], dict[str, Any]]]
-    outputs: Callable[[Any], Outputs]
+    names: str
+    result: Result
+    options: Callable[[Case, Inputs], dict[str, Any]] = lambda case, inputs: {}
 
-    def peer(
-        self, label: str = OURS, prepare: Any = None, phases: tuple[str, ...] = PHASES, **options: Any
-    ) -> Peer:
-        """The op with these options, as an entry of a table of peers."""
+    def peer(self, label: str = "", **more: Any) -> Peer:
+        """The op with more options, as an entry of a table of peers."""
 
         def make(case: Case, inputs: Inputs) -> Call:
             def call(inputs: Inputs) -> Outputs:
-                args, kwargs = self.arguments(case, inputs)
-                return self.outputs(getattr(r1kernels, self.op)(*args, **kwargs, **options))
+                function = getattr(r1kernels, self.op)
+                return _named(
+                    self.result, function(*inputs.of(self.names), **self.options(case, inputs), **more)
+                )
 
             return call
 
-        return Peer(label, make, "ours", "r1kernels", prepare, phases)
+        return Peer(f"{OURS}, {label}" if label else OURS, make, "ours", OURS)
 
     def forced(self, device: str) -> tuple[Peer, ...]:
         """On a GPU, where several backends serve an op: each of them by name."""
-        if device != "cuda":
-            return ()
-        names = [name for name in backends.registered(self.op) if name in ("cuda", "triton")]
-        return tuple(self.peer(f"{OURS}, {name} backend", backend=name) for name in names)
+        names = [
+            name for name in backends.registered(self.op) if name in ("cuda", "triton") and device == "cuda"
+        ]
+        return tuple(self.peer(f"{name} backend", backend=name) for name in names)
 
     def backend(self, case: Case, inputs: Inputs) -> str:
         """The name of the backend that serves this call."""
-        args, kwargs = self.arguments(case, inputs)
-        for line in r1kernels.explain(getattr(r1kernels, self.op), *args, **kwargs).splitlines():
-            if line.endswith(" runs"):
-                return line.split()[0]
-        raise RuntimeError(f"{self.op}: explain names no backend that runs")
+        function = getattr(r1kernels, self.op)
+        text = r1kernels.explain(function, *inputs.of(self.names), **self.options(case, inputs))
+        return next(line.split()[0] for line in text.splitlines() if line.endswith(" runs"))
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op that is measured. comparable: brings the results of an implementation into the form of the exact ones."""
+
+    ours: Ours
+    inputs: Callable[[Case, torch.device], Inputs]
+    exact: Callable[[Case, Inputs], dict[str, Exact]]
+    peers: tuple[Peer, ...]
+    comparable: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda found: found
+
+    def peers_on(self, device: str, compiles: bool = True, ours: bool = False) -> tuple[Peer, ...]:
+        """The implementations, and on a GPU each backend of ours by name too; only those that need no compilation, or are
+        ours."""
+        every = (*self.peers, *self.ours.forced(device))
+        return tuple(
+            peer for peer in every if (compiles or not peer.compiles) and (peer.kind == "ours" or not ours)
+        )
+
+
+def plain(
+    of: Callable[[Case], Callable[..., Any]], names: str, result: Result, *ours: Peer
+) -> tuple[Peer, ...]:
+    """A function of tensors in plain PyTorch, around ours: eager, and under torch.compile with static shapes, as its users get
+    the fastest code."""
+
+    def make(wrap: Callable[..., Any]) -> Callable[[Case, Inputs], Call]:
+        def made(case: Case, inputs: Inputs) -> Call:
+            function = wrap(of(case))
+            return lambda inputs: _named(result, function(*inputs.of(names)))
+
+        return made
+
+    compiled = make(lambda function: torch.compile(function, dynamic=False))
+    return Peer(EAGER, make(lambda function: function)), *ours, Peer(COMPILED, compiled, compiles=True)
+
+
+def theirs(
+    name: str,
+    package: str,
+    module: str,
+    call: Callable[[Any, Inputs, Case], Outputs],
+    gpu: bool = False,
+    compiles: bool = False,
+) -> Peer:
+    """Somebody's function: call(its module, inputs, case). gpu: it runs on a GPU only."""
+
+    def make(case: Case, inputs: Inputs) -> Call:
+        if gpu and case.device != "cuda":
+            raise Unavailable(f"{name} runs on a GPU only")
+        found = needs(module, package)
+        return lambda inputs: call(found, inputs, case)
+
+    return Peer(name, make, package=package, compiles=compiles)
 
 
 def needs(module: str, package: str | None = None) -> ModuleType:
@@ -116,14 +205,12 @@ def needs(module: str, package: str | None = None) -> ModuleType:
     Raises:
         Unavailable: it is not installed, or its import fails; the message holds the error.
     """
+    package = package or module.split(".")[0]
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as problem:
-        name = package or module.split(".")[0]
-        if problem.name and problem.name.split(".")[0] == module.split(".")[0] and version(name) is None:
-            raise Unavailable(f"{name} is not installed") from problem
-        raise Unavailable(f"{module} cannot be imported: {problem}") from problem
     except Exception as problem:
+        if isinstance(problem, ModuleNotFoundError) and version(package) is None:
+            raise Unavailable(f"{package} is not installed") from problem
         raise Unavailable(f"{module} cannot be imported: {type(problem).__name__}: {problem}") from problem
 
 
@@ -133,14 +220,3 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def only_on_cuda(case: Case, what: str) -> None:
-    """Raise Unavailable unless the case runs on a GPU."""
-    if case.device != "cuda":
-        raise Unavailable(f"{what} runs on a GPU only")
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function under torch.compile, with static shapes, as its users get the fastest code."""
-    return torch.compile(function, dynamic=False)

@@ -1,8 +1,7 @@
-"""The pictures of README and docs, made from committed results: how many times longer others take, error by how far a logit leads,
-importance ratios under truncated sampling.
+"""The pictures of README, docs and reports, made from results.
 
-``python -m bench documents`` draws them. Colours read well on light and dark; each file holds the numbers that it shows,
-by which a test sees that it fits the results.
+``python -m bench documents`` draws those of README and docs from the committed ones. Colours read well on light and dark; each
+file holds the numbers that it shows, by which a test sees that it fits the results.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from . import results
+from .ceilings import BOUNDS
 from .peers import EAGER
 from .precision import LEADS
-from .report import tables
+from .results import Run
 
 INK, GRID = "#7a818c", "#9aa1ae55"
 OURS, OTHERS = "#2f7de0", ("#d9730d", "#8a4fc7", "#18896b")
@@ -58,18 +58,47 @@ STYLE: Mapping[str, Any] = {
     ),
 }
 Numbers = dict[str, dict[str, float]]
+Points = list[tuple[str, str, float, float]]  # whose, dtype, FLOPs a byte, FLOPs a second
 
 
-def speed(record: Mapping[str, Any]) -> Numbers:
+# --- numbers ---
+
+
+def speed(run: Run) -> Numbers:
     """Op -> how many times our time eager PyTorch and the best of all others take, at the shape that stands for the op."""
     found: Numbers = {}
-    for case in tables.one_per_op(record):
-        own, phase = results.main_row(case), results.main_phase(case)
-        for name, row in (("eager", results.eager(case)), ("best", results.best_peer(case, phase))):
-            value = results.ratio(row, own, phase) if row and own else None
-            if value:
-                found.setdefault(case["op"], {})[name] = round(value, 2)
+    for one in run.one_per_op():
+        for name, row in (("eager", one.eager), ("best", one.best(one.phase))):
+            if row and (value := row.over_ours(one.phase)):
+                found.setdefault(one.case.op, {})[name] = round(value, 2)
     return found
+
+
+def floors(run: Run) -> dict[str, tuple[float, str]]:
+    """Case and phase -> the share of our time that the floor explains, and which floor binds."""
+    found = {}
+    for one in run.one_per_op():
+        for phase, (floor, bound) in run.ceilings.floors(one.case).items():
+            seconds = one.ours[0].median(phase) if one.ours and phase in ("forward", "backward") else None
+            if seconds:
+                found[f"{one.case.op}, {phase}"] = (min(floor / seconds, 1.0), bound)
+    return found
+
+
+def roofline(run: Run) -> tuple[Run, Points]:
+    """Ours and the best of the others, in the ops that multiply matrices."""
+    points: Points = []
+    for one in run.cases:
+        for phase, work in one.case.works().items():
+            # not the forward and the backward apart: some compute their gradients in the forward
+            for row in (
+                (*one.ours[:1], one.best(phase))
+                if work.flops and phase in ("inference", "forward+backward")
+                else ()
+            ):
+                if row and (seconds := row.median(phase)):
+                    points.append((row.kind, one.case.dtype, work.flops / work.bytes, work.flops / seconds))
+    return run, points
 
 
 def errors(record: Mapping[str, Any]) -> Numbers:
@@ -77,7 +106,7 @@ def errors(record: Mapping[str, Any]) -> Numbers:
     found: Numbers = {}
     for row in record["rows"]:
         if row["op"] == "token_logprobs" and row["dtype"] == "float32":
-            found.setdefault(row["peer"], {})[str(row["lead"])] = row["errors"]["logp"]
+            found[row["peer"]] = dict(zip(map(str, record["leads"]), row["errors"]["logp"], strict=True))
     return found
 
 
@@ -87,6 +116,9 @@ def ratios(record: Mapping[str, Any]) -> Numbers:
         name: {str(step): round(value, 5) for step, value in enumerate(run["ratio_mean"])}
         for name, run in record["runs"].items()
     }
+
+
+# --- drawings ---
 
 
 def draw_speed(numbers: Numbers, axes: Axes) -> None:
@@ -138,16 +170,56 @@ def draw_ratios(numbers: Numbers, axes: Axes) -> None:
     axes.legend(loc="center right", fontsize=8.5)
 
 
-def svg(draw: Any, numbers: Numbers) -> str:
-    """A picture of its own, which holds its numbers."""
+def draw_floors(shares: Mapping[str, tuple[float, str]], axes: Axes) -> None:
+    colours = dict(zip(BOUNDS, (OURS, *OTHERS), strict=False))
+    for place, (share, bound) in enumerate(shares.values()):
+        axes.barh(place, 100 * share, 0.7, color=colours[bound])
+        axes.text(100 * share + 1, place, f"{100 * share:.0f} % {bound}", va="center", fontsize=8)
+    axes.set_yticks(range(len(shares)), list(shares))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 115)
+    axes.set_title("Floor / our time, in %, and which floor binds")
+
+
+def draw_roofline(found: tuple[Run, Points], axes: Axes) -> None:
+    run, points = found
+    left, right = (f([x for *_, x, _ in points], default=1.0) for f in (min, max))
+    for colour, (dtype, peak) in zip((OURS, *OTHERS), run.ceilings.flops_per_second.items(), strict=False):
+        knee = peak / run.ceilings.bytes_per_second
+        line = (
+            [left / 2, knee, 2 * max(right, knee)],
+            [left / 2 * run.ceilings.bytes_per_second, peak, peak],
+        )
+        axes.plot(
+            *line, color=colour, linewidth=1.5, label=f"{dtype}: filled ours, hollow the best of the others"
+        )
+        for kind, _, x, y in (point for point in points if point[1] == dtype):
+            axes.plot(x, y, "o", color=colour, markersize=5, fillstyle="full" if kind == "ours" else "none")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("FLOPs a byte (algorithmic)")
+    axes.set_ylabel("FLOP/s")
+    axes.grid()
+    axes.legend(loc="lower right", fontsize=8.5)
+    axes.set_title("Under the bandwidth and the GEMM rate of this machine")
+
+
+def svg(draw: Callable[..., None], numbers: Any, size: tuple[float, float] = (5.6, 3.5)) -> str:
+    """A picture of its own; "" where there is nothing to show."""
+    if not numbers:
+        return ""
     with plt.rc_context(dict(STYLE)):
-        figure, axes = plt.subplots(figsize=(5.6, 3.5), layout="constrained")
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
         draw(numbers, axes)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Type", "Format")))
         plt.close(figure)
-    found = out.getvalue()
-    opened, tag, body = found[found.index("<svg ") :].partition(">\n")
+    return out.getvalue()[out.getvalue().index("<svg ") :]
+
+
+def described(picture: str, numbers: Numbers) -> str:
+    """A picture that holds its numbers."""
+    opened, tag, body = picture.partition(">\n")
     return f"{opened}{tag} <desc>{escape(json.dumps(numbers), quote=False)}</desc>\n{body}"
 
 
@@ -160,14 +232,11 @@ def shown(text: str) -> Numbers:
 
 def fitting(root: Path) -> dict[Path, tuple[Any, Numbers]]:
     """File of each picture -> how it is drawn, and the numbers of the committed results."""
-    record = results.load(root / "bench/results/cpu/ops.json")
-    precision = json.loads((root / "bench/results/cpu/precision.json").read_text(encoding="utf-8"))
-    truncation = json.loads((root / "bench/results/cpu/truncation.json").read_text(encoding="utf-8"))
     folder = root / "docs/pictures"
     return {
-        folder / "speed.svg": (draw_speed, speed(record)),
-        folder / "error.svg": (draw_errors, errors(precision)),
-        folder / "truncation.svg": (draw_ratios, ratios(truncation)),
+        folder / "speed.svg": (draw_speed, speed(results.load(results.FOLDER / "cpu/ops.json"))),
+        folder / "error.svg": (draw_errors, errors(results.committed("precision"))),
+        folder / "truncation.svg": (draw_ratios, ratios(results.committed("truncation"))),
     }
 
 
@@ -177,6 +246,6 @@ def write(root: Path) -> list[Path]:
     for path, (draw, numbers) in fitting(root).items():
         if not path.is_file() or shown(path.read_text(encoding="utf-8")) != numbers:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(svg(draw, numbers), encoding="utf-8")
+            path.write_text(described(svg(draw, numbers), numbers), encoding="utf-8")
             written.append(path)
     return written

@@ -1,18 +1,15 @@
-"""The marks of whole pipeline runs, collected into one committed file, and its table for the README.
+"""``python -m bench pipeline RUN...``: the marks of whole pipeline runs of one recipe.
 
 python -m training run tiny --run runs/tiny-0 seed=0
 python -m training run tiny --run runs/tiny-1 seed=1
-python -m bench.pipeline runs/tiny-0 runs/tiny-1 --out bench/results/cpu/tiny.json
-python -m bench.pipeline --table bench/results/cpu/tiny.json
+python -m bench pipeline runs/tiny-0 runs/tiny-1 --out bench/results/cpu/tiny.json
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,8 @@ from training.format import percent
 from training.pipeline import STAGES
 from training.report.marks import MARKS, marks_of
 from training.run_dir import RunDir
+
+from .table import Table
 
 MODELS = (
     ("judge (against the rule)", "judge", "agreement"),
@@ -55,66 +54,38 @@ def collect(folder: Path) -> dict[str, Any]:
     }
 
 
-def table(results: Mapping[str, Any]) -> str:
-    """Markdown: a row per checkpoint, each cell the marks of all runs in % of the held-out problems."""
-    runs: Sequence[Mapping[str, Any]] = results["runs"]
-    titles = ["checkpoint", *(title for _, title in COLUMNS)]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+def measure(runs: list[Path]) -> dict[str, Any]:
+    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    return {"machine": machine, "runs": [collect(folder) for folder in runs]}
+
+
+def of_runs(texts: list[str]) -> str:
+    return " / ".join(texts)
+
+
+def rows(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """A row per checkpoint, each cell the marks of all runs."""
+    found = []
     for checkpoint in runs[0]["test"]:
-        cells = [
-            " / ".join(percent(run["test"].get(checkpoint, {}).get(key)) for run in runs)
-            for key, _ in COLUMNS
-        ]
-        lines.append(f"| {checkpoint} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        marks = [[percent(run["test"].get(checkpoint, {}).get(key)) for run in runs] for key, _ in COLUMNS]
+        found.append([checkpoint, *map(of_runs, marks)])
+    return found
 
 
-def summary(results: Mapping[str, Any]) -> str:
-    """Seeds, problems, times and memory, in words."""
-    runs = results["runs"]
-    problems = next(iter(runs[0]["test"].values()))["problems"]
-    seeds = " / ".join(str(run["seed"]) for run in runs)
-    minutes = " / ".join(f"{run['total_seconds'] / 60:.1f}" for run in runs)
-    memory = max(run["peak_memory_bytes"] for run in runs) / 2**30
-    return (
-        f"Recipe `{runs[0]['recipe']}`, seeds {seeds}, {problems:,} held-out problems, one sample each at temperature 1, "
-        f"in %; pass@1 is the mean of {next(iter(runs[0]['test'].values()))['k']} at temperature 0.6, top-p 0.95. "
-        f"{minutes} minutes on {results['machine']['cores']} cores, {memory:.1f} GiB at most."
+def tables(record: Mapping[str, Any]) -> list[Table]:
+    """A row per checkpoint, each cell the marks of all runs in % of the held-out problems; then the judge and the reward models."""
+    runs = record["runs"]
+    first = next(iter(runs[0]["test"].values()))
+
+    note = (
+        f"Recipe `{runs[0]['recipe']}`, seeds {of_runs([str(run['seed']) for run in runs])}, {first['problems']:,} held-out "
+        f"problems, one sample each at temperature 1, in %; pass@1 is the mean of {first['k']} at temperature 0.6, top-p 0.95. "
+        f"{of_runs([format(run['total_seconds'] / 60, '.1f') for run in runs])} minutes on {record['machine']['cores']} cores, "
+        f"{max(run['peak_memory_bytes'] for run in runs) / 2**30:.1f} GiB at most."
     )
-
-
-def models(results: Mapping[str, Any]) -> str:
-    """One sentence: how often the judge and the reward models are right on held-out responses."""
-    parts = []
+    found = Table("Checkpoints", ("checkpoint", *(title for _, title in COLUMNS)), rows(runs), note)
+    right = []
     for title, stage, metric in MODELS:
-        shares = [percent(run["final_metrics"][stage][metric]) for run in results["runs"]]
-        parts.append(f"{title} {' / '.join(shares)}")
-    return "Right on held-out responses, in %: " + ", ".join(parts) + "."
-
-
-def machine() -> dict[str, Any]:
-    """What the runs were made on, as far as it bears on the numbers."""
-    return {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs of one recipe")
-    parser.add_argument("--out", type=Path, help="the JSON file to write")
-    parser.add_argument("--table", type=Path, help="print the Markdown table of a JSON file")
-    arguments = parser.parse_args()
-    if arguments.table:
-        results = json.loads(arguments.table.read_text())
-    else:
-        if not arguments.runs:
-            parser.error("runs: expected at least one folder, or --table FILE")
-        results = {"machine": machine(), "runs": [collect(folder) for folder in arguments.runs]}
-        if arguments.out:
-            files.write_json(arguments.out, results)
-    print(f"{summary(results)}\n\n{table(results)}\n\n{models(results)}")
-
-
-if __name__ == "__main__":
-    main()
+        right.append(f"{title} {of_runs([percent(run['final_metrics'][stage][metric]) for run in runs])}")
+    said = Table("Models", (), note=f"Right on held-out responses, in %: {', '.join(right)}.")
+    return [found, said]

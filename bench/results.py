@@ -1,76 +1,37 @@
-"""The results of a run: one JSON file (docs/benchmarks.md tells its fields), and the questions that reports ask of it."""
+"""The results of a run: one JSON file (docs/benchmarks.md tells its fields), and what reports ask of it."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .cases import Case, Work
+from .cases import Case
 from .ceilings import Ceilings
-from .measure import Row
+from .environment import environment
 from .peers import EAGER
 
-SCHEMA = 2
+SCHEMA = 3
+FOLDER = Path(__file__).parent / "results"
 WIDTH = 120  # of a line of a file
-# before the first calls of turns were told apart from those after them
-_ONE_CALL_A_TURN = 1
+
+# --- files ---
 
 
-def case_record(case: Case, rows: Sequence[Row], ceilings: Ceilings, load: Sequence[float]) -> dict[str, Any]:
-    """One measured case as JSON."""
-    floors = ceilings.floors(case)
-    phases = {}
-    for phase, (seconds, bound) in floors.items():
-        parts = [case.work()[part] for part in (("forward", "backward") if "+" in phase else (_part(phase),))]
-        phases[phase] = {
-            "bytes": sum(part.bytes for part in parts),
-            "flops": sum(part.flops for part in parts),
-            "exps": sum(part.exps for part in parts),
-            "floor_seconds": short(seconds),
-            "bound": bound,
-        }
-    return {
-        "id": case.id,
-        "op": case.op,
-        "family": case.family,
-        "dtype": case.dtype,
-        "sizes": dict(case.sizes),
-        "layout": case.layout,
-        "model": case.model,
-        "quick": case.quick,
-        "load": [round(value, 2) for value in load],
-        "phases": phases,
-        "rows": [_row_record(row) for row in rows],
-    }
+def record(**found: Any) -> dict[str, Any]:
+    """What a command found, with the day and the machine."""
+    return {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "environment": environment("cpu"), **found}
 
 
-def set_floors(case: Mapping[str, Any], ceilings: Ceilings) -> None:
-    """The floors of a case in a record again, under other ceilings."""
-    works = {
-        phase: Work(**{name: found[name] for name in ("bytes", "flops", "exps")})
-        for phase, found in case["phases"].items()
-        if phase in ("forward", "backward")
-    }
-    for phase, (seconds, bound) in ceilings.floors_of(works, case["dtype"]).items():
-        case["phases"][phase] |= {"floor_seconds": short(seconds), "bound": bound}
-
-
-def _part(phase: str) -> str:
-    return "forward" if phase == "inference" else phase
-
-
-def _row_record(row: Row) -> dict[str, Any]:
-    record = asdict(row)
-    for kind in ("samples", "cold"):
-        record[kind] = {name: [short(value) for value in found] for name, found in record[kind].items()}
-    for name in ("errors", "limits", "overhead"):
-        record[name] = {key: short(value) for key, value in record[name].items()}
-    return record
+def committed(name: str) -> dict[str, Any]:
+    """The committed results of a command on a CPU."""
+    found: dict[str, Any] = json.loads((FOLDER / f"cpu/{name}.json").read_text(encoding="utf-8"))
+    return found
 
 
 def short(value: float) -> float | None:
@@ -78,11 +39,11 @@ def short(value: float) -> float | None:
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
-def save(path: Path, results: Mapping[str, Any]) -> None:
-    """Write results; a run that is cut off leaves the file of the last finished case."""
+def save(path: Path, found: Mapping[str, Any]) -> None:
+    """Write JSON; whoever is cut off leaves the older file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(_text(results) + "\n", encoding="utf-8")
+    temporary.write_text(_text(found) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -93,149 +54,207 @@ def _text(value: Any, indent: int = 0) -> str:
     if not isinstance(value, (dict, list)) or numbers or len(line) + indent <= WIDTH:
         return line
     if isinstance(value, dict):
-        parts = [
-            f"{json.dumps(key, ensure_ascii=False)}: {_text(each, indent + 1)}" for key, each in value.items()
-        ]
-        opened, closed = "{}"
+        parts = [f"{json.dumps(key)}: {_text(each, indent + 1)}" for key, each in value.items()]
     else:
         parts = [_text(each, indent + 1) for each in value]
-        opened, closed = "[]"
     lines: list[str] = []
     for part in parts:
-        fits = bool(lines) and "\n" not in lines[-1] + part and len(lines[-1] + part) + indent + 3 <= WIDTH
+        fits = bool(lines) and "\n" not in lines[-1] + part and len(lines[-1] + part) + indent + 4 <= WIDTH
         lines[-1:] = [f"{lines[-1]}, {part}"] if fits else [*lines[-1:], part]
-    space = "\n" + " " * (indent + 1)
-    return f"{opened}{space}{(',' + space).join(lines)}\n{' ' * indent}{closed}"
+    opened, closed = "{}" if isinstance(value, dict) else "[]"
+    return opened + f",\n{' ' * (indent + 1)}".join(lines) + closed
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read results; in those of schema 1 every turn is one call.
+# --- a run of all cases ---
+
+Rounds = dict[str, list[float]]  # phase -> seconds of every round
+
+
+@dataclass
+class Row:
+    """What was found about one implementation in one case.
+
+    status: "ok", "failed" (its numbers break the rule: it gets no time) or "unavailable"; reason says why.
+    errors: name of a result -> its error against float64; None where it is not finite.
+    seconds: phase -> shortest round, quartiles (the second is the median).
+    ratio: phase -> how many times as long as ours it takes, the median over the rounds of their time by ours in the same.
+    first: phase -> median and ratio of the first calls of turns, where a turn of someone makes several (turns.py).
+    calls: "inference" or "forward+backward" -> how many a turn makes, where these are several.
+    rounds, firsts: all seconds, while they are measured.
+    """
+
+    peer: str
+    kind: str = "peer"
+    package: str = "torch"
+    status: str = "ok"
+    reason: str = ""
+    backend: str = ""
+    errors: dict[str, float | None] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    ratio: dict[str, float] = field(default_factory=dict)
+    first: dict[str, list[float]] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    rounds: Rounds = field(default_factory=dict)
+    firsts: Rounds = field(default_factory=dict)
+
+    def median(self, phase: str, first: bool = False) -> float | None:
+        """Median seconds, or None where it has no time; ``first``: of the first calls of turns."""
+        if first and phase in self.first:
+            return self.first[phase][0]
+        return self.seconds[phase][2] if phase in self.seconds else None
+
+    def over_ours(self, phase: str, first: bool = False) -> float | None:
+        """How many times as long as ours it takes, or None where one of the two has no time."""
+        return self.first[phase][1] if first and phase in self.first else self.ratio.get(phase)
+
+    def shortest(self, phase: str) -> float | None:
+        return self.seconds[phase][0] if phase in self.seconds else None
+
+    def error(self, phase: str) -> float | None:
+        """The largest error of what a phase computes: results forward, gradients backward, or both."""
+        values = [
+            math.inf if value is None else value
+            for name, value in self.errors.items()
+            if phase in ("forward+backward", "step") or name.startswith("d ") == (phase == "backward")
+        ]
+        return max(values, default=None)
+
+
+def settle(rows: Sequence[Row]) -> None:
+    """Seconds, ratios and first calls of all rows of a case, from their rounds."""
+    timed = [row for row in rows if row.status == "ok" and row.rounds]
+    ours = next((row for row in timed if row.kind == "ours"), None)
+    for row in timed:
+        for phase, rounds in row.rounds.items():
+            quartiles = statistics.quantiles(rounds, method="inclusive") if len(rounds) > 1 else rounds * 3
+            row.seconds[phase] = _short(min(rounds), *quartiles)
+            if ours and phase in ours.rounds:
+                row.ratio[phase] = _paired(rounds, ours.rounds[phase])
+                if any(phase in other.firsts for other in timed):
+                    # the only call of a turn is its first
+                    found, own = (one.firsts.get(phase, one.rounds[phase]) for one in (row, ours))
+                    row.first[phase] = _short(statistics.median(found), _paired(found, own))
+        row.calls = {mode: calls for mode, calls in row.calls.items() if calls > 1}
+
+
+def _paired(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    (found,) = _short(statistics.median(a / max(b, 1e-9) for a, b in zip(theirs, ours, strict=False)))
+    return found
+
+
+def _short(*values: float) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]
+
+
+@dataclass
+class Measured:
+    """A case with its rows; load and noise (noise.py) before and after, and which commit was measured when."""
+
+    case: Case
+    rows: list[Row]
+    load: list[float] = field(default_factory=list)
+    noise: list[float] = field(default_factory=list)
+    took: float = 0.0
+    measured: str = ""
+    commit: str = ""
+
+    @property
+    def phase(self) -> str:
+        """That a headline shows: the whole step where it is one, else forward+backward."""
+        return "step" if self.case.op == "grpo_step" else "forward+backward"
+
+    @property
+    def title(self) -> str:
+        """ "token_logprobs, N 2048, V 32768, float32" """
+        case = self.case
+        return ", ".join(filter(None, (case.op, case.shape, case.dtype, case.layout, case.model)))
+
+    @property
+    def ours(self) -> list[Row]:
+        """Our rows, the one that stands for the op first."""
+        return [row for row in self.rows if row.kind == "ours"]
+
+    def named(self, peer: str) -> Row | None:
+        return next((row for row in self.rows if row.peer == peer), None)
+
+    @property
+    def eager(self) -> Row | None:
+        return self.named(EAGER)
+
+    def best(self, phase: str, first: bool = False) -> Row | None:
+        """The fastest implementation of someone else that gives right results."""
+        timed = [row for row in self.rows if row.kind == "peer" and row.median(phase)]
+        return min(timed, key=lambda row: row.median(phase, first) or math.inf, default=None)
+
+
+@dataclass
+class Run:
+    """All cases of a run, and those without numbers with the reason."""
+
+    environment: dict[str, Any]
+    ceilings: Ceilings
+    date: str = ""
+    quick: bool = False
+    cases: list[Measured] = field(default_factory=list)
+    not_run: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        return str(self.environment.get("gpu", self.environment["processor"]))
+
+    @property
+    def commits(self) -> str:
+        """Of what was measured, in order of first use: several where a run was made in parts."""
+        return ", ".join(dict.fromkeys(one.commit for one in self.cases)) or str(self.environment["commit"])
+
+    def one_per_op(self) -> list[Measured]:
+        """Of each op the case that stands for it: float32 at the shape of a model, else of a quick run, else the first."""
+
+        def rank(one: Measured) -> tuple[bool, ...]:
+            case = one.case
+            model = case.model and "decode" not in case.model and "scaled" not in case.model
+            return case.dtype != "float32", not model, not case.quick
+
+        every = dict.fromkeys(one.case.op for one in self.cases)
+        return [min((one for one in self.cases if one.case.op == op), key=rank) for op in every]
+
+    def put(self, measured: Measured) -> None:
+        """Add a case in place of any older entry of the same."""
+        self.leave_out(measured.case, "")
+        self.cases.append(measured)
+
+    def leave_out(self, case: Case, reason: str) -> None:
+        """Say why a case is not run; "": it is."""
+        # both kinds of device have some shapes
+        name = case.id if case.device == self.environment["device"] else f"{case.id} on {case.device}"
+        self.cases = [one for one in self.cases if (one.case.id, one.case.device) != (case.id, case.device)]
+        self.not_run.pop(name, None)
+        if reason:
+            self.not_run[name] = reason
+
+    def save(self, path: Path) -> None:
+        """As JSON; what a row has by default is left out."""
+        found = {"schema": SCHEMA, **asdict(self)}
+        usual = asdict(Row(""))
+        for case in found["cases"]:
+            rows = [row | {"rounds": {}, "firsts": {}} for row in case["rows"]]
+            case["rows"] = [{k: v for k, v in row.items() if v != usual[k]} for row in rows]
+        save(path, found)
+
+
+def load(path: Path) -> Run:
+    """Read the results of a run.
 
     Raises:
-        ValueError: the file is of no schema that is known.
+        ValueError: the file is of another schema.
     """
-    results: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    if results.get("schema") not in (_ONE_CALL_A_TURN, SCHEMA):
-        raise ValueError(
-            f"{path}: expected benchmark results of schema {_ONE_CALL_A_TURN} or {SCHEMA}, "
-            f"got {results.get('schema')!r}"
-        )
-    if results["schema"] == _ONE_CALL_A_TURN:
-        results["schema"] = SCHEMA
-        # the cases of ``bench saved`` have no rows
-        for row in (row for case in results["cases"] for row in case.get("rows", ())):
-            row |= {"cold": {}, "calls": {}, "overhead": {}}
-    return results
-
-
-# --- questions ---
-
-
-def median(row: Mapping[str, Any], phase: str) -> float | None:
-    """Median seconds of a phase, or None where it has no time."""
-    samples = row["samples"].get(phase)
-    return statistics.median(samples) if samples and row["status"] == "ok" else None
-
-
-def fastest(row: Mapping[str, Any], phase: str) -> float | None:
-    """The shortest round of a phase."""
-    samples = row["samples"].get(phase)
-    return min(samples) if samples and row["status"] == "ok" else None
-
-
-def has_first_calls(case: Mapping[str, Any], phase: str) -> bool:
-    """Whether a turn of someone makes several calls in this phase, of which the first is told apart."""
-    return any(phase in row["cold"] for row in case["rows"])
-
-
-def first_calls(case: Mapping[str, Any]) -> dict[str, Any]:
-    """The case as the first call of every turn shows it."""
-    return {**case, "rows": [of_first_calls(row) for row in case["rows"]]}
-
-
-def of_first_calls(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose samples are the first calls; the only call of a turn is its first."""
-    return {**row, "samples": {**row["samples"], **row["cold"]}}
-
-
-def ratio(theirs: Mapping[str, Any], ours: Mapping[str, Any], phase: str) -> float | None:
-    """How many times longer they take, paired: the median over rounds of their time by ours in the same round."""
-    pairs = zip(theirs["samples"].get(phase, ()), ours["samples"].get(phase, ()), strict=False)
-    values = [other / own for other, own in pairs if own > 0]
-    if not values or theirs["status"] != "ok" or ours["status"] != "ok":
-        return None
-    return statistics.median(values)
-
-
-def ours(case: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Our rows of a case, the one that stands for the op first."""
-    return (row for row in case["rows"] if row["kind"] == "ours")
-
-
-def main_row(case: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The row of ours that stands for the op, whatever came out of it."""
-    return next(ours(case), None)
-
-
-def named(case: Mapping[str, Any], peer: str) -> dict[str, Any] | None:
-    """The row of an implementation."""
-    return next((row for row in case["rows"] if row["peer"] == peer), None)
-
-
-def eager(case: Mapping[str, Any]) -> dict[str, Any] | None:
-    return named(case, EAGER)
-
-
-def rounds_spread(row: Mapping[str, Any], phase: str) -> float | None:
-    """Median over shortest round of a phase: how far its rounds repeat."""
-    found, least = median(row, phase), fastest(row, phase)
-    return found / least if found and least else None
-
-
-def best_peer(case: Mapping[str, Any], phase: str) -> dict[str, Any] | None:
-    """The fastest implementation of someone else that gives right results."""
-    timed = [
-        (found, row)
-        for row in case["rows"]
-        if row["kind"] == "peer" and (found := median(row, phase)) is not None
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    if found.pop("schema", None) != SCHEMA:
+        raise ValueError(f"{path}: expected benchmark results of schema {SCHEMA}")
+    cases = [
+        Measured(**{**one, "case": Case(**one["case"]), "rows": [Row(**row) for row in one["rows"]]})
+        for one in found.pop("cases")
     ]
-    return min(timed, key=lambda pair: pair[0])[1] if timed else None
-
-
-def worst_error(row: Mapping[str, Any], phase: str) -> float | None:
-    """The largest error of what a phase computes: results forward, gradients backward."""
-    values = [
-        value
-        for name, value in row["errors"].items()
-        if phase in ("forward+backward", "step") or name.startswith("d ") == (phase == "backward")
-    ]
-    if any(value is None for value in values):
-        return math.inf
-    return max(values) if values else None
-
-
-def main_phase(case: Mapping[str, Any]) -> str:
-    """The phase that a headline shows: the whole step where it is one, else forward+backward."""
-    return "step" if case["op"] == "grpo_step" else "forward+backward"
-
-
-def loads(record: Mapping[str, Any]) -> list[float]:
-    """The load averages before and after each case."""
-    return [value for case in record["cases"] for value in case["load"]]
-
-
-def noises(record: Mapping[str, Any]) -> list[float]:
-    """How far a fixed work repeated itself before and after each case (noise.of_machine)."""
-    return [value for case in record["cases"] for value in case.get("noise", ())]
-
-
-def commits(record: Mapping[str, Any]) -> list[str]:
-    """Of what was measured, in order of first use."""
-    made = record["environment"]["commit"]
-    return list(dict.fromkeys(case.get("commit", made) for case in record["cases"])) or [made]
-
-
-def title(case: Mapping[str, Any]) -> str:
-    """ "token_logprobs, N 2048, V 32768, float32" """
-    parts = [case["op"], ", ".join(f"{name} {size}" for name, size in case["sizes"].items()), case["dtype"]]
-    return ", ".join(part for part in [*parts, case["layout"], case["model"]] if part)
+    return Run(ceilings=Ceilings(**found.pop("ceilings")), cases=cases, **found)

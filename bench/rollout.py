@@ -11,11 +11,8 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,16 +27,12 @@ from training.tokenizer import build_tokenizer
 
 from . import ceilings, results
 from .cases import Work
-from .environment import environment
-from .measure import load_average
-from .report import markdown
-from .report.table import Cell, Table, milliseconds
+from .measure import first_line, load_average
+from .table import Table, milliseconds
 
-SCHEMA = 1
 OURS = "r1kernels' trainer"
 EQUAL_LENGTHS = "transformers' cache, prompts of one length at a time"
-GENERATE = "transformers, generate, padded"
-GENERATE_BATCH = "transformers, generate_batch"
+GENERATE, GENERATE_BATCH = "transformers, generate, padded", "transformers, generate_batch"
 ENDS = 32  # a response has this many tokens on average, where nothing cuts it
 PAGE = 64  # tokens
 
@@ -106,15 +99,10 @@ def peers(model: PreTrainedModel, asked: Sequence[tuple[int, ...]], sizes: Sizes
     def by_length() -> int:
         return sum(len(output.token_ids) for output in equal_lengths.draw(model, requests, params, 0))
 
-    pad = 1
+    pad, width = 1, max(len(prompt) for prompt in asked)
     config = GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=sizes.longest,
-        eos_token_id=list(stops),
-        pad_token_id=pad,
+        do_sample=True, top_k=0, max_new_tokens=sizes.longest, eos_token_id=list(stops), pad_token_id=pad
     )
-    width = max(len(prompt) for prompt in asked)
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in asked])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in asked])
 
@@ -125,69 +113,46 @@ def peers(model: PreTrainedModel, asked: Sequence[tuple[int, ...]], sizes: Sizes
 
     pages = sum(-(-(len(prompt) + sizes.longest) // PAGE) for prompt in asked) + 1
     batching = ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages, max_batch_tokens=1024)
+    options: dict[str, Any] = {
+        "generation_config": config,
+        "continuous_batching_config": batching,
+        "warmup": False,
+    }
 
     def generate_batch() -> int:
-        drawn = model.generate_batch(
-            [list(prompt) for prompt in asked],
-            generation_config=config,
-            continuous_batching_config=batching,
-            warmup=False,
-        )
+        drawn = model.generate_batch([list(prompt) for prompt in asked], **options)
         return sum(len(output.generated_tokens) for output in drawn.values())
 
     return {OURS: ours, EQUAL_LENGTHS: by_length, GENERATE: generate, GENERATE_BATCH: generate_batch}
 
 
-def compare(sizes: Sizes, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def compare(sizes: Sizes) -> list[dict[str, Any]]:
     """Tokens a second of every peer, for prompts of different lengths and for groups of responses with a common head."""
-    model = build(sizes)
-    group = min(8, sizes.prompts // 2)
-    asked = {
-        f"{sizes.prompts} prompts of {sizes.shortest_prompt} to {sizes.longest_prompt} tokens": prompts(
-            sizes, 1, 0
-        ),
-        f"{sizes.prompts // group} prompts, {group} responses to each, a head in common": prompts(
-            sizes, group, sizes.longest_prompt // 2
-        ),
-    }
-    return [_case(title, peers(model, each, sizes), sizes, say) for title, each in asked.items()]
+    model, group = build(sizes), min(8, sizes.prompts // 2)
+    plain = f"{sizes.prompts} prompts of {sizes.shortest_prompt} to {sizes.longest_prompt} tokens"
+    grouped = f"{sizes.prompts // group} prompts, {group} responses to each, a head in common"
+    asked = {plain: prompts(sizes, 1, 0), grouped: prompts(sizes, group, sizes.longest_prompt // 2)}
+    return [case(title, peers(model, each, sizes), sizes.rounds) for title, each in asked.items()]
 
 
-def _case(title: str, ways: Mapping[str, Draw], sizes: Sizes, say: Callable[[str], None]) -> dict[str, Any]:
-    say(title)
-    rates: dict[str, list[float]] = {}
-    reasons: dict[str, str] = {}
-    with _quiet():
-        for turn in range(sizes.rounds + 1):
+def case(title: str, ways: Mapping[str, Draw], rounds: int) -> dict[str, Any]:
+    rows: dict[str, dict[str, Any]] = {name: {"peer": name, "tokens_per_second": []} for name in ways}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for turn in range(rounds + 1):
             for name, way in ways.items():
-                if name in reasons:
+                if "reason" in rows[name]:
                     continue
                 began = time.perf_counter()
                 try:
                     tokens = way()
                 except Exception as error:
-                    reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                    rows[name]["reason"] = first_line(error)
                     continue
                 if turn:  # the first call warms up
-                    rates.setdefault(name, []).append(tokens / (time.perf_counter() - began))
-    for name, found in rates.items():
-        say(f"  {name}: {statistics.median(found):,.0f} tokens per second")
-    return {
-        "title": title,
-        "load_average": load_average(),
-        "peers": [
-            {"peer": name, "tokens_per_second": [results.short(rate) for rate in sorted(rates.get(name, []))]}
-            | ({"reason": reasons[name]} if name in reasons else {})
-            for name in ways
-        ],
-    }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+                    rate = results.short(tokens / (time.perf_counter() - began))
+                    rows[name]["tokens_per_second"].append(rate)
+    return {"title": title, "load_average": load_average(), "peers": list(rows.values())}
 
 
 def decode(rows: int, longest: int, rounds: int) -> dict[str, Any]:
@@ -227,59 +192,38 @@ def decode(rows: int, longest: int, rounds: int) -> dict[str, Any]:
         exps=rows * len(tokenizer),
     )
     floor, bound = ceilings.measure(torch.device("cpu")).floor(work, "float32")
-    return {
+    seconds = [results.short(step) for step in sorted(steps)]
+    found = {
         "rows": rows,
         "longest": longest,
-        "seconds": [results.short(step) for step in sorted(steps)],
+        "seconds": seconds,
         "floor_seconds": results.short(floor),
         "bound": bound,
-        "bytes": work.bytes,
-        "flops": work.flops,
-        "load_average": load_average(),
     }
+    return found | {"bytes": work.bytes, "flops": work.flops, "load_average": load_average()}
 
 
-def measure_all(tiny: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
+def measure(tiny: bool = False) -> dict[str, Any]:
     """Everything; tiny: does it work at all."""
     sizes = TINY if tiny else Sizes()
-    return {
-        "schema": SCHEMA,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "environment": environment("cpu"),
-        "sizes": vars(sizes),
-        "cases": compare(sizes, say),
-        "decode": decode(*((16, 4, 1) if tiny else (384, 64, 7))),
-    }
+    step = decode(*((16, 4, 1) if tiny else (384, 64, 7)))
+    return {"sizes": vars(sizes), "cases": compare(sizes), "decode": step}
 
 
-def table(record: Mapping[str, Any]) -> Table:
+def tables(record: Mapping[str, Any]) -> list[Table]:
     """Tokens a second of every peer in every case."""
-    found = Table(
-        "Rollouts", ("what", *(peer["peer"] for peer in record["cases"][0]["peers"])), note=_note(record)
-    )
-    for case in record["cases"]:
-        cells = []
-        for peer in case["peers"]:
-            rates = peer["tokens_per_second"]
-            cells.append(Cell(f"{statistics.median(rates):,.0f}" if rates else peer["reason"]))
-        found.rows.append([Cell(case["title"]), *cells])
-    return found
-
-
-def _note(record: Mapping[str, Any]) -> str:
     sizes, step = record["sizes"], record["decode"]
     took, floor = statistics.median(step["seconds"]), step["floor_seconds"]
-    return (
+    note = (
         f"Tokens a second, medians of {sizes['rounds']} paired rounds, {record['environment']['threads']} threads of torch, from a Qwen2 "
         f"model of {sizes['layers']} layers of width {sizes['hidden_size']} and {sizes['vocab_size']:,} entries; responses of at most "
         f"{sizes['longest']} tokens. A decode step of `tiny` with {step['rows']} rows takes {milliseconds(took)} ms, {took / floor:.1f} times "
         f"its floor of {milliseconds(floor)} ms ({step['bound']})."
     )
-
-
-def main(out: Path, tiny: bool) -> None:
-    """The command."""
-    record = measure_all(tiny)
-    results.save(out, record)
-    found = table(record)
-    print(f"{found.note}\n\n{markdown.rows(found)}")
+    found = Table("Rollouts", ("what", *(peer["peer"] for peer in record["cases"][0]["peers"])), note=note)
+    for one in record["cases"]:
+        rates = [peer["tokens_per_second"] for peer in one["peers"]]
+        shown = [f"{statistics.median(rate):,.0f}" if rate else "" for rate in rates]
+        reasons = [peer.get("reason", "") for peer in one["peers"]]
+        found.rows.append([one["title"], *(a or b for a, b in zip(shown, reasons, strict=True))])
+    return [found]

@@ -15,14 +15,14 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from .cases import Case
 from .ceilings import Ceilings
 from .marks import MARKS, Mark
 from .peers import OURS
+from .results import FOLDER, load
+from .table import Table
 
-RESULTS = Path(__file__).parent / "results"
 STATE = "uncalibrated: predicted by counting, no GPU has run it"
 
 
@@ -80,7 +80,7 @@ SILU, BF16 = "(Activation)0", "__nv_bfloat16"
 
 def epilogue(kernel: str) -> int:
     """Instructions behind the products of a tile, of one warp."""
-    record = json.loads((RESULTS / "machine_code.json").read_text())["kernels"]
+    record = json.loads((FOLDER / "machine_code.json").read_text())["kernels"]
     (found,) = (kernels[kernel] for kernels in record.values() if kernel in kernels)
     return int(found["epilogue"])
 
@@ -253,52 +253,42 @@ def launches(chip: Chip, mark: Mark) -> list[Launch]:
 
 def measured(mark: Mark) -> float | None:
     """The median seconds of the committed results of a GPU, if there are any."""
-    for path in sorted(RESULTS.glob("*/ops.json")):
-        record = json.loads(path.read_text())
-        if record["environment"]["device"] != "cuda":
-            continue
-        for case in record["cases"]:
-            for row in case["rows"] if case["id"] == mark.case.id else ():
-                if row["peer"] == OURS and row["samples"].get(mark.phase):
-                    samples = sorted(row["samples"][mark.phase])
-                    return float(samples[len(samples) // 2])
+    for path in sorted(FOLDER.glob("*/ops.json")):
+        run = load(path)
+        if run.environment["device"] == "cuda":
+            rows = [one.named(OURS) for one in run.cases if one.case.id == mark.case.id]
+            return next((row.median(mark.phase) for row in rows if row), None)
     return None
 
 
-def table(chip: Chip = H200) -> str:
-    """The marks, the predictions beside them, and what was measured, as Markdown."""
-    lines = [
-        f"| op | shape | phase | mark | mark, ms | predicted on an {chip.name}, ms ({STATE}) | what binds | measured, ms |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def table(chip: Chip = H200) -> Table:
+    """The marks, the predictions beside them, and what was measured."""
+    head = (
+        "op",
+        "shape",
+        "phase",
+        "mark",
+        "mark, ms",
+        f"predicted on an {chip.name}, ms ({STATE})",
+        "what binds",
+        "measured, ms",
+    )
+    found = Table("Roofline", head)
     for mark in MARKS:
         parts = launches(chip, mark)
-        seconds = sum(launch.seconds for launch in parts)
-        most = max(parts, key=lambda launch: launch.seconds)
-        found = measured(mark)
-        cells = (
-            f"`{mark.case.op}`",
-            mark.case.shape,
-            mark.phase,
-            mark.words,
-            f"{1e3 * mark.goal(chip.ceilings):.3g}",
-            f"{1e3 * seconds:.3g}",
-            f"{most.name}: {most.binding}",
-            "-" if found is None else f"{1e3 * found:.3g}",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def details(chip: Chip = H200) -> str:
-    """Every launch of every mark."""
-    lines = []
-    for mark in MARKS:
-        lines.append(f"{mark.case.op}, {mark.case.shape}, {mark.phase}")
-        for launch in launches(chip, mark):
-            lines.append(f"  {launch.name:<26} {1e3 * launch.seconds:8.3f} ms  {launch.binding}")
-    return "\n".join(lines)
+        seconds, most = sum(launch.seconds for launch in parts), max(parts, key=lambda launch: launch.seconds)
+        start = [f"`{mark.case.op}`", mark.case.shape, mark.phase, mark.words]
+        times = [f"{1e3 * value:.3g}" for value in (mark.goal(chip.ceilings), seconds)]
+        took = measured(mark)
+        last = "-" if took is None else f"{1e3 * took:.3g}"
+        found.rows.append([*start, *times, f"{most.name}: {most.binding}", last])
+    return found
 
 
 def main() -> None:
-    print(f"{STATE}\n\n{table()}\n\n{details()}")
+    """The command: the table, and every launch of every mark."""
+    print(f"{STATE}\n\n{table().markdown()}")
+    for mark in MARKS:
+        print(f"\n{mark.case.op}, {mark.case.shape}, {mark.phase}")
+        for launch in launches(H200, mark):
+            print(f"  {launch.name:<26} {1e3 * launch.seconds:8.3f} ms  {launch.binding}")

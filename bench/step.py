@@ -7,7 +7,6 @@ tokens, H hidden, I intermediate size of an expert, E experts.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,9 +32,10 @@ from training.tokenizer import build_tokenizer
 
 from . import memory
 from .cases import Case
-from .measure import Effort, Row
-from .numerics import Exact, allowed, error
-from .peers import OURS, version
+from .measure import Effort, judge
+from .numerics import Exact, error
+from .peers import OURS
+from .results import Row, settle
 
 PARTS = ("rollout", "reward", "old_logprob", "reference_logprob", "new_logprob", "update")
 PLAIN = "plain PyTorch"
@@ -45,16 +45,13 @@ _MOST_ROUNDS = 20
 _SIZES = {"H": "hidden_size", "I": "moe_intermediate_size", "E": "experts"}
 
 
-def measure(case: Case, effort: Effort, progress: Callable[[str], None] = print) -> list[Row]:
+def measure(case: Case, effort: Effort, say: Callable[[str], None] = print) -> list[Row]:
     """Rows of both sides; their phases are the parts of the step, and "step" is the whole of it.
 
     Errors are those of the log-probs that the policy gives its own samples, against the same model in float64.
     """
     bench = Bench(case)
-    rows = [
-        Row(PLAIN, "peer", "torch", version("torch")),
-        Row(OURS, "ours", "r1kernels", version("r1kernels")),
-    ]
+    rows = [Row(PLAIN), Row(OURS, "ours", OURS)]
     exact = bench.logprobs(double=True)
     for row in rows:
         row.backend = BACKENDS[row.peer]
@@ -63,20 +60,16 @@ def measure(case: Case, effort: Effort, progress: Callable[[str], None] = print)
             with memory.Peak(bench.device) as peak:
                 first = bench.step()
         row.peak_bytes = peak.bytes
-    for row in rows:
-        row.limits = {"logp": allowed(rows[0].errors["logp"], torch.float32)}
-        if not row.errors["logp"] <= row.limits["logp"]:
-            row.status = "failed"
-            row.reason = f"logp: error {row.errors['logp']:.2g} above the allowed {row.limits['logp']:.2g}"
+    judge(rows, case)
     rounds = max(3, min(_MOST_ROUNDS, int(effort.seconds / (2 * first["step"]))))
     for _ in range(rounds):
         for row in rows:
             if row.status == "ok":
                 with r1kernels.use_backend(row.backend):
                     for name, seconds in bench.step().items():
-                        row.samples.setdefault(name, []).append(seconds)
-    if rows[1].samples:
-        progress(f"  {rounds} rounds, r1kernels {statistics.median(rows[1].samples['step']):.2f} s a step")
+                        row.rounds.setdefault(name, []).append(seconds)
+    settle(rows)
+    say(f"  {rounds} rounds, r1kernels {rows[1].median('step') or float('nan'):.2f} s a step")
     return rows
 
 

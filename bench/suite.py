@@ -10,7 +10,6 @@ transformers transformers==VERSION``); nothing of it is kept. Its ModelTesterMix
 from __future__ import annotations
 
 import contextlib
-import datetime
 import importlib
 import io
 import sys
@@ -27,69 +26,29 @@ import transformers
 
 from r1kernels.integrations import transformers as integration
 
-from . import mixtures, results
-from .environment import environment
+from . import mixtures
+from .table import Cell, Table
 
 PACKAGE = "tests_of_transformers"
 # What the source distribution leaves out, and the name that a test file takes from it.
 LEFT_OUT = {"exporters.test_export": "ExportTesterMixin", "generation.test_utils": "GenerationTesterMixin"}
-FAMILIES = (
-    "afmoe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "dots1",
-    "ernie4_5_moe",
-    "flex_olmo",
-    "glm4_moe",
-    "gpt_oss",
-    "granitemoe",
-    "hunyuan_v1_moe",
-    "jamba",
-    "lfm2_moe",
-    "minimax_m2",
-    "mixtral",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_moe",
-    "qwen3_next",
-    "solar_open",
-)
-# Those that run a model, forward or backward, on a CPU within seconds.
-TESTS = (
-    "test_save_load",
-    "test_torch_save_load",
-    "test_determinism",
-    "test_batching_equivalence",
-    "test_gradient_checkpointing_enable_disable",
-    "test_peft_gradient_checkpointing_enable_disable",
-    "test_enable_input_require_grads",
-    "test_enable_input_require_grads_with_gradient_checkpointing",
-    "test_causal_lm_loss_honors_shift_labels",
-    "test_training",
-    "test_training_gradient_checkpointing",
-    "test_training_gradient_checkpointing_use_reentrant_false",
-    "test_training_gradient_checkpointing_use_reentrant_true",
-    "test_attention_outputs",
-    "test_hidden_states_output",
-    "test_retain_grad_hidden_states_attentions",
-    "test_feed_forward_chunking",
-    "test_resize_tokens_embeddings",
-    "test_resize_embeddings_untied",
-    "test_model_outputs_equivalence",
-    "test_inputs_embeds",
-    "test_inputs_embeds_matches_input_ids",
-    "test_load_save_without_tied_weights",
-    "test_problem_types",
-    "test_eager_matches_sdpa_inference",
-    "test_eager_matches_batched_and_grouped_inference",
-    "test_can_set_attention_dynamically",
-    "test_capture_outputs_decorator",
-    "test_moe_models_record_router_logits",
-    "test_output_router_logits_from_config",
-    "test_can_capture_specific_layers_hidden_states",
-    "test_model_rope_scaling_from_config",
-)
+FAMILIES = """
+afmoe deepseek_v2 deepseek_v3 dots1 ernie4_5_moe flex_olmo glm4_moe gpt_oss granitemoe hunyuan_v1_moe jamba lfm2_moe
+minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe qwen3_next solar_open
+"""
+# Those that run a model, forward or backward, on a CPU within seconds, without their test_.
+TESTS = """
+save_load torch_save_load determinism batching_equivalence gradient_checkpointing_enable_disable
+peft_gradient_checkpointing_enable_disable enable_input_require_grads
+enable_input_require_grads_with_gradient_checkpointing causal_lm_loss_honors_shift_labels training
+training_gradient_checkpointing training_gradient_checkpointing_use_reentrant_false
+training_gradient_checkpointing_use_reentrant_true attention_outputs hidden_states_output
+retain_grad_hidden_states_attentions feed_forward_chunking resize_tokens_embeddings resize_embeddings_untied
+model_outputs_equivalence inputs_embeds inputs_embeds_matches_input_ids load_save_without_tied_weights problem_types
+eager_matches_sdpa_inference eager_matches_batched_and_grouped_inference can_set_attention_dynamically
+capture_outputs_decorator moe_models_record_router_logits output_router_logits_from_config
+can_capture_specific_layers_hidden_states model_rope_scaling_from_config
+"""
 
 
 class Tester:
@@ -183,8 +142,13 @@ def run(common: Any, family: str) -> dict[str, str]:
 
     members = {"all_model_classes": (mixtures.model_class(family),), "setUp": set_up}
     case = type(family, (common.ModelTesterMixin, unittest.TestCase), members)
+    tests = tuple(TESTS.split())
     # some are expanded into several, with a number behind the name
-    names = [name for name in unittest.TestLoader().getTestCaseNames(case) if name.startswith(TESTS)]
+    names = [
+        name
+        for name in unittest.TestLoader().getTestCaseNames(case)
+        if name.removeprefix("test_").startswith(tests)
+    ]
     suite, found = unittest.TestSuite(map(case, names)), Outcomes()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -213,40 +177,29 @@ def compare(common: Any, family: str) -> dict[str, Any]:
     }
 
 
-def table(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
-    rows = record["families"]
-    version = record["environment"]["packages"]["transformers"]
-    lines = [
-        f"transformers {version}: {sum(row['passed'] for row in rows)} of its tests pass over the tiny models of {len(rows)} families "
-        f"as they are; with every model patched {sum(len(row['differ']) for row in rows)} end in another way.",
-        "",
-        "| family | passed | skipped | failed, patched or not | models patched |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['family']} | {row['passed']} | {row['skipped']} | {', '.join(row['failed_without']) or '-'} | {row['patched_models']} |"
-        for row in rows
-    ]
-    lines += [
-        f"\n{row['family']}, {name}: {before}; patched: {after}"
-        for row in rows
-        for name, (before, after) in row["differ"].items()
-    ]
-    return "\n".join(lines)
-
-
-def main(tests: Path, only: list[str], out: Path) -> int:
-    """The command: 1 if a test ends in another way with the patch."""
+def measure(tests: Path, only: list[str]) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     common = common_tests(tests)
-    rows: list[dict[str, Any]] = []
-    date = datetime.date.today().isoformat()
-    record = {"schema": 1, "date": date, "environment": environment("cpu"), "families": rows}
-    for family in only or FAMILIES:
-        rows.append(compare(common, family))
-        results.save(out, record)
-        print(f"{family}: {'ok' if not rows[-1]['differ'] else 'DIFFERS'}", flush=True)
-    print(table(record))
-    return int(any(row["differ"] for row in rows))
+    return {"families": [compare(common, family) for family in only or FAMILIES.split()]}
+
+
+def tables(record: dict[str, Any]) -> list[Table]:
+    """A row for each family, and one for each test that ends in another way with the patch."""
+    rows = record["families"]
+    version = record["environment"]["packages"]["transformers"]
+    note = (
+        f"transformers {version}: {sum(row['passed'] for row in rows)} of its tests pass over the tiny models of {len(rows)} families "
+        f"as they are; with every model patched {sum(len(row['differ']) for row in rows)} end in another way."
+    )
+    found = Table(
+        "Suite", ("family", "passed", "skipped", "failed, patched or not", "models patched"), note=note
+    )
+    for row in rows:
+        failed = ", ".join(row["failed_without"]) or "-"
+        found.rows.append(
+            [row["family"], str(row["passed"]), str(row["skipped"]), failed, str(row["patched_models"])]
+        )
+        for name, (before, after) in row["differ"].items():
+            found.rows.append([row["family"], name, before, Cell(f"patched: {after}", "failed"), ""])
+    return [found]

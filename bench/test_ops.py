@@ -43,31 +43,24 @@ def _problem(case: Case) -> tuple[Inputs, dict[str, Exact]]:
     op = families.OPS[case.op]
     inputs = op.inputs(case, DEVICE)
     exact = op.exact(case, inputs)
-    for leaf in inputs.leaves:
-        inputs[leaf].requires_grad_()
-    return inputs, exact
+    return inputs.require_grad(), exact
 
 
 def test_op(benchmark: Any, case: Case, peer: Peer) -> None:
     """Forward and backward; an implementation whose results are wrong gets no time."""
     inputs, exact = _problem(case)
-    try:
-        call = peer.make(case, inputs)
-    except Unavailable as reason:
-        pytest.skip(str(reason))
     clock = timing.Clock(DEVICE)
     benchmark.group = case.id
-    if peer.kind == "floor":
-        benchmark(timing.floor, call, clock)
-        return
-
-    def fresh() -> Inputs:
-        return inputs if peer.prepare is None else peer.prepare(inputs)
-
-    ready = fresh()
-    outputs = call(ready)
-    found = {**outputs, **timing.differentiate(*timing.upstream(outputs, ready), ready)}
-    found = families.OPS[case.op].comparable(found)
+    try:
+        call = peer.make(case, inputs)
+        if peer.kind == "floor":
+            benchmark(timing.floor, call, clock)
+            return
+        ready = peer.fresh(inputs)
+        outputs = call(ready)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    found = families.OPS[case.op].comparable({**outputs, **timing.differentiate(outputs, ready)})
     errors = {name: error(found[name], exact[name]) for name in found if name in exact}
     wrong = {name: value for name, value in errors.items() if not value <= allowed(None, case.torch_dtype)}
     if wrong:
@@ -78,7 +71,7 @@ def test_op(benchmark: Any, case: Case, peer: Peer) -> None:
         benchmark(timing.train, call, inputs, clock)
     else:  # what is prepared stays outside of the clock
         benchmark.pedantic(
-            timing.train, setup=lambda: ((call, fresh(), clock), {}), rounds=20, warmup_rounds=1
+            timing.train, setup=lambda: ((call, peer.fresh(inputs), clock), {}), rounds=20, warmup_rounds=1
         )
 
 

@@ -46,11 +46,12 @@ def upstream(outputs: Outputs, inputs: Inputs) -> tuple[list[Tensor], list[Tenso
     """The outputs that have a gradient from above, and those gradients."""
     given = inputs.upstream if inputs.upstream_of is None else inputs.upstream_of(outputs)
     names = [name for name in given if name in outputs]
-    return [outputs[name] for name in names], [given[name] for name in names]
+    return [outputs[name] for name in names], [given[name].reshape(outputs[name].shape) for name in names]
 
 
-def differentiate(results: list[Tensor], gradients: list[Tensor], inputs: Inputs) -> dict[str, Tensor]:
+def differentiate(outputs: Outputs, inputs: Inputs, above: Any = None) -> dict[str, Tensor]:
     """The gradients of the leaves, "d hidden" and so on, from those of the outputs."""
+    results, gradients = above or upstream(outputs, inputs)
     found = torch.autograd.grad(results, [inputs[leaf] for leaf in inputs.leaves], gradients)
     return {f"d {leaf}": gradient for leaf, gradient in zip(inputs.leaves, found, strict=True)}
 
@@ -62,7 +63,7 @@ def train(call: Callable[[Inputs], Outputs], inputs: Inputs, clock: Clock) -> Ph
     clock.mark()
     above = upstream(outputs, inputs)
     clock.mark()
-    gradients = differentiate(*above, inputs)
+    gradients = differentiate(outputs, inputs, above)
     clock.mark()
     forward, _, backward = clock.seconds()
     # what autograd kept is given back here, outside of the clock
@@ -106,29 +107,22 @@ class Replayed:
     ) -> None:
         self._sets = len(sets)
         self._graphs: dict[str, Any] = {}
+
+        def both(inputs: Inputs) -> object:
+            return differentiate(call(inputs), inputs)
+
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for inputs in sets:
-                self._both(call, inputs)
+                both(inputs)
         torch.cuda.current_stream().wait_stream(side)
-        if "inference" in phases:
-            with torch.no_grad():
-                self._graphs["inference"] = self._capture(lambda inputs: call(inputs), sets)
-        self._graphs["forward"] = self._capture(lambda inputs: call(inputs), sets)
-        self._graphs["forward+backward"] = self._capture(lambda inputs: self._both(call, inputs), sets)
-
-    @staticmethod
-    def _both(call: Callable[[Inputs], Outputs], inputs: Inputs) -> object:
-        return differentiate(*upstream(call(inputs), inputs), inputs)
-
-    @staticmethod
-    def _capture(function: Callable[[Inputs], Any], sets: list[Inputs]) -> Any:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for inputs in sets:
-                function(inputs)
-        return graph
+        for phase, function in (("inference", call), ("forward", call), ("forward+backward", both)):
+            if phase in phases:
+                graph = self._graphs[phase] = torch.cuda.CUDAGraph()
+                with torch.set_grad_enabled(phase != "inference"), torch.cuda.graph(graph):
+                    for inputs in sets:
+                        function(inputs)
 
     def sample(self, clock: Clock) -> Phases:
         """Seconds a call, each phase a few replays long."""

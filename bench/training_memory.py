@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,9 @@ from training.run_dir import StageDir
 from training.tasks.problem import Problem
 from training.tokenizer import build_tokenizer
 
-from . import results
-from .environment import environment
 from .memory import Peak
-from .report import markdown
-from .report.table import Cell, Table
+from .table import Cell, Table
 
-SCHEMA = 1
 ALLOWED = 0.15  # share by which the peak may differ from the dry run's number
 SIZES: dict[str, Any] = {
     "hidden_size": 896,
@@ -108,7 +103,7 @@ def _reward(step: int, samples: list[Sample]) -> list[Scored]:
     ]
 
 
-def measure_all(tiny: bool = False) -> dict[str, Any]:
+def measure(tiny: bool = False) -> dict[str, Any]:
     """Every case, each in a process of its own; tiny: does it work at all."""
     sizes = TINY if tiny else SIZES
     cases = []
@@ -116,38 +111,19 @@ def measure_all(tiny: bool = False) -> dict[str, Any]:
         words = [json.dumps([sizes, rank, recomputes])]
         done = subprocess.run([sys.executable, "-m", __name__, *words], stdout=subprocess.PIPE, check=True)
         cases.append(json.loads(done.stdout.splitlines()[-1]))
-        print(_row(cases[-1]), file=sys.stderr)
-    return {
-        "schema": SCHEMA,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "environment": environment("cpu"),
-        "sizes": sizes,
-        "cases": cases,
-    }
+    return {"sizes": sizes, "cases": cases}
 
 
-def _row(found: Mapping[str, Any]) -> list[str]:
-    adapters = f"LoRA, rank {found['rank']}" if found["rank"] else "all weights"
-    kept = "layers recompute" if found["gradient_checkpointing"] else "activations kept"
-    peak, said = found["peak_bytes"], found["dry_run_bytes"]
-    return [adapters, kept, f"{peak / 2**30:.2f} GiB", f"{said / 2**30:.2f} GiB", f"{said / peak:.2f}"]
-
-
-def table(record: Mapping[str, Any]) -> Table:
+def tables(record: Mapping[str, Any]) -> list[Table]:
     """Measured and foretold, a row per case."""
     found = Table("Memory of a GRPO step", ("trained", "backward", "peak", "dry run", "dry run / peak"))
-    for each in record["cases"]:
-        mark = "failed" if abs(each["dry_run_bytes"] / each["peak_bytes"] - 1) > ALLOWED else ""
-        *cells, ratio = _row(each)
-        found.rows.append([*map(Cell, cells), Cell(ratio, mark)])
-    return found
-
-
-def main(out: Path, tiny: bool) -> None:
-    """The command."""
-    record = measure_all(tiny)
-    results.save(out, record)
-    print(markdown.rows(table(record)))
+    for one in record["cases"]:
+        adapters = f"LoRA, rank {one['rank']}" if one["rank"] else "all weights"
+        kept = "layers recompute" if one["gradient_checkpointing"] else "activations kept"
+        peak, said = one["peak_bytes"], one["dry_run_bytes"]
+        ratio = Cell(f"{said / peak:.2f}", "failed" if abs(said / peak - 1) > ALLOWED else "")
+        found.rows.append([adapters, kept, f"{peak / 2**30:.2f} GiB", f"{said / 2**30:.2f} GiB", ratio])
+    return [found]
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@ token in the whole vocabulary: every ratio is off by the probability that the sa
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,8 +22,7 @@ from training.progress import Progress
 from training.recipe import load
 from training.run_dir import RunDir
 
-from . import results
-from .environment import environment
+from .table import Table
 
 STEPS, TOP_P = 40, 0.9
 WITHOUT, WITH = "without kept sets", "with kept sets"
@@ -40,9 +37,9 @@ class _Forgetful(TransformersEngine):
         return [replace(each, kept=None) for each in super().sample(requests, params)]
 
 
-def measure(steps: int, base_steps: int | None = None) -> dict[str, Any]:
+def measure(tiny: bool) -> dict[str, Any]:
     """The metrics of both runs, which begin with the same checkpoint."""
-    shorter = [] if base_steps is None else [f"base.steps={base_steps}"]
+    steps, shorter = (2, ["base.steps=5"]) if tiny else (STEPS, [])
     quiet = Progress(quiet=True)
     runs = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -57,33 +54,14 @@ def measure(steps: int, base_steps: int | None = None) -> dict[str, Any]:
                 pipeline.run(recipe, folder, progress=quiet)
             rows = folder.stage("zero").metrics()
             runs[name] = {key: [row[key] for row in rows] for key in SHOWN}
-    return {
-        "schema": 1,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment("cpu"),
-        "recipe": "smoke",
-        "words": [f"zero.steps={steps}", *WORDS],
-        "runs": runs,
-    }
+    return {"recipe": "smoke", "words": [f"zero.steps={steps}", *WORDS], "runs": runs}
 
 
-def note(record: Mapping[str, Any]) -> str:
-    """The means of both runs, for docs."""
+def tables(record: Mapping[str, Any]) -> list[Table]:
+    """The means of both runs, in a sentence."""
     means = {name: fmean(run["ratio_mean"]) for name, run in record["runs"].items()}
-    return (
+    note = (
         f"Over {len(record['runs'][WITH]['ratio_mean'])} steps the mean ratio before an update is {means[WITHOUT]:.3f} "
         f"{WITHOUT} and {means[WITH]:.6f} {WITH}."
     )
-
-
-def main(out: Path, tiny: bool) -> None:
-    """The command."""
-    record = measure(2, 5) if tiny else measure(STEPS)
-    results.save(out, record)
-    print(note(record))
-
-
-def load_record(path: Path) -> dict[str, Any]:
-    """A committed file of `main`."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return [Table("Importance ratios", (), note=note)]

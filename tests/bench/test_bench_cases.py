@@ -7,17 +7,21 @@ from bench import families, logprob, measure, noise, run
 from bench.cases import CASES, Case, lengths, tiny
 from bench.ceilings import Ceilings
 from bench.measure import Effort
+from bench.numerics import allowed
+from bench.results import Row
 
 
 @pytest.mark.parametrize("case", tiny(), ids=lambda case: case.id)
 def test_every_implementation_of_ours_gives_right_results_and_a_time(case):
     rows = run.rows(case, Effort(0.0), lambda text: None, compiles=False)
     ours = [row for row in rows if row.kind == "ours"]
+    eager = rows[0].errors
     assert ours
     for row in ours:
         assert row.status == "ok", row.reason
-        assert row.errors and row.samples
-        assert all(row.errors[name] <= row.limits[name] for name in row.errors)
+        assert row.errors and row.seconds
+        limits = {name: allowed(eager.get(name), case.torch_dtype) for name in row.errors}
+        assert all(row.errors[name] <= limits[name] for name in row.errors)
     for row in rows:
         assert row.status == "ok" or row.reason
 
@@ -106,29 +110,25 @@ def test_a_run_keeps_what_is_done_and_can_be_added_to(tmp_path, known_ceilings):
     out = tmp_path / "cpu.json"
     first = run.run(run.Plan("cpu", ["route"], tiny=True), out, lambda text: None)
     routers = len([case for case in tiny() if case.op == "route"])
-    assert [case["op"] for case in first["cases"]] == ["route"] * routers
+    assert [one.case.op for one in first.cases] == ["route"] * routers
     both = run.run(run.Plan("cpu", ["grouped_logprobs"], tiny=True, add=True), out, lambda text: None)
-    assert [case["op"] for case in both["cases"]].count("route") == routers
-    assert len(both["cases"]) == routers + 4
+    assert [one.case.op for one in both.cases].count("route") == routers
+    assert len(both.cases) == routers + 4
     late = run.run(run.Plan("cpu", ["route"], tiny=True, limit=-1), out, lambda text: None)
-    assert not late["cases"] and late["not_run"][0]["reason"] == "no time was left"
+    assert not late.cases and next(iter(late.not_run.values())) == "no time was left"
 
 
 def test_a_run_that_is_resumed_makes_what_is_missing_and_nothing_again(tmp_path, known_ceilings):
     out = tmp_path / "cpu.json"
     late = run.run(run.Plan("cpu", ["route"], tiny=True, limit=-1), out, lambda text: None)
-    assert {entry["reason"] for entry in late["not_run"]} == {run.OUT_OF_TIME} and not late["cases"]
+    assert set(late.not_run.values()) == {run.OUT_OF_TIME} and not late.cases
     done = run.run(run.Plan("cpu", ["route"], tiny=True, resume=True), out, lambda text: None)
-    assert {case["op"] for case in done["cases"]} == {"route"} and not done["not_run"]
-    assert len(done["cases"]) == len(late["not_run"])
+    assert {one.case.op for one in done.cases} == {"route"} and not done.not_run
+    assert len(done.cases) == len(late.not_run)
     again = run.run(run.Plan("cpu", ["route"], tiny=True, resume=True), out, lambda text: None)
-    assert again["cases"][0]["rows"] == done["cases"][0]["rows"]
+    assert [row.seconds for row in again.cases[0].rows] == [row.seconds for row in done.cases[0].rows]
     # floors are those of the best ceilings of all parts
-    assert [record["ceilings"]["bytes_per_second"] for record in (late, done, again)] == [2e9, 2e9, 3e9]
-    assert (
-        again["cases"][0]["phases"]["forward"]["floor_seconds"]
-        <= done["cases"][0]["phases"]["forward"]["floor_seconds"]
-    )
+    assert [found.ceilings.bytes_per_second for found in (late, done, again)] == [2e9, 2e9, 3e9]
 
 
 def test_a_case_that_stops_with_an_error_takes_no_other_with_it(tmp_path, monkeypatch, known_ceilings):
@@ -141,9 +141,9 @@ def test_a_case_that_stops_with_an_error_takes_no_other_with_it(tmp_path, monkey
 
     monkeypatch.setattr(run, "rows", breaks)
     plan = run.Plan("cpu", ["grouped_logprobs"], tiny=True)
-    record = run.run(plan, tmp_path / "cpu.json", lambda text: None)
-    assert {case["layout"] for case in record["cases"]} == {"padded"}
-    assert run.failed(record) and all("the device is gone" in line for line in run.failed(record))
+    found = run.run(plan, tmp_path / "cpu.json", lambda text: None)
+    assert {one.case.layout for one in found.cases} == {"padded"}
+    assert run.failed(found) and all("the device is gone" in line for line in run.failed(found))
 
 
 def test_an_implementation_that_stops_while_it_is_timed_has_no_time(monkeypatch):
@@ -160,7 +160,7 @@ def test_an_implementation_that_stops_while_it_is_timed_has_no_time(monkeypatch)
     monkeypatch.setattr(measure.timing, "train", stops)
     rows = run.rows(case, Effort(0.0), lambda text: None, compiles=False)
     assert rows[0].reason == "stopped while it was timed: RuntimeError: no memory is left"
-    assert rows[0].status == "unavailable" and not rows[0].samples and rows[1].samples
+    assert rows[0].status == "unavailable" and not rows[0].seconds and rows[1].seconds
 
 
 def test_rounds_are_fewer_where_they_are_long():
@@ -169,16 +169,15 @@ def test_rounds_are_fewer_where_they_are_long():
 
 
 def test_whoever_is_far_behind_our_fastest_is_known():
-    def running(name, kind, seconds, status="ok"):
-        row = measure.Row(name, kind, "torch", "1", status, samples={"forward+backward": [seconds]})
-        return measure._Running(None, row, None)
+    def row(name, kind, seconds, status="ok"):
+        return Row(name, kind, "torch", status, rounds={"forward+backward": [seconds]})
 
     everyone = [
-        running("ours", "ours", 2.0),
-        running("ours, other", "ours", 1.0),
-        running("slow", "peer", 3.1),
-        running("close", "peer", 2.9),
-        running("out", "peer", 9.0, "failed"),
+        row("ours", "ours", 2.0),
+        row("ours, other", "ours", 1.0),
+        row("slow", "peer", 3.1),
+        row("close", "peer", 2.9),
+        row("out", "peer", 9.0, "failed"),
     ]
     assert measure._far_behind(everyone) == {"slow"}
     assert measure._far_behind(everyone[2:]) == set()

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from bench import distillation, documents, guard, pictures, precision, results, truncation
+from bench import distillation, documents, guard, numerics, pictures, precision, results, truncation
 from bench.peers import EAGER
 
 RESULTS = documents.ROOT / "bench/results/cpu"
@@ -25,7 +26,7 @@ def test_the_pictures_show_the_committed_results():
 
 
 def test_without_kept_sets_ratios_are_off_by_what_was_kept_and_with_them_they_are_1():
-    runs = truncation.load_record(RESULTS / "truncation.json")["runs"]
+    runs = results.committed("truncation")["runs"]
     for without, with_sets in zip(*(runs[name]["ratio_mean"] for name in runs), strict=True):
         assert truncation.TOP_P - 0.01 < without < 0.99
         assert with_sets == pytest.approx(1, abs=1e-4)
@@ -33,7 +34,7 @@ def test_without_kept_sets_ratios_are_off_by_what_was_kept_and_with_them_they_ar
 
 def test_students_are_compared_at_equal_tokens():
     """Equal within those of a step, of at most 64 responses of 65 tokens."""
-    rows = distillation.load_record(RESULTS / "distillation.json")["rows"]
+    rows = results.committed("distillation")["rows"]
     for start in (0, distillation.START):
         learnt = {
             row["method"]: row["learnt"]
@@ -58,36 +59,42 @@ def test_committed_results_name_no_host_and_no_path():
 
 
 def test_no_kernel_of_ours_failed_in_the_committed_results():
-    record = results.load(RESULTS / "ops.json")
-    assert not [row for case in record["cases"] for row in results.ours(case) if row["status"] != "ok"]
+    run = results.load(RESULTS / "ops.json")
+    assert run.cases and not [row for one in run.cases for row in one.ours if row.status != "ok"]
 
 
 def test_ours_is_at_least_as_exact_as_eager_in_the_committed_table():
-    record = json.loads((RESULTS / "precision.json").read_text(encoding="utf-8"))
-    errors = {(row["op"], row["peer"], row["dtype"], row["lead"]): row["errors"] for row in record["rows"]}
+    rows = results.committed("precision")["rows"]
+    errors = {(row["op"], row["peer"], row["dtype"]): row["errors"] for row in rows}
     compared = 0
-    for (op, peer, dtype, lead), found in errors.items():
+    for (op, peer, dtype), found in errors.items():
         if peer.startswith("r1kernels"):
-            eager = errors[op, EAGER, dtype, lead]
-            for name, value in found.items():
-                assert value <= eager[name], (op, dtype, lead, name)
-                compared += 1
+            for name, values in found.items():
+                eager = errors[op, EAGER, dtype][name]
+                for lead, ours, its in zip(precision.LEADS, values, eager, strict=True):
+                    assert ours <= its, (op, dtype, lead, name)
+                    compared += 1
     assert compared >= 2 * len(precision.LEADS) * 5
 
 
 def test_the_exact_results_of_the_precision_table_agree_with_sixty_digits():
     from tests.support import logprob_oracle
 
-    inputs = precision.logits_inputs(precision.DTYPES["float32"], 30)
+    inputs = precision.logits_inputs(torch.float32, 30)
     few = {
         name: tensor[:2, :500] if tensor.ndim == 2 else tensor[:2] % 500
         for name, tensor in inputs.tensors.items()
     }
     few["logits"] = few["logits"].scatter(1, few["targets"].unsqueeze(1), 30.0)
-    exact = precision.logprob.softmax_rows(few["logits"], few["targets"], inputs.upstream["logp"][:2])
+    exact = numerics.softmax_rows(few["logits"], few["targets"], inputs.upstream["logp"][:2])
     logp, entropy = logprob_oracle.rows(few["logits"], few["targets"])
     assert exact["logp"] == pytest.approx(logp, rel=1e-12)
     assert exact["entropy"] == pytest.approx(entropy, rel=1e-7)
+
+
+def test_committed_results_are_few_lines():
+    files = (documents.ROOT / "bench/results").glob("**/*.json")
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in files) <= 4000
 
 
 def test_the_guard_tells_what_became_slower():
@@ -112,12 +119,14 @@ def test_noise_goes_away_when_the_guard_measures_again_and_a_slower_kernel_does_
     monkeypatch.setattr(guard, "GUARDED", guard.GUARDED[:1])
     monkeypatch.setattr(guard, "_backend", lambda case: "cpu")
     both = {"forward": 1.0, "backward": 1.0}
+
+    def shortest(forward):
+        return {"forward": (forward, 1.0), "backward": (1.0, 1.0)}
+
     for ours, found in (([3.0] * guard.REPEATS + [1.0], 1.0), ([3.0], 3.0)):
         times = iter(ours)
         last = ours[-1]
         monkeypatch.setattr(
-            guard,
-            "_shortest",
-            lambda case, times=times, last=last: ({**both, "forward": next(times, last)}, both),
+            guard, "_shortest", lambda case, times=times, last=last: shortest(next(times, last))
         )
         assert guard.ratios(lambda text: None, {name: both})[name] == {"forward": found, "backward": 1.0}

@@ -19,11 +19,11 @@ def test_every_op_is_timed_and_with_its_backward_where_it_has_one(times):
     assert all(0 < seconds < 1 for phases in times.values() for seconds in phases.values())
 
 
-def test_the_table_shows_the_difference_to_another_checkout(times, monkeypatch, capsys):
+def test_the_table_shows_the_difference_to_another_checkout(times, monkeypatch):
     before = {op: {phase: 2 * seconds for phase, seconds in phases.items()} for op, phases in times.items()}
     monkeypatch.setattr(overhead, "in_turns", lambda *arguments: [times, before])
-    overhead.main([], overhead.ROOT, 1, None)
-    shown = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
+    (table,) = overhead.tables(overhead.measure([], overhead.ROOT, 1))
+    shown = {op: cells for op, *cells in table.rows}
     assert set(shown) == set(times)
     seconds = 1e6 * times["route"]["inference"]
     assert f"{seconds:.2f} ({-seconds:+.2f})" in shown["route"]

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import prefix
-from bench.report import markdown
+from bench.__main__ import main
 
 SHAPE = prefix.TINY[0]
 
@@ -19,22 +19,24 @@ SHAPE = prefix.TINY[0]
 def test_all_ways_take_the_same_step(tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed: nothing to compare with")
     out = tmp_path / "prefix.json"
-    prefix.main(out, rounds=1, tiny=True)
+    assert main(["prefix", "--tiny", "--rounds", "1", "--out", str(out)]) in (
+        0,
+        1,
+    )  # 1: the gain is that of a large model
     record = json.loads(out.read_text(encoding="utf-8"))
     (case,) = record["cases"]
     assert {*case["rows"]} == {prefix.SHARED, prefix.REPEATED, prefix.TRL, prefix.TRL_SHARED}
     losses = [row["loss"] for row in case["rows"].values()]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)
-    assert 0.5 < sum(case["profile"].values()) <= 1
     assert prefix.gain(case, prefix.REPEATED) > 0
-    assert f"| {SHAPE.text} | {prefix.TRL} |" in markdown.rows(prefix.table(record))
+    assert f"| {SHAPE.text} | {prefix.TRL} |" in prefix.tables(record)[0].markdown()
 
 
 def test_a_way_with_another_gradient_gets_no_time(monkeypatch):
     own = prefix._repeated
     monkeypatch.setattr(prefix, "_repeated", lambda batch: lambda model: own(batch)(model) * 1.01)
     with pytest.raises(RuntimeError, match=f"{prefix.REPEATED}: gradient"):
-        prefix.measure(SHAPE, rounds=1)
+        prefix.case(SHAPE, rounds=1)
 
 
 def test_the_flops_of_the_layers_are_those_that_pytorch_counts():

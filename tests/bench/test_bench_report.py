@@ -5,31 +5,33 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 import r1kernels
-from bench import compare, documents, results, run
+from bench import documents, report, results, run
 from bench.__main__ import main
 from bench.cases import Case
 from bench.ceilings import Ceilings
+from bench.environment import environment
 from bench.measure import Effort
-from bench.report import markdown, page, reasons, tables
+from bench.results import Measured, Row, Run
+from bench.table import mark
 
 TINY = Case("token_logprobs", "cpu", "float32", {"N": 8, "V": 33}, quick=True)
 CEILINGS = Ceilings(1e9, {"float32": 1e9, "bfloat16": 2e9}, 1e9)
 
 
-def record_of(case=TINY):
-    record = run.begin("cpu", True, CEILINGS, [(Case("route", "cuda", "float32", {"T": 1}), "needs a GPU")])
+def run_of(case=TINY):
     rows = run.rows(case, Effort(0.0), lambda text: None, compiles=False)
-    record["cases"].append(results.case_record(case, rows, CEILINGS, (0.0, 0.0)))
-    return json.loads(json.dumps(record))
+    left = {"route-T1-float32 on cuda": "needs a GPU"}
+    return Run(environment("cpu"), CEILINGS, "2026-01-01", True, [Measured(case, rows, [0.0, 0.0])], left)
 
 
 @pytest.fixture(scope="module")
 def good():
-    return record_of()
+    return run_of()
 
 
 @pytest.fixture
@@ -43,41 +45,38 @@ def broken(monkeypatch):
         return logp * 1.001, entropy
 
     monkeypatch.setattr(r1kernels, "token_logprobs", wrong)
-    return record_of()
+    return run_of()
 
 
 def row(peer, seconds, kind="peer", **more):
-    """A row as in a results file: the same seconds in every phase."""
-    samples = {"inference": seconds, "forward": seconds, "backward": seconds, "forward+backward": seconds}
-    return {
-        "peer": peer, "kind": kind, "package": "torch", "version": "1", "status": "ok", "reason": "",
-        "backend": "cpu" if kind == "ours" else "", "errors": {"logp": 1e-7, "d logits": 2e-7}, "limits": {},
-        "samples": samples, "cold": {}, "calls": {}, "overhead": {}, "peak_bytes": 1024, "saved_bytes": 10, **more,
-    }  # fmt: skip
+    """A row with the same rounds in every phase."""
+    phases = ("inference", "forward", "backward", "forward+backward")
+    made = Row(peer, kind, errors={"logp": 1e-7, "d logits": 2e-7}, peak_bytes=1024, saved_bytes=10, **more)
+    return replace(made, backend="cpu" if kind == "ours" else "", rounds={phase: seconds for phase in phases})
 
 
 def made(good, *rows):
-    """The good record with other rows."""
-    case = {**good["cases"][0], "rows": list(rows)}
-    return {**good, "cases": [case]}
+    """The good run with other rows."""
+    results.settle(rows)
+    return replace(good, cases=[replace(good.cases[0], rows=list(rows))])
 
 
 # --- a broken kernel ---
 
 
 def test_a_broken_kernel_is_failed_and_has_no_time(broken):
-    own = results.main_row(broken["cases"][0])
-    assert own["status"] == "failed" and own["samples"] == {}
-    assert own["reason"].startswith("logp: error 0.001 above the allowed")
+    own = broken.cases[0].ours[0]
+    assert own.status == "failed" and own.seconds == {}
+    assert own.reason.startswith("logp: error 0.001 above the allowed")
     assert run.failed(broken)
 
 
 def test_the_report_shows_failed_where_a_time_would_stand(broken):
-    for text in (page.page(broken), markdown.document(broken), markdown.terminal(broken)):
+    for text in (report.page(broken), report.document(broken), report.terminal(broken)):
         assert "FAILED" in text and "above the allowed" in text
-    headline = tables.headline(broken).rows[0]
-    assert headline[3].text.startswith("FAILED: logp") and headline[3].mark == "failed"
-    assert '<td class="failed"' in page.page(broken)
+    headline = report.headline(broken).rows[0]
+    assert headline[3].startswith("FAILED: logp") and mark(headline[3]) == "failed"
+    assert '<td class="failed"' in report.page(broken)
 
 
 def test_an_implementation_that_raises_is_shown_with_its_reason(monkeypatch):
@@ -95,84 +94,62 @@ def test_an_implementation_that_raises_is_shown_with_its_reason(monkeypatch):
 
 
 def test_every_time_carries_its_error(good):
-    for found in good["cases"][0]["rows"]:
-        if found["samples"] and found["kind"] != "floor":
-            assert set(found["errors"]) == {"logp", "entropy", "d logits"}
+    for found in good.cases[0].rows:
+        if found.seconds and found.kind != "floor":
+            assert set(found.errors) == {"logp", "entropy", "d logits"}
 
 
-def test_ratios_are_paired_within_a_round(good):
+def test_ratios_are_paired_within_a_round():
     # the machine was ten times slower in the second round: medians alone would give 1.5 / 5.5
     ours, theirs = row("r1kernels", [1.0, 10.0, 2.0], "ours"), row("eager PyTorch", [3.0, 30.0, 6.0])
-    assert results.ratio(theirs, ours, "forward") == 3.0
+    results.settle([theirs, ours])
+    assert theirs.over_ours("forward") == 3.0
+
+
+def test_of_the_rounds_shortest_and_quartiles_stay():
+    ours = row("r1kernels", [5.0, 1.0, 4.0, 2.0, 3.0], "ours")
+    results.settle([ours])
+    assert ours.seconds["forward"] == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_the_best_peer_is_the_fastest_that_is_right(good):
     wrong = row("a", [0.1], status="failed", reason="off")
     floor = row("bare GEMMs", [0.2], "floor")
-    case = made(good, row("r1kernels", [1.0], "ours"), wrong, floor, row("b", [2.0]), row("c", [3.0]))[
-        "cases"
-    ][0]
-    assert results.best_peer(case, "forward")["peer"] == "b"
+    found = made(good, row("r1kernels", [1.0], "ours"), wrong, floor, row("b", [2.0]), row("c", [3.0]))
+    assert found.cases[0].best("forward").peer == "b"
 
 
 def test_a_case_that_we_lose_is_shown_as_such(good):
-    record = made(good, row("r1kernels", [2.0], "ours"), row("eager PyTorch", [4.0]), row("TRL", [1.0]))
-    cells = tables.headline(record).rows[0]
-    assert [cell.text for cell in cells[4:8]] == ["TRL", "1000", "0.50x, slower", "2.0x"]
-    (line, _) = tables.not_best(record)
-    assert "TRL takes 0.50x our time" in line
-    assert "Where we are not the best" in page.page(record)
-    assert "Where we are not the best" not in page.page(
-        made(good, row("r1kernels", [1.0], "ours"), row("TRL", [2.0]))
-    )
-
-
-def test_a_reason_says_what_the_numbers_say(good):
-    case = made(good, row("r1kernels", [2.0], "ours"), row("eager PyTorch", [4.0]), row("TRL", [1.0]))[
-        "cases"
-    ][0]
-    assert "ours takes" in reasons.reason(case, case["rows"][2], "inference")
-    assert "the bandwidth floor, theirs" in reasons.reason(case, case["rows"][2], "inference")
-    short = made(good, row("r1kernels", [2e-4], "ours"), row("TRL", [1e-4]))["cases"][0]
-    assert "time goes into what surrounds the work" in reasons.reason(short, short["rows"][1], "inference")
-    served = made(good, row("r1kernels", [2.0], "ours", backend="reference"), row("TRL", [1.0]))["cases"][0]
-    assert reasons.reason(served, served["rows"][1], "inference") == reasons.NO_KERNEL
-    measured = row("r1kernels", [2e-4], "ours", overhead={"inference": 1.5e-4})
-    spent = made(good, measured, row("TRL", [1e-4]))["cases"][0]
-    assert "ours takes 0.2 ms, of which 0.15 ms at any size" in reasons.reason(
-        spent, spent["rows"][1], "inference"
-    )
-
-
-def test_of_a_whole_step_the_reason_names_the_part_that_is_slower(good):
-    ours, theirs = row("r1kernels", [2.0], "ours"), row("plain PyTorch", [1.0])
-    ours["samples"] = {"rollout": [1.0], "update": [1.0], "step": [2.0]}
-    theirs["samples"] = {"rollout": [0.9], "update": [0.1], "step": [1.0]}
-    case = {**made(good, ours, theirs)["cases"][0], "op": "grpo_step", "phases": {}}
-    assert reasons.reason(case, theirs, "step") == "most is lost in update, 10x theirs"
+    lost = made(good, row("r1kernels", [2.0], "ours"), row("eager PyTorch", [4.0]), row("TRL", [1.0]))
+    cells = report.headline(lost).rows[0]
+    assert cells[4:7] == ["TRL", "1000", "0.50x, slower"] and cells[8] == "2.0x"
+    (line, _) = report.not_best(lost)
+    assert "TRL takes 0.50x our time; ours takes" in line and "floor, theirs" in line
+    assert "Where we are not the best" in report.page(lost)
+    won = made(good, row("r1kernels", [1.0], "ours"), row("TRL", [2.0]))
+    assert "Where we are not the best" not in report.page(won)
 
 
 def test_a_machine_that_is_not_quiet_is_told(good):
-    quiet = {**good, "cases": [{**good["cases"][0], "noise": [1.01, 1.02]}]}
-    busy = {**good, "cases": [{**good["cases"][0], "noise": [1.01, 1.5]}]}
-    assert "not quiet" not in markdown.document(quiet) and "repeats within 2 %" in markdown.document(quiet)
-    for text in (page.page(busy), markdown.document(busy), markdown.terminal(busy)):
+    quiet, busy = (
+        replace(good, cases=[replace(good.cases[0], noise=noise)]) for noise in ([1.01, 1.02], [1.01, 1.5])
+    )
+    assert "not quiet" not in report.document(quiet) and "repeats within 2 %" in report.document(quiet)
+    for text in (report.page(busy), report.document(busy), report.terminal(busy)):
         assert "The machine was not quiet: 1 of 2 times" in text
 
 
 def test_rounds_that_do_not_repeat_are_named(good):
-    record = made(good, row("r1kernels", [1.0, 1.9, 2.0], "ours"), row("TRL", [3.0, 3.0, 3.1]))
-    (line,) = tables.noisy(record)
+    found = made(good, row("r1kernels", [1.0, 1.9, 2.0], "ours"), row("TRL", [3.0, 3.0, 3.1]))
+    (line,) = report.noisy(found)
     assert line.endswith("the median of r1kernels is 1.90x its shortest round.")
-    assert line in page.page(record)
+    assert line in report.page(found)
 
 
-def test_the_best_ceilings_of_two_runs_lower_the_floor_of_a_case(good):
-    case = json.loads(json.dumps(good["cases"][0]))
+def test_the_best_ceilings_of_two_runs_lower_the_floor_of_a_case():
     best = CEILINGS.best(Ceilings(2e9, {"float32": 1.0, "bfloat16": 1.0}, 1e8))
     assert best == Ceilings(2e9, {"float32": 1e9, "bfloat16": 2e9}, 1e9)
-    results.set_floors(case, best)
-    assert case["phases"]["forward"]["floor_seconds"] == pytest.approx(1056 / 2e9)
+    assert best.floors(TINY)["forward"] == (1056 / 2e9, "bandwidth")
 
 
 def test_the_floor_takes_the_largest_ceiling():
@@ -200,23 +177,33 @@ def test_pytest_benchmark_times_the_implementations_and_names_no_host(tmp_path):
 
 
 def test_the_page_stands_alone_and_holds_what_it_must(good):
-    text = page.page(good, good)
+    text = report.page(good, good)
     for word in ("Headline", "Inference", "How far from the floor", "Changes", "Not run", "Environment", "needs a GPU",
                  "Not measured on a GPU"):  # fmt: skip
         assert word in text
-    assert "http://" not in text and "https://" not in text and "<script" not in text
+    assert "https://" not in text and "<script" not in text
+    assert text.count("http://") == text.count("http://www.w3.org/")  # names of the parts of SVG
 
 
 def test_markdown_tables_are_even(good):
-    for block in markdown.document(good).split("\n\n"):
+    for block in report.document(good).split("\n\n"):
         lines = block.splitlines()
         if lines and lines[0].startswith("| "):
             assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
 
 
 def test_results_go_through_a_file(good, tmp_path):
-    results.save(tmp_path / "a.json", good)
-    assert results.load(tmp_path / "a.json") == good
+    found = made(
+        good,
+        row("r1kernels", [1.0, 2.0], "ours"),
+        row("TRL", [3.0, 3.0]),
+        row("a", [], status="failed", reason="x"),
+    )
+    found.save(tmp_path / "a.json")
+    read = results.load(tmp_path / "a.json")
+    for kept in found.cases[0].rows:
+        kept.rounds = {}
+    assert read == found
     (tmp_path / "b.json").write_text('{"schema": 0}')
     with pytest.raises(ValueError, match="expected benchmark results of schema"):
         results.load(tmp_path / "b.json")
@@ -224,7 +211,7 @@ def test_results_go_through_a_file(good, tmp_path):
 
 def test_the_command_line_reports_and_compares(good, tmp_path, capsys):
     path = tmp_path / "a.json"
-    results.save(path, good)
+    good.save(path)
     assert main(["report", str(path)]) == 0
     assert path.with_suffix(".html").is_file() and path.with_suffix(".md").is_file()
     assert "token_logprobs" in capsys.readouterr().out
@@ -236,9 +223,11 @@ def test_the_command_line_reports_and_compares(good, tmp_path, capsys):
 
 
 def verdict(good, before, after):
-    old = made(good, row("r1kernels", [before[0]], "ours"), row("eager PyTorch", [before[1]]))
-    new = made(good, row("r1kernels", [after[0]], "ours"), row("eager PyTorch", [after[1]]))
-    return compare.table(old, new).rows[0][-1].text
+    old, new = (
+        made(good, row("r1kernels", [ours], "ours"), row("eager PyTorch", [eager]))
+        for ours, eager in (before, after)
+    )
+    return report.changes(old, new).rows[0][-1]
 
 
 def test_a_verdict_allows_for_a_machine_that_is_slower(good):
@@ -249,4 +238,4 @@ def test_a_verdict_allows_for_a_machine_that_is_slower(good):
 
 
 def test_a_kernel_that_broke_is_failed_in_the_comparison(good, broken):
-    assert compare.table(good, broken).rows[0][-1].text == "FAILED"
+    assert report.changes(good, broken).rows[0][-1] == "FAILED"

@@ -49,6 +49,6 @@ def test_the_table_shows_rates_and_reasons():
         ],
         "decode": {"rows": 384, "seconds": [0.02, 0.03, 0.05], "floor_seconds": 0.01, "bound": "GEMM"},
     }
-    found = rollout.table(record)
-    assert [cell.text for cell in found.rows[0]] == ["some prompts", "1,000", "RuntimeError: no"]
+    (found,) = rollout.tables(record)
+    assert list(found.rows[0]) == ["some prompts", "1,000", "RuntimeError: no"]
     assert "takes 30 ms, 3.0 times its floor of 10 ms (GEMM)" in found.note

@@ -7,6 +7,7 @@ import torch
 
 from bench import documents, memory, moe, saved
 from bench.cases import MODELS, Case
+from bench.table import mark
 
 PEERS = {peer.name: peer for peer in moe.EXPERTS}
 CASE = Case("moe_experts", "cpu", "bfloat16", {"T": 12, "H": 16, "I": 8, "E": 4, "K": 2})
@@ -25,8 +26,7 @@ def test_what_ours_keeps_by_hand():
 @pytest.mark.parametrize("name", saved.SHOWN)
 def test_tensors_without_memory_are_counted_like_real_ones(name):
     inputs = moe.expert_inputs(CASE, torch.device("cpu"))
-    for leaf in inputs.leaves:
-        inputs[leaf].requires_grad_()
+    inputs.require_grad()
     call = PEERS[name].make(CASE, inputs)
     with memory.counting_saved([inputs["gate_up"], inputs["down"]]) as found:
         call(inputs)
@@ -48,6 +48,7 @@ def test_the_committed_table_holds_every_model_and_the_goal():
 def test_a_table_shows_who_misses_the_goal():
     kept = dict.fromkeys(saved.SHOWN, 106)
     case = {"model": "m", "sizes": {"T": 1}, "goal_bytes": 100, "saved_bytes": kept}
-    (row,) = saved.table({"dtype": "bfloat16", "cases": [case]}).rows
-    assert [cell.mark for cell in row[3:]] == ["failed", "", "", ""]
-    assert row[3].text == "106 B (1.060x)"
+    (table,) = saved.tables({"dtype": "bfloat16", "cases": [case]})
+    (row,) = table.rows
+    assert [mark(cell) for cell in row[3:]] == ["failed", "", "", ""] and table.failed
+    assert row[3] == "106 B (1.060x)"

@@ -1,0 +1,429 @@
+"""The report of a run: the same sections as one HTML page, as Markdown beside it and, in short, for a terminal."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+import training.report
+from training.format import align, duration
+
+from . import noise, saved
+from .peers import PHASES
+from .results import FOLDER, Measured, Row, Run, committed, load
+from .step import PARTS
+from .table import MISSING, Cell, Table, milliseconds, rate, size, small, times
+from .turns import SECONDS
+
+NOT_ON_A_GPU = "Not measured on a GPU: these numbers are of a CPU. The shapes for GPUs are in the list of what was not run."
+FIRST = (
+    f"A call shorter than {milliseconds(SECONDS)} ms is made several times in a turn: times are those of the calls after the "
+    "first, and the ratio of the first calls, right after other code ran and filled the caches, stands beside."
+)
+HEADLINE = ("op", "shape", "dtype", "ours, ms", "best of the others", "its ms", "others / ours", "first call", "eager / ours",
+            "ours / floor", "our error", "its error")  # fmt: skip
+
+# --- sentences ---
+
+
+def summary(run: Run) -> str:
+    """Machine, versions, load; a warning where the machine was not quiet."""
+    made, loads = run.environment, [value for one in run.cases for value in one.load]
+    spreads = [value for one in run.cases for value in one.noise]
+    text = f"{run.device}, {made['threads']} threads, torch {made['packages']['torch']}, {run.date}, commit {run.commits}"
+    if loads:
+        text += f", load average {min(loads):.1f} to {max(loads):.1f}, our own threads included"
+    if spreads:
+        text += f"; a fixed work between the cases repeats within {100 * (max(spreads) - 1):.0f} %"
+    text += ", a quick run." if run.quick else "."
+    many = sum(value > noise.MACHINE_LIMIT for value in spreads)
+    if many:
+        text += (
+            f" **The machine was not quiet: {many} of {len(spreads)} times the median of a fixed work lay more than "
+            f"{100 * (noise.MACHINE_LIMIT - 1):.0f} % above its shortest. Trust ratios more than times.**"
+        )
+    return text
+
+
+def noisy(run: Run) -> list[str]:
+    """A sentence for every case of which our rounds, or those of the best of the others, do not repeat."""
+    lines = []
+    for one in run.cases:
+        for row in filter(None, (*one.ours[:1], one.best(one.phase))):
+            shortest, median = row.shortest(one.phase), row.median(one.phase)
+            if shortest and median and median / shortest > noise.ROUNDS_LIMIT:
+                found = times(median / shortest)
+                lines.append(f"{one.title}: the median of {row.peer} is {found} its shortest round.")
+    return lines
+
+
+def not_best(run: Run) -> list[str]:
+    """A sentence for every case in which someone else is faster, with both beside the floor."""
+    lines = []
+    for one in run.cases:
+        for phase in dict.fromkeys((one.phase, "inference")):
+            for first in (False, True):
+                peer, own = one.best(phase, first), one.ours[0] if one.ours else None
+                ratio = peer.over_ours(phase, first) if peer and (not first or phase in peer.first) else None
+                if not own or not peer or not ratio or ratio >= 1:
+                    continue
+                text = f"{one.title}, {phase}{', first call' if first else ''}: {peer.peer} takes {times(ratio)} our time"
+                if floor := run.ceilings.floors(one.case).get(phase):
+                    text += f"; ours takes {times((own.median(phase, first) or 0) / floor[0])} the {floor[1]} floor, theirs {times((peer.median(phase, first) or 0) / floor[0])}"  # fmt: skip
+                if bare := _over_bare(one, own):
+                    text += f"; ours over bare GEMMs: {bare}"
+                lines.append(text + ".")
+    return lines
+
+
+def failures(run: Run) -> list[str]:
+    """What of ours broke the numeric rule or raised; others that did stand in the tables of their cases."""
+    return [
+        f"{one.title}: {row.peer}: {row.reason}"
+        for one in run.cases
+        for row in one.ours
+        if row.status == "failed"
+    ]
+
+
+# --- tables ---
+
+
+def headline(run: Run) -> Table:
+    """Forward and backward, or the whole step: ours against the best of the others, case by case."""
+    note = (
+        "Forward and backward together (of the trainer a whole step), median of the rounds; ratios are paired within "
+        "a round: above 1 we are faster. Errors are the largest against float64, over results and gradients."
+    )
+    return _against_the_best("Headline", note, run, lambda one: one.phase)
+
+
+def inference(run: Run) -> Table:
+    """The same for a forward without gradients, which two of the three passes of GRPO are."""
+    note = (
+        "One forward without gradients; peers that compute their gradients in the forward do not do so here."
+    )
+    return _against_the_best("Inference", note, run, lambda one: "inference")
+
+
+def _against_the_best(title: str, note: str, run: Run, phase_of: Callable[[Measured], str]) -> Table:
+    shown = [one for one in run.cases if one.ours and (phase_of(one) != "inference" or one.phase != "step")]
+    rows = [_headline_row(run, one, phase_of(one)) for one in shown]
+    return Table(title, HEADLINE, rows, f"{note} {FIRST}" if any(row[7] != "-" for row in rows) else note)
+
+
+def _headline_row(run: Run, one: Measured, phase: str) -> list[str]:
+    own, case = one.ours[0], one.case
+    start = [case.op, ", ".join(filter(None, (case.shape, case.layout))), case.dtype]
+    seconds, floor = own.median(phase), run.ceilings.floors(case).get(phase)
+    if seconds is None:
+        return [*start, Cell(_state(own), "failed"), *[MISSING] * (len(HEADLINE) - 4)]
+    peer, at_first = one.best(phase), one.best(phase, first=True)
+    ratio = peer.over_ours(phase) if peer else None
+    first = at_first.over_ours(phase, first=True) if at_first and phase in at_first.first else None
+    lost = ratio is not None and ratio < 1
+    return [
+        *start,
+        Cell(milliseconds(seconds), "ours"),
+        peer.peer if peer else MISSING,
+        milliseconds(peer.median(phase)) if peer else MISSING,
+        Cell(times(ratio) + ", slower" * lost, "failed" if lost else "best") if peer else MISSING,
+        times(first),
+        times(one.eager.over_ours(phase)) if one.eager else MISSING,
+        f"{times(seconds / floor[0])} {floor[1]}" if floor else MISSING,
+        small(own.error(phase)),
+        small(peer.error(phase)) if peer else MISSING,
+    ]
+
+
+def ops(run: Run) -> Table:
+    """A row per op: ours, the best of the others, eager PyTorch, and the errors."""
+    shown = [_headline_row(run, one, one.phase) for one in run.one_per_op() if one.ours]
+    head, *rows = ([*row[:2], *row[3:7], row[8], *row[10:]] for row in (HEADLINE, *shown))
+    return Table("Summary", head, rows)
+
+
+def floors(run: Run) -> Table:
+    """How near our implementations come to what binds each phase, and what bare GEMMs take beside them."""
+    note = (
+        "Floor / median time, and which floor binds; in brackets, where exponentials do, the same against the floor of the "
+        "bytes alone. A phase passes 100 % where a product of ours is faster than torch's, with which the ceiling is "
+        "measured, where what it reads is in the caches still, or where an earlier phase has done its work: the GRPO losses "
+        "make their gradients in the forward. / bare GEMMs: our forward and backward over the products alone, of the head "
+        "three or, with logits recomputed, four; dense: without experts, of the same FLOPs. Peak memory includes results and "
+        "gradients."
+    )
+    head = ("op", "shape", "dtype", "ours", *PHASES, "/ bare GEMMs", "peak memory")
+    rows = []
+    for one in run.cases:
+        for row in one.ours if one.phase != "step" else ():
+            shares = [_of_floor(run, one, row, phase) for phase in PHASES]
+            start = _headline_row(run, one, one.phase)[:3]
+            rows.append(
+                [*start, Cell(row.peer, "ours"), *shares, _over_bare(one, row) or "-", size(row.peak_bytes)]
+            )
+    return Table("Floors", head, rows, note)
+
+
+def _of_floor(run: Run, one: Measured, row: Row, phase: str) -> str:
+    seconds = row.median(phase)
+    if not seconds:
+        return MISSING
+    floor, bound = run.ceilings.floors(one.case)[phase]
+    text = f"{100 * floor / seconds:.0f} % {bound}"
+    if bound == "exp":
+        text += f" ({100 * one.case.works()[phase].bytes / run.ceilings.bytes_per_second / seconds:.0f} %)"
+    return text
+
+
+def _over_bare(one: Measured, row: Row) -> str:
+    """ "1.05x three, 0.79x four" """
+    own, bare = row.over_ours(one.phase), [other for other in one.rows if other.kind == "floor"]
+    found = [(other.over_ours(one.phase), other.peer.split()[0]) for other in bare]
+    return ", ".join(f"{times(own / its)} {name}" for its, name in found if own and its)
+
+
+def case_table(run: Run, one: Measured) -> Table:
+    """Every implementation of a case: times of each phase, ratio to ours, fraction of the floor, errors, memory."""
+    phases, main = (*PARTS, "step") if one.phase == "step" else PHASES, one.phase
+    several = any(main in row.first for row in one.rows)
+    head = ["implementation", *(f"{phase}, ms" for phase in phases), *["first call, ms"] * several]
+    head += ["/ ours", "/ floor", "error", "gradient error", "peak memory", "saved"]
+    found = run.ceilings.floors(one.case)
+    rows: list[list[str]] = []
+    for row in one.rows:
+        version = run.environment["packages"].get(row.package) if row.kind == "peer" else None
+        label = f"{row.peer} ({version})" if version else row.peer
+        label += f" [{row.backend}]" if row.kind == "ours" and row.backend else ""
+        cells: list[str] = [Cell(label, {"ours": "ours", "floor": "muted"}.get(row.kind, ""))]
+        rows.append(cells)
+        if row.status != "ok":
+            mark = "failed" if row.status == "failed" else "muted"
+            cells += [Cell(_state(row), mark), *[""] * (len(head) - 2)]
+            continue
+        seconds = row.median(main)
+        cells += [_time(one, row, phase) for phase in phases]
+        cells += [milliseconds(row.first[main][0] if main in row.first else None)] * several
+        cells += [times(row.over_ours(main)), times(seconds / found[main][0]) if seconds and found else "-"]
+        cells += [small(row.error("forward")), small(row.error("backward"))]
+        cells += [size(row.peak_bytes), size(row.saved_bytes)]
+    note = "Median, in brackets the shortest round."
+    if found:
+        each = (
+            f"{phase} {milliseconds(found[phase][0])} ms ({found[phase][1]})"
+            for phase in ("forward", "backward")
+        )
+        note += f" Floor: {', '.join(each)}."
+    if several:
+        turns = (f"{row.peer} {row.calls[main]}" for row in one.rows if main in row.calls)
+        note += f" Calls a turn, {main}: {', '.join(turns)}."
+    return Table(one.title, head, rows, note)
+
+
+def _time(one: Measured, row: Row, phase: str) -> str:
+    """Median, with the shortest round in brackets; the fastest of the case stands out."""
+    seconds = row.median(phase)
+    if seconds is None:
+        return MISSING
+    others = [found for other in one.rows if other.kind != "floor" and (found := other.median(phase))]
+    # forward and backward apart compare nothing: some compute their gradients in the forward
+    best = phase in ("inference", one.phase) and row.kind != "floor" and seconds <= min(others, default=0.0)
+    return Cell(f"{milliseconds(seconds)} ({milliseconds(row.shortest(phase))})", "best" if best else "")
+
+
+def _state(row: Row) -> str:
+    """ "FAILED: ..." or why a row is missing."""
+    return ("FAILED: " if row.status == "failed" else "") + row.reason
+
+
+def environment(run: Run) -> Table:
+    """Machine, versions and the measured ceilings."""
+    made, ceilings = run.environment, run.ceilings
+    facts = {
+        "device": run.device,
+        "threads": str(made["threads"]),
+        "measuring took": duration(sum(one.took for one in run.cases)),
+        "Python": made["python"],
+        "r1kernels": f"{made['r1kernels']}, extension {made['extension']}",
+        **{name: found or "not installed" for name, found in made["packages"].items()},
+        "copy": rate(ceilings.bytes_per_second, "B/s"),
+        "GEMM": ", ".join(
+            f"{rate(value, 'FLOP/s')} {name}" for name, value in ceilings.flops_per_second.items()
+        ),
+        "exp": rate(ceilings.exps_per_second, "/s"),
+    }
+    return Table("Environment", ("fact", "value"), list(facts.items()))
+
+
+def changes(before: Run, after: Run) -> Table:
+    """What became faster or slower. A machine that is busier moves everyone: a verdict allows for what eager PyTorch changed by."""
+    head = (
+        "case",
+        "implementation",
+        "before, ms",
+        "after, ms",
+        "after / before",
+        "eager's",
+        "error",
+        "verdict",
+    )
+    note = (
+        f"Against {before.date}, commit {before.commits}: shortest rounds of forward and backward. The verdict allows for "
+        f"what eager PyTorch changed by, and for {100 * BAND:.0f} % of noise."
+    )
+    known = {one.case.id: one for one in before.cases}
+    rows = [
+        _change(known[one.case.id], one, row)
+        for one in after.cases
+        if one.case.id in known
+        for row in one.ours
+    ]
+    return Table("Changes", head, rows, note)
+
+
+# changes below this are within what two runs on one machine differ by
+BAND = 0.15
+
+
+def _change(old: Measured, new: Measured, row: Row) -> list[str]:
+    def shortest(one: Measured, peer: Row | None) -> float | None:
+        same = peer and one.named(peer.peer)
+        return same.shortest(new.phase) if same else None
+
+    was, now = shortest(old, row), row.shortest(new.phase)
+    eager = (shortest(old, new.eager), shortest(new, new.eager))
+    control = eager[1] / eager[0] if eager[0] and eager[1] else None
+    start = [new.title, row.peer, milliseconds(was), milliseconds(now)]
+    error = small(row.error(new.phase))
+    if not was or not now:
+        verdict = (
+            Cell("FAILED", "failed") if row.status == "failed" else "no time before" if now else "no time"
+        )
+        return [*start, MISSING, MISSING, error, verdict]
+    change = now / was / (control or 1.0)
+    verdict = (
+        Cell("slower", "failed")
+        if change > 1 + BAND
+        else Cell("faster", "best")
+        if change < 1 - BAND
+        else "same"
+    )
+    return [*start, times(now / was), times(control), error, verdict]
+
+
+# --- the whole ---
+
+Section = tuple[str, int, str | Table | Sequence[str]]  # title, level, a picture or a table or lines
+
+
+def sections(run: Run, before: Run | None) -> Iterable[Section]:
+    """What the report holds, pictures first."""
+    yield "FAILED", 2, failures(run)
+    if importlib.util.find_spec("matplotlib"):
+        from . import pictures
+
+        yield "Time of others over ours", 2, pictures.svg(pictures.draw_speed, pictures.speed(run))
+        yield "How far from the floor", 2, pictures.svg(pictures.draw_floors, pictures.floors(run), (7, 7))
+        yield "Roofline", 2, pictures.svg(pictures.draw_roofline, pictures.roofline(run))
+    yield "Headline", 2, headline(run)
+    yield "Where we are not the best", 2, not_best(run)
+    yield "Cases whose rounds do not repeat", 2, noisy(run)
+    yield "Inference", 2, inference(run)
+    yield "Floors", 2, floors(run)
+    for op in dict.fromkeys(one.case.op for one in run.cases):
+        yield op, 2, ["Every implementation, case by case."]
+        for one in run.cases:
+            if one.case.op == op:
+                yield one.title, 3, case_table(run, one)
+    if run.environment["device"] == "cpu":
+        (kept,) = saved.tables(committed("saved"))
+        yield "Saved for the backward", 2, kept
+    if before:
+        yield "Changes", 2, changes(before, run)
+    yield (
+        "Not run",
+        2,
+        Table("Not run", ("case", "reason"), list(run.not_run.items())),
+    )
+    yield "Environment", 2, environment(run)
+
+
+def _warnings(run: Run) -> list[str]:
+    return [summary(run), *([] if run.environment["device"] == "cuda" else [f"**{NOT_ON_A_GPU}**"])]
+
+
+def document(run: Run, before: Run | None = None) -> str:
+    """The report as Markdown, without its pictures."""
+    parts = [f"# Benchmarks on {run.device}", *_warnings(run)]
+    for title, level, body in sections(run, before):
+        if isinstance(body, Table) and body.rows:
+            parts += [f"{'#' * level} {title}", body.markdown()]
+        elif body and not isinstance(body, (str, Table)):
+            parts += [f"{'#' * level} {title}", "\n".join(f"- {line}" for line in body)]
+    return "\n\n".join(parts) + "\n"
+
+
+STYLE = Path(training.report.__file__).with_name("style.css")
+MORE_STYLE = """
+body { max-width: 1440px; } details { border-top: 1px solid var(--line); padding: 8px 0; } summary { font-size: 14px; color: var(--accent); }
+td, thead th { text-align: left; padding: 5px 7px; font-size: 13px; } td:nth-child(-n+2) { white-space: normal; min-width: 120px; }
+td.failed, td.best, td.ours { font-weight: 600; } td.failed { color: var(--bad); } td.best { color: var(--good); } td.ours { color: var(--accent); }
+td.muted { color: var(--muted); } .note { color: var(--muted); font-size: 13px; max-width: 110ch; }
+svg { max-width: 860px; width: 100%; height: auto; }
+@media (max-width: 700px) { body { padding: 24px 14px 60px; } h1 { font-size: 25px; } td, thead th { font-size: 12px; padding: 4px; } }
+"""
+
+
+def page(run: Run, before: Run | None = None) -> str:
+    """The report as one HTML page that needs nothing else, in the style of the trainer's report."""
+    title = f"r1kernels: benchmarks on {run.device}"
+    parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{_strong(text)}</p>" for text in _warnings(run))]
+    for name, level, body in sections(run, before):
+        if isinstance(body, Table):
+            shown = f'<p class="note">{escape(body.note)}</p>{body.html()}' if body.rows else ""
+        elif isinstance(body, str):
+            shown = body
+        else:
+            shown = f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in body)}</ul>" if body else ""
+        if shown and level == 3:
+            parts.append(f"<details><summary>{escape(name)}</summary>{shown}</details>")
+        elif shown:
+            parts.append(f"<h2>{escape(name)}</h2>{shown}")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE.read_text(encoding='utf-8')}{MORE_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _strong(text: str) -> str:
+    return re.sub(r"\*\*(.*?)\*\*", r"<strong>\1</strong>", escape(text))
+
+
+def terminal(run: Run) -> str:
+    """The headline in even columns, then failures and where we are not the best."""
+    parts = [summary(run).replace("**", ""), *aligned(headline(run))]
+    for label, lines in (("FAILED", failures(run)), ("NOT THE BEST", not_best(run)), ("NOISY", noisy(run))):
+        parts += [f"{label} {line}" for line in lines]
+    return "\n".join(parts + ([] if run.environment["device"] == "cuda" else [NOT_ON_A_GPU]))
+
+
+def aligned(table: Table) -> list[str]:
+    return align([list(table.head), *map(list, table.rows)])
+
+
+def main(results: Path, against: Path | None = None) -> None:
+    """Writes page and Markdown beside a file of results, and prints them in short.
+
+    against: older results; None: the committed ones of the same kind of device, if there are any.
+    """
+    run = load(results)
+    against = against or FOLDER / str(run.environment["device"]) / "ops.json"
+    before = load(against) if against.is_file() else None
+    html, markdown = results.with_suffix(".html"), results.with_suffix(".md")
+    html.write_text(page(run, before), encoding="utf-8")
+    markdown.write_text(document(run, before), encoding="utf-8")
+    print(f"{terminal(run)}\n{html}, {markdown}")

@@ -1,0 +1,102 @@
+"""A table of text that documents, pages and terminals show, and how numbers read in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+
+class Cell(str):
+    """Text with a mark by which it stands out: "ours", "best", "failed" or "muted"."""
+
+    mark: str
+
+    def __new__(cls, text: str, mark: str = "") -> Cell:
+        found = super().__new__(cls, text)
+        found.mark = mark
+        return found
+
+
+def mark(cell: str) -> str:
+    return getattr(cell, "mark", "")
+
+
+MISSING = Cell("-", "muted")
+
+
+@dataclass
+class Table:
+    """title: its heading. head: names of the columns. rows: of texts. note: a sentence above it."""
+
+    title: str
+    head: Sequence[str]
+    rows: list[Any] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return any(mark(cell) == "failed" for row in self.rows for cell in row)
+
+    def markdown(self, level: int = 0) -> str:
+        """Heading of this level (0: none), note and rows; what failed is bold, and so is what is best."""
+        lines = [
+            " | ".join(name or " " for name in self.head),
+            *(" | ".join(map(_bold, row)) for row in self.rows),
+        ]
+        lines = [f"| {line} |" for line in lines]
+        rows = "" if not self.head else "\n".join([lines[0], "|---" * len(self.head) + "|", *lines[1:]])
+        heading = f"{'#' * level} {self.title}" if level else ""
+        return "\n\n".join(filter(None, (heading, self.note, rows)))
+
+    def html(self) -> str:
+        head = "".join(f"<th>{escape(name)}</th>" for name in self.head)
+        body = ""
+        for row in self.rows:
+            cells = "".join(f'<td class="{mark(cell)}">{escape(cell)}</td>' for cell in row)
+            body += f"<tr>{cells}</tr>"
+        return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _bold(cell: str) -> str:
+    text = cell.replace("|", "\\|")
+    return f"**{text}**" if text and mark(cell) in ("failed", "best") else text
+
+
+def milliseconds(seconds: float | None) -> str:
+    """0.0126 -> "12.6"; "-" for None."""
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
+
+
+def times(value: float | None) -> str:
+    """2.345 -> "2.3x"."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.{0 if value >= 10 else 1 if value >= 2 else 2}f}x"
+
+
+def small(value: float | None) -> str:
+    """An error: 4.4e-08."""
+    if value is None:
+        return "-"
+    return f"{value:.1e}" if math.isfinite(value) else "not finite"
+
+
+def size(count: float | None) -> str:
+    """Bytes as people read them: 268435456 -> "256 MiB"."""
+    if count is None:
+        return "-"
+    unit = 0
+    while count >= 1024 and unit < 4:
+        count, unit = count / 1024, unit + 1
+    return f"{count:.{1 if unit and count < 10 else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+
+
+def rate(value: float, unit: str) -> str:
+    """1.77e11, "FLOP/s" -> "177 GFLOP/s"."""
+    scale, prefix = next(((s, p) for s, p in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if value >= s), (1.0, ""))
+    return f"{value / scale:.3g} {prefix}{unit}"
