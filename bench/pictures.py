@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -118,31 +119,44 @@ def ratios(record: Mapping[str, Any]) -> Numbers:
     }
 
 
+def stages(record: Mapping[str, Any]) -> Numbers:
+    """Mark -> checkpoint -> its mean over the runs of ``python -m bench pipeline``, in %."""
+    runs = [run["test"] for run in record["runs"]]
+    shown = {
+        "accuracy": "accuracy",
+        "format": "format",
+        "language_consistency": "one language",
+        "helpful": "helpful",
+    }
+    return {
+        label: {name: round(100 * fmean(run[name][key] for run in runs), 1) for name in runs[0]}
+        for key, label in shown.items()
+    }
+
+
 # --- drawings ---
 
 
 def draw_speed(numbers: Numbers, axes: Axes) -> None:
-    places = range(len(numbers))
-    for name, label, offset, colour in (
-        ("best", "best of all others", -0.2, OURS),
-        ("eager", EAGER, 0.2, OTHERS[0]),
-    ):
+    kinds = (("best", "best of all others", -0.21, OURS), ("eager", EAGER, 0.21, OTHERS[0]))
+    for name, label, offset, colour in kinds:
         lengths = [each.get(name, 1) - 1 for each in numbers.values()]
-        axes.barh([place + offset for place in places], lengths, 0.36, left=1, color=colour, label=label)
+        places = [place + offset for place in range(len(numbers))]
+        axes.barh(places, lengths, 0.4, left=1, color=colour, label=label)
         for place, each in zip(places, numbers.values(), strict=True):
             if name in each:
-                right = max(each[name], 1) * 1.05
-                axes.text(right, place + offset, f"{each[name]:.3g}x", va="center", fontsize=8.5)
-    axes.set_yticks(list(places), list(numbers))
+                axes.text(max(each[name], 1) * 1.06, place, f"{each[name]:.3g}x", va="center", fontsize=7.5)
+    axes.set_yticks(range(len(numbers)), list(numbers))
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xticks([1, 2, 5, 10, 20, 50], ["1x", "2x", "5x", "10x", "20x", "50x"])
+    ticks = (1, 2, 5, 10, 20, 50, 100)
+    axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(0.8, 100)
+    axes.set_xlim(0.7, 250)
     axes.axvline(1, color=INK, linewidth=1)
     axes.grid(axis="x")
     axes.set_title("Time of others / ours, two CPU cores")
-    axes.legend(loc="lower right", fontsize=8.5)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.05), ncols=2, fontsize=8.5)
 
 
 def draw_errors(numbers: Numbers, axes: Axes) -> None:
@@ -168,6 +182,24 @@ def draw_ratios(numbers: Numbers, axes: Axes) -> None:
     axes.grid(axis="y")
     axes.set_title("Mean importance ratio before an update")
     axes.legend(loc="center right", fontsize=8.5)
+
+
+def draw_stages(numbers: Numbers, axes: Axes) -> None:
+    for (name, values), colour in zip(numbers.items(), (OURS, *OTHERS), strict=True):
+        axes.plot(
+            list(values),
+            list(values.values()),
+            color=colour,
+            label=name,
+            linewidth=2.2,
+            marker="o",
+            markersize=4,
+        )
+    axes.set_ylim(0, 104)
+    axes.tick_params(axis="x", rotation=30)
+    axes.grid(axis="y")
+    axes.set_title("Recipe tiny: each stage on held-out problems, in %")
+    axes.legend(loc="lower right", fontsize=8.5)
 
 
 def draw_floors(shares: Mapping[str, tuple[float, str]], axes: Axes) -> None:
@@ -230,22 +262,28 @@ def shown(text: str) -> Numbers:
     return numbers
 
 
-def fitting(root: Path) -> dict[Path, tuple[Any, Numbers]]:
-    """File of each picture -> how it is drawn, and the numbers of the committed results."""
-    folder = root / "docs/pictures"
-    return {
-        folder / "speed.svg": (draw_speed, speed(results.load(results.FOLDER / "cpu/ops.json"))),
-        folder / "error.svg": (draw_errors, errors(results.committed("precision"))),
-        folder / "truncation.svg": (draw_ratios, ratios(results.committed("truncation"))),
+Drawn = tuple[Callable[..., None], Numbers, tuple[float, float]]
+
+
+def fitting(root: Path) -> dict[Path, Drawn]:
+    """File of each picture -> how it is drawn, the numbers of the committed results, its size in inches."""
+    ops = results.load(results.FOLDER / "cpu/ops.json")
+    found: dict[str, Drawn] = {
+        "speed": (draw_speed, speed(ops), (5.6, 5.2)),
+        "error": (draw_errors, errors(results.committed("precision")), (5.6, 5.2)),
+        "truncation": (draw_ratios, ratios(results.committed("truncation")), (5.6, 3.5)),
+        "stages": (draw_stages, stages(results.committed("tiny")), (7.0, 3.5)),
     }
+    return {root / f"docs/pictures/{name}.svg": drawn for name, drawn in found.items()}
 
 
 def write(root: Path) -> list[Path]:
     """Draws the pictures that do not show the committed results, and names them."""
     written = []
-    for path, (draw, numbers) in fitting(root).items():
-        if not path.is_file() or shown(path.read_text(encoding="utf-8")) != numbers:
+    for path, (draw, numbers, size) in fitting(root).items():
+        picture = described(svg(draw, numbers, size), numbers)
+        if not path.is_file() or path.read_text(encoding="utf-8") != picture:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(described(svg(draw, numbers), numbers), encoding="utf-8")
+            path.write_text(picture, encoding="utf-8")
             written.append(path)
     return written

@@ -140,9 +140,13 @@ def _headline_row(run: Run, one: Measured, phase: str) -> list[str]:
 
 
 def ops(run: Run) -> Table:
-    """A row per op: ours, the best of the others, eager PyTorch, and the errors."""
+    """A row per op: ours, the best of the others, and the errors; few columns, and none that a narrow page breaks anywhere."""
     shown = [_headline_row(run, one, one.phase) for one in run.one_per_op() if one.ours]
-    head, *rows = ([*row[:2], *row[3:7], row[8], *row[10:]] for row in (HEADLINE, *shown))
+    rows = []
+    for op, shape, _, ours, peer, _, ratio, *_, error, its in shown:
+        whole = shape.replace(" ", "\u00a0").replace(",\u00a0", ", ")
+        rows.append([op, whole, ours, peer, ratio, *(each.replace("-", "\u2011") for each in (error, its))])
+    head = ("op", "shape", "ours, ms", "best of the others", "others / ours", "our error", "its error")
     return Table("Summary", head, rows)
 
 
@@ -325,9 +329,9 @@ def sections(run: Run, before: Run | None) -> Iterable[Section]:
     if importlib.util.find_spec("matplotlib"):
         from . import pictures
 
-        yield "Time of others over ours", 2, pictures.svg(pictures.draw_speed, pictures.speed(run))
+        yield "Time of others over ours", 2, pictures.svg(pictures.draw_speed, pictures.speed(run), (7, 5.5))
         yield "How far from the floor", 2, pictures.svg(pictures.draw_floors, pictures.floors(run), (7, 7))
-        yield "Roofline", 2, pictures.svg(pictures.draw_roofline, pictures.roofline(run))
+        yield "Roofline", 2, pictures.svg(pictures.draw_roofline, pictures.roofline(run), (7, 4))
     yield "Headline", 2, headline(run)
     yield "Where we are not the best", 2, not_best(run)
     yield "Cases whose rounds do not repeat", 2, noisy(run)
@@ -369,7 +373,7 @@ def document(run: Run, before: Run | None = None) -> str:
 STYLE = Path(training.report.__file__).with_name("style.css")
 MORE_STYLE = """
 body { max-width: 1440px; } details { border-top: 1px solid var(--line); padding: 8px 0; } summary { font-size: 14px; color: var(--accent); }
-td, thead th { text-align: left; padding: 5px 7px; font-size: 13px; } td:nth-child(-n+2) { white-space: normal; min-width: 120px; }
+td, thead th { text-align: left; padding: 4px 6px; font-size: 12px; } td:nth-child(2), td:nth-child(5) { white-space: normal; min-width: 110px; }
 td.failed, td.best, td.ours { font-weight: 600; } td.failed { color: var(--bad); } td.best { color: var(--good); } td.ours { color: var(--accent); }
 td.muted { color: var(--muted); } .note { color: var(--muted); font-size: 13px; max-width: 110ch; }
 svg { max-width: 860px; width: 100%; height: auto; }

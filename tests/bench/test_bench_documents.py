@@ -19,7 +19,7 @@ def test_the_tables_of_a_document_are_those_of_the_committed_results(path):
 
 
 def test_the_pictures_show_the_committed_results():
-    for path, (_, numbers) in pictures.fitting(documents.ROOT).items():
+    for path, (_, numbers, _) in pictures.fitting(documents.ROOT).items():
         assert numbers and pictures.shown(path.read_text(encoding="utf-8")) == numbers, (
             "run `python -m bench documents`"
         )
