@@ -29,6 +29,11 @@ def imported_for_good():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    """At the end everything is collected again: libraries tell what they find alive then as leaks."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Fresh random inputs that are the same in every run."""
