@@ -192,7 +192,7 @@ class GrpoLossKernel:
             changes = {"variant": variant, "ratio": ratio, "kl": kl, "reduction": REDUCTIONS[seed]}
             self.check(backend, arguments, keywords | changes)
 
-    @pytest.mark.parametrize(("place", "term"), enumerate(TERMS))
+    @pytest.mark.parametrize(("place", "term"), list(enumerate(TERMS)))
     def test_tokens_that_neither_policy_can_make(self, backend, place, term):
         """Log-prob -inf under both, or under the policy itself: outside a kept set."""
         variant, ratio = term
