@@ -1,15 +1,10 @@
 """The C++ kernel of token_logprobs: what is special to it, beyond the contract that every backend is tested for.
 
 B, T leading dimensions, N = B * T tokens, V vocabulary. The kernel sums blocks of 4096 logits and chunks of 16384; every
-instruction set has its own copy, so this file also runs itself once for each (``test_every_instruction_set``).
+instruction set has its own copy, and test_instruction_sets.py runs this file once for each.
 """
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -371,35 +366,3 @@ def test_it_is_chosen_on_the_cpu_and_float64_goes_to_the_reference():
     text = explain("token_logprobs", torch.zeros(1, 4, dtype=torch.float64), targets)
     assert "cpu        cannot run: logits: float64 is served by the reference alone" in text
     assert "reference  runs" in text
-
-
-@pytest.mark.parametrize("isa", extension.supported_isas()[:-1])
-def test_every_instruction_set(isa):
-    """The kernels once more, in a process where R1KERNELS_CPU_ISA names a weaker instruction set than this machine's."""
-    if os.environ.get("R1KERNELS_CPU_ISA"):
-        pytest.skip("this is such a process")
-    environment = {**os.environ, "R1KERNELS_CPU_ISA": isa}
-    answer = [sys.executable, "-c", "from r1kernels import extension; print(extension.chosen_isa())"]
-    chosen = subprocess.run(answer, env=environment, capture_output=True, text=True, check=True)
-    assert chosen.stdout.strip() == isa
-    here = Path(__file__)
-    low_precision = "test_linear_logprobs.py::test_low_precision_inputs_are_as_exact_as_eager"
-    leads = "test_linear_divergence.py::test_it_keeps_its_digits_where_logits_lead"
-    names = ("test_row_ops.py", low_precision, leads)
-    files = map(str, (here, *map(here.with_name, names)))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    deselected = "not opcheck and not compiled and not instruction_set and not cuda and not triton"
-    result = subprocess.run([*command, "-k", deselected], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:]
-
-
-def test_an_unknown_instruction_set_is_an_error_that_names_the_known_ones():
-    program = "import torch, r1kernels; r1kernels.token_logprobs(torch.zeros(1, 2), torch.tensor([0]))"
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "R1KERNELS_CPU_ISA": "mmx"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode != 0
-    assert "R1KERNELS_CPU_ISA: expected one of baseline" in result.stderr and "got 'mmx'" in result.stderr

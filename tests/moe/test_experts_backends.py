@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.integrations import moe as transformers_moe
-from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from r1kernels.moe import moe_experts
 from tests.support.moe_case import Case
@@ -59,6 +56,11 @@ def test_unaligned_weights(backend, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("peer", ["eager", "grouped_mm"])
 def test_against_the_experts_of_transformers(backend, peer, dtype):
+    # not above: importing them takes half as long as all that the other instruction sets run of this file
+    from transformers.integrations import moe as transformers_moe
+    from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
     case = Case(64, 48, 40, 8, 2, dtype=dtype)
     config = Qwen3MoeConfig(
         hidden_size=48, moe_intermediate_size=40, num_experts=8, num_experts_per_tok=2, hidden_act="silu"

@@ -1,16 +1,12 @@
 """The C++ kernels of the MoE family: what is special to them, beyond the contract that every backend is tested for.
 
 T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows. Every instruction set
-has its own copy, so the tests of all backends also run once for each (``test_every_instruction_set``).
+has its own copy, and test_instruction_sets.py runs the tests of all backends once for each.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -230,30 +226,3 @@ def test_it_is_chosen_on_the_cpu_and_says_what_it_leaves_to_the_reference():
         moe_experts, torch.zeros(4, 0), *case.arguments()[1:3], torch.zeros(4, 12, 0), torch.zeros(4, 0, 6)
     )
     assert "cpu        cannot run: matrices without elements" in text
-
-
-@pytest.mark.parametrize("isa", extension.supported_isas()[:-1])
-def test_every_instruction_set(isa):
-    """The tests of all backends once more, where R1KERNELS_CPU_ISA names a weaker instruction set than this machine's."""
-    here = Path(__file__)
-    names = (
-        here.name,
-        "test_experts_backends.py",
-        "test_route.py",
-        "test_route_choice.py",
-        "test_route_cpu.py",
-    )
-    files = [str(here.with_name(name)) for name in names]
-    chosen = (
-        "cpu and (as_exact_as_eager or gates or long_sums or choice_among_many or hopeless or infinite) "
-        "or outside or company or choice_in_groups or any_bits"
-    )
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files],
-        env={**os.environ, "R1KERNELS_CPU_ISA": isa},
-        cwd=here.parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]

@@ -1,0 +1,63 @@
+"""The C++ kernels for CPUs once more for each weaker instruction set than this machine's: every one has its own copy."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from r1kernels import extension
+
+pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+
+CHOSEN = "R1KERNELS_CPU_ISA"
+HERE = Path(__file__).parent
+LOGPROB = [
+    "test_cpu_kernel.py",
+    "test_row_ops.py",
+    "test_linear_logprobs.py::test_low_precision_inputs_are_as_exact_as_eager",
+    "test_linear_divergence.py::test_it_keeps_its_digits_where_logits_lead",
+]
+MOE = [
+    "test_moe_cpu_ops.py",
+    "test_experts_backends.py",
+    "test_route.py",
+    "test_route_choice.py",
+    "test_route_cpu.py",
+]
+# of the log-probs all, of the experts what follows; not what the reference gives, which has no instruction sets
+LEFT_OUT = "opcheck or compiled or reference or cuda or triton"
+OF_EXPERTS = (
+    "as_exact_as_eager or gates or long_sums or choice_among_many or hopeless or infinite "
+    "or outside or company or choice_in_groups or any_bits"
+)
+
+
+@pytest.mark.skipif(
+    CHOSEN not in os.environ, reason="test_every_instruction_set runs it, in processes of their own"
+)
+def test_the_chosen_one_runs():
+    assert extension.chosen_isa() == os.environ[CHOSEN]
+
+
+@pytest.mark.parametrize("isa", extension.supported_isas()[:-1])
+def test_every_instruction_set(isa):
+    of_experts = " or ".join(name.removesuffix(".py") for name in MOE)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-k", f"not ({LEFT_OUT}) and (not ({of_experts}) or {OF_EXPERTS})"]
+    command += [f"{__file__}::test_the_chosen_one_runs"]
+    command += [*(f"{HERE}/logprob/{name}" for name in LOGPROB), *(f"{HERE}/moe/{name}" for name in MOE)]
+    run = subprocess.run(
+        command, env={**os.environ, CHOSEN: isa}, cwd=HERE.parent, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+def test_an_unknown_one_is_an_error_that_names_the_known_ones():
+    program = "import torch, r1kernels; r1kernels.token_logprobs(torch.zeros(1, 2), torch.tensor([0]))"
+    result = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, CHOSEN: "mmx"}, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert f"{CHOSEN}: expected one of baseline" in result.stderr and "got 'mmx'" in result.stderr
