@@ -54,8 +54,11 @@ class Backend:
     reasons: Callable[..., Sequence[str]] | None = None
     yields: Callable[..., str] | None = None
 
-    def refuses(self, *call: Any) -> tuple[str, ...]:
-        return () if self.reasons is None else (*transforms.reasons(call), *self.reasons(*call))
+    def refuses(self, *call: Any) -> Sequence[str]:
+        if self.reasons is None:
+            return ()
+        watched, own = transforms.reasons(call), self.reasons(*call)
+        return (*watched, *own) if watched else own
 
 
 class BackendError(RuntimeError):
@@ -232,13 +235,14 @@ def _candidates(op: str, device: str) -> tuple[Backend, ...]:
 
     To word their reasons would cost as much as the kernel of a small batch.
     """
-    if (op, device) not in _served:
-        _served[op, device] = tuple(
+    found = _served.get((op, device))
+    if found is None:
+        found = _served[op, device] = tuple(
             backend
             for backend in _backends_of(op).values()
             if not device or device in devices.SERVED.get(backend.name, (device,))
         )
-    return _served[op, device]
+    return found
 
 
 def _in_turn(candidates: tuple[Backend, ...], call: tuple[Any, ...]) -> tuple[Backend, ...]:
@@ -281,11 +285,11 @@ def _device_type(value: Any) -> str:
     return "cpu" if value.is_cpu else value.device.type
 
 
-def _refusal_text(backend: Backend, refusal: tuple[str, ...]) -> str:
+def _refusal_text(backend: Backend, refusal: Sequence[str]) -> str:
     return f"backend {backend.name!r} cannot serve this call of {backend.op}: {'; '.join(refusal)}"
 
 
-def _fall_back(backend: Backend, refusal: tuple[str, ...]) -> None:
+def _fall_back(backend: Backend, refusal: Sequence[str]) -> None:
     text = _refusal_text(backend, refusal)
     if _strict:
         raise BackendError(text + " (strict mode: no fallback)")

@@ -58,49 +58,70 @@ _library = torch.library.Library("r1kernels", "FRAGMENT")
 class Fields:
     """The fields of a NamedTuple in a row; a field that is such a NamedTuple itself stands with its own fields in its place.
 
-    Those outside of kernels are left out, and have their defaults on the way back.
+    Those outside of kernels are left out, and have their defaults on the way back. A NamedTuple at the end that is its default, which
+    is made of the defaults of its fields, is left out too: they stand in the schema, and what is not passed costs nothing.
     """
 
     def __init__(self, arguments: type[Any]) -> None:
         self._make = arguments._make
         self.types: dict[str, Any] = {}
-        self._defaults: tuple[Any, ...] = ()
-        # of the NamedTuples among the fields: the place in a call, what it holds, the places in a row
-        self._nested: list[tuple[int, Fields, int, int]] = []
-        hints = typing.get_type_hints(arguments, include_extras=True)
+        self.defaults: dict[str, Any] = {}  # of the last of these
+        self._outside: tuple[Any, ...] = ()
+        # of the NamedTuples among the fields: the place in a call, its default, what it holds, the places in a row
+        self._nested: list[tuple[int, Any, Fields, int, int]] = []
+        hints, given = typing.get_type_hints(arguments, include_extras=True), arguments._field_defaults
         for place, name in enumerate(arguments._fields):
             if OUTSIDE in getattr(hints[name], "__metadata__", ()):
-                self._defaults += (arguments._field_defaults[name],)
+                self._outside += (given[name],)
                 continue
             found = {name: hints[name]}
+            defaults = {name: given[name]} if name in given else {}
             if hasattr(hints[name], "_fields"):
                 inner, begin = Fields(hints[name]), len(self.types)
-                found = inner.types
-                self._nested.append((place, inner, begin, begin + len(found)))
+                found, defaults = inner.types, inner.defaults
+                self._nested.append((place, given.get(name), inner, begin, begin + len(found)))
             if not self.types.keys().isdisjoint(found):
                 raise TypeError(f"{arguments.__name__}: expected names that occur once, got {name} again")
             self.types |= found
-        self._end = len(arguments._fields) - len(self._defaults)
-        self.is_row = not self._nested and not self._defaults  # a call is its row
+            self.defaults |= defaults
+        self._end = len(arguments._fields) - len(self._outside)
+        self._last = tuple(self.defaults.values())
+        self.is_row = not self._nested and not self._outside  # a call is its row
+
+    def schema(self) -> str:
+        """The argument list of a torch op."""
+        return ", ".join(
+            f"{_TYPES[of]} {name}" + (f"={self.defaults[name]}" if name in self.defaults else "")
+            for name, of in self.types.items()
+        )
 
     def of(self, call: Any) -> tuple[Any, ...]:
         """The fields of ``call`` in a row."""
         row: tuple[Any, ...] = ()
         start = 0
-        for place, inner, _, _ in self._nested:
+        for place, default, inner, _, _ in self._nested:
             part = call[place]
+            if part is default:
+                return row + call[start:place]
             row += call[start:place] + (part if inner.is_row else inner.of(part))
             start = place + 1
         return row + call[start : self._end]
 
     def back(self, row: tuple[Any, ...]) -> Any:
-        """The NamedTuple of fields in a row."""
+        """The NamedTuple of fields in a row, of which the last may be missing that are their defaults."""
+        missing = len(self.types) - len(row)
+        if missing:
+            row += self._last[-missing:]
         values: tuple[Any, ...] = ()
         start = 0
-        for _, inner, begin, end in self._nested:
+        for _, _, inner, begin, end in self._nested:
             values += (*row[start:begin], inner.back(row[begin:end]))
             start = end
-        return self._make(values + row[start:] + self._defaults)
+        return self._make(values + row[start:] + self._outside)
+
+
+def nothing(call: Any) -> None:
+    """The shapes of a kernel that writes to its arguments alone."""
 
 
 class Kernel:
@@ -110,7 +131,7 @@ class Kernel:
         name: of the op; ``suffix`` follows the name of the backend.
         arguments: a NamedTuple annotated with Tensor, Contiguous, Float32, Int32, one of these | None, Written, Size, int, float,
             bool, bool | None, another such NamedTuple, or OUTSIDE.
-        shapes: (call) -> the results uninitialised: a tensor, a tuple of tensors, or None, and annotated as that.
+        shapes: (call) -> the results uninitialised: a tensor, a tuple of tensors or lists of tensors, or None, and annotated as that.
     """
 
     def __init__(
@@ -128,15 +149,16 @@ class Kernel:
         ]
         self._names = {backend: f"{name}_{backend}{suffix}" for backend in backends}
         self._ops = {}
-        schema = ", ".join(f"{_TYPES[of]} {field}" for field, of in self.fields.types.items())
         for backend, op in self._names.items():
-            _library.define(f"{op}({schema}) -> {_results(shapes)}")
+            _library.define(f"{op}({self.fields.schema()}) -> {_results(shapes)}")
             torch.library.register_fake(f"r1kernels::{op}", self._of_row(shapes), lib=_library)
             self._ops[backend] = getattr(torch.ops.r1kernels, op).default
 
     def __call__(self, backend: str, call: Any) -> Any:
         row = call if self.fields.is_row else self.fields.of(call)
         for place, dtype in self._taken:
+            if place >= len(row):
+                break
             value = row[place]
             # asked first: each call that would change nothing costs as much as the kernel of a small batch
             if value is not None and not (
@@ -263,7 +285,8 @@ class Op:
 
             def reasons(call: Any) -> Sequence[str]:
                 found = of_device(decides, getattr(call, decides), dtypes)
-                return found if limits is None else (*found, *limits(backend, call))
+                others = () if limits is None else limits(backend, call)
+                return (*found, *others) if others else found
 
             return reasons
 
@@ -293,4 +316,4 @@ def _results(shapes: Callable[..., Any]) -> str:
     given = typing.get_type_hints(shapes)["return"]
     if given is Tensor:
         return "Tensor"
-    return f"({', '.join(['Tensor'] * len(typing.get_args(given)))})"
+    return f"({', '.join('Tensor' if of is Tensor else 'Tensor[]' for of in typing.get_args(given))})"

@@ -4,6 +4,7 @@
 // addition.
 #pragma once
 
+#include <array>
 #include <initializer_list>
 #include <optional>
 #include <tuple>
@@ -126,11 +127,20 @@ private:
     }
 };
 
-// Gradients of a matrix, or no element of one that is not needed or not there.
+// Those of hidden, weights, gate_up and down, and the four of a low-rank addition, or none without one.
+using ExpertsGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>>;
+
+// The four of a low-rank addition; one that is not needed, or whose matrix is not there, has no element.
 template <typename Make>
-Tensor gradient_of(const std::optional<Tensor>& matrix, bool needed, const Make& make) {
-    if (!matrix) return make({0});
-    return make({needed ? matrix->size(0) : 0, matrix->size(1), matrix->size(2)});
+std::vector<Tensor> gradients_of(const Lora& lora, const std::array<bool, 4>& needed, const Make& make) {
+    std::vector<Tensor> gradients;
+    if (!lora.up_a && !lora.down_a) return gradients;
+    const std::optional<Tensor>* matrices[] = {&lora.up_a, &lora.up_b, &lora.down_a, &lora.down_b};
+    for (int i = 0; i < 4; ++i) {
+        const std::optional<Tensor>& of = *matrices[i];
+        gradients.push_back(of ? make({needed[i] ? of->size(0) : 0, of->size(1), of->size(2)}) : make({0}));
+    }
+    return gradients;
 }
 
 // --- products over all experts on the CPU (ops_gemm.cpp) ---

@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> experts_forward(const Tensor&
     return {out, pre_activation, offsets, permutation, inverse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
+ExpertsGradients experts_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down,
     const Tensor& kept, const Tensor& offsets, const Tensor& permutation, const Tensor& inverse, int64_t activation,
     double alpha, double limit, double shift, bool, bool need_hidden, bool need_weights, bool need_gate_up,
@@ -133,15 +133,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
     const Tensor grad_down =
         empty_on(x, {need_down ? call.experts : 0, call.hidden, call.intermediate}, x.scalar_type());
     const auto matrix = [&](std::initializer_list<int64_t> sizes) { return empty_on(x, sizes, x.scalar_type()); };
-    const Tensor grad_up_a = gradient_of(up_a, need_up_a, matrix), grad_up_b = gradient_of(up_b, need_up_b, matrix);
-    const Tensor grad_down_a = gradient_of(down_a, need_down_a, matrix);
-    const Tensor grad_down_b = gradient_of(down_b, need_down_b, matrix);
+    const std::vector<Tensor> of_lora =
+        gradients_of(lora, {need_up_a, need_up_b, need_down_a, need_down_b}, matrix);
+    const auto data_of_lora = [&](size_t place) {
+        return place < of_lora.size() && of_lora[place].numel() > 0 ? of_lora[place].data_ptr() : nullptr;
+    };
     run_backward(host, call, grad.data_ptr(), needed_data(is_kept, kept),
                  {needed_data(need_hidden, grad_hidden), static_cast<float*>(needed_data(need_weights, grad_weights)),
                   needed_data(need_gate_up, grad_gate_up), needed_data(need_down, grad_down),
-                  needed_data(need_up_a && up_a, grad_up_a), needed_data(need_up_b && up_b, grad_up_b),
-                  needed_data(need_down_a && down_a, grad_down_a), needed_data(need_down_b && down_b, grad_down_b)});
-    return {grad_hidden, grad_weights, grad_gate_up, grad_down, grad_up_a, grad_up_b, grad_down_a, grad_down_b};
+                  data_of_lora(0), data_of_lora(1), data_of_lora(2), data_of_lora(3)});
+    return {grad_hidden, grad_weights, grad_gate_up, grad_down, of_lora};
 }
 
 // --- sort_by_expert ---

@@ -196,7 +196,7 @@ void finish_weights_gradient(const Experts& call, const std::vector<float>& part
     }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
+ExpertsGradients experts_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weights, const Tensor& gate_up, const Tensor& down,
     const Tensor& kept, const Tensor& offsets, const Tensor& permutation, const Tensor& inverse, int64_t activation,
     double alpha, double limit, double shift, bool batch_invariant, bool need_hidden, bool need_weights,
@@ -263,26 +263,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
 
     // of W + c B A: dB = dY^T (c X A^T) and dA = (c dY B)^T X, where dY are the gradients of the rows
     const auto matrix = [&](std::initializer_list<int64_t> sizes) { return kept_on(x, sizes, call.dtype); };
-    const Tensor grad_up_a = gradient_of(up_a, needed.up_a, matrix), grad_up_b = gradient_of(up_b, needed.up_b, matrix);
-    const Tensor grad_down_a = gradient_of(down_a, needed.down_a, matrix);
-    const Tensor grad_down_b = gradient_of(down_b, needed.down_b, matrix);
-    if (needed.down_a) grouped_weight_gradient({low_grad.rows(), nullptr}, {activated, nullptr}, bounds, grad_down_a);
+    const std::vector<Tensor> of_lora =
+        gradients_of(lora, {needed.up_a, needed.up_b, needed.down_a, needed.down_b}, matrix);
+    if (needed.down_a) grouped_weight_gradient({low_grad.rows(), nullptr}, {activated, nullptr}, bounds, of_lora[2]);
     if (needed.down_b) {
         const Tensor low_activated =
             low_rows(call, Transposed::yes, {activated, nullptr}, *down_a, bounds, lora.scale);
-        grouped_weight_gradient(grad_rows, {low_activated, nullptr}, bounds, grad_down_b);
+        grouped_weight_gradient(grad_rows, {low_activated, nullptr}, bounds, of_lora[3]);
     }
-    if (needed.up_b) grouped_weight_gradient({grad_pre, nullptr}, {low_x.rows(), nullptr}, bounds, grad_up_b);
+    if (needed.up_b) grouped_weight_gradient({grad_pre, nullptr}, {low_x.rows(), nullptr}, bounds, of_lora[1]);
     LowProduct low_pre;
     if (needed.hidden || needed.up_a) {
         low_pre = {call, Transposed::no, {grad_pre, nullptr}, up_b, up_a, bounds, lora.scale};
     }
-    if (needed.up_a) grouped_weight_gradient({low_pre.rows(), nullptr}, x_rows, bounds, grad_up_a);
+    if (needed.up_a) grouped_weight_gradient({low_pre.rows(), nullptr}, x_rows, bounds, of_lora[0]);
     if (needed.hidden) {
         product_and_combine(call, Transposed::no, grad_pre, gate_up, low_pre, bounds, data_of<int32_t>(inverse), nullptr,
                             grad_hidden);
     }
-    return {grad_hidden, grad_weights, grad_gate_up, grad_down, grad_up_a, grad_up_b, grad_down_a, grad_down_b};
+    return {grad_hidden, grad_weights, grad_gate_up, grad_down, of_lora};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(r1kernels, CPU, library) {

@@ -47,7 +47,10 @@ class Places(NamedTuple):
     def put_(self, tile: Tensor, values: Tensor) -> None:
         """Write the values (n, K) to the tile."""
         values = values.to(tile.dtype).gather(-1, self.source)
-        tile.scatter_(-1, self.at, torch.where(self.some, values, tile[:, :1]))
+        values = torch.where(self.some, values, tile[:, :1])
+        if tile.element_size() == 2:  # on a CPU torch scatters floats of 16 bits by way of a float32 copy of the whole tile
+            tile, values = tile.view(torch.int16), values.view(torch.int16)
+        tile.scatter_(-1, self.at, values)
 
 
 def rest_rows(ids: Tensor, rows: Rows) -> Rows:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..op import Kernel, Written
+from ..op import Kernel, Written, nothing
 from . import divergence_tiles, linear_tiles, tiles
 
 
@@ -27,11 +27,7 @@ class GemmCall(NamedTuple):
     add: bool
 
 
-def _nothing(call: GemmCall) -> None:
-    return None
-
-
-GEMM = Kernel("gemm_bf16", GemmCall, _nothing, backends=("cpu",))
+GEMM = Kernel("gemm_bf16", GemmCall, nothing, backends=("cpu",))
 
 
 def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..op import Contiguous, Float32, Kernel, Written
+from ..op import Contiguous, Float32, Kernel, Written, nothing
 from .token import Rows
 
 
@@ -73,13 +73,9 @@ def _shapes(call: PairCall) -> Tensor:
     return call.logits.new_empty(4, batch * tokens)
 
 
-def _nothing(call: PairBackwardCall) -> None:
-    return None
-
-
 FORWARD = Kernel("divergence_rows", PairCall, _shapes)
 # the gradient of the student's raw logits goes over them
-BACKWARD_OVER = Kernel("divergence_rows", PairBackwardCall, _nothing, suffix="_backward_")
+BACKWARD_OVER = Kernel("divergence_rows", PairBackwardCall, nothing, suffix="_backward_")
 
 
 def sums(backend: str, student: Tensor, teacher: Tensor, pair: Pair) -> Tensor:

@@ -128,13 +128,13 @@ def call_of(
     *,
     temperature: float | Tensor,
     ignore_index: int,
-    return_entropy: bool,
-    stats: tuple[str, ...],
+    return_entropy: bool = False,
+    stats: tuple[str, ...] = (),
     chunk_size: int | None,
     save_logits: bool | None,
-    batch_invariant: bool,
+    batch_invariant: bool = False,
     group: dist.ProcessGroup | None,
-    kept: tuple[Tensor, Tensor] | None,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> LinearCall:
     """The call for N tokens; the options are checked here."""
     checks.boolean("return_entropy", return_entropy)

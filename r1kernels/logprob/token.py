@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, transforms
-from ..op import Contiguous, Float32, Kernel, Op, Size, Written, recorded
+from ..op import Contiguous, Float32, Kernel, Op, Size, Written, nothing, recorded
 from . import columns, kept_reference, kept_rows, reference
 from .arguments import check_targets, in_rows, refuse_for_several, split_temperature, why_not_overwritable
 from .completions import EACH_TOKEN, Completions
@@ -198,15 +198,11 @@ def _backward_shape(call: RowsBackwardCall) -> Tensor:
     return call.logits.new_empty(call.logits.shape)
 
 
-def _nothing(call: Any) -> None:
-    return None
-
-
 FORWARD = Kernel("token_logprobs", RowsCall, _shapes)
 BACKWARD = Kernel("token_logprobs", RowsBackwardCall, _backward_shape, suffix="_backward")
-BACKWARD_OVER = Kernel("token_logprobs", RowsBackwardOverCall, _nothing, suffix="_backward_")
+BACKWARD_OVER = Kernel("token_logprobs", RowsBackwardOverCall, nothing, suffix="_backward_")
 BACKWARD_INTO = Kernel(
-    "token_logprobs", RowsBackwardIntoCall, _nothing, backends=("cuda",), suffix="_backward_into"
+    "token_logprobs", RowsBackwardIntoCall, nothing, backends=("cuda",), suffix="_backward_into"
 )
 
 

@@ -131,13 +131,9 @@ def linear_topk_divergence(
         EACH_TOKEN,
         temperature=temperature,
         ignore_index=PADDING,
-        return_entropy=False,
-        stats=(),
         chunk_size=chunk_size,
         save_logits=save_logits,
-        batch_invariant=False,
         group=group,
-        kept=None,
     )
     teacher = _check_teacher(ids, teacher_logp, source.rows.vocabulary)
     source = source._replace(ids=teacher.ids)

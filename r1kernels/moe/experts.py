@@ -144,11 +144,10 @@ def moe_experts(
     shift = checks.number("shift", shift)
     checks.choice("save", save, SAVES)
     checks.boolean("batch_invariant", batch_invariant)
-    addition = NO_LORA if lora is None else _checked_lora(lora, gate_up, down)
-    hidden, gate_up, down, *low = autocast.cast(hidden, gate_up, down, *addition[:4])
-    for name, matrix in zip(("gate_up", "down", *LORA_NAMES), (gate_up, down, *low), strict=True):
-        if matrix is not None:
-            checks.tensor(name, matrix, dtypes=(hidden.dtype,))
+    hidden, gate_up, down = autocast.cast(hidden, gate_up, down)
+    checks.tensor("gate_up", gate_up, dtypes=(hidden.dtype,))
+    checks.tensor("down", down, dtypes=(hidden.dtype,))
+    addition = NO_LORA if lora is None else _checked_lora(lora, hidden, gate_up, down)
     if checks.values_visible(indices):
         checks.in_range("indices", indices, 0, experts, allow=experts)
     keep = save == "hidden" and torch.is_grad_enabled()
@@ -162,12 +161,12 @@ def moe_experts(
         *gating,
         batch_invariant,
         keep,
-        Lora._make((*low, addition.scale)),
+        addition,
     )
     return MOE_EXPERTS(backend, call)
 
 
-def _checked_lora(lora: Any, gate_up: Tensor, down: Tensor) -> Lora:
+def _checked_lora(lora: Any, hidden: Tensor, gate_up: Tensor, down: Tensor) -> Lora:
     if not isinstance(lora, tuple) or len(lora) != 5:
         raise TypeError(f"lora: expected (A_up, B_up, A_down, B_down, scale) or None, got {lora!r}")
     tensors, scale = lora[:4], checks.number("lora: scale", lora[4])
@@ -185,7 +184,11 @@ def _checked_lora(lora: Any, gate_up: Tensor, down: Tensor) -> Lora:
         if a.shape[1] == 0:
             raise ValueError(f"{a_name}: expected a rank of at least 1, got shape {tuple(a.shape)}")
         checks.tensor(b_name, b, dtypes=checks.FLOATS, shape=(experts, outputs, a.shape[1]), like=weight)
-    return Lora._make((*tensors, float(scale)))
+    _, *tensors = autocast.cast(hidden, *tensors)
+    for name, matrix in zip(LORA_NAMES, tensors, strict=True):
+        if matrix is not None:
+            checks.tensor(name, matrix, dtypes=(hidden.dtype,))
+    return Lora(*tensors, float(scale))
 
 
 def _at_least_one_expert(name: str, weight: Tensor) -> int:
@@ -261,15 +264,30 @@ GROUPED_GEMM = Op(
 class Lora(NamedTuple):
     """scale up_b[e] up_a[e] is added to gate_up[e], scale down_b[e] down_a[e] to down[e]."""
 
-    up_a: Contiguous | None  # (E, R, H)
-    up_b: Contiguous | None  # (E, 2 * I, R)
-    down_a: Contiguous | None  # (E, R, I)
-    down_b: Contiguous | None  # (E, H, R)
-    scale: float
+    up_a: Contiguous | None = None  # (E, R, H)
+    up_b: Contiguous | None = None  # (E, 2 * I, R)
+    down_a: Contiguous | None = None  # (E, R, I)
+    down_b: Contiguous | None = None  # (E, H, R)
+    scale: float = 1.0
+
+    def is_there(self) -> bool:
+        """Whether any matrix is."""
+        return self.up_a is not None or self.down_a is not None
 
 
 LORA_NAMES = ("lora: A_up", "lora: B_up", "lora: A_down", "lora: B_down")
-NO_LORA = Lora(None, None, None, None, 1.0)
+NO_LORA = Lora()
+
+
+class LoraBackward(NamedTuple):
+    need_up_a: bool = False
+    need_up_b: bool = False
+    need_down_a: bool = False
+    need_down_b: bool = False
+    lora: Lora = NO_LORA
+
+
+NO_LORA_BACKWARD = LoraBackward()
 
 
 class ExpertsCall(NamedTuple):
@@ -306,11 +324,7 @@ class ExpertsBackwardCall(NamedTuple):
     need_weights: bool
     need_gate_up: bool
     need_down: bool
-    need_up_a: bool = False
-    need_up_b: bool = False
-    need_down_a: bool = False
-    need_down_b: bool = False
-    lora: Lora = NO_LORA
+    low: LoraBackward = NO_LORA_BACKWARD
 
 
 def _experts_shapes(call: ExpertsCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -327,19 +341,20 @@ def _experts_shapes(call: ExpertsCall) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 
 def _experts_backward_shapes(
     call: ExpertsBackwardCall,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of hidden, weights, gate_up, down and the four of ``lora``; one that is not needed has size 0 at its first
-    dimension, and is (0,) where there is no such argument."""
-    up_a, up_b, down_a, down_b = (call.hidden.new_empty(0) if one is None else one for one in call.lora[:4])
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """The gradients of hidden, weights, gate_up and down, and the four of ``lora`` if any matrix is there; one that is not needed has
+    size 0 at its first dimension, and is (0,) where there is no such matrix."""
+    *needs, lora = call.low
+    of_lora = [
+        call.hidden.new_empty(0) if matrix is None else _gradient(matrix, needed)
+        for matrix, needed in zip(lora[:4], needs, strict=True)
+    ]
     return (
         _gradient(call.hidden, call.need_hidden),
         _gradient(call.weights, call.need_weights),
         _gradient(call.gate_up, call.need_gate_up),
         _gradient(call.down, call.need_down),
-        _gradient(up_a, call.need_up_a),
-        _gradient(up_b, call.need_up_b),
-        _gradient(down_a, call.need_down_a),
-        _gradient(down_b, call.need_down_b),
+        of_lora if lora.is_there() else [],
     )
 
 
@@ -347,19 +362,27 @@ EXPERTS_FORWARD = Kernel("moe_experts", ExpertsCall, _experts_shapes)
 EXPERTS_BACKWARD = Kernel("moe_experts", ExpertsBackwardCall, _experts_backward_shapes, suffix="_backward")
 
 
+def _experts_inputs(call: ExpertsCall) -> tuple[Tensor | None, ...]:
+    inputs = (call.hidden, call.weights, call.gate_up, call.down)
+    return inputs if call.lora is NO_LORA else (*inputs, *call.lora[:4])
+
+
 def _experts_gradients(
     backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any
 ) -> tuple[Tensor, ...]:
     gating, scale = others
-    row = (*grads, *inputs[:4], *tensors, *gating, *needs, Lora._make((*inputs[4:], scale)))
-    return EXPERTS_BACKWARD(backend, ExpertsBackwardCall._make(row))
+    matrices = inputs[4:]
+    low = LoraBackward(*needs[4:], Lora(*matrices, scale)) if matrices else NO_LORA_BACKWARD
+    call = ExpertsBackwardCall(*grads, *inputs[:4], *tensors, *gating, *needs[:4], low)
+    *found, of_lora = EXPERTS_BACKWARD(backend, call)
+    return (*found, *of_lora)
 
 
 # Hidden states and weight matrices are saved as they are: a contiguous copy does not live until the backward.
 _recorded_experts = recorded(
     "moe_experts",
     EXPERTS_FORWARD,
-    differentiable=lambda call: (call.hidden, call.weights, call.gate_up, call.down, *call.lora[:4]),
+    differentiable=_experts_inputs,
     save=lambda call, results: (results[1:], (call[5:10], call.lora.scale)),
     backward=_experts_gradients,
     give=lambda call, results: results[0],

@@ -61,27 +61,30 @@ def moe_experts(call: experts.ExpertsCall) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 @experts.EXPERTS_BACKWARD.implement("triton")
-def moe_experts_backward(call: experts.ExpertsBackwardCall) -> tuple[Tensor, ...]:
-    hidden, weights, gate_up, down, lora = call.hidden, call.weights, call.gate_up, call.down, call.lora
+def moe_experts_backward(
+    call: experts.ExpertsBackwardCall,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    hidden, weights, gate_up, down, low = call.hidden, call.weights, call.gate_up, call.down, call.low
+    lora = low.lora
     permutation, inverse, pre_activation = call.permutation, call.inverse, call.pre_activation
     rows = Rows(call.offsets, permutation.shape[0], hidden.dtype, batch_invariant=call.batch_invariant)
     tokens = permutation // weights.shape[1]
     low_x = None
-    if call.need_up_b or not pre_activation.shape[0]:
+    if low.need_up_b or not pre_activation.shape[0]:
         low_x = _low_rank("rows", hidden, tokens, lora.up_a, lora.up_b, lora.scale, rows)
     if not pre_activation.shape[0]:
         pre_activation = hidden.new_empty(rows.count, gate_up.shape[1])
         up_into(pre_activation, None, hidden, tokens, gate_up, _gating(call), rows, low_x)
 
     d_pre = None
-    if call.need_hidden or call.need_gate_up or call.need_up_a or call.need_up_b:
+    if call.need_hidden or call.need_gate_up or low.need_up_a or low.need_up_b:
         d_pre = pre_activation.new_empty(pre_activation.shape)
     scaled = None
-    if call.need_down or call.need_down_a or call.need_down_b:
+    if call.need_down or low.need_down_a or low.need_down_b:
         scaled = hidden.new_empty(rows.count, down.shape[2])
     d_weights = weights.new_empty(weights.shape) if call.need_weights else None
     low_grad = None
-    if d_pre is not None or d_weights is not None or call.need_down_a:
+    if d_pre is not None or d_weights is not None or low.need_down_a:
         low_grad = _low_rank("rows_transposed", call.grad, tokens, lora.down_b, lora.down_a, lora.scale, rows)
     down_backward_into(
         d_pre,
@@ -102,30 +105,39 @@ def moe_experts_backward(call: experts.ExpertsBackwardCall) -> tuple[Tensor, ...
     if scaled is not None:
         if call.need_down:
             found["down"] = weight_gradient(call.grad, tokens, scaled, None, rows)
-        if call.need_down_a and low_grad is not None:
+        if low.need_down_a and low_grad is not None:
             found["down_a"] = weight_gradient(low_grad.rows, None, scaled, None, rows)
-        if call.need_down_b and lora.down_a is not None:
+        if low.need_down_b and lora.down_a is not None:
             low_scaled = multiply("rows", scaled, lora.down_a, rows, scale=lora.scale)
             found["down_b"] = weight_gradient(call.grad, tokens, low_scaled, None, rows)
     del scaled
     if d_pre is not None:
         if call.need_gate_up:
             found["gate_up"] = weight_gradient(d_pre, None, hidden, tokens, rows)
-        if call.need_up_b and low_x is not None:
+        if low.need_up_b and low_x is not None:
             found["up_b"] = weight_gradient(d_pre, None, low_x.rows, None, rows)
-        low = None
-        if call.need_hidden or call.need_up_a:
-            low = _low_rank("rows_transposed", d_pre, None, lora.up_b, lora.up_a, lora.scale, rows)
-        if call.need_up_a and low is not None:
-            found["up_a"] = weight_gradient(low.rows, None, hidden, tokens, rows)
+        low_pre = None
+        if call.need_hidden or low.need_up_a:
+            low_pre = _low_rank("rows_transposed", d_pre, None, lora.up_b, lora.up_a, lora.scale, rows)
+        if low.need_up_a and low_pre is not None:
+            found["up_a"] = weight_gradient(low_pre.rows, None, hidden, tokens, rows)
         if call.need_hidden:
-            d_rows = multiply("rows_transposed", d_pre, gate_up, rows, low=low)
+            d_rows = multiply("rows_transposed", d_pre, gate_up, rows, low=low_pre)
             found["hidden"] = combine(d_rows, inverse, None, rows, hidden.shape[0])
     if d_weights is not None:
         found["weights"] = d_weights
-    leaves = {"hidden": hidden, "weights": weights, "gate_up": gate_up, "down": down} | lora._asdict()
-    del leaves["scale"]
-    return tuple(found[name] if name in found else _nothing(leaf, hidden) for name, leaf in leaves.items())
+
+    def gradient(name: str, leaf: Tensor | None) -> Tensor:
+        return found[name] if name in found else _nothing(leaf, hidden)
+
+    names = lora._fields[:4] if lora.is_there() else ()
+    return (
+        gradient("hidden", hidden),
+        gradient("weights", weights),
+        gradient("gate_up", gate_up),
+        gradient("down", down),
+        [gradient(name, matrix) for name, matrix in zip(names, lora, strict=False)],
+    )
 
 
 def _low_rank(

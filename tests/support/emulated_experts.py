@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from r1kernels.moe.experts import Lora, LoraBackward
 from tests.support.redzones import Redzones
 
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,21 +83,22 @@ class EmulatedExperts:
         self, grad, hidden, weights, gate_up, down, kept, offsets, permutation, inverse, *others
     ):
         # between gating and needed: batch_invariant
-        gating, needed, lora = others[:4], others[5:13], others[13:]
+        gating, needed, low = others[:4], others[5:9], others[9:]
+        *low_needed, lora = LoraBackward(*low[:4], Lora(*low[4:]))
         zones = Zones(self.offset)
         leaves = (hidden, weights, gate_up, down, *lora[:4])
-        grads = [zones.gradient(leaf, need) for leaf, need in zip(leaves, needed, strict=True)]
+        grads = [zones.gradient(leaf, need) for leaf, need in zip(leaves, (*needed, *low_needed), strict=True)]
         order = [zones.input(tensor) for tensor in (offsets, permutation, inverse)]
         call = self.experts_call(zones, hidden, weights, gate_up, down, gating, order, lora)
         is_kept = zones.input(kept) if kept.numel() else 0
         self.module.experts_backward(call, zones.input(grad), is_kept, *map(address, grads))
         zones.check()
-        return tuple(grads)
+        return *grads[:4], grads[4:] if lora.is_there() else []
 
     def experts_call(self, zones, hidden, weights, gate_up, down, gating, order, lora):
         sizes = (*hidden.shape, down.shape[2], down.shape[0], weights.shape[1])
         pointers = [zones.input(tensor) for tensor in (hidden, weights, gate_up, down)]
-        *matrices, scale = lora
+        *matrices, scale = Lora(*lora)  # the last arguments that are their defaults are not passed
         low = []
         for a, b in (matrices[:2], matrices[2:]):
             low += [0, 0, 0] if a is None else [zones.input(a), zones.input(b), a.shape[1]]

@@ -198,8 +198,10 @@ def test_nothing_outside_the_arguments_is_read_or_written(monkeypatch, dtype, si
         arguments, lora = given[:5], (*given[5:], case.scale)
         out, *order = ops.moe_experts_triton(*arguments, *SILU, True, *lora)
         hidden, _, *others = arguments
-        grads = ops.moe_experts_triton_backward(upstream, hidden, *others, *order, *SILU, *(True,) * 8, *lora)
-        results.append((out, *order, *grads))
+        *grads, of_lora = ops.moe_experts_triton_backward(
+            upstream, hidden, *others, *order, *SILU, *(True,) * 8, *lora
+        )
+        results.append((out, *order, *grads, *of_lora))
         monkeypatch.setattr(torch.Tensor, "new_empty", between_canaries)
     zones.check()
     for first, second in zip(*results, strict=True):

@@ -19,6 +19,7 @@ from r1kernels.moe.experts import (
     GemmBackwardCall,
     GemmCall,
     Lora,
+    LoraBackward,
 )
 from tests.support import offline_triton
 
@@ -95,8 +96,7 @@ def backward(rows, dtype, size, gating=SILU, lora=NO_LORA):
             *gating,
             False,
             *(True,) * 4,
-            *(lora is not NO_LORA,) * 4,
-            lora,
+            LoraBackward(*(lora is not NO_LORA,) * 4, lora),
         )
     )
 
