@@ -69,9 +69,8 @@ def test_cuda_refuses_a_gpu_that_it_was_not_built_for(gpu, capability, built, ru
 def test_a_gpu_that_the_build_does_not_know_is_served_by_triton(gpu):
     gpu((11, 0))
     logits = on_gpu(4, 8, dtype=torch.float32)
-    assert backends.choose("route", None, r1kernels.moe.routing.RouteCall(
-        logits, 2, 1, False, None, 1, 1, False, True, 0.0, 1.0, None
-    )).name == "triton"  # fmt: skip
+    call = r1kernels.moe.routing.RouteCall(logits, 2, 1, True, 0.0, 1.0)
+    assert backends.choose("route", None, call).name == "triton"
 
 
 def test_a_driver_that_is_too_old_is_a_reason_and_is_asked_once(gpu, monkeypatch):

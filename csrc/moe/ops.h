@@ -68,9 +68,9 @@ using Choose = void (*)(const R1kernelsRoute& call, const Tensor& logits, float*
 
 // The op, by what a device has to run.
 template <Choose choose>
-std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, int64_t score, bool by_logits,
-                                         const std::optional<Tensor>& bias, int64_t n_group, int64_t topk_group,
-                                         bool two_best, bool normalize, double eps, double scale,
+std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits, int64_t top_k, int64_t score, bool normalize, double eps,
+                                         double scale, bool by_logits, const std::optional<Tensor>& bias,
+                                         int64_t n_group, int64_t topk_group, bool two_best,
                                          const std::optional<Tensor>& replayed) {
     R1kernelsRoute call = router_of(logits, top_k, score, normalize, eps, scale);
     call.by_logits = by_logits;

@@ -34,9 +34,8 @@ _INVARIANT_ROWS = 64
 
 
 def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
-    logits, top_k, score, by_logits, bias, n_group, topk_group, two_best, normalize, eps, scale, indices = (
-        call
-    )
+    logits, top_k, score, normalize, eps, scale, choice = call
+    by_logits, bias, n_group, topk_group, two_best, indices = choice
     experts = logits.shape[1]
     logits = logits.to(_accumulator(logits)).contiguous()
     softmax = SCORES[score] == "softmax"

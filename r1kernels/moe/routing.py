@@ -132,36 +132,34 @@ def route(
         checks.tensor("indices", indices, dtypes=(torch.int64,), shape=(tokens, top_k), like=logits)
         if checks.values_visible(indices):
             checks.in_range("indices", indices, 0, experts)
-    call = RouteCall(
-        logits,
-        top_k,
-        SCORES.index(score),
-        choose_by == "logits",
-        bias,
-        n_group,
-        topk_group,
-        group_score == "two_best",
-        normalize,
-        float(eps),
-        float(scale),
-        indices,
-    )
-    return Routing(*ROUTE(backend, call))
+    choice = BY_SCORES
+    by_logits = choose_by == "logits"
+    if by_logits or n_group > 1 or bias is not None or indices is not None:
+        choice = Choice(by_logits, bias, n_group, topk_group, group_score == "two_best", indices)
+    weighing = (SCORES.index(score), normalize, float(eps), float(scale))
+    return Routing(*ROUTE(backend, RouteCall(logits, top_k, *weighing, choice)))
+
+
+class Choice(NamedTuple):
+    by_logits: bool = False
+    bias: Float32 | None = None
+    n_group: int = 1
+    topk_group: int = 1
+    two_best: bool = False
+    indices: Contiguous | None = None  # a choice to replay, which is copied to the result; None: choose
+
+
+BY_SCORES = Choice()
 
 
 class RouteCall(NamedTuple):
     logits: Contiguous
     top_k: int
     score: int  # the place in SCORES
-    by_logits: bool
-    bias: Float32 | None
-    n_group: int
-    topk_group: int
-    two_best: bool
     normalize: bool
     eps: float
     scale: float
-    indices: Contiguous | None  # a choice to replay, which is copied to the result; None: choose
+    choice: Choice = BY_SCORES
 
 
 class RouteBackwardCall(NamedTuple):

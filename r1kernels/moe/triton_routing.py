@@ -26,9 +26,8 @@ def route(call: routing.RouteCall) -> tuple[Tensor, Tensor, Tensor]:
     """In one launch."""
     from . import triton_route
 
-    logits, top_k, score, by_logits, bias, n_group, topk_group, two_best, normalize, eps, scale, indices = (
-        call
-    )
+    logits, top_k, score, normalize, eps, scale, choice = call
+    by_logits, bias, n_group, topk_group, two_best, indices = choice
     tokens, experts = logits.shape
     weights = logits.new_empty((tokens, top_k), dtype=torch.float32)
     chosen = logits.new_empty((tokens, top_k), dtype=torch.int64)

@@ -71,7 +71,7 @@ def test_the_router_reads_nothing_outside_its_arguments(dtype, score, normalize)
     placed = tuple(zones.input(argument, offset=1) for argument in plain)
     results = []
     for logits, bias in (plain, placed):
-        choice = ops.route_cpu(logits, 4, score, False, bias, 3, 2, score != 1, normalize, 1e-20, 2.5, None)
+        choice = ops.route_cpu(logits, 4, score, normalize, 1e-20, 2.5, False, bias, 3, 2, score != 1)
         grad = ops.route_cpu_backward(choice[0], logits, choice[1], score, normalize, 1e-20, 2.5)
         assert torch.isfinite(choice[0]).all() and torch.isfinite(grad).all()
         results.append((*choice, grad))
@@ -95,7 +95,7 @@ def test_tokens_do_not_depend_on_their_company_in_a_small_call(dtype):
 def test_large_gradients_in_use_are_not_given_again():
     # their memory is kept for the next call, once they are free
     logits = torch.randn(2048, 256)
-    _, indices, _ = ops.route_cpu(logits, 8, 0, False, None, 1, 1, True, True, 1e-20, 1.0, None)
+    _, indices, _ = ops.route_cpu(logits, 8, 0, True, 1e-20, 1.0)
     backward = (logits, indices, 0, True, 1e-20, 1.0)
     first = ops.route_cpu_backward(torch.randn(2048, 8), *backward)
     rows, copy = first[100:], first[100:].clone()
@@ -211,7 +211,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(ops.sort_by_expert_cpu.default, (indices.flatten(), 4))
     for given in (None, indices):
         torch.library.opcheck(
-            ops.route_cpu.default, (rows, 2, 1, False, None, 1, 1, False, True, 0.0, 1.0, given)
+            ops.route_cpu.default, (rows, 2, 1, True, 0.0, 1.0, False, None, 1, 1, False, given)
         )
     weights = torch.randn(9, 2)
     torch.library.opcheck(ops.route_cpu_backward.default, (weights, rows, indices, 1, False, 0.0, 1.0))

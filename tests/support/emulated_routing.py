@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from r1kernels.moe.routing import Choice
 from tests.support.redzones import Redzones
 
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,16 +46,13 @@ class EmulatedRouting:
         logits,
         top_k,
         score,
-        by_logits,
-        bias,
-        n_group,
-        topk_group,
-        two_best,
         normalize,
         eps,
         scale,
-        indices,
+        *choice,
     ):
+        # the last arguments that are their defaults are not passed
+        by_logits, bias, n_group, topk_group, two_best, indices = Choice(*choice)
         zones = Redzones()
         tokens, experts = logits.shape
         outputs = [
@@ -63,9 +61,9 @@ class EmulatedRouting:
             zones.output(experts, dtype=torch.int32),
         ]
         router = self.router(zones, logits, top_k, score, normalize, eps, scale)
-        choice = (by_logits, n_group, topk_group, two_best)
+        selection = (by_logits, n_group, topk_group, two_best)
         given = [self.place(zones, tensor) for tensor in (bias, indices)]
-        self.run(zones, self.module.route, router, *choice, *given, *map(address, outputs))
+        self.run(zones, self.module.route, router, *selection, *given, *map(address, outputs))
         return tuple(outputs)
 
     def route_backward(self, grad_weights, logits, indices, score, normalize, eps, scale):

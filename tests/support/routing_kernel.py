@@ -11,7 +11,7 @@ import torch
 
 from r1kernels import extension
 from r1kernels.moe.reference import sorted_rows
-from r1kernels.moe.routing import ROUTE, SCORES, RouteCall, Routing
+from r1kernels.moe.routing import ROUTE, SCORES, Choice, RouteCall, Routing
 from r1kernels.moe.sort import SORT_BY_EXPERT, SortCall
 from tests.support.forced import run_on
 from tests.support.numerics import assert_as_exact_as, same_bits
@@ -41,12 +41,10 @@ def route(backend, logits, top_k, **options):
     given = DEFAULTS | options
     score, group_score = given["score"], given["group_score"]
     two_best = group_score == "two_best" or (group_score is None and score != "softmax")
-    given |= {
-        "score": SCORES.index(score),
-        "choose_by": given["choose_by"] == "logits",
-        "group_score": two_best,
-    }
-    call = RouteCall(logits, top_k, *given.values())
+    groups = (given["n_group"], given["topk_group"], two_best)
+    choice = Choice(given["choose_by"] == "logits", given["bias"], *groups, given["indices"])
+    weighing = (SCORES.index(score), given["normalize"], given["eps"], given["scale"])
+    call = RouteCall(logits, top_k, *weighing, choice)
     return Routing(*run_on(backend, ROUTE, call))
 
 

@@ -56,8 +56,8 @@ def test_nothing_outside_the_arguments_is_read():
     for score, normalize in ((0, True), (1, True), (1, False), (2, True)):
         results = []
         for place in (torch.clone, Redzones().input):
-            selection = (place(bias), 3, 2, score != 1)
-            choice = ops.route_triton(place(logits), 4, score, False, *selection, normalize, 1e-20, 2.5, None)
+            selection = (False, place(bias), 3, 2, score != 1)
+            choice = ops.route_triton(place(logits), 4, score, normalize, 1e-20, 2.5, *selection)
             grad = ops.route_triton_backward(
                 place(choice[0]), place(logits), place(choice[1]), score, normalize, 1e-20, 2.5
             )
@@ -77,7 +77,7 @@ def test_the_order_in_int32(rows):
 def test_the_ops_keep_their_schemas():
     logits, indices = normal(2, 8), integers(0, 8, 2, 3)
     for given in (None, indices):
-        arguments = (logits, 3, 0, False, None, 4, 2, True, True, 1e-20, 2.5, given)
+        arguments = (logits, 3, 0, True, 1e-20, 2.5, False, None, 4, 2, True, given)
         torch.library.opcheck(ops.route_triton.default, arguments, test_utils=SCHEMA)
     backward = (normal(2, 3), logits, indices, 1, False, 1e-20, 1.0)
     torch.library.opcheck(ops.route_triton_backward.default, backward, test_utils=SCHEMA)

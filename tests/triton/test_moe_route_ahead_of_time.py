@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from r1kernels.moe import triton_routing as backend
 from r1kernels.moe import triton_sort
-from r1kernels.moe.routing import SCORES, RouteBackwardCall, RouteCall
+from r1kernels.moe.routing import SCORES, Choice, RouteBackwardCall, RouteCall
 from tests.support import offline_triton
 
 ROUTERS = (  # experts, top_k, score, n_group, normalize
@@ -32,9 +32,9 @@ def launch(experts, top_k, score, n_group, normalize, tokens=3, dtype=torch.bflo
     logits, bias = torch.zeros(tokens, experts, dtype=dtype), torch.zeros(experts)
     groups = (n_group, (n_group + 1) // 2)
     place, two_best = SCORES.index(score), score != "softmax"
-    choice = RouteCall(logits, top_k, place, False, bias, *groups, two_best, normalize, 1e-20, 2.5, None)
-    weights, indices, _ = backend.route(choice)
-    backend.route(choice._replace(bias=None, indices=indices))
+    call = RouteCall(logits, top_k, place, normalize, 1e-20, 2.5, Choice(False, bias, *groups, two_best))
+    weights, indices, _ = backend.route(call)
+    backend.route(call._replace(choice=Choice(False, None, *groups, two_best, indices)))
     backend.route_backward(RouteBackwardCall(weights, logits, indices, place, normalize, 1e-20, 2.5))
 
 
