@@ -4,7 +4,7 @@ The values here are defaults; recipes/*.yaml and `key=value` words are laid over
 and lengths have a second default, for a pretrained model (`model.pretrained`): those of the small ones would wreck it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from training.config import about, field_types, is_section, setting
@@ -131,6 +131,10 @@ class Sampling:
     top_k: int = setting(0, "sample from that many likeliest tokens, before top_p; 0: from all", minimum=0)
     max_new_tokens: int = setting(64, "longest response, in tokens", minimum=1, pretrained=1024)
     batch_size: int = setting(256, "sequences in flight", minimum=1, pretrained=64, rounding=True)
+
+    def options(self) -> dict[str, Any]:
+        """These settings by name, as `responses.draw` and `loops.sample` take them."""
+        return {each.name: getattr(self, each.name) for each in fields(Sampling)}
 
 
 @dataclass

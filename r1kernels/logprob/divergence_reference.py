@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .. import autocast, transforms
 from ..op import recorded
@@ -41,17 +40,9 @@ def run(call: DivergenceCall) -> tuple[Tensor, Tensor]:
                 teacher_rows=of_teacher._replace(teacher_bias=teacher_bias),
             ),
         )
+        pieces = linear_reference.pieces(call.chunk_size, tokens, vocabulary)
         keep = linear_reference.keeps(call.save_logits, tokens, vocabulary)
-        chunks = []
-        for piece in linear_reference.pieces(call.chunk_size, tokens, vocabulary):
-            chunk = _part(call, piece)
-            if keep:
-                chunks.append(_chunk(chunk))
-            else:
-                chunks.append(checkpoint(_chunk, chunk, use_reentrant=False, preserve_rng_state=False))
-    if len(chunks) == 1:
-        return chunks[0]
-    divergence, entropy = (torch.cat(values) for values in zip(*chunks, strict=True))
+        divergence, entropy = linear_reference.joined(_chunk, [_part(call, piece) for piece in pieces], keep)
     return divergence, entropy
 
 

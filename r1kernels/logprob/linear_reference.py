@@ -5,8 +5,8 @@ Shapes: N tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -62,17 +62,23 @@ def _by_chunks(call: LinearCall, of_chunk: Callable[[LinearCall], tuple[Tensor, 
             hidden = sharded.copy_to_group(hidden, shard)
         call = call._replace(hidden=hidden, weight=call.weight.to(dtype), rows=rows._replace(bias=bias))
         size = hidden.shape[0], call.weight.shape[0]
-        keep = keeps(call.save_logits, *size)
-        chunks = []
-        for piece in pieces(call.chunk_size, *size):
-            chunk = _part(call, piece)
-            if keep:
-                chunks.append(of_chunk(chunk))
-            else:
-                chunks.append(checkpoint(of_chunk, chunk, use_reentrant=False, preserve_rng_state=False))
-    if len(chunks) == 1:
-        return chunks[0]
-    return tuple(torch.cat(values, dim=-1) for values in zip(*chunks, strict=True))
+        chunks = [_part(call, piece) for piece in pieces(call.chunk_size, *size)]
+        return joined(of_chunk, chunks, keeps(call.save_logits, *size))
+
+
+def joined(
+    of_chunk: Callable[[Any], tuple[Tensor, ...]], chunks: Sequence[Any], keep: bool
+) -> tuple[Tensor, ...]:
+    """What ``of_chunk`` gives of each chunk, joined in the last dimension; without ``keep`` the backward computes it once more."""
+    found = [
+        of_chunk(chunk)
+        if keep
+        else checkpoint(of_chunk, chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in chunks
+    ]
+    if len(found) == 1:
+        return found[0]
+    return tuple(torch.cat(values, dim=-1) for values in zip(*found, strict=True))
 
 
 def pieces(chunk_size: int, tokens: int, vocabulary: int) -> list[slice]:

@@ -7,25 +7,11 @@ import pytest
 import torch
 
 from r1kernels import linear_divergence
-from r1kernels.logprob import cuda, divergence, divergence_rows, divergence_tiles, token
-from tests.support.emulated_rows import EmulatedKernel, address
+from r1kernels.logprob import divergence, divergence_rows, divergence_tiles, token
+from tests.support.emulated_rows import ENGINE, EmulatedKernel, address
 from tests.support.numerics import CAP, same_bits
 
 IGNORED = -100
-
-
-def product(a, b, out, accumulate):
-    assert a.dtype == b.dtype
-    result = a.float() @ b.float()
-    out.copy_(out + result if accumulate else result)
-
-
-ENGINE = cuda.ENGINE._replace(
-    logits=lambda hidden, weight, out: product(hidden, weight.t(), out, False),
-    add_product=product,
-    tokens=16,
-    tile_bytes=16 * 4 * 256,
-)
 
 
 class EmulatedRows(EmulatedKernel):

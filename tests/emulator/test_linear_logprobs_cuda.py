@@ -10,26 +10,10 @@ import torch
 from r1kernels.logprob import columns, columns_head, columns_tiles, cuda, linear_tiles, tiles, token
 from r1kernels.logprob.linear import LinearBackwardCall, LinearCall, SavedBackwardCall
 from tests.support import linear_oracle as oracle
-from tests.support.emulated_rows import EmulatedKernel
+from tests.support.emulated_rows import ENGINE, EmulatedKernel
 from tests.support.numerics import CAP, same_bits
 
 IGNORED = -100
-
-
-def product(a, b, out, accumulate):
-    assert a.dtype == b.dtype
-    result = a.float() @ b.float()
-    out.copy_(out + result if accumulate else result)
-
-
-ENGINE = cuda.ENGINE._replace(
-    logits=lambda hidden, weight, out: product(hidden, weight.t(), out, False),
-    add_product=product,
-    tokens=16,
-    tile_bytes=16 * 4 * 256,
-    invariant_tokens=lambda dtype: 8,
-    invariant_columns=128,
-)
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,16 @@ from r1kernels.moe.experts import (
 )
 from tests.support.emulated_experts import ELEMENTS, EmulatedExperts
 from tests.support.forced import run_on
-from tests.support.moe_case import LORA_NAMES, NAMES, Case, LoraCase, check_clamped_gates, in_eager
+from tests.support.moe_case import (
+    LORA_NAMES,
+    NAMES,
+    Case,
+    LoraCase,
+    check_clamped_gates,
+    check_gates_of_any_size,
+    check_no_tokens,
+    in_eager,
+)
 from tests.support.numerics import assert_as_exact_as, same_bits
 from tests.support.unchecked_offsets import assert_every_row_is_written
 
@@ -136,28 +145,12 @@ def test_clamped_and_shifted_gates(dtype):
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gates_of_any_size(activation):
-    # H = I = 1 and weights of 1: the output is act(x) x
-    x = torch.tensor([-200.0, -90.0, -20.0, -1.0, -1e-10, 0.0, 1e-10, 1.0, 20.0, 90.0, 200.0, 1e15])
-    hidden = x[:, None].clone().requires_grad_()
-    ones = torch.ones(1, 2, 1), torch.ones(1, 1, 1)
-    out = experts(
-        hidden, torch.zeros(12, 1, dtype=torch.int64), torch.ones(12, 1), *ones, activation=activation
-    )
-    out.sum().backward()
-    wide = x.double().requires_grad_()
-    act = F.silu(wide) if activation == "silu" else F.gelu(wide, approximate="tanh")
-    (act * wide).sum().backward()
-    torch.testing.assert_close(out[:, 0].double(), (act * wide).detach(), rtol=1e-5, atol=1e-34)
-    torch.testing.assert_close(hidden.grad[:, 0].double(), wide.grad, rtol=1e-5, atol=1e-34)
+    check_gates_of_any_size(experts, activation)
 
 
 @pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
 def test_no_tokens(dtype):
-    case = Case(0, 6, 5, 3, 2, dtype=dtype)
-    out, *grads = case.run(experts)
-    assert out.shape == (0, 6)
-    assert [grad.shape for grad in grads] == [leaf.shape for leaf in case.leaves]
-    assert all((grad == 0).all() for grad in grads)
+    check_no_tokens(experts, dtype)
 
 
 @pytest.mark.parametrize("dtype", ELEMENTS, ids=str)

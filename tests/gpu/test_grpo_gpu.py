@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from r1kernels.grpo import group_advantages, grpo_loss
+from tests.support.gpu_streams import on_a_side_stream, without_waiting
 from tests.support.grpo_loss_kernel import GrpoLossKernel, gradients, random_call
 from tests.support.numerics import same_bits
 
@@ -53,12 +54,9 @@ def test_nothing_waits_for_the_gpu(backend, packed, changes):
     arguments, keywords = gpu_call(packed=packed, **changes)
     rewards = torch.randn(32, device="cuda")
     run(backend, arguments, keywords)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         run(backend, arguments, keywords)
         group_advantages(rewards, group_size=8, backend=backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("changes", CALLS, ids=str)
@@ -77,17 +75,9 @@ def test_a_graph_captures_and_replays(backend, changes):
 
 
 def test_a_side_stream_is_respected(backend):
-    """The log-probs arrive late on the side stream; a launch on another stream would read NaN."""
     arguments, keywords = gpu_call(ratio="sequence")
     expected = run(backend, arguments, keywords)
-    late = [torch.full_like(arguments[0], torch.nan), *arguments[1:]]
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        late[0].copy_(arguments[0])
-        results = run(backend, late, keywords)
-    stream.synchronize()
+    results = on_a_side_stream(arguments[0], lambda late: run(backend, [late, *arguments[1:]], keywords))
     assert_same(results, expected)
 
 

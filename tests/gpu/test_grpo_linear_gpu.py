@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from r1kernels.grpo import grpo_preset, linear_grpo_loss
+from tests.support.gpu_streams import without_waiting
 from tests.support.numerics import assert_as_exact_as, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -54,9 +55,6 @@ def test_the_same_bits_and_no_wait_for_the_gpu(backend):
     leaves, beside = gpu_call(torch.bfloat16)
     keywords = {**grpo_preset("dapo"), "entropy_coef": 0.1}
     first = run(backend, leaves, beside, **keywords)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         second = run(backend, leaves, beside, **keywords)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(same_bits(one.cpu(), other.cpu()) for one, other in zip(first, second, strict=True))

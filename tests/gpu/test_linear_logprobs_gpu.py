@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from r1kernels import linear_grouped_logprobs, linear_logprobs
+from tests.support.gpu_streams import on_a_side_stream, without_waiting
 from tests.support.numerics import assert_as_exact_as, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -141,25 +142,14 @@ def test_nothing_waits_for_the_gpu(backend, save_logits):
                 )
 
     calls()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         calls()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_side_stream_is_respected(backend):
-    """The hidden states arrive late on the side stream; a launch on another stream would read NaN."""
     hidden, weight, targets = random_case(300, 5000, 256)
     expected = linear_logprobs(hidden, weight, targets, backend=backend)
-    late = torch.full_like(hidden, torch.nan)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        late.copy_(hidden)
-        logp = linear_logprobs(late, weight, targets, backend=backend)
-    stream.synchronize()
+    logp = on_a_side_stream(hidden, lambda late: linear_logprobs(late, weight, targets, backend=backend))
     assert same_bits(logp.cpu(), expected.cpu())
 
 

@@ -20,6 +20,7 @@ from r1kernels import (
     linear_logprobs,
     token_logprobs,
 )
+from tests.support.gpu_streams import on_a_side_stream, without_waiting
 from tests.support.logprob_rows import LogprobRows
 from tests.support.numerics import same_bits
 from tests.support.row_kernels import backward, backward_over, forward
@@ -134,11 +135,8 @@ STEPS = pytest.mark.parametrize("step", [linear_step, grouped_step])
 def test_nothing_waits_for_the_gpu(step, save_logits):
     case = head(4096, 64, 70_000)
     step(*case, save_logits=save_logits)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         step(*case, save_logits=save_logits)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @STEPS
@@ -158,15 +156,7 @@ def test_a_graph_captures_and_replays(step):
 def test_a_side_stream_is_respected(step):
     x, w, targets = head(256, 64, 5000)
     expected = step(x, w, targets)
-    late = torch.full_like(x, torch.nan).requires_grad_()
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        with torch.no_grad():
-            late.copy_(x)
-        results = step(late, w, targets)
-    stream.synchronize()
+    results = on_a_side_stream(x, lambda late: step(late, w, targets))
     assert all(same_bits(one, other) for one, other in zip(results, expected, strict=True))
 
 

@@ -11,6 +11,7 @@ import torch
 import r1kernels
 from r1kernels import token_logprobs
 from r1kernels.logprob.token import plain_rows
+from tests.support.gpu_streams import on_a_side_stream, without_waiting
 from tests.support.numerics import same_bits
 from tests.support.row_kernels import backward, backward_over, forward
 from tests.support.row_ops_kernel import RowOpsKernel
@@ -89,18 +90,10 @@ def test_a_kernel_serves_gpu_tensors_without_being_asked():
 
 
 def test_a_side_stream_is_respected(backend):
-    """The logits arrive late on the side stream; a launch on another stream would read NaN."""
     source, targets = gpu_case(64, 5000)
-    expected, _ = loss_and_gradient(source.clone().requires_grad_(), targets, backend)
-    logits = torch.full_like(source, torch.nan).requires_grad_()
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        with torch.no_grad():
-            logits.copy_(source)
-        logp, gradient = loss_and_gradient(logits, targets, backend)
-    stream.synchronize()
+    source.requires_grad_()
+    expected, _ = loss_and_gradient(source, targets, backend)
+    logp, gradient = on_a_side_stream(source, lambda late: loss_and_gradient(late, targets, backend))
     assert same_bits(logp.cpu(), expected.cpu())
     assert gradient.isfinite().all()
 
@@ -124,13 +117,10 @@ def test_nothing_waits_for_the_gpu(backend):
     logits, targets = gpu_case(32, 3000)
     logits.requires_grad_()
     loss_and_gradient(logits, targets, backend)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         loss_and_gradient(logits, targets, backend)
         loss_and_gradient(logits[:, :-1], targets.clamp(max=2998), backend)
         loss_and_gradient(logits * 2, targets, backend, inplace_backward=True)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_target_out_of_range_is_nan_or_an_error_on_request(backend):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import r1kernels
 from r1kernels.moe import grouped_gemm, moe_experts
+from tests.support.gpu_streams import on_a_side_stream, without_waiting
 from tests.support.moe_case import NAMES, Case, in_eager
 from tests.support.moe_experts_kernel import DTYPES, SHAPES, MoeExpertsKernel
 from tests.support.numerics import assert_as_exact_as, same_bits
@@ -79,26 +80,15 @@ class TestMoeExpertsGpu(MoeExpertsKernel):
             torch.autograd.grad(rows, (case.hidden, case.gate_up), torch.ones_like(rows))
 
         calls()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with without_waiting():
             calls()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     def test_a_side_stream_is_respected(self, backend):
-        """The hidden states arrive late on the side stream; a launch on another stream would read NaN."""
         case = Case(500, 128, 64, 8, 2, dtype=torch.bfloat16)
         _, *others = case.arguments()
         expected = moe_experts(case.hidden, *others)
-        late = torch.full_like(case.hidden, torch.nan)
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream), torch.no_grad():
-            torch.cuda._sleep(50_000_000)
-            late.copy_(case.hidden)
-            out = moe_experts(late, *others)
-        stream.synchronize()
-        assert same_bits(out, expected.detach())
+        out = on_a_side_stream(case.hidden, lambda late: moe_experts(late, *others))
+        assert same_bits(out.detach(), expected.detach())
 
     def test_a_graph_captures_and_replays_with_other_choices(self, backend):
         case = Case(256, 128, 64, 8, 2, dtype=torch.bfloat16)

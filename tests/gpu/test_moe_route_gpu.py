@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from r1kernels.moe import route, sort_by_expert
+from tests.support.gpu_streams import on_a_side_stream, without_waiting
 from tests.support.numerics import same_bits
 from tests.support.routing_cases import FAMILIES, families, normal
 from tests.support.routing_kernel import RoutingKernel, integers
@@ -66,13 +67,10 @@ def test_nothing_waits_for_the_gpu(backend, options):
     run(backend, logits, options | {"bias": bias})
     with torch.no_grad():
         sort_on(backend, indices)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         run(backend, logits, options | {"bias": bias})
         for rows in (100, 3000):
             sort_on(backend, indices[:rows])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def sort_on(backend, indices, experts=40):
@@ -100,17 +98,9 @@ def test_a_graph_captures_and_replays(backend, options):
 
 
 def test_a_side_stream_is_respected(backend):
-    """The logits arrive late on the side stream; a launch on another stream would read NaN."""
     logits = normal(300, 40).cuda()
     expected = run(backend, logits, FAMILIES["qwen3"])
-    late = torch.full_like(logits, torch.nan)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        late.copy_(logits)
-        results = run(backend, late, FAMILIES["qwen3"])
-    stream.synchronize()
+    results = on_a_side_stream(logits, lambda late: run(backend, late, FAMILIES["qwen3"]))
     assert_same(results, expected)
 
 

@@ -87,7 +87,9 @@ class EmulatedExperts:
         *low_needed, lora = LoraBackward(*low[:4], Lora(*low[4:]))
         zones = Zones(self.offset)
         leaves = (hidden, weights, gate_up, down, *lora[:4])
-        grads = [zones.gradient(leaf, need) for leaf, need in zip(leaves, (*needed, *low_needed), strict=True)]
+        grads = [
+            zones.gradient(leaf, need) for leaf, need in zip(leaves, (*needed, *low_needed), strict=True)
+        ]
         order = [zones.input(tensor) for tensor in (offsets, permutation, inverse)]
         call = self.experts_call(zones, hidden, weights, gate_up, down, gating, order, lora)
         is_kept = zones.input(kept) if kept.numel() else 0

@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import torch
 
+from r1kernels.logprob import cuda
 from r1kernels.logprob.token import plain_rows
 
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def product(a, b, out, accumulate):
+    assert a.dtype == b.dtype
+    result = a.float() @ b.float()
+    out.copy_(out + result if accumulate else result)
+
+
+# that of the backend cuda, with small tiles, on a CPU
+ENGINE = cuda.ENGINE._replace(
+    logits=lambda hidden, weight, out: product(hidden, weight.t(), out, False),
+    add_product=product,
+    tokens=16,
+    tile_bytes=16 * 4 * 256,
+    invariant_tokens=lambda dtype: 8,
+    invariant_columns=128,
+)
 
 
 class EmulatedKernel:

@@ -151,6 +151,30 @@ def check_clamped_gates(experts: Callable[..., Tensor], dtype: torch.dtype) -> N
             torch.testing.assert_close(ours.double(), expected, **tolerance)
 
 
+def check_gates_of_any_size(experts: Callable[..., Tensor], activation: str) -> None:
+    # H = I = 1 and weights of 1: the output is act(x) x
+    x = torch.tensor([-200.0, -90.0, -20.0, -1.0, -1e-10, 0.0, 1e-10, 1.0, 20.0, 90.0, 200.0, 1e15])
+    hidden = x[:, None].clone().requires_grad_()
+    ones = torch.ones(1, 2, 1), torch.ones(1, 1, 1)
+    indices, weights = torch.zeros(12, 1, dtype=torch.int64), torch.ones(12, 1)
+    out = experts(hidden, indices, weights, *ones, activation=activation)
+    out.sum().backward()
+    wide = x.double().requires_grad_()
+    act = F.silu(wide) if activation == "silu" else F.gelu(wide, approximate="tanh")
+    (act * wide).sum().backward()
+    assert hidden.grad is not None and wide.grad is not None
+    torch.testing.assert_close(out[:, 0].double(), (act * wide).detach(), rtol=1e-5, atol=1e-34)
+    torch.testing.assert_close(hidden.grad[:, 0].double(), wide.grad, rtol=1e-5, atol=1e-34)
+
+
+def check_no_tokens(experts: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    case = Case(0, 6, 5, 3, 2, dtype=dtype)
+    out, *grads = case.run(experts)
+    assert out.shape == (0, 6)
+    assert [grad.shape for grad in grads] == [leaf.shape for leaf in case.leaves]
+    assert all((grad == 0).all() for grad in grads)
+
+
 def in_eager(hidden: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """A loop over the experts as transformers' modules have it: gather, two linears, index_add in the tokens' dtype."""
     out = torch.zeros_like(hidden)

@@ -17,7 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 import r1kernels
 from r1kernels.moe import grouped_gemm, moe_experts, sort_by_expert
-from tests.support.moe_case import LORA_NAMES, NAMES, Case, LoraCase, check_clamped_gates, in_eager
+from tests.support.moe_case import (
+    LORA_NAMES,
+    NAMES,
+    Case,
+    LoraCase,
+    check_clamped_gates,
+    check_gates_of_any_size,
+    check_no_tokens,
+    in_eager,
+)
 from tests.support.numerics import assert_as_exact_as, same_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,26 +118,11 @@ class MoeExpertsKernel:
 
     @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
     def test_gates_of_any_size(self, backend, activation):
-        # H = I = 1 and weights of 1: the output is act(x) x
-        x = torch.tensor([-200.0, -90.0, -20.0, -1.0, -1e-10, 0.0, 1e-10, 1.0, 20.0, 90.0, 200.0, 1e15])
-        hidden = x[:, None].clone().requires_grad_()
-        ones = torch.ones(1, 2, 1), torch.ones(1, 1, 1)
-        indices, weights = torch.zeros(12, 1, dtype=torch.int64), torch.ones(12, 1)
-        out = moe_experts(hidden, indices, weights, *ones, activation=activation)
-        out.sum().backward()
-        wide = x.double().requires_grad_()
-        act = F.silu(wide) if activation == "silu" else F.gelu(wide, approximate="tanh")
-        (act * wide).sum().backward()
-        torch.testing.assert_close(out[:, 0].double(), (act * wide).detach(), rtol=1e-5, atol=1e-34)
-        torch.testing.assert_close(hidden.grad[:, 0].double(), wide.grad, rtol=1e-5, atol=1e-34)
+        check_gates_of_any_size(moe_experts, activation)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_no_tokens(self, backend, dtype):
-        case = Case(0, 6, 5, 3, 2, dtype=dtype)
-        out, *grads = case.run(moe_experts)
-        assert out.shape == (0, 6)
-        assert [grad.shape for grad in grads] == [leaf.shape for leaf in case.leaves]
-        assert all((grad == 0).all() for grad in grads)
+        check_no_tokens(moe_experts, dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("all_rows", [False, True])

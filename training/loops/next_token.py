@@ -52,6 +52,19 @@ def amount_of(
     return Amount(_steps(config, len(rows)), 0 if config.steps else config.epochs * tokens)
 
 
+def begun(
+    model: PreTrainedModel, config: NextToken, context: StageContext
+) -> tuple[PreTrainedModel, Optimizer, int, int]:
+    """What learns, its optimizer, the step that comes next, and the tokens learnt so far: new, or from a resume point."""
+    learner = learner_of(model, context.recipe)
+    optimizer = Optimizer(learner, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
+    state = context.stage.load_state()
+    if state is None:
+        return learner, optimizer, 0, 0
+    optimizer.restore(state)
+    return learner, optimizer, state.step, state.counters["learnt"]
+
+
 def _steps(config: NextToken, rows: int) -> int:
     return config.steps or max(1, round(config.epochs * rows / config.batch_size))
 
@@ -86,13 +99,7 @@ def train(
     encoder = Encoder(model, tokenizer)
     rows, truncated = _encode(encoder, documents, config.max_length, context.name)
     steps = _steps(config, len(rows))
-    learner = learner_of(model, context.recipe)
-    optimizer = Optimizer(learner, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
-    state = context.stage.load_state()
-    start, learnt = 0, 0
-    if state is not None:
-        start, learnt = state.step, state.counters["learnt"]
-        optimizer.restore(state)
+    learner, optimizer, start, learnt = begun(model, config, context)
     metrics: dict[str, float] = {}
     learner.train()
     with context.progress.bar(steps, start, title or context.name) as bar:

@@ -14,10 +14,10 @@ from training.context import StageContext
 from training.encoder import Encoder
 from training.loops import next_token
 from training.loops.batch import row_of
-from training.loops.optim import Optimizer, save_due
+from training.loops.optim import save_due
 from training.loops.sample import Prompt, sample
 from training.loops.token_loss import TokenLoss
-from training.parallel.shard import bring_up_to_date, learner_of
+from training.parallel.shard import bring_up_to_date
 from training.sections import NextToken, Sampling
 
 
@@ -47,13 +47,8 @@ def train(
         The last metrics.
     """
     encoder = Encoder(model, tokenizer)
-    learner = learner_of(model, context.recipe)
-    optimizer = Optimizer(learner, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
-    state = context.stage.load_state()
-    start, learnt = 0, 0
-    if state is not None:
-        start, learnt = state.step, state.counters["learnt"]
-        optimizer.restore(state)
+    learner, optimizer, start, learnt = next_token.begun(model, config, context)
+    if start:
         bring_up_to_date(model, learner)
     key = (context.recipe.seed, context.name)
     metrics: dict[str, Any] = {}
@@ -71,12 +66,8 @@ def train(
             drawn = sample(
                 engine,
                 [prompts[i] for i in chosen],
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_new_tokens=sampling.max_new_tokens,
                 seed_parts=(*key, "rollout", step),
-                batch_size=sampling.batch_size,
+                **sampling.options(),
             )
             rows = [row_of(each) for each in drawn]
             metrics = next_token.update(

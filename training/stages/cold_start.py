@@ -82,13 +82,9 @@ def _draw(context: StageContext, route: str, source: Source, tasks: dict[str, Ta
         responses.choose(pool, config.prompts, *key, "problems"),
         context=context,
         samples=config.samples,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        max_new_tokens=config.max_new_tokens,
         seed_parts=key,
-        batch_size=config.batch_size,
         prompt=prompt[route],
+        **config.options(),
     )
 
 

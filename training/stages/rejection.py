@@ -62,12 +62,8 @@ def _reasoning(context: StageContext, source: Source) -> tuple[Selection, int]:
         asked,
         context=context,
         samples=config.samples,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        max_new_tokens=config.max_new_tokens,
         seed_parts=(seed, context.name),
-        batch_size=config.batch_size,
+        **config.options(),
     )
     split: dict[bool, list[Completion]] = {False: [], True: []}
     for completion in drawn:
@@ -106,13 +102,9 @@ def _general(context: StageContext, reasoning_kept: int) -> Selection:
         pool,
         context=context,
         samples=config.samples,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        max_new_tokens=config.max_new_tokens,
         seed_parts=(seed, context.name, "general"),
-        batch_size=config.batch_size,
         prompt=responses.prompt_of(context.name, context.recipe),
+        **config.options(),
     )
     settings = filters.Settings(paragraph_words=config.paragraph_words)
     split: dict[bool, list[Completion]] = {True: [], False: []}
