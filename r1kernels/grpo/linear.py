@@ -183,8 +183,9 @@ class OnePassCall(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Gradients are float32, and (0,) where not needed. They are those for an upstream gradient of ``unit``, a power of two:
-    whoever knows the real one multiplies and rounds once, for a small weight (one token of many) is below what 16 bits hold."""
+    """Gradients are float32, and (0,) where not needed. They are those for an upstream gradient of ``unit``, a power of two, or (0,)
+    for 1, but for float16: whoever knows the real one multiplies and rounds once, for a small weight (one token of many) is below what
+    16 bits hold."""
 
     loss: Tensor
     metrics: Tensor
@@ -205,7 +206,7 @@ def _shapes(call: OnePassCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
         empty(*call.hidden.shape) if call.need_hidden else empty(0),
         empty(*call.weight.shape) if call.need_weight else empty(0),
         empty(vocabulary if call.need_bias else 0),
-        empty(),
+        empty() if call.hidden.dtype == torch.float16 else empty(0),
     )
 
 
@@ -219,7 +220,7 @@ def _save(call: OnePassCall, results: Any) -> Any:
 
 def _gradients(backend: str, inputs: Any, saved: Any, _: Any, grads: Any, needs: Any) -> list[Tensor | None]:
     *held, unit = saved
-    upstream = grads[0] / unit
+    upstream = grads[0] / unit if unit.numel() else grads[0]
     return [grad * upstream if needed else None for grad, needed in zip(held, needs, strict=True)]
 
 

@@ -56,12 +56,12 @@ def one_pass_of_all(engine: tiles.Engine, call: OnePassCall) -> Results:
 def one_pass(engine: tiles.Engine, call: OnePassCall) -> Results:
     """Forward and backward of the head together, a few tokens at a time."""
     hidden, weight, tokens = call.hidden, call.weight, call.loss.tokens
-    unit = hidden.new_ones((), dtype=torch.float32)
+    unit, scaled = hidden.new_empty(0, dtype=torch.float32), tokens
     if hidden.dtype == torch.float16:
         unit = tiles.unit_of(_largest_slope(call.loss), exponent=6)  # ratios far from 1 make larger slopes
-    scaled = tokens._replace(
-        weights=_times(tokens.weights, unit), entropy_weights=_times(tokens.entropy_weights, unit)
-    )
+        scaled = tokens._replace(
+            weights=_times(tokens.weights, unit), entropy_weights=_times(tokens.entropy_weights, unit)
+        )
 
     def loss_of(kernel_call: KernelCall, given: Tokens, logp: Tensor, entropy: Tensor) -> loss.Results:
         entropies = entropy.unsqueeze(0) if call.with_entropy else None

@@ -98,12 +98,10 @@ def forward(engine: tiles.Engine, call: columns.ColumnsCall) -> tuple[Tensor, Te
 def backward(engine: tiles.Engine, call: columns.ColumnsBackwardCall) -> Tensor:
     logits, ids, vocabulary = call.logits, call.ids, call.logits.shape[-1]
     rows = rest_rows(ids, token.plain_rows(logits, ids, call.temperatures, call.temperature, events.PADDING))
-    grad = engine.empty(logits, logits.shape, logits.dtype).copy_(logits)
-    flat, places = grad.view(-1, vocabulary), Places.of(ids, 0, vocabulary)
-    places.take_(flat)
     upstream = upstream_of(call.stats, call.grad_rest, call.grad_entropy)
-    token.BACKWARD_OVER(engine.backend, token.RowsBackwardOverCall(grad, rows, upstream))
-    places.put_(flat, call.grad_columns)
+    # a column of the rest has the gradient that it would have without those of the ids, whose places are written after it
+    grad: Tensor = token.BACKWARD(engine.backend, token.RowsBackwardCall(logits, rows, upstream))
+    Places.of(ids, 0, vocabulary).put_(grad.view(-1, vocabulary), call.grad_columns)
     return grad
 
 

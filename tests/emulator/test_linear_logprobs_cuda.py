@@ -30,6 +30,11 @@ def kernels_on_the_cpu(emulated):
         kernel.rows_forward_into(logits, rows, with_entropy, *places)
         return results
 
+    def backward(call):
+        grad = torch.full_like(call.logits, torch.nan, memory_format=torch.contiguous_format)
+        kernel.rows_backward_into(grad, call.logits, call.rows, *call.upstream)
+        return grad
+
     def backward_over(call):
         kernel.rows_backward_into(call.logits, call.logits, call.rows, *call.upstream)
 
@@ -39,6 +44,7 @@ def kernels_on_the_cpu(emulated):
     library = torch.library.Library("r1kernels", "IMPL")
     for op, function in (
         (token.FORWARD, forward),
+        (token.BACKWARD, backward),
         (token.BACKWARD_OVER, backward_over),
         (token.BACKWARD_INTO, backward_into),
     ):

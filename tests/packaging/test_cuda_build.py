@@ -51,9 +51,7 @@ REGISTERS = {"0": 80, "1": 80, "2": 128}
 
 
 def test_every_architecture_holds_every_kernel_of_the_log_prob_ops(inspect):
-    by_architecture = re.split(r"^arch = sm_", inspect("-res-usage"), flags=re.MULTILINE)[1:]
-    for architecture in portable_architectures():
-        usage = "".join(text for text in by_architecture if text.splitlines()[0] == architecture)
+    for architecture, usage in usage_by_architecture(inspect):
         for direction, count in LOGPROB_KERNELS.items():
             name = f"{direction}_kernel"
             found = re.findall(rf"Function (\S*logprob{len(name)}{name}\S*):\n.*?REG:(\d+)", usage)
@@ -65,6 +63,13 @@ def test_every_architecture_holds_every_kernel_of_the_log_prob_ops(inspect):
 
 def portable_architectures():
     return [name for name in extension.cuda_architectures() if name.isdigit()]
+
+
+def usage_by_architecture(inspect):
+    """(architecture, what each kernel uses there)"""
+    found = re.split(r"^arch = sm_", inspect("-res-usage"), flags=re.MULTILINE)[1:]
+    for architecture in portable_architectures():
+        yield architecture, "".join(text for text in found if text.splitlines()[0] == architecture)
 
 
 # Disassembling all of them takes a minute: every day the first is read, and what each kernel of all of them needs (above).
@@ -102,9 +107,7 @@ MOE_KERNELS = {"rows": (2 * 2 + 1) * 4, "weights": 3, "combine": 3, "sum_partial
 
 
 def test_every_architecture_holds_every_kernel_of_the_grouped_products(inspect):
-    by_architecture = re.split(r"^arch = sm_", inspect("-res-usage"), flags=re.MULTILINE)[1:]
-    for architecture in portable_architectures():
-        usage = "".join(text for text in by_architecture if text.splitlines()[0] == architecture)
+    for architecture, usage in usage_by_architecture(inspect):
         for kind, count in MOE_KERNELS.items():
             name = f"{kind}_kernel"
             assert len(re.findall(rf"Function \S*3moe{len(name)}{name}", usage)) == count, (

@@ -235,3 +235,13 @@ def _tokenizer(
     )
     made.chat_template = template
     return made
+
+
+def write_sums(folder: Path) -> None:
+    """40 problems of one's own, data.jsonl, and a right response to each, traces.jsonl."""
+    rows = [{"question": f"What is {n} plus 1?", "answer": n + 1} for n in range(40)]
+    traces = [
+        {"question": row["question"], "response": f"<answer> {row['answer']} </answer>"} for row in rows
+    ]
+    for name, lines in (("data", rows), ("traces", traces)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

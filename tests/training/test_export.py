@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.own_models import write_folder
+from tests.support.own_models import write_folder, write_sums
 from training import pipeline
 from training.checkpoint import read_style, verify
 from training.cli import main
@@ -25,12 +25,7 @@ def run(tmp_path_factory):
     """A run with SFT by LoRA and its marks."""
     folder = tmp_path_factory.mktemp("run")
     own = write_folder(folder / "own", "qwen2", dtype="bfloat16")
-    rows = [{"question": f"What is {n} plus 1?", "answer": n + 1} for n in range(40)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    traces = [
-        {"question": row["question"], "response": f"<answer> {row['answer']} </answer>"} for row in rows
-    ]
-    (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in traces))
+    write_sums(folder)
     recipe = make(
         {
             "name": "mine",

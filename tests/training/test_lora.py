@@ -8,7 +8,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
-from tests.support.own_models import write_folder
+from tests.support.own_models import write_folder, write_sums
 from training import adapters, checkpoint, pipeline, prompts
 from training.check import check
 from training.context import StageContext
@@ -253,12 +253,7 @@ def test_the_selection_bias_of_routers_stands_still_beside_adapters(tmp_path):
 def test_a_recipe_goes_from_stage_to_stage(tmp_path):
     """base, sft and zero: each adapter belongs to the weights that its stage began with."""
     folder = write_folder(tmp_path / "own", "qwen2")
-    rows = [{"question": f"What is {n} plus 1?", "answer": n + 1} for n in range(40)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    traces = [
-        {"question": row["question"], "response": f"<answer> {row['answer']} </answer>"} for row in rows
-    ]
-    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in traces))
+    write_sums(tmp_path)
     recipe = make(
         {
             "model": {"pretrained": str(folder), "lora": {"rank": 4}},
