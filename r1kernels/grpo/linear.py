@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import autocast, checks
 from ..logprob import linear_logprobs
-from ..logprob.arguments import Head, check_linear, check_temperature
+from ..logprob.arguments import Head, check_linear, check_memory, check_temperature
 from ..logprob.head import rows_of
 from ..logprob.kept import Kept, check_kept
 from ..logprob.sharded import shard_of
@@ -143,8 +143,6 @@ def linear_grpo_loss(
     loss_call = LossCall(tokens, objective, reduction, Totals(num_sequences, num_tokens, max_length))
     check_call(loss_call, layout.num_sequences, targets)
     temperature = check_temperature(temperature, targets, layout.mask, hidden.dtype)
-    if chunk_size is not None:
-        chunk_size = checks.integer("chunk_size", chunk_size, minimum=1)
     visible = checks.values_visible(targets)
     if visible or kept is not None:
         vocabulary = weight.shape[0] if group is None else shard_of(weight, group).vocabulary
@@ -152,6 +150,7 @@ def linear_grpo_loss(
             checks.in_range("targets", layout.keep(targets, 0), 0, vocabulary)
         kept = check_kept(kept, layout.keep(targets, IGNORED), vocabulary, IGNORED)
     with_entropy = entropy or entropy_coef != 0
+    chunk_size = check_memory(chunk_size)
     call = LinearCall(hidden, head, targets, temperature, chunk_size, group, kept, with_entropy, loss_call)
     return LINEAR_GRPO_LOSS(backend, call)
 
@@ -161,7 +160,7 @@ class LinearCall(NamedTuple):
     head: Head
     targets: Tensor
     temperature: float | Tensor
-    chunk_size: int | None
+    chunk_size: int  # 0: chosen
     group: ProcessGroup | None
     kept: Kept | None
     with_entropy: bool  # asked for, or part of the loss
@@ -251,7 +250,7 @@ def _two_ops(backend: str, call: LinearCall) -> GRPOOutput:
         logit_scale=head.logit_scale,
         return_entropy=call.with_entropy,
         ignore_index=IGNORED,
-        chunk_size=call.chunk_size,
+        chunk_size=call.chunk_size or None,
         group=call.group,
         kept=call.kept,
         backend=backend,
@@ -282,7 +281,7 @@ def _on_kernels(backend: str, call: LinearCall) -> GRPOOutput:
         hidden.reshape(-1, hidden.shape[-1]),
         head.weight,
         rows,
-        call.chunk_size or 0,
+        call.chunk_size,
         call.with_entropy,
         loss.kernel_call_of(_in_a_row(call.loss), objective, ONE, True, objective.entropy_coef != 0),
         *needs,

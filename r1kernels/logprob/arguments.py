@@ -23,6 +23,19 @@ class Head(NamedTuple):
     logit_scale: float
 
 
+def check_logits(logits: Tensor, ndim: int | None = None) -> None:
+    checks.tensor("logits", logits, dtypes=checks.FLOATS, ndim=ndim)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {tuple(logits.shape)}")
+
+
+def check_memory(chunk_size: int | None, save_logits: bool | None = None) -> int:
+    """Check what says how much memory an op takes; ``chunk_size``, or 0 where it is to be chosen."""
+    if save_logits is not None:
+        checks.boolean("save_logits", save_logits)
+    return 0 if chunk_size is None else checks.integer("chunk_size", chunk_size, minimum=1)
+
+
 def check_linear(
     hidden: Tensor,
     weight: Tensor,

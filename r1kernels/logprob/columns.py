@@ -61,8 +61,7 @@ def _save(call: ColumnsCall, results: tuple[Tensor, Tensor]) -> Any:
 
 
 def _give(call: ColumnsCall, results: tuple[Tensor, Tensor]) -> Events:
-    divisor = call.temperature if call.temperatures is None else call.temperatures.double()
-    return events.of_sums(*results, call.ids, divisor, call.with_entropy)
+    return events.of_sums(*results, call.ids, events.divisor_of(call), call.with_entropy)
 
 
 def _gradients(backend: str, inputs: Any, saved: Any, others: Any, grads: Any, needs: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ from .. import autocast
 from ..op import OUTSIDE, Contiguous, Kernel, Size, Written, recorded
 from . import events, sharded
 from .events import Events
-from .head import Gradients, gradient_shapes, gradients, without_saved
+from .head import Gradients, gradient_shapes, gradients, saved_gradient_shapes, without_saved
 from .kept_head import capped as capped
 from .kept_head import slope as slope
 from .token import Rows
@@ -67,14 +67,10 @@ def _shapes(call: HeadColumnsCall) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _saved_backward_shapes(call: SavedHeadColumnsBackwardCall) -> Gradients:
-    return gradient_shapes(call.backward)
-
-
 FORWARD = Kernel("linear_columns", HeadColumnsCall, _shapes)
 BACKWARD = Kernel("linear_columns", HeadColumnsBackwardCall, gradient_shapes, suffix="_backward")
 BACKWARD_OF_SAVED = Kernel(
-    "linear_columns", SavedHeadColumnsBackwardCall, _saved_backward_shapes, suffix="_backward_"
+    "linear_columns", SavedHeadColumnsBackwardCall, saved_gradient_shapes, suffix="_backward_"
 )
 
 
@@ -86,14 +82,10 @@ def _forward(backend: str, call: HeadColumnsCall) -> tuple[Tensor, ...]:
     return columns.masked_fill(call.ids >= call.rows.vocabulary, torch.nan), stats, logits
 
 
-def _divisor(rows: Rows) -> Tensor | float:
-    return rows.temperature if rows.temperatures is None else rows.temperatures.double()
-
-
 def _give(call: HeadColumnsCall, results: tuple[Tensor, ...]) -> Events:
     columns, stats, _ = results
     logits = capped(columns, call.rows)
-    return events.of_sums(logits, stats, call.ids, _divisor(call.rows), call.with_entropy)
+    return events.of_sums(logits, stats, call.ids, events.divisor_of(call.rows), call.with_entropy)
 
 
 def _save(call: HeadColumnsCall, results: tuple[Tensor, ...]) -> Any:
@@ -109,7 +101,7 @@ def _gradients(backend: str, inputs: Any, saved: Any, others: Any, grads: Any, n
     numbers, with_entropy, chunk_size, shard = others
     rows = Rows.together((bias, targets, temperatures), numbers)
     of_logits, of_rest, of_entropy = events.gradients_of_sums(
-        grads, ids, _divisor(rows), with_entropy, torch.float32
+        grads, ids, events.divisor_of(rows), with_entropy, torch.float32
     )
     of_columns = of_logits * slope(columns, rows)
     upstream = (of_columns, of_rest, of_entropy)

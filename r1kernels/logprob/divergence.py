@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import autocast, checks, devices
 from ..op import OUTSIDE, Contiguous, Kernel, Op, Size, recorded
 from . import divergence_reference, linear, parts, sharded
-from .arguments import Head, check_kind, check_linear, split_temperature
+from .arguments import Head, check_kind, check_linear, check_memory, split_temperature
 from .divergence_rows import TeacherRows, finish
 from .divergence_terms import KINDS
 from .head import gradient_shapes, needs_of, rows_of, saves
@@ -92,10 +92,6 @@ def linear_divergence(
     beta = check_kind(kind, beta)
     ignore_index = checks.integer("ignore_index", ignore_index)
     checks.boolean("return_entropy", return_entropy)
-    if chunk_size is not None:
-        chunk_size = checks.integer("chunk_size", chunk_size, minimum=1)
-    if save_logits is not None:
-        checks.boolean("save_logits", save_logits)
     checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
     shape = hidden.shape[:-1]
     checks.tensor("teacher_hidden", teacher_hidden, shape=(*shape, None), like=hidden)
@@ -143,7 +139,7 @@ def linear_divergence(
         KINDS.index(kind),
         beta,
         return_entropy,
-        chunk_size or 0,
+        check_memory(chunk_size, save_logits),
         save_logits,
         shard=shard,
     )

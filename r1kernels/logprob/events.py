@@ -67,6 +67,11 @@ def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(first == places, ids, PADDING), first
 
 
+def divisor_of(rows: Any) -> Tensor | float:
+    """What divides the logits of some tokens: their ``temperatures`` (N,) in float64, or the ``temperature`` of all."""
+    return rows.temperature if rows.temperatures is None else rows.temperatures.double()
+
+
 def of_sums(
     columns: Tensor, stats: Tensor, ids: Tensor, divisor: Tensor | float, with_entropy: bool
 ) -> Events:

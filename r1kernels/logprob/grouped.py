@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import checks
 from ..op import Op
 from . import linear, linear_reference, token
-from .arguments import check_linear, in_rows, split_temperature
+from .arguments import check_linear, check_logits, in_rows, split_temperature
 from .completions import EACH_TOKEN, Completions
 from .kept import check_kept
 
@@ -63,9 +63,7 @@ def grouped_logprobs(
 
     Precision: as ``token_logprobs``; sums run over the tokens in order, in float32. Deterministic.
     """
-    checks.tensor("logits", logits, dtypes=checks.FLOATS, ndim=2 if cu_seqlens is not None else 3)
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {tuple(logits.shape)}")
+    check_logits(logits, ndim=2 if cu_seqlens is not None else 3)
     checks.tensor("targets", targets, dtypes=(torch.int64,), shape=logits.shape[:-1], like=logits)
     group_size = checks.integer("group_size", group_size, minimum=1)
     _check_groups(targets, mask, cu_seqlens, group_size, reduce, return_entropy)

@@ -68,14 +68,20 @@ def hidden_gradient_dtype(call: Call) -> torch.dtype:
     return dtype if call.rows.vocabulary == call.weight.shape[0] else torch.float32
 
 
-def gradient_shapes(call: Call) -> Gradients:
+def gradient_shapes(call: Call, hidden_dtype: torch.dtype | None = None) -> Gradients:
     """The gradients of hidden, weight and, in float32, bias; (0,) where not needed."""
     hidden, weight = call.hidden, call.weight
+    dtype = hidden_gradient_dtype(call) if hidden_dtype is None else hidden_dtype
     return (
-        hidden.new_empty(hidden.shape if call.need_hidden else 0, dtype=hidden_gradient_dtype(call)),
+        hidden.new_empty(hidden.shape if call.need_hidden else 0, dtype=dtype),
         weight.new_empty(weight.shape if call.need_weight else 0),
         weight.new_empty(weight.shape[0] if call.need_bias else 0, dtype=torch.float32),
     )
+
+
+def saved_gradient_shapes(call: Call) -> Gradients:
+    """The same of a call with the logits of the forward."""
+    return gradient_shapes(call.backward)
 
 
 def gradients(

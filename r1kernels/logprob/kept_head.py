@@ -21,6 +21,7 @@ from .. import autocast
 from ..op import Contiguous, Float32, Kernel, Size, recorded
 from . import kept_rows, sharded
 from .completions import EACH_TOKEN
+from .head import gradient_shapes
 from .kept import NO_SET, Entries, with_verdict
 from .token import Rows
 
@@ -61,15 +62,7 @@ def shape(call: ProductsCall) -> Tensor:
 
 
 def backward_shapes(call: ProductsBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden, weight and, in float32, bias, summed in float32; (0,) where not needed."""
-    hidden, weight = call.hidden, call.weight
-    return (
-        hidden.new_empty(
-            hidden.shape if call.need_hidden else 0, dtype=torch.float32 if call.slab else hidden.dtype
-        ),
-        weight.new_empty(weight.shape if call.need_weight else 0),
-        weight.new_empty(weight.shape[0] if call.need_bias else 0, dtype=torch.float32),
-    )
+    return gradient_shapes(call, torch.float32 if call.slab else call.hidden.dtype)
 
 
 PRODUCTS = Kernel("kept_products", ProductsCall, shape)

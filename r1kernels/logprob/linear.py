@@ -15,10 +15,19 @@ from torch import Tensor
 from .. import autocast, checks
 from ..op import OUTSIDE, Kernel, Op, Size, Written, recorded
 from . import columns_head, frozen, kept_head, linear_reference, parts, sharded
-from .arguments import Head, check_linear, refuse_for_several, split_temperature
+from .arguments import Head, check_linear, check_memory, refuse_for_several, split_temperature
 from .completions import EACH_TOKEN, Completions
 from .events import PADDING, asked_of
-from .head import Gradients, gradient_shapes, gradients, needs_of, rows_of, saves, without_saved
+from .head import (
+    Gradients,
+    gradient_shapes,
+    gradients,
+    needs_of,
+    rows_of,
+    saved_gradient_shapes,
+    saves,
+    without_saved,
+)
 from .kept import Kept, check_kept
 from .token import Rows, Upstream, row_results, upstream_of
 
@@ -143,10 +152,6 @@ def call_of(
     for name in stats:
         checks.choice("stats", name, STATS)
     ignore_index = checks.integer("ignore_index", ignore_index)
-    if chunk_size is not None:
-        chunk_size = checks.integer("chunk_size", chunk_size, minimum=1)
-    if save_logits is not None:
-        checks.boolean("save_logits", save_logits)
     checks.boolean("batch_invariant", batch_invariant)
     temperatures, scalar = split_temperature(temperature, targets, ignore_index, hidden.dtype)
     shard = None if group is None else sharded.shard_of(head.weight, group)
@@ -160,7 +165,7 @@ def call_of(
         rows,
         return_entropy,
         len(stats) > 0,
-        chunk_size or 0,
+        check_memory(chunk_size, save_logits),
         save_logits,
         batch_invariant,
         shard,
@@ -220,13 +225,9 @@ def _shapes(call: LinearCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _saved_backward_shapes(call: SavedBackwardCall) -> Gradients:
-    return gradient_shapes(call.backward)
-
-
 FORWARD = Kernel("linear_logprobs", LinearCall, _shapes)
 BACKWARD = Kernel("linear_logprobs", LinearBackwardCall, gradient_shapes, suffix="_backward")
-BACKWARD_OF_SAVED = Kernel("linear_logprobs", SavedBackwardCall, _saved_backward_shapes, suffix="_backward_")
+BACKWARD_OF_SAVED = Kernel("linear_logprobs", SavedBackwardCall, saved_gradient_shapes, suffix="_backward_")
 
 
 def _forward(backend: str, call: LinearCall) -> tuple[Tensor, ...]:

@@ -14,7 +14,14 @@ from torch import Tensor
 from .. import checks, transforms
 from ..op import Contiguous, Float32, Kernel, Op, Size, Written, nothing, recorded
 from . import columns, kept_reference, kept_rows, reference
-from .arguments import check_targets, in_rows, refuse_for_several, split_temperature, why_not_overwritable
+from .arguments import (
+    check_logits,
+    check_targets,
+    in_rows,
+    refuse_for_several,
+    split_temperature,
+    why_not_overwritable,
+)
 from .completions import EACH_TOKEN, Completions
 from .events import PADDING, asked_of
 from .kept import Kept, check_kept
@@ -66,9 +73,7 @@ def token_logprobs(
     logp -inf; a row that is all -inf, or holds NaN or +inf, gives NaN for that row alone. Deterministic, and bitwise independent of
     the other rows and the number of threads. float64 is served by the reference alone.
     """
-    checks.tensor("logits", logits, dtypes=checks.FLOATS)
-    if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {tuple(logits.shape)}")
+    check_logits(logits)
     several = check_targets(targets, logits.shape[:-1], logits)
     checks.boolean("return_entropy", return_entropy)
     ignore_index = checks.integer("ignore_index", ignore_index)

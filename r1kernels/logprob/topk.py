@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import checks
 from ..op import Op
 from . import columns, columns_head, events, linear, linear_reference
-from .arguments import check_kind, check_linear, in_rows, split_temperature
+from .arguments import check_kind, check_linear, check_logits, in_rows, split_temperature
 from .completions import EACH_TOKEN
 from .divergence_reference import divergence_of_logits
 from .events import PADDING
@@ -81,9 +81,7 @@ def topk_divergence(
     ``token_logprobs``, over the K + 1 events in float64: exact where logits lead by 30 nats and where the two agree. The teacher's
     rest is at least 2^-24. Deterministic.
     """
-    checks.tensor("logits", logits, dtypes=checks.FLOATS)
-    if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {tuple(logits.shape)}")
+    check_logits(logits)
     how = _check_how(kind, beta, tail)
     ids = _check_ids(teacher_ids, logits)
     tokens = _tokens(ids)
