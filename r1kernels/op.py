@@ -85,6 +85,11 @@ class Fields:
             self.types |= found
             self.defaults |= defaults
         self._end = len(arguments._fields) - len(self._outside)
+        for place, default, *_ in self._nested:
+            if default is not None and place != self._end - 1:
+                raise TypeError(
+                    f"{arguments.__name__}: expected no field after {arguments._fields[place]}, which has a default"
+                )
         self._last = tuple(self.defaults.values())
         self.is_row = not self._nested and not self._outside  # a call is its row
 
