@@ -371,10 +371,11 @@ def _experts_gradients(
     backend: str, inputs: Any, tensors: Any, others: Any, grads: Any, needs: Any
 ) -> tuple[Tensor, ...]:
     gating, scale = others
-    matrices = inputs[4:]
-    low = LoraBackward(*needs[4:], Lora(*matrices, scale)) if matrices else NO_LORA_BACKWARD
-    call = ExpertsBackwardCall(*grads, *inputs[:4], *tensors, *gating, *needs[:4], low)
-    *found, of_lora = EXPERTS_BACKWARD(backend, call)
+    low, matrices = NO_LORA_BACKWARD, inputs[4:]
+    if matrices:
+        low = LoraBackward._make((*needs[4:], Lora._make((*matrices, scale))))
+    row = (*grads, *inputs[:4], *tensors, *gating, *needs[:4], low)
+    *found, of_lora = EXPERTS_BACKWARD(backend, ExpertsBackwardCall._make(row))
     return (*found, *of_lora)
 
 

@@ -136,7 +136,7 @@ def moe_experts_backward(
         gradient("weights", weights),
         gradient("gate_up", gate_up),
         gradient("down", down),
-        [gradient(name, matrix) for name, matrix in zip(names, lora, strict=False)],
+        [gradient(name, matrix) for name, matrix in zip(names, lora[:4], strict=False)],
     )
 
 
