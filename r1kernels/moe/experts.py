@@ -184,11 +184,11 @@ def _checked_lora(lora: Any, hidden: Tensor, gate_up: Tensor, down: Tensor) -> L
         if a.shape[1] == 0:
             raise ValueError(f"{a_name}: expected a rank of at least 1, got shape {tuple(a.shape)}")
         checks.tensor(b_name, b, dtypes=checks.FLOATS, shape=(experts, outputs, a.shape[1]), like=weight)
-    _, *tensors = autocast.cast(hidden, *tensors)
-    for name, matrix in zip(LORA_NAMES, tensors, strict=True):
+    _, *matrices = autocast.cast(hidden, *tensors)
+    for name, matrix in zip(LORA_NAMES, matrices, strict=True):
         if matrix is not None:
             checks.tensor(name, matrix, dtypes=(hidden.dtype,))
-    return Lora(*tensors, float(scale))
+    return Lora._make((*matrices, float(scale)))
 
 
 def _at_least_one_expert(name: str, weight: Tensor) -> int:
