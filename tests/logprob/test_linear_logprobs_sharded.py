@@ -121,16 +121,16 @@ def divergence(x, weight, bias, targets, **options):
 
 
 def leading(x, weight, bias, targets, **options):
-    """Divergences where one id leads by 30 nats, of the first rank at the student and of the second at the teacher."""
+    """Divergences where an id of the first rank leads by 30 nats at the student, and one of the second at the teacher."""
     found = []
     for kind in ("reverse_kl", "jsd"):
         leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
-        # on a rank the whole head is not there: leaders are added to the bias by their number
+        # the head of a rank does not know its place: 13 rows are the first ones, and 37 are all
         first = 0 if len(bias) in (13, 37) else 13
         ids = torch.arange(first, first + len(bias))
-        lead = 30.0 * (ids == 5).to(bias.dtype)
+        of_student, of_teacher = (bias.new_tensor(30.0) * (ids == leader) for leader in (5, 20))
         value = linear_divergence(
-            *leaves[:2], x, weight, bias=leaves[2] + lead, teacher_bias=bias + 0.9 * lead + 0.5 * (ids == 20), kind=kind, **options
+            *leaves[:2], x, weight, bias=leaves[2] + of_student, teacher_bias=bias + of_teacher, kind=kind, **options
         )  # fmt: skip
         found += [value.detach(), *torch.autograd.grad(value.sum(), leaves)]
     return found
