@@ -150,6 +150,8 @@ def linear_divergence(
 
 def _some(head: Head, ids: int) -> Head:
     """The head of the first ``ids`` of the vocabulary."""
+    if ids == head.weight.shape[0]:
+        return head  # the gradient of a slice is a copy, also of a slice of all
     bias = None if head.bias is None else head.bias[:ids]
     return head._replace(weight=head.weight[:ids], bias=bias)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1kernels import linear_divergence
 from tests.support.numerics import assert_as_exact_as, same_bits
@@ -310,6 +311,23 @@ def test_padding_of_the_vocabulary_takes_no_part(place, sizes):
     problem.student = [student[0], *(leaf[:37] for leaf in student[1:])]
     problem.teacher[1:] = [value[:37] for value in problem.teacher[1:]]
     assert_close([*ours[:2], *(grad[:37] for grad in ours[2:])], problem.exact())
+
+
+def test_a_head_without_padding_gets_its_gradient_without_a_copy(place):
+    backend, device = place
+    problem = Problem(device=device)
+    value = problem.call(backend=backend)(*problem.student)
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            made.append((function.name(), getattr(result, "shape", None)))
+            return result
+
+    with Watch():
+        value.sum().backward()
+    assert made and ("aten::slice_backward", problem.student[1].shape) not in made
 
 
 @pytest.mark.parametrize("kind", KINDS)
