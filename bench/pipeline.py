@@ -16,6 +16,7 @@ from typing import Any
 from training import files
 from training.format import percent
 from training.pipeline import STAGES
+from training.report import students
 from training.report.marks import MARKS, marks_of
 from training.run_dir import RunDir
 
@@ -46,6 +47,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "test": marks_of(run_dir),
         "harder": marks_of(run_dir, split="harder"),
         "hardest": marks_of(run_dir, split="hardest"),
+        "students": [student._asdict() for student in students.learnt(run_dir)],
         "final_metrics": {name: record["metrics"] for name, record in done.items() if name != "evaluate"},
         "stage_seconds": {name: round(record["stage_seconds"], 1) for name, record in done.items()},
         "total_seconds": round(sum(record["stage_seconds"] for record in done.values()), 1),
@@ -70,6 +72,23 @@ def rows(runs: list[dict[str, Any]]) -> list[list[str]]:
         marks = [[percent(run["test"].get(checkpoint, {}).get(key)) for run in runs] for key, _ in COLUMNS]
         found.append([checkpoint, *map(of_runs, marks)])
     return found
+
+
+def methods(record: Mapping[str, Any]) -> Table:
+    """A row per student of those that learn by different methods at equal tokens; each cell what it is in all runs."""
+    # records of earlier runs do not tell
+    runs = [[students.Learnt(**each) for each in run.get("students", ())] for run in record["runs"]]
+    found = []
+    for first in (one for group in students.at_equal_tokens(runs[0]) for one in group):
+        every = [next(one for one in run if one.name == first.name) for run in runs]
+        columns = (
+            [f"{one.tokens:,}" for one in every],
+            [f"{one.seconds:.0f}" for one in every],
+            [percent(one.accuracy) for one in every],
+        )
+        found.append([first.beginning, first.method, *map(of_runs, columns)])
+    head = ("begins with", "learns by", "tokens", "seconds", "accuracy, %")
+    return Table("Methods at equal tokens", head, found)
 
 
 def tables(record: Mapping[str, Any]) -> list[Table]:

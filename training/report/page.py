@@ -100,7 +100,12 @@ def _head(run_dir: RunDir, recipe: Recipe, done: dict[str, dict[str, Any]]) -> s
         for name, key, label in TILES
         if (value := number(marks.get(name, {}).get(key))) is not None
     ]
-    of_students = (number(row.get("accuracy")) for name, row in marks.items() if name.startswith("distill-"))
+    begun = {f"distill-{student.start}" for student in recipe.distill.students.values()}
+    of_students = (
+        number(row.get("accuracy"))
+        for name, row in marks.items()
+        if name.startswith("distill-") and name not in begun  # of those, others go on
+    )
     known = [value for value in of_students if value is not None]
     if known:
         tiles.append(
