@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from bench import pipeline
+from training.report import students
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results/cpu/tiny.json"
@@ -25,3 +26,17 @@ def test_a_row_shows_all_runs_and_a_dash_where_nothing_was_measured():
     (row,) = pipeline.rows(runs)
     assert row[:3] == ["base", "25.3 / 100.0", "50.0 / 50.0"]
     assert "- / 50.0" in row
+
+
+def test_methods_of_all_runs_stand_in_one_row():
+    def student(name, method, beginning, tokens, accuracy):
+        told = (name, method, beginning, 3, tokens, 10, 5.0, 0.1, accuracy, None, None)
+        return students.Learnt(*told)._asdict()
+
+    runs = [
+        {"students": [student("a", "sft", "b", 900, 0.5), student("c", "logits", "b", 901, accuracy)]}
+        for accuracy in (0.75, 0.8)
+    ]
+    table = pipeline.methods({"runs": runs})
+    assert table.rows[1] == ["b", "logits", "901 / 901", "5 / 5", "75.0 / 80.0"]
+    assert pipeline.methods({"runs": [{"test": {}}]}).rows == []  # a record that does not tell
