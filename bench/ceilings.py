@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -42,11 +43,9 @@ class Ceilings:
         flops = {
             name: max(value, other.flops_per_second[name]) for name, value in self.flops_per_second.items()
         }
-        return Ceilings(
-            max(self.bytes_per_second, other.bytes_per_second),
-            flops,
-            max(self.exps_per_second, other.exps_per_second),
-        )
+        both = ((one.bytes_per_second, one.exps_per_second) for one in (self, other))
+        copied, exps = map(max, *both)
+        return Ceilings(copied, flops, exps)
 
     def floors(self, case: Case) -> dict[str, tuple[float, str]]:
         """Phase -> (seconds, bound); forward+backward is the sum, bound by the larger part; nothing of a whole step."""
@@ -60,14 +59,10 @@ class Ceilings:
 
 def measure(device: torch.device, rounds: int = 5) -> Ceilings:
     """The best of a few rounds of each."""
-    cuda = device.type == "cuda"
-    flops = {}
-    size = 8192 if cuda else 2048
+    flops, size = {}, 8192 if device.type == "cuda" else 2048
     for name, dtype in DTYPES.items():
-        left = torch.randn(size, size, device=device).to(dtype)
-        right = torch.randn(size, size, device=device).to(dtype)
-        flops[name] = 2 * size**3 / best_of(device, rounds, lambda a=left, b=right: a @ b)  # type: ignore[misc]
-
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        flops[name] = 2 * size**3 / best_of(device, rounds, partial(torch.matmul, left, right))
     return Ceilings(copy_rate(device, rounds), flops, _exps(device, rounds))
 
 
@@ -77,14 +72,16 @@ def _exps(device: torch.device, rounds: int) -> float:
     for rows in (256,) if device.type == "cuda" else (4 * torch.get_num_threads(), 64):
         cached = torch.randn(rows, 32768, device=device)
         targets = torch.zeros(rows, dtype=torch.int64, device=device)
-        result = torch.empty_like(cached)
-        for function in (
-            lambda x=cached, out=result: torch.exp(x, out=out),
-            lambda x=cached, y=targets: r1kernels.token_logprobs(x, y),
-        ):
-            seconds = best_of(device, rounds, lambda f=function: [f() for _ in range(30)])  # type: ignore[misc]
-            found.append(30 * cached.numel() / seconds)
+        exp = partial(torch.exp, cached, out=torch.empty_like(cached))
+        for function in (exp, partial(r1kernels.token_logprobs, cached, targets)):
+            clock = best_of(device, rounds, partial(_thirty, function))
+            found.append(30 * cached.numel() / clock)
     return max(found)
+
+
+def _thirty(function: Callable[[], object]) -> None:
+    for _ in range(30):
+        function()
 
 
 def copy_rate(device: torch.device, rounds: int) -> float:

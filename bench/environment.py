@@ -38,8 +38,7 @@ def environment(device: str) -> dict[str, Any]:
         "commit": commit(),
         "packages": {name: version(name) for name in PACKAGES},
     }
-    failure = extension.missing()
-    found["extension"] = failure or f"built, runs {extension.chosen_isa()}"
+    found["extension"] = extension.missing() or f"built, runs {extension.chosen_isa()}"
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found["gpu"] = properties.name
@@ -51,23 +50,20 @@ def environment(device: str) -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of this checkout, with a mark where files differ from it; "unknown" outside of a checkout."""
-    root = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
     try:
-        revision = _git(root, "rev-parse", "--short=10", "HEAD")
-        return revision + (" and changes" if _git(root, "status", "--porcelain", "-uno") else "")
+        changes = git("status", "--porcelain", "-uno")
+        return git("rev-parse", "--short=10", "HEAD") + (" and changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
 def _processor() -> str:
     path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

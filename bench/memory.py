@@ -14,7 +14,6 @@ from torch import Tensor
 from r1kernels import extension
 
 _STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
 
 
 class Peak:
@@ -35,9 +34,11 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
             return self
-        _give_back()
+        # freed heap pages and kept buffers go back to the system, so that reusing them is seen
+        extension.release()
+        ctypes.CDLL(None).malloc_trim(0)
         self._counting = _reset_peak()
-        self._before = _status("VmRSS")
+        self._before = _bytes(_STATUS, "VmRSS")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -45,7 +46,7 @@ class Peak:
             torch.cuda.synchronize()
             self.bytes = torch.cuda.max_memory_allocated() - self._before
         elif self._counting:
-            self.bytes = max(_status("VmHWM") - self._before, 0)
+            self.bytes = max(_bytes(_STATUS, "VmHWM") - self._before, 0)
 
 
 class Saved:
@@ -73,31 +74,24 @@ def counting_saved(without: list[Tensor]) -> Iterator[Saved]:
 
 def available_bytes(device: torch.device) -> int:
     """Free memory of the device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo: expected a line MemAvailable")
+    return (
+        int(torch.cuda.mem_get_info()[0])
+        if device.type == "cuda"
+        else _bytes(Path("/proc/meminfo"), "MemAvailable")
+    )
 
 
 def _reset_peak() -> bool:
     """Set the high-water mark of the process to what it holds now; False where the system does not let it."""
     try:
-        _CLEAR.write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
     return True
 
 
-def _status(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(field + ":"):
+def _bytes(path: Path, name: str) -> int:
+    for line in path.read_text().splitlines():
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS}: expected a line {field}")
-
-
-def _give_back() -> None:
-    """Return freed heap pages and kept buffers to the system, so that reusing them is seen."""
-    extension.release()
-    ctypes.CDLL(None).malloc_trim(0)
+    raise RuntimeError(f"{path}: expected a line {name}")

@@ -16,14 +16,66 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .cases import Case
+from .cases import CASES, Case
 from .ceilings import Ceilings
-from .marks import MARKS, Mark
 from .peers import OURS
 from .results import FOLDER, load
 from .table import Table
 
 STATE = "uncalibrated: predicted by counting, no GPU has run it"
+
+# --- the marks: what the kernels are to reach, each at the shape of one case ---
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The phase of a case, the mark in words, and its seconds under the ceilings of a machine."""
+
+    case: Case
+    phase: str
+    words: str
+    seconds: Callable[[Case, Ceilings], float]
+
+    def goal(self, ceilings: Ceilings) -> float:
+        return self.seconds(self.case, ceilings)
+
+
+def _mark(name: str, phase: str, words: str, seconds: Callable[[Case, Ceilings], float]) -> Mark:
+    (case,) = (case for case in CASES if case.device == "cuda" and case.id == name)
+    return Mark(case, phase, words, seconds)
+
+
+def flops(case: Case, phase: str) -> float:
+    return case.works()[phase].flops
+
+
+def _at(phase: str, rate: float) -> Callable[[Case, Ceilings], float]:
+    return lambda case, ceilings: flops(case, phase) / rate
+
+
+def _products(case: Case, ceilings: Ceilings) -> float:
+    """1.10 * 8 N V H at the rate of a GEMM: the logits forward, again in the backward, and two gradients."""
+    return 1.10 * 4 * flops(case, "forward") / ceilings.flops_per_second[case.dtype]
+
+
+HEAD, LARGE_HEAD = (
+    "linear_logprobs-N8192-V131072-H4096-bfloat16",
+    "linear_logprobs-N16384-V248320-H2048-bfloat16",
+)
+EXPERTS, BOTH = "moe_experts-T32768-H2048-I768-E128-K8-bfloat16", "forward+backward"
+MARKS = (
+    _mark("token_logprobs-N8192-V151936-bfloat16", "forward", "85 % of the bandwidth",
+          lambda case, ceilings: case.work()["forward"].bytes / ceilings.bytes_per_second / 0.85),
+    _mark(HEAD, "forward", "650 TFLOP/s", _at("forward", 650e12)),
+    _mark(HEAD, BOTH, "1.10 of 8 N V H", _products),
+    _mark(LARGE_HEAD, BOTH, "1.10 of 8 N V H", _products),
+    _mark("grpo_loss-B64-L1024-float32-padded", "forward", "20 microseconds", lambda case, ceilings: 20e-6),
+    _mark(EXPERTS, "forward", "550 TFLOP/s", _at("forward", 550e12)),
+    _mark(EXPERTS, BOTH, "450 TFLOP/s", _at(BOTH, 450e12)),
+    _mark("route-T4096-E256-K8-float32", "forward", "10 microseconds", lambda case, ceilings: 10e-6),
+)  # fmt: skip
+
+# --- the chip ---
 
 
 @dataclass(frozen=True)
@@ -75,7 +127,6 @@ CONSUMER_WARPS = 8
 TILE_BYTES = 2 * BLOCK_K * (BLOCK_M + BLOCK_N)
 # each of two warpgroups reads its half of the rows and all columns
 SHARED_BYTES = 2 * BLOCK_K * (BLOCK_M + 2 * BLOCK_N)
-SILU, BF16 = "(Activation)0", "__nv_bfloat16"
 
 
 def epilogue(kernel: str) -> int:
@@ -90,9 +141,8 @@ def tiles(
 ) -> Launch:
     """So many tiles of so many k tiles; ``memory``: bytes of all, ``out``: bytes that a tile writes."""
     rounds = math.ceil(count / chip.processors)
-    flops = 2 * BLOCK_M * BLOCK_N * BLOCK_K * chip.processors
     products = {
-        "tensor cores": k_tiles * flops / chip.flops,
+        "tensor cores": k_tiles * 2 * BLOCK_M * BLOCK_N * BLOCK_K * chip.processors / chip.flops,
         "L2 cache": k_tiles * TILE_BYTES * chip.processors / chip.l2,
         "shared memory": k_tiles * SHARED_BYTES / chip.shared / chip.clock,
     }
@@ -100,23 +150,17 @@ def tiles(
         "epilogue's instructions": epilogue(kernel) * CONSUMER_WARPS / chip.issued / chip.clock,
         "epilogue's stores": out * chip.processors / chip.l2,
     }
-    stages = [{key: rounds * value for key, value in stage.items()} for stage in (products, behind)]
+    stages = tuple({key: rounds * value for key, value in stage.items()} for stage in (products, behind))
     if memory / chip.memory > sum(max(stage.values()) for stage in stages):
-        return Launch(name, ({"bandwidth": memory / chip.memory},))
-    return Launch(name, tuple(stages))
+        stages = ({"bandwidth": memory / chip.memory},)
+    return Launch(name, stages)
 
 
 def passes(chip: Chip, name: str, memory: float, exps: float = 0.0) -> Launch:
     """A kernel that goes over its bytes once."""
+    functions = exps / (chip.exps * chip.processors * chip.clock)
     return Launch(
-        name,
-        (
-            {
-                "bandwidth": memory / chip.memory,
-                "special functions": exps / (chip.exps * chip.processors * chip.clock),
-                "launch": chip.launch,
-            },
-        ),
+        name, ({"bandwidth": memory / chip.memory, "special functions": functions, "launch": chip.launch},)
     )
 
 
@@ -133,79 +177,67 @@ def experts(chip: Chip, case: Case, backward: bool) -> list[Launch]:
     rows = t * k
     row_tiles = e * (rows / e / BLOCK_M + 0.5)  # half a tile an expert is not full
     weights, hidden, inner = 2 * e * h * i, 2 * rows * h, 2 * rows * i
-    store = f"hopper_rows_kernel<{BF16}, (R1kernelsMoeEpilogue)0, {{}}, {SILU}>"
-    out = 2 * BLOCK_M * BLOCK_N
+    total = passes(chip, "sum over experts", hidden + 2 * t * h)
 
     def wide(columns: int) -> int:
         return math.ceil(columns / BLOCK_N)
 
+    def each(name: str, kernel: str, count: float, k_tiles: float, memory: float, out: float = 1.0) -> Launch:
+        kernel = "hopper_" + kernel.replace("<", "_kernel<__nv_bfloat16, ").replace(
+            "EPILOGUE", "(R1kernelsMoeEpilogue)"
+        )
+        return tiles(chip, name, kernel, count, k_tiles, memory, out * 2 * BLOCK_M * BLOCK_N)
+
     if not backward:
-        up = f"hopper_rows_kernel<{BF16}, (R1kernelsMoeEpilogue)1, false, {SILU}>"
-        of_up = row_tiles * math.ceil(i / (BLOCK_N // 2))
-        memory = 2 * weights + 2 * t * h + 3 * inner
+        up = row_tiles * math.ceil(i / (BLOCK_N // 2))
         return [
             passes(chip, "order of experts", 24.0 * rows),
-            tiles(chip, "up", up, of_up, h / BLOCK_K, memory, 1.5 * out),
-            tiles(
-                chip,
+            each(
+                "up",
+                "rows<EPILOGUE1, false, (Activation)0>",
+                up,
+                h / BLOCK_K,
+                2 * weights + 2 * t * h + 3 * inner,
+                1.5,
+            ),
+            each(
                 "down",
-                store.format("false"),
+                "rows<EPILOGUE0, false, (Activation)0>",
                 row_tiles * wide(h),
                 i / BLOCK_K,
                 weights + inner + hidden,
-                out,
             ),
-            passes(chip, "sum over experts", hidden + 2 * t * h),
+            total,
         ]
-    gate = f"hopper_rows_kernel<{BF16}, (R1kernelsMoeEpilogue)2, true, {SILU}>"
-    left, right = (f"hopper_weights_kernel<{BF16}, {sides}>" for sides in ("true, false", "false, true"))
-    a_weight = rows / e / BLOCK_K
+    down, both = e * math.ceil(h / BLOCK_M) * wide(i), e * math.ceil(2 * i / BLOCK_M) * wide(h)
+    a_weight, read = rows / e / BLOCK_K, 2 * weights + 2 * inner + hidden
+    gate = weights + 2 * t * h + 5 * inner
     return [
-        tiles(
-            chip,
+        each(
             "gate backward",
-            gate,
+            "rows<EPILOGUE2, true, (Activation)0>",
             row_tiles * wide(i),
             h / BLOCK_K,
-            weights + 2 * t * h + 5 * inner,
-            5 * out,
+            gate,
+            5.0,
         ),
-        tiles(
-            chip,
-            "gradient of down",
-            left,
-            e * math.ceil(h / BLOCK_M) * wide(i),
-            a_weight,
-            weights + inner + hidden,
-            out,
-        ),
-        tiles(
-            chip,
-            "gradient of gate and up",
-            right,
-            e * math.ceil(2 * i / BLOCK_M) * wide(h),
-            a_weight,
-            2 * weights + 2 * inner + hidden,
-            out,
-        ),
-        tiles(
-            chip,
+        each("gradient of down", "weights<true, false>", down, a_weight, weights + inner + hidden),
+        each("gradient of gate and up", "weights<false, true>", both, a_weight, read),
+        each(
             "gradient of the rows",
-            store.format("true"),
+            "rows<EPILOGUE0, true, (Activation)0>",
             row_tiles * wide(h),
             2 * i / BLOCK_K,
-            2 * weights + 2 * inner + hidden,
-            out,
+            read,
         ),
-        passes(chip, "sum over experts", hidden + 2 * t * h),
+        total,
     ]
 
 
 def head(chip: Chip, case: Case, backward: bool) -> list[Launch]:
     """Float32 logits by cuBLAS, tile by tile, and one pass over them; kept where a sixteenth of the memory holds them."""
     n, v, h = (case.sizes[name] for name in "NVH")
-    logits = float(n) * v
-    weight, hidden = 2.0 * v * h, 2.0 * n * h
+    logits, weight, hidden = float(n) * v, 2.0 * v * h, 2.0 * n * h
     made = product(chip, "logits", 2 * logits * h, weight + hidden + 4 * logits)
     if not backward:
         return [made, passes(chip, "row sums", 4 * logits, logits)]
@@ -218,34 +250,22 @@ def head(chip: Chip, case: Case, backward: bool) -> list[Launch]:
     ]
 
 
-def token(chip: Chip, case: Case, backward: bool) -> list[Launch]:
+def small(chip: Chip, case: Case, backward: bool) -> list[Launch]:
+    """Kernels that go over their bytes once, one after another."""
     work = case.work()["backward" if backward else "forward"]
-    return [passes(chip, "rows", work.bytes, work.exps)]
+    last = passes(chip, "backward" if backward else case.op, work.bytes, work.exps)
+    if case.op == "route":
+        return [passes(chip, "counters", 4.0 * case.sizes["E"]), last]
+    sums = case.op == "grpo_loss" and not backward
+    return [passes(chip, "sums", work.bytes, work.exps), last] if sums else [last]
 
 
-def loss(chip: Chip, case: Case, backward: bool) -> list[Launch]:
-    work = case.work()["backward" if backward else "forward"]
-    names = ["backward"] if backward else ["sums", "loss"]
-    return [passes(chip, name, work.bytes, work.exps) for name in names]
-
-
-def router(chip: Chip, case: Case, backward: bool) -> list[Launch]:
-    work = case.work()["backward" if backward else "forward"]
-    return [passes(chip, "counters", 4.0 * case.sizes["E"]), passes(chip, "route", work.bytes, work.exps)]
-
-
-LAUNCHES: dict[str, Callable[[Chip, Case, bool], list[Launch]]] = {
-    "moe_experts": experts,
-    "linear_logprobs": head,
-    "token_logprobs": token,
-    "grpo_loss": loss,
-    "route": router,
-}
+LAUNCHES = {"moe_experts": experts, "linear_logprobs": head}
 
 
 def launches(chip: Chip, mark: Mark) -> list[Launch]:
     """What a mark's phase launches, in order."""
-    make = LAUNCHES[mark.case.op]
+    make = LAUNCHES.get(mark.case.op, small)
     return [
         launch for phase in mark.phase.split("+") for launch in make(chip, mark.case, phase == "backward")
     ]

@@ -12,7 +12,7 @@ import torch
 
 from bench import lease, run, sanitize
 from bench.ceilings import Ceilings
-from bench.marks import MARKS
+from bench.roofline import MARKS
 
 ROOT = Path(__file__).parents[2]
 H200 = Ceilings(4.3e12, {"bfloat16": 790e12, "float32": 50e12}, 1e13)

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import roofline
-from bench.marks import MARKS, flops
-from bench.roofline import H200, Launch
+from bench.roofline import H200, MARKS, Launch, flops
 
 ROOT = Path(__file__).parents[2]
 
