@@ -127,7 +127,7 @@ def _measured(name: str) -> Callable[..., int]:
 def _compare(before: Path, after: Path) -> None:
     from . import report
 
-    print("\n".join(report.aligned(report.changes(results.load(before), results.load(after)))))
+    print(report.changes(results.load(before), results.load(after)).markdown())
 
 
 if __name__ == "__main__":

@@ -30,36 +30,28 @@ from .results import Run
 
 INK, GRID = "#7a818c", "#9aa1ae55"
 OURS, OTHERS = "#2f7de0", ("#d9730d", "#8a4fc7", "#18896b")
+_TEXT = (
+    "axes.labelcolor",
+    "axes.titlecolor",
+    "text.color",
+    "xtick.color",
+    "ytick.color",
+    "legend.labelcolor",
+)
 STYLE: Mapping[str, Any] = {
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "r1kernels",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "grid.color": GRID,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    **dict.fromkeys(
-        (
-            "axes.labelcolor",
-            "axes.titlecolor",
-            "text.color",
-            "xtick.color",
-            "ytick.color",
-            "legend.labelcolor",
-        ),
-        INK,
-    ),
+    **{"svg.fonttype": "none", "svg.hashsalt": "r1kernels"},  # text stays text
+    **{"font.family": "sans-serif", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold"},
+    **{
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+    },
+    **{"axes.edgecolor": GRID, "grid.color": GRID, "legend.frameon": False},
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
+    **dict.fromkeys(_TEXT, INK),
 }
 Numbers = dict[str, dict[str, float]]
-Points = list[tuple[str, str, float, float]]  # whose, dtype, FLOPs a byte, FLOPs a second
 
 
 # --- numbers ---
@@ -84,22 +76,6 @@ def floors(run: Run) -> dict[str, tuple[float, str]]:
             if seconds:
                 found[f"{one.case.op}, {phase}"] = (min(floor / seconds, 1.0), bound)
     return found
-
-
-def roofline(run: Run) -> tuple[Run, Points]:
-    """Ours and the best of the others, in the ops that multiply matrices."""
-    points: Points = []
-    for one in run.cases:
-        for phase, work in one.case.works().items():
-            # not the forward and the backward apart: some compute their gradients in the forward
-            for row in (
-                (*one.ours[:1], one.best(phase))
-                if work.flops and phase in ("inference", "forward+backward")
-                else ()
-            ):
-                if row and (seconds := row.median(phase)):
-                    points.append((row.kind, one.case.dtype, work.flops / work.bytes, work.flops / seconds))
-    return run, points
 
 
 def errors(record: Mapping[str, Any]) -> Numbers:
@@ -211,29 +187,6 @@ def draw_floors(shares: Mapping[str, tuple[float, str]], axes: Axes) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 115)
     axes.set_title("Floor / our time, in %, and which floor binds")
-
-
-def draw_roofline(found: tuple[Run, Points], axes: Axes) -> None:
-    run, points = found
-    left, right = (f([x for *_, x, _ in points], default=1.0) for f in (min, max))
-    for colour, (dtype, peak) in zip((OURS, *OTHERS), run.ceilings.flops_per_second.items(), strict=False):
-        knee = peak / run.ceilings.bytes_per_second
-        line = (
-            [left / 2, knee, 2 * max(right, knee)],
-            [left / 2 * run.ceilings.bytes_per_second, peak, peak],
-        )
-        axes.plot(
-            *line, color=colour, linewidth=1.5, label=f"{dtype}: filled ours, hollow the best of the others"
-        )
-        for kind, _, x, y in (point for point in points if point[1] == dtype):
-            axes.plot(x, y, "o", color=colour, markersize=5, fillstyle="full" if kind == "ours" else "none")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("FLOPs a byte (algorithmic)")
-    axes.set_ylabel("FLOP/s")
-    axes.grid()
-    axes.legend(loc="lower right", fontsize=8.5)
-    axes.set_title("Under the bandwidth and the GEMM rate of this machine")
 
 
 def svg(draw: Callable[..., None], numbers: Any, size: tuple[float, float] = (5.6, 3.5)) -> str:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 import training.report
-from training.format import align, duration
+from training.format import duration
 
 from . import noise, saved
 from .peers import PHASES
@@ -71,8 +71,9 @@ def not_best(run: Run) -> list[str]:
                 if not own or not peer or not ratio or ratio >= 1:
                     continue
                 text = f"{one.title}, {phase}{', first call' if first else ''}: {peer.peer} takes {times(ratio)} our time"
-                if floor := run.ceilings.floors(one.case).get(phase):
-                    text += f"; ours takes {times((own.median(phase, first) or 0) / floor[0])} the {floor[1]} floor, theirs {times((peer.median(phase, first) or 0) / floor[0])}"  # fmt: skip
+                floor, bound = run.ceilings.floors(one.case).get(phase, (0.0, ""))
+                ours, theirs = (times((row.median(phase, first) or 0) / (floor or 1)) for row in (own, peer))
+                text += f"; ours takes {ours} the {bound} floor, theirs {theirs}" if bound else ""
                 if bare := _over_bare(one, own):
                     text += f"; ours over bare GEMMs: {bare}"
                 lines.append(text + ".")
@@ -81,12 +82,8 @@ def not_best(run: Run) -> list[str]:
 
 def failures(run: Run) -> list[str]:
     """What of ours broke the numeric rule or raised; others that did stand in the tables of their cases."""
-    return [
-        f"{one.title}: {row.peer}: {row.reason}"
-        for one in run.cases
-        for row in one.ours
-        if row.status == "failed"
-    ]
+    ours = ((one.title, row) for one in run.cases for row in one.ours)
+    return [f"{title}: {row.peer}: {row.reason}" for title, row in ours if row.status == "failed"]
 
 
 # --- tables ---
@@ -331,7 +328,6 @@ def sections(run: Run, before: Run | None) -> Iterable[Section]:
 
         yield "Time of others over ours", 2, pictures.svg(pictures.draw_speed, pictures.speed(run), (7, 5.5))
         yield "How far from the floor", 2, pictures.svg(pictures.draw_floors, pictures.floors(run), (7, 7))
-        yield "Roofline", 2, pictures.svg(pictures.draw_roofline, pictures.roofline(run), (7, 4))
     yield "Headline", 2, headline(run)
     yield "Where we are not the best", 2, not_best(run)
     yield "Cases whose rounds do not repeat", 2, noisy(run)
@@ -408,15 +404,11 @@ def _strong(text: str) -> str:
 
 
 def terminal(run: Run) -> str:
-    """The headline in even columns, then failures and where we are not the best."""
-    parts = [summary(run).replace("**", ""), *aligned(headline(run))]
+    """The headline, then failures and where we are not the best."""
+    parts = [*_warnings(run), headline(run).markdown()]
     for label, lines in (("FAILED", failures(run)), ("NOT THE BEST", not_best(run)), ("NOISY", noisy(run))):
         parts += [f"{label} {line}" for line in lines]
-    return "\n".join(parts + ([] if run.environment["device"] == "cuda" else [NOT_ON_A_GPU]))
-
-
-def aligned(table: Table) -> list[str]:
-    return align([list(table.head), *map(list, table.rows)])
+    return "\n".join(parts)
 
 
 def main(results: Path, against: Path | None = None) -> None:

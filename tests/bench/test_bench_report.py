@@ -216,7 +216,7 @@ def test_the_command_line_reports_and_compares(good, tmp_path, capsys):
     assert path.with_suffix(".html").is_file() and path.with_suffix(".md").is_file()
     assert "token_logprobs" in capsys.readouterr().out
     assert main(["compare", str(path), str(path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith("same")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("same |")
 
 
 # --- comparing two results ---
