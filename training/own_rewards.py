@@ -25,7 +25,6 @@ from typing import Any
 
 from training import sources
 from training.errors import UserError
-from training.parallel import ranks
 from training.rewards import Reward, Sample
 
 IMPORT_SECONDS = 120.0  # for the file and what it imports
@@ -51,6 +50,9 @@ class OwnReward:
         Raises:
             UserError: the file cannot be imported.
         """
+        # here alone: it imports torch, which would take the other process longer than its work
+        from training.parallel import ranks
+
         return ranks.together(self._rewards, samples) if self._at_once else self._rewards(samples)
 
     def _rewards(self, samples: Sequence[Sample]) -> list[Reward]:
