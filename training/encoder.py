@@ -66,7 +66,7 @@ class Encoder:
         usable = found is not None and (rows is None or found < rows)
         return int(found) if usable else self.end_id or 0
 
-    @property
+    @cached_property
     def positions(self) -> int | None:
         """The longest text that the model can read, in tokens; None where its config sets no limit."""
         if self.model is None:

@@ -18,7 +18,7 @@ from training.loops.sample import Completion, Prompt, sample
 from training.parallel import ranks
 from training.progress import Progress
 
-BATCHES = 4  # full batches in a piece: seldom does one drain, and a kill costs little
+BATCHES = 4  # full batches of each rank in a piece: seldom does one drain, and a kill costs little
 KEPT = [field.name for field in fields(Completion) if field.name not in ("problem", "routing", "kept")]
 
 
@@ -42,7 +42,7 @@ def sample_in_pieces(
             settings, such as the hash of the checkpoint.
         engine, prompts, samples, batch_size, seed_parts, settings: as in `sample`, without routing and kept sets.
     """
-    size = max(1, BATCHES * batch_size // samples)
+    size = max(1, ranks.world() * BATCHES * batch_size // samples)
     call = files.value_hash([identity, samples, list(seed_parts), settings])
     found: list[Completion] = []
     shown = context.progress if context is not None and len(prompts) > size else Progress(quiet=True)

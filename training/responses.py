@@ -20,6 +20,7 @@ from training.encoder import Encoder
 from training.errors import UserError
 from training.loops.sample import Completion, Prompt, room
 from training.model import load
+from training.parallel import ranks
 from training.pieces import sample_in_pieces
 from training.prompts import Prompter
 from training.recipe import Recipe, Rollout
@@ -133,7 +134,11 @@ def fitting(
 ) -> list[Problem]:
     """The problems whose prompts the model can read; a warning counts the others."""
     encoder = Encoder(model, tokenizer)
-    lengths = [0 if encoder.positions is None else len(encoder.prompt(prompt(each)).ids) for each in asked]
+
+    def measure(own: Sequence[Problem]) -> list[int]:
+        return [0 if encoder.positions is None else len(encoder.prompt(prompt(each)).ids) for each in own]
+
+    lengths = ranks.spread(measure, asked)
     fit = [each for each, length in zip(asked, lengths, strict=True) if room(encoder, length) >= 1]
     if len(fit) < len(asked):
         text = (

@@ -11,10 +11,11 @@ of its training pairs; the safety model's is 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from statistics import fmean
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,7 @@ from training.tasks.problem import Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-T = TypeVar("T")
-BATCH_SIZE = 256  # texts in one forward pass without gradients
+PASS_TOKENS = 8192  # padded ones, in one forward pass without gradients
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Point:
 
 
 Labelled = Pair | Point
+Reader = Callable[[Problem, str], list[int]]  # `encode` with an encoder
 
 
 def from_language_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -78,8 +79,11 @@ def rewards(
 ) -> torch.Tensor:
     """The scalar rewards of (problem, text) items, float32 (N,); read at the token that ends the turn, behind the text."""
     encoder = Encoder(model, tokenizer)
-    rows = [encode(encoder, problem, text) for problem, text in items]
-    ids = torch.full((len(rows), max(map(len, rows))), encoder.pad_id, dtype=torch.int64)
+    return _rewards(model, [encode(encoder, *item) for item in items], encoder.pad_id)
+
+
+def _rewards(model: PreTrainedModel, rows: Sequence[list[int]], pad: int) -> torch.Tensor:
+    ids = torch.full((len(rows), max(map(len, rows))), pad, dtype=torch.int64)
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)] = torch.tensor(tokens)
     last = torch.tensor([len(tokens) - 1 for tokens in rows], device=model.device)
@@ -91,6 +95,21 @@ def rewards(
         return reward
 
     return forward(model, score).float().squeeze(-1)
+
+
+@torch.no_grad()
+def _scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, items: Sequence[tuple[Problem, str]]
+) -> list[float]:
+    """The rewards of items, in passes with little padding."""
+    encoder = Encoder(model, tokenizer)
+    rows = [encode(encoder, *item) for item in items]
+    found = [0.0] * len(rows)
+    for piece in micro_batches([len(row) for row in rows], PASS_TOKENS):
+        scored = _rewards(model, [rows[i] for i in piece], encoder.pad_id).tolist()
+        for i, reward in zip(piece, scored, strict=True):
+            found[i] = reward
+    return found
 
 
 def encode(encoder: Encoder, problem: Problem, text: str) -> list[int]:
@@ -115,34 +134,19 @@ def pointwise_loss(reward: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(reward, label)
 
 
-def loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: Sequence[Labelled]
-) -> torch.Tensor:
+def _loss(model: PreTrainedModel, read: Reader, batch: Sequence[Labelled], pad: int) -> torch.Tensor:
     """The loss of a batch of pairs (helpful) or of points (safety)."""
-    pairs, points = _pairs(batch), _points(batch)
-    if pairs:
-        return pairwise_loss(*_pair_rewards(model, tokenizer, pairs))
-    label = torch.tensor([float(point.label) for point in points], device=model.device)
-    return pointwise_loss(rewards(model, tokenizer, [(point.problem, point.text) for point in points]), label)
-
-
-def _pairs(data: Sequence[Labelled]) -> list[Pair]:
-    return [each for each in data if isinstance(each, Pair)]
+    texts = [_items(each) for each in batch]
+    # of pairs first the chosen texts, then the rejected ones
+    found = _rewards(model, [read(*item) for column in zip(*texts, strict=True) for item in column], pad)
+    if isinstance(batch[0], Pair):
+        return pairwise_loss(*found.chunk(2))
+    label = torch.tensor([float(point.label) for point in _points(batch)], device=model.device)
+    return pointwise_loss(found, label)
 
 
 def _points(data: Sequence[Labelled]) -> list[Point]:
     return [each for each in data if isinstance(each, Point)]
-
-
-def _pair_rewards(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards of the chosen and of the rejected texts, (N,) each, in one forward pass."""
-    texts = [(pair.problem, pair.chosen) for pair in pairs] + [
-        (pair.problem, pair.rejected) for pair in pairs
-    ]
-    chosen, rejected = rewards(model, tokenizer, texts).chunk(2)
-    return chosen, rejected
 
 
 def train(
@@ -167,6 +171,8 @@ def train(
     if state:
         optimizer.restore(state)
     metrics: dict[str, float] = {}
+    encoder = Encoder(model, tokenizer)
+    read = cache(partial(encode, encoder))  # a text comes once an epoch
     learner.train()
     with context.progress.bar(steps, start, context.name) as bar:
         for step in range(start, steps):
@@ -175,7 +181,7 @@ def train(
                 for i in _batch(len(data), config.batch_size, step, (context.recipe.seed, context.name))
             ]
             with seeding.torch_seed(context.recipe.seed, context.name, "dropout", step, *ranks.own_key()):
-                value = _backward(learner, tokenizer, batch, config.micro_batch_tokens)
+                value = _backward(learner, read, batch, encoder.pad_id, config.micro_batch_tokens)
             lr = learning_rate(
                 step, steps, lr=config.lr, lr_end=config.lr_end, schedule="cosine", warmup=config.warmup
             )
@@ -191,24 +197,22 @@ def train(
     return {**metrics, "steps": steps}
 
 
-def _backward(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: Sequence[Labelled], most: int
-) -> float:
+def _backward(model: PreTrainedModel, read: Reader, batch: Sequence[Labelled], pad: int, most: int) -> float:
     """The loss of a batch, whose gradient is added in passes of at most `most` padded tokens, a share of it on every rank."""
-    encoder = Encoder(model, tokenizer)
-    lengths = [sum(len(encode(encoder, each.problem, text)) for text in _texts(each)) for each in batch]
+    lengths = [sum(len(read(*item)) for item in _items(each)) for each in batch]
     own = list(ranks.share(lengths))
     total = 0.0
     for piece in padded_pieces(micro_batches([lengths[i] for i in own], most), model):
         labelled = [batch[own[i]] for i in piece] or batch[:1]  # an empty one counts nothing
-        part = loss(model, tokenizer, labelled) * (len(piece) / len(batch))
+        part = _loss(model, read, labelled, pad) * (len(piece) / len(batch))
         part.backward()
         total += part.item()
     return ranks.sum_number(total)
 
 
-def _texts(labelled: Labelled) -> tuple[str, ...]:
-    return (labelled.chosen, labelled.rejected) if isinstance(labelled, Pair) else (labelled.text,)
+def _items(labelled: Labelled) -> list[tuple[Problem, str]]:
+    texts = (labelled.chosen, labelled.rejected) if isinstance(labelled, Pair) else (labelled.text,)
+    return [(labelled.problem, text) for text in texts]
 
 
 def _batch(count: int, size: int, step: int, key: tuple[int | str, ...]) -> list[int]:
@@ -218,43 +222,26 @@ def _batch(count: int, size: int, step: int, key: tuple[int | str, ...]) -> list
     return order[position * size : (position + 1) * size].tolist()
 
 
-@torch.no_grad()
 def _mean_reward(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: Sequence[Labelled]
 ) -> float:
     """Mean reward of all texts of the pairs; 0 for points, whose reward has its zero where it belongs."""
-    pairs = _pairs(data)
-
-    def score(own: Sequence[Pair]) -> list[tuple[float, float]]:
-        found: list[tuple[float, float]] = []
-        for batch in _batches(own):
-            found += zip(*(each.tolist() for each in _pair_rewards(model, tokenizer, batch)), strict=True)
-        return found
-
-    found = ranks.spread(score, pairs)
-    return fmean(reward for pair in found for reward in pair) if found else 0.0
+    items = [item for each in data if isinstance(each, Pair) for item in _items(each)]
+    found = ranks.spread(partial(_scores, model, tokenizer), items)
+    return fmean(found) if found else 0.0
 
 
-@torch.no_grad()
 def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: Sequence[Labelled]) -> float:
     """Share of pairs whose chosen text has the higher reward, or of points on the right side of 1/2; nan without data."""
 
     def verdicts(own: Sequence[Labelled]) -> list[bool]:
-        found: list[bool] = []
-        for pairs in _batches(_pairs(own)):
-            chosen, rejected = _pair_rewards(model, tokenizer, pairs)
-            found += (chosen > rejected).tolist()
-        for points in _batches(_points(own)):
-            reward = rewards(model, tokenizer, [(point.problem, point.text) for point in points])
-            label = torch.tensor([point.label for point in points], device=reward.device)
-            found += ((reward > 0) == label).tolist()
-        return found
+        found = iter(_scores(model, tokenizer, [item for each in own for item in _items(each)]))
+        return [
+            next(found) > next(found) if isinstance(each, Pair) else (next(found) > 0) == each.label
+            for each in own
+        ]
 
     return sum(ranks.spread(verdicts, data)) / len(data) if data else float("nan")
-
-
-def _batches(data: Sequence[T]) -> Iterator[Sequence[T]]:
-    return (data[start : start + BATCH_SIZE] for start in range(0, len(data), BATCH_SIZE))
 
 
 def scorer(
@@ -262,13 +249,9 @@ def scorer(
 ) -> Callable[[Sequence[tuple[Problem, str]]], list[float]]:
     """The model as a preference reward: (problem, text) items -> scores in (0, 1)."""
 
-    @torch.no_grad()
     def score(items: Sequence[tuple[Problem, str]]) -> list[float]:
-        found: list[float] = []
-        for batch in _batches(items):
-            reward = rewards(model, tokenizer, batch)
-            found += torch.sigmoid(reward - model.config.reward_offset).tolist()
-        return found
+        rewards = torch.tensor(_scores(model, tokenizer, items))
+        return torch.sigmoid(rewards - model.config.reward_offset).tolist()
 
     return score
 

@@ -5,20 +5,23 @@ The ranks of the everyday tests are forked once, do everything that is compared,
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from r1kernels.grpo.reductions import REDUCTIONS
 from tests.support.ranks import on_ranks
-from training import prompts, reward_model, student
+from training import adapters, prompts, reward_model, student
 from training.context import StageContext
 from training.document import Document
 from training.engines import EngineError
 from training.errors import UserError
-from training.loops import grpo, next_token
+from training.loops import grpo, next_token, on_policy
 from training.loops.optim import Optimizer
-from training.model import build_model
+from training.loops.sample import Prompt
+from training.loops.token_loss import OfTeacher
+from training.model import build_model, check_head
 from training.own_rewards import OwnReward
 from training.parallel import ranks
 from training.parts import run_parts
@@ -29,7 +32,7 @@ from training.response import parse
 from training.reward_model import Pair, Point
 from training.rewards import Reward, Sample, Scored
 from training.run_dir import StageDir
-from training.sections import Grpo, Model, NextToken, RewardModels, Student
+from training.sections import Distill, Grpo, Lora, Model, NextToken, RewardModels, Student
 from training.tasks import get_task
 from training.tasks.arithmetic import make_problem
 from training.tokenizer import build_tokenizer
@@ -73,9 +76,9 @@ def after_next_token(folder, documents, config=STEP, build=lambda: build_model(S
     return model.state_dict(), without_times(at.stage.metrics())
 
 
-def after_grpo(folder, **changes):
+def after_grpo(folder, build=lambda: build_model(SIZES, TOKENIZER, 0), **changes):
     config = replace(GRPO, **changes)
-    at, model = context(folder, config), build_model(SIZES, TOKENIZER, 0)
+    at, model = context(folder, config), build()
     grpo.train(model, TOKENIZER, lambda step: PROBLEMS, prompts.chat, share_of_even_ids, config, at)
     return model.state_dict(), without_times(at.stage.metrics())
 
@@ -122,8 +125,41 @@ def tied():
     )[0]
 
 
+def adapted():
+    """A mixture with adapters, those of its experts too."""
+    model = build_model(SIZES, TOKENIZER, 0)
+    adapters.attach(model, Lora(rank=2, experts=True), 0)
+    check_head(model)  # as the stages do
+    return model
+
+
+def after_distillation(folder, own_responses=False):
+    """A student with a tied head, from the divergence of a mixture that reads what it reads."""
+    at, model = context(folder, STEP), tied()
+    loss = OfTeacher(build_model(SIZES, TOKENIZER, 0).requires_grad_(False).eval(), "forward_kl", 0.5)
+    if own_responses:
+        asked = [Prompt(problem, prompts.chat(problem)) for problem in PROBLEMS]
+        how = Distill(max_new_tokens=8)
+        on_policy.train(model, TOKENIZER, asked, loss, STEP, how, next_token.Amount(2), at)
+    else:
+        next_token.train(model, TOKENIZER, ANSWERS, STEP, at, token_loss=loss)
+    return model.state_dict(), without_times(at.stage.metrics())
+
+
+KINDS["adapters"] = lambda path: after_next_token(path, ANSWERS, build=adapted)
+KINDS["grpo, adapters"] = lambda path: after_grpo(path, build=adapted)
+KINDS["distillation"] = after_distillation
+KINDS["distillation on policy"] = partial(after_distillation, own_responses=True)
 KINDS["a tied head"] = lambda path: after_next_token(path, ANSWERS, build=tied)
-DIVIDED = ("next token", "a document for one rank alone", "grpo, sequence", "pairs", "a tied head")
+DIVIDED = (
+    "next token",
+    "a document for one rank alone",
+    "grpo, sequence",
+    "pairs",
+    "a tied head",
+    "distillation",
+    "distillation on policy",
+)
 
 
 def everything(folder, settings=(), kinds=KINDS):

@@ -8,7 +8,7 @@ update. In all passes the routing of the rollout is replayed, and a token is sco
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -183,8 +183,7 @@ def _step(run: _Run, step: int) -> dict[str, Any]:
         clock.mark("rollout")
         sampled += drawn
         metrics = staleness(sampled, step, context.recipe.rollout)
-        samples = [_as_sample(each, context.recipe.response_format) for each in drawn]
-        scored += ranks.spread(partial(run.reward, step), samples)
+        scored += ranks.spread(partial(_reward, run, step), drawn)
         clock.mark("reward")
         keep = _kept(sampled, scored, config)
         if len(keep) >= config.prompts * config.group_size:
@@ -244,6 +243,10 @@ def _step(run: _Run, step: int) -> dict[str, Any]:
         "tokens_per_second": tokens / sum(clock.seconds.values()),
         "rollout_tokens_per_second": tokens / clock.seconds["rollout_seconds"],
     }
+
+
+def _reward(run: _Run, step: int, drawn: Sequence[Completion]) -> list[Scored]:
+    return run.reward(step, [_as_sample(each, run.context.recipe.response_format) for each in drawn])
 
 
 def _as_sample(completion: Completion, response_format: str) -> Sample:

@@ -15,6 +15,7 @@ from training import notices, seeding
 from training.encoder import Encoder
 from training.engines import Engine, Kept, Request, SamplingParams
 from training.errors import UserError
+from training.parallel import ranks
 from training.prompts import Turns
 from training.tasks.problem import Problem
 
@@ -84,8 +85,9 @@ def sample(
     )
     requests: list[Request] = []
     jobs: list[tuple[Problem, str, int]] = []
-    for prompt in prompts:
-        problem, (ids, opening) = prompt.problem, encoder.prompt(prompt.turns)
+    read = ranks.spread(lambda own: [encoder.prompt(each.turns) for each in own], prompts)
+    for prompt, (ids, opening) in zip(prompts, read, strict=True):
+        problem = prompt.problem
         if room(encoder, len(ids)) < 1:
             raise UserError(
                 f"problem {problem.id} of {problem.task}: its prompt has {len(ids)} tokens, and the model reads no more "
