@@ -74,6 +74,13 @@ MEASURED: dict[str, tuple[str, list[Option]]] = {
         "students of a finished run of tiny, by text, logits and on policy",
         [_path("run", "the folder of the run")],
     ),
+    "ranks": (
+        "the stages of a run of one process beside those of a run of several",
+        [
+            _path("one", "the folder of the run of one process"),
+            _path("more", "that of the run of several"),
+        ],
+    ),
     "truncation": ("importance ratios of GRPO under top-p sampling, without kept sets and with them", [TINY]),
     "pipeline": (
         "the marks of whole pipeline runs",

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 FILES = tuple(
     ROOT / name
     for name in ("README.md", *(f"docs/{name}.md" for name in (
-        "benchmarks", "logprob", "shared-prefix", "mixtures", "training", "distillation", "divergence", "gpu")))
+        "benchmarks", "logprob", "shared-prefix", "mixtures", "training", "distillation", "divergence", "gpu", "scaling")))
 )  # fmt: skip
 _BLOCK = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -48,6 +48,12 @@ def of_command(module: str, name: str) -> str:
     """The tables of a command, from its committed results."""
     tables: list[Table] = importlib.import_module(f"bench.{module}").tables(results.committed(name))
     return "\n\n".join(table.markdown() for table in tables)
+
+
+def processes() -> str:
+    """The table of ``python -m bench ranks``, once it is measured."""
+    there = (results.FOLDER / "cpu/ranks.json").is_file()
+    return of_command("ranks", "ranks") if there else "Not measured yet."
 
 
 def precision(of_divergences: bool) -> str:
@@ -82,6 +88,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "precision of divergences": partial(precision, True),
     "divergences": divergences,
     "pipeline": partial(of_command, "pipeline", "tiny"),
+    "ranks": processes,
     **{
         name: partial(of_command, name, name)
         for name in ("saved", "prefix", "mixtures", "suite", "rollout", "truncation", "distillation")

@@ -127,8 +127,15 @@ def prefix_tree(
     return build([p + c for p, c in zip(prompts, completions, strict=True)], [len(p) for p in prompts])
 
 
-def build(rows: list[list[int]], prompt_lengths: list[int], least_saved: int = LEAST_SAVED) -> PrefixTree:
-    """The tree of the sequences ``rows``, whose tokens are predicted from ``prompt_lengths`` on."""
+def shared_size(rows: Sequence[Sequence[int]]) -> int:
+    """``build(rows, ...).tokens``: how many tokens a forward over the tree of the sequences takes, without making it."""
+    return len(_stretches(rows, LEAST_SAVED)[0])
+
+
+def _stretches(
+    rows: Sequence[Sequence[int]], least_saved: int
+) -> tuple[list[int], list[Node], list[int], dict[tuple[int, ...], list[int]]]:
+    """Tokens, nodes without their ``last``, the parent of each (-1: none), and the packed positions of each distinct sequence."""
     distinct = sorted({tuple(row) for row in rows})
     common = [0, *(common_length(one, other) for one, other in pairwise(distinct))]
     ids: list[int] = []
@@ -158,7 +165,12 @@ def build(rows: list[list[int]], prompt_lengths: list[int], least_saved: int = L
                 paths[distinct[low]] = path
         groups = zip([low, *cuts], [*cuts, high], strict=True) if cuts else ()
         stack += reversed([(first, end, depth, parent) for first, end in groups])
+    return ids, nodes, parents, paths
 
+
+def build(rows: list[list[int]], prompt_lengths: list[int], least_saved: int = LEAST_SAVED) -> PrefixTree:
+    """The tree of the sequences ``rows``, whose tokens are predicted from ``prompt_lengths`` on."""
+    ids, nodes, parents, paths = _stretches(rows, least_saved)
     last = [node.end for node in nodes]
     for node in reversed(range(len(nodes))):
         if parents[node] >= 0:
@@ -184,7 +196,7 @@ def build(rows: list[list[int]], prompt_lengths: list[int], least_saved: int = L
 
 def _ids(name: str, ids: Sequence[int] | Tensor) -> list[int]:
     try:
-        return [operator.index(token) for token in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+        return list(map(operator.index, ids.tolist() if isinstance(ids, Tensor) else ids))
     except TypeError:
         raise TypeError(
             f"{name}: expected lists of token ids, or tensors (L,) of them, got {ids!r}"

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from bench import distillation, documents, guard, numerics, pictures, precision, results, truncation
+from bench import distillation, documents, guard, numerics, pictures, precision, ranks, results, truncation
 from bench.peers import EAGER
+from training.recipe import load
+from training.run_dir import RunDir
 
 RESULTS = documents.ROOT / "bench/results/cpu"
 
@@ -43,6 +45,26 @@ def test_students_are_compared_at_equal_tokens():
         }
         assert list(learnt) == list(distillation.METHODS)
         assert max(learnt.values()) - min(learnt.values()) < 64 * 65
+
+
+def test_the_table_of_ranks_compares_stage_by_stage():
+    runs = [
+        {"recipe": "tiny", "processes": count, "stage_seconds": {"base": base, "zero": zero}}
+        for count, base, zero in ((1, 100.0, 20.0), (2, 55.0, 15.0))
+    ]
+    (table,) = ranks.tables({"runs": runs, "unshared_step_seconds": [0.1, 0.104]})
+    assert table.rows == [
+        ["base", "100 s", "55 s", "55 %"],
+        ["zero", "20 s", "15 s", "75 %"],
+        ["all", "120 s", "70 s", "58 %"],
+    ]
+    assert "1.04 times as long" in table.note and "less than 52 %" in table.note
+
+
+def test_ranks_are_compared_in_finished_runs(tmp_path):
+    RunDir(tmp_path).write_recipe(load("tiny"))
+    with pytest.raises(SystemExit, match="expected a finished run, but base has not run"):
+        ranks.of_run(tmp_path)
 
 
 def test_what_stands_between_marks_is_replaced(monkeypatch):

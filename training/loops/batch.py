@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import r1kernels
 from r1kernels.integrations import transformers as integration
-from r1kernels.integrations.prefix_tree import LEAST_SAVED, common_length
+from r1kernels.integrations.prefix_tree import LEAST_SAVED, common_length, shared_size
 from r1kernels.integrations.routing_record import RoutingReplay
 from r1kernels.integrations.transformers import PrefixTree
 from training.document import Stored
@@ -215,7 +215,7 @@ def worth_sharing(rows: Sequence[Row], most: int) -> bool:
     price of its own, in the attention. Of texts that have nothing in common it saves the padding."""
     lengths = [len(row.ids) for row in rows]
     padded = sum(len(piece) * lengths[piece[-1]] for piece in micro_batches(lengths, most))
-    return _tree_of(rows).tokens < 0.9 * padded
+    return shared_size([row.ids for row in rows]) < 0.9 * padded
 
 
 def micro_trees(rows: Sequence[Row], most: int) -> Iterator[list[int]]:
