@@ -122,8 +122,13 @@ def of_logits(student, teacher, **options):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "options",
-    [PLAIN, RICH, RICH | {"temperature": torch.linspace(0.5, 2, 11)}],
-    ids=["plain", "rich", "token"],
+    [
+        PLAIN,
+        RICH,
+        RICH | {"temperature": torch.linspace(0.5, 2, 11)},
+        PLAIN | {"teacher_temperature": torch.linspace(2, 0.7, 11)},
+    ],
+    ids=["plain", "rich", "token", "token of the teacher"],
 )
 @pytest.mark.parametrize(
     "how", [{}, {"chunk_size": 4, "save_logits": False}, {"chunk_size": 4, "save_logits": True}], ids=str
