@@ -290,17 +290,19 @@ __device__ inline bool choose_by_values(const R1kernelsRoute& call, const Row<Sc
     Keys<kOfLane> left = values;
     float first = 0.0f, last = 0.0f;
     bool stand_apart = true;
-    for (int64_t k = 0; k <= call.top_k; ++k) {
+    for (int64_t k = 0;; ++k) {
         const Best best = left.best(0, static_cast<int>(call.experts));
         if (best.key == kNotEligible) break;  // of the experts none is left out
         const float value = value_of(best.key);
+        const bool tie = softmax && k > 0 && last == value;
         if (k == 0) {
             first = value;
             if (!(fabsf(first) < INFINITY)) return false;
         } else {
-            stand_apart &= last - value > apart || (softmax && last == value);
+            stand_apart &= last - value > apart || tie;
         }
-        if (k == call.top_k) break;
+        // those behind the K-th count too: one that is near it could have an equal score and a lower number
+        if (k >= call.top_k && !tie) break;
         last = value;
         left.remove(best.number);
     }

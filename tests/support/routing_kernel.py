@@ -100,6 +100,17 @@ class RoutingKernel:
         self.check(backend, torch.zeros(2, 8), **options)
         self.check(backend, torch.full((2, 8), 50.0), **options)  # saturated: sigmoid is 1 in float32
 
+    @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+    def test_near_logits_behind_equal_ones_at_the_edge_of_the_choice(self, backend, score):
+        # scores that are equal in float32 go by their number, and experts 1 and 2 of a lower logit stand before those of a larger one
+        for logits in (
+            [0.0, -1e-10, 0.0, 0.0, 0.0],
+            [0.0, -1e-10, -1e-10, 0.0, 0.0],
+            [1.0, 1.0, -1e-10, 0.0, 0.0],
+        ):
+            for top_k in (2, 3):
+                self.check(backend, torch.tensor([logits]), top_k=top_k, score=score)
+
     def test_the_shapes_of_models(self, backend):
         v3 = {"top_k": 8, "n_group": 8, "topk_group": 4, "scale": 2.5}
         self.check(backend, normal(4, 256), bias=normal(256, seed=1) / 10, **v3)
