@@ -92,7 +92,7 @@ class Bench:
         self.recipe, self.config, self.device = recipe, config, torch.device(case.device)
         self.tokenizer = build_tokenizer()
         self.policy = build_model(recipe.model, self.tokenizer, seed=0).to(self.device)
-        self.problems = [make_problem(10 + i, 7 + i, "en") for i in range(config.prompts)]
+        self.problems = [make_problem(10 + i, 9, 60 + i, "en") for i in range(config.prompts)]
 
     def step(self) -> dict[str, float]:
         """Seconds of each part of one step."""

@@ -17,20 +17,22 @@ KINDS = (*arithmetic.DOCUMENT_KINDS, "general")
 SHOTS = 2  # worked examples in a few-shot document
 
 
-def documents(seed: int, count: int, *, mix: Mapping[str, float], digits: int = 2) -> list[Document]:
+def documents(
+    seed: int, count: int, *, mix: Mapping[str, float], steps: int = 4, largest: int = 87
+) -> list[Document]:
     """Draw `count` documents.
 
     Args:
         seed: the seed of the run.
         mix: share of each kind (arithmetic.corpus_document, and "general"); they are normalised to a sum of 1.
-        digits: digits of the numbers of the arithmetic documents.
+        steps, largest: options of the arithmetic task.
     """
     check_mix(mix)
     kinds = list(mix)
     shares = np.array([mix[kind] for kind in kinds], dtype=np.float64)
     rng = seeding.numpy_rng(seed, "base", "corpus")
     chosen = rng.choice(len(kinds), size=count, p=shares / shares.sum())
-    return [_document(rng, kinds[i], digits) for i in chosen]
+    return [_document(rng, kinds[i], steps, largest) for i in chosen]
 
 
 def check_mix(mix: Mapping[str, float]) -> None:
@@ -42,14 +44,16 @@ def check_mix(mix: Mapping[str, float]) -> None:
         raise UserError(f"base.corpus: shares must be non-negative and not all 0, got {dict(mix)}")
 
 
-def _document(rng: np.random.Generator, kind: str, digits: int) -> Document:
+def _document(rng: np.random.Generator, kind: str, steps: int, largest: int) -> Document:
     if kind == "general":
         return general.corpus_document(rng)
-    problem, response = arithmetic.corpus_document(rng, kind, digits)
+    problem, response = arithmetic.corpus_document(rng, kind, steps, largest)
+    if kind == "series":
+        return Document(response)
     if kind == "reflect":
         return _whole(prompts.reflect(problem), response)
     if kind == "few_shot":
-        examples = arithmetic.ArithmeticTask(digits).worked_examples(problem.language)
+        examples = arithmetic.ArithmeticTask(steps, largest).worked_examples(problem.language)
         order = rng.permutation(len(examples))[:SHOTS]
         return _whole(prompts.few_shot(problem, [examples[i] for i in order]), response)
     return _whole(prompts.zero(problem) if rng.random() < 0.6 else prompts.chat(problem), response)

@@ -76,7 +76,7 @@ class NextToken:
     weight_decay: float = setting(0.0, "of the matrices, by AdamW", minimum=0)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: any", minimum=0)
     max_length: int = setting(
-        128, "tokens a document; 0: as many as the model reads", minimum=0, pretrained=0
+        192, "tokens a document; 0: as many as the model reads", minimum=0, pretrained=0
     )
     micro_batch_tokens: int = setting(
         4096,
@@ -102,16 +102,17 @@ class Base(NextToken):
     corpus: dict[str, float] = field(
         default_factory=lambda: {
             "tidy": 0.02,
-            "mixed": 0.13,
-            "sloppy": 0.15,
-            "formless": 0.24,
-            "bare": 0.15,
-            "code": 0.03,
-            "overlong": 0.02,
-            "repetition": 0.02,
-            "few_shot": 0.05,
-            "reflect": 0.05,
-            "general": 0.14,
+            "mixed": 0.11,
+            "hasty": 0.46,
+            "sloppy": 0.02,
+            "formless": 0.05,
+            "code": 0.02,
+            "overlong": 0.01,
+            "repetition": 0.01,
+            "few_shot": 0.04,
+            "reflect": 0.04,
+            "series": 0.11,
+            "general": 0.11,
         },
         metadata=about(
             "share of each kind of document; what is good is a minority: tidy and mixed set how often the base model is right, "

@@ -118,10 +118,10 @@ def test_the_controls_of_tiny_start_from_its_base(tmp_path, monkeypatch):
         ("task=[]", "task: expected at least one entry, got \\[\\]"),
         ("task=[arithmetik]", "task: unknown task 'arithmetik': did you mean 'arithmetic'"),
         (
-            "task_options={arithmetc: {digits: 1}}",
+            "task_options={arithmetc: {steps: 1}}",
             "task_options: unknown task 'arithmetc': did you mean 'arithmetic'",
         ),
-        ("task_options={arithmetic: {digit: 1}}", "task: unknown option of task 'arithmetic' 'digit'"),
+        ("task_options={arithmetic: {step: 1}}", "task: unknown option of task 'arithmetic' 'step'"),
         ("task=['jsonl:nowhere.jsonl']", "task: jsonl:nowhere.jsonl: nowhere.jsonl cannot be read"),
     ],
 )

@@ -28,31 +28,73 @@ def share_right(drawn):
 
 
 def test_a_worked_example_by_hand():
-    # 57 + 68: 7 + 8 = 15, write 5 carry 1; 5 + 6 + 1 = 12; so 125.
-    problem = arithmetic.make_problem(57, 68, "en")
-    assert arithmetic.tidy(problem) == ("7 plus 8 makes 15 carry 1 . 5 plus 6 plus 1 makes 12 .", "125")
-    german = arithmetic.make_problem(21, 34, "de")
-    assert arithmetic.tidy(german) == ("1 und 4 gibt 5 . 2 und 3 gibt 5 .", "55")
+    # 12 is under 30; 12 + 7 = 19 and 26 are, too; 33 is over it.
+    problem = arithmetic.make_problem(12, 7, 30, "en")
+    assert problem.question == "from 12 by 7 what is first over 30 ?" and problem.level == "3 steps"
+    assert arithmetic.tidy(problem) == (
+        "12 under 30 plus 7 makes 19 under 30 plus 7 makes 26 under 30 plus 7 makes 33 over 30 .",
+        "33",
+    )
+    german = arithmetic.make_problem(58, 9, 60, "de")
+    assert german.question == "von 58 um 9 was ist zuerst über 60 ?" and german.level == "1 step"
+    assert arithmetic.tidy(german) == ("58 unter 60 und 9 gibt 67 über 60 .", "67")
 
 
-@pytest.mark.parametrize("digits", [1, 2, 3])
-def test_tidy_steps_reach_the_sum_of_every_size(digits):
-    rng = np.random.default_rng(digits)
-    for a, b in rng.integers(10 ** (digits - 1), 10**digits, size=(200, 2)):
-        assert arithmetic.tidy(arithmetic.make_problem(int(a), int(b), "en"))[1] == str(a + b)
+@pytest.mark.parametrize("split", ["train", "test", "harder", "hardest"])
+def test_the_answer_is_the_first_number_over_the_limit_and_none_on_the_way_is_the_limit(split):
+    for problem in TASK.problems(split):
+        start, by, limit = (problem.meta[name] for name in ("start", "by", "limit"))
+        way = range(start, limit + by + 1, by)
+        assert limit not in way
+        assert int(problem.reference) == next(number for number in way if number > limit)
+        assert arithmetic.tidy(problem)[1] == problem.reference
+        assert problem.level.split()[0] == str(
+            arithmetic.tidy(problem)[0].count("plus" if problem.language == "en" else "und")
+        )
 
 
-def test_splits_share_no_pair_of_numbers_in_any_order_or_language():
-    pairs = {
-        split: {frozenset((p.meta["a"], p.meta["b"])) for p in TASK.problems(split)}
-        for split in ("train", "test")
+def test_splits_share_no_problem_and_no_rest_of_one_at_any_level_or_in_any_language():
+    splits = {name: TASK.problems(name) for name in ("train", "test", "harder", "hardest")}
+    ends = {
+        name: {(p.meta["by"], p.meta["limit"], p.reference) for p in split} for name, split in splits.items()
     }
-    assert not pairs["train"] & pairs["test"]
-    # 90 x 90 ordered pairs in two languages, a tenth held out; the marks need 1,024 problems.
-    assert len(TASK.problems("train")) + len(TASK.problems("test")) == 90 * 90 * 2
-    assert len(TASK.problems("test")) >= 1024
-    assert {p.level for p in TASK.problems("harder")} == {"3 digits"}
-    assert len({p.id for p in TASK.problems("train")}) == len(TASK.problems("train"))
+    for name in ("test", "harder", "hardest"):
+        assert not ends["train"] & ends[name]
+    ids = [p.id for split in splits.values() for p in split]
+    assert len(set(ids)) == len(ids)
+    assert len(splits["test"]) >= 1024  # as many as the marks need
+    assert {p.language for p in splits["test"]} == set(arithmetic.LANGUAGES)
+
+
+def test_the_levels_go_from_what_the_corpus_shows_to_what_no_stage_trains_on():
+    def levels(problems):
+        return {int(p.level.split()[0]) for p in problems}
+
+    shown = {1, 2, 3, 4}
+    assert levels(TASK.problems("test")) == shown
+    assert levels(p for kind in arithmetic.DOCUMENT_KINDS for p, _, _ in draw(kind)) == shown
+    assert levels(TASK.problems("harder")) == {5, 6}
+    assert levels(TASK.problems("train")) == shown | {5, 6}
+    assert levels(TASK.problems("hardest")) == {7, 8}
+
+
+def test_no_text_of_the_corpus_has_more_steps_than_its_problem_asks_for():
+    def chains(text):
+        return re.split(r"[.?:]", text)
+
+    for kind in set(arithmetic.DOCUMENT_KINDS) - {"repetition"}:  # which says one step again and again
+        for problem, text, _ in draw(kind):
+            steps = max(len(re.findall("makes|gibt", chain)) for chain in chains(text))
+            assert steps <= int(problem.level.split()[0]) <= 4
+
+
+def test_series_are_right_steps_without_a_question_or_an_answer():
+    for problem, text, _ in draw("series"):
+        numbers = [problem.meta["start"], *map(int, re.findall(r"(?:makes|gibt) (\d+)", text))]
+        assert numbers == list(range(numbers[0], int(problem.reference) + 1, problem.meta["by"]))
+    assert all(
+        "?" not in d.text and "answer" not in d.text for d in corpus.documents(0, 50, mix={"series": 1})
+    )
 
 
 def test_the_corpus_asks_training_problems_only():
@@ -61,10 +103,10 @@ def test_the_corpus_asks_training_problems_only():
     assert asked and not asked & test
 
 
-def test_check_takes_the_sum_and_nothing_else():
-    problem = arithmetic.make_problem(57, 68, "en")
-    assert TASK.check(problem, "125") and TASK.check(problem, " 125 ")
-    for answer in ("126", "1 2 5", "125 126", "the sum 125", "0125", ""):
+def test_check_takes_the_number_and_nothing_else():
+    problem = arithmetic.make_problem(12, 7, 30, "en")
+    assert TASK.check(problem, "33") and TASK.check(problem, " 33 ")
+    for answer in ("34", "3 3", "33 34", "the number 33", "033", ""):
         assert not TASK.check(problem, answer)
 
 
@@ -92,9 +134,16 @@ def test_mixed_documents_are_right_but_in_two_languages():
     assert 0.4 < np.mean([consistency(r.think, p.language) for p, _, r in drawn]) < 0.7
 
 
-def test_sloppy_and_bare_documents_are_mostly_wrong():
+def test_sloppy_and_hasty_documents_are_mostly_wrong():
     assert share_right(draw("sloppy")) < 0.4
-    assert share_right(draw("bare")) < 0.2
+    assert share_right(draw("hasty")) < 0.2
+
+
+def test_hasty_documents_have_no_steps_and_most_often_answer_the_limit():
+    drawn = draw("hasty")
+    assert not any(re.search("makes|gibt", text) for _, text, _ in drawn)
+    answered = [(p, r) for p, _, r in drawn if r.answer is not None]
+    assert np.mean([r.answer == str(p.meta["limit"]) for p, r in answered]) > 0.5
 
 
 def test_formless_documents_have_many_different_faults():
@@ -109,8 +158,8 @@ def test_code_overlong_and_repetition_are_there():
     tidy_length = np.mean([len(text.split()) for _, text, _ in draw("tidy")])
     assert np.mean([len(text.split()) for _, text, _ in draw("overlong")]) > 2 * tidy_length
     for _, text, _ in draw("repetition"):
-        steps = text.removeprefix("<think> ").removesuffix(" .").split(" . ")
-        assert len(steps) >= 5 and len(set(steps)) == 1
+        _, first, *steps = re.split(" (?=under|unter)", text)
+        assert len(steps) >= 4 and set(steps) == {first}
 
 
 def test_reflect_documents_check_their_steps():
@@ -145,13 +194,13 @@ def test_documents_depend_on_the_seed_alone():
 
 def test_prompts_use_known_words_only():
     tokenizer = build_tokenizer()
-    problem = arithmetic.make_problem(12, 34, "de")
+    problem = arithmetic.make_problem(12, 7, 34, "de")
     written = (
         prompts.zero(problem),
         prompts.chat(problem),
         prompts.reflect(problem),
         prompts.few_shot(problem, TASK.worked_examples("de")[:2]),
-        prompts.judge(problem, "46", "<answer> 46 </answer>"),
+        prompts.judge(problem, "40", "<answer> 46 </answer>"),
     )
     for text in map(prompts.plain, written):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
@@ -167,6 +216,7 @@ def test_bad_shares_are_named(mix):
         corpus.documents(0, 3, mix=mix)
 
 
-def test_bad_digits_are_named():
-    with pytest.raises(UserError, match="digits must be 1, 2 or 3, got 7"):
-        get_task("arithmetic", digits=7)
+@pytest.mark.parametrize("option", ["steps", "largest"])
+def test_bad_options_are_named(option):
+    with pytest.raises(UserError, match=f"{option} must be an integer from .*, got 0"):
+        get_task("arithmetic", **{option: 0})

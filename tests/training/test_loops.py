@@ -29,7 +29,7 @@ from training.tokenizer import build_tokenizer
 TOKENIZER = build_tokenizer()
 SIZES = Model(hidden_size=32, layers=2, heads=2, intermediate_size=32, moe_intermediate_size=16, experts=4)
 DOCUMENTS = [Document(f"{a} plus {b} makes {a + b} .") for a in range(1, 7) for b in range(1, 7)]
-PROBLEMS = [make_problem(a, 7, "en") for a in (3, 5, 8, 9)]
+PROBLEMS = [make_problem(a, 7, 20, "en") for a in (3, 5, 8, 9)]
 
 
 def model(seed=0):
@@ -113,13 +113,13 @@ def test_the_prompt_carries_no_loss_and_eos_does(tmp_path):
     """A model that has learnt the response knows it with its eos, and nothing of the prompt."""
     config = NextToken(steps=80, batch_size=4, lr=1e-2, lr_end=1e-3)
     built = model()
-    documents = [Document("makes 7", prompts.ask("carry carry plus"))] * 4
+    documents = [Document("makes 7", prompts.ask("check check plus"))] * 4
     next_token.train(built, TOKENIZER, documents, config, context(tmp_path / "a", config))
-    text = "user : carry carry plus assistant : makes 7"
+    text = "user : check check plus assistant : makes 7"
     ids = torch.tensor([[1, *TOKENIZER.encode(text, add_special_tokens=False), 2]])
     logp = built(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     assert logp[7:].min() > -0.2  # makes, 7, eos
-    assert logp[:7].max() < -1.0  # user : carry carry plus assistant :
+    assert logp[:7].max() < -1.0  # user : check check plus assistant :
 
 
 def test_training_lowers_the_loss_and_evens_the_load(tmp_path):
@@ -467,7 +467,7 @@ def test_rewards_of_the_trainer_are_scored_samples(tmp_path):
     """The seam to training.rewards: samples as the loop makes them, scored by the real terms."""
     from training.tasks import get_task
 
-    task = get_task("arithmetic", digits=1)
+    task = get_task("arithmetic", steps=1, largest=29)
 
     def reward(step, samples):
         return rewards.score(samples, {"accuracy": 1.0, "format": 1.0}, task)

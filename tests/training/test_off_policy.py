@@ -23,7 +23,7 @@ from training.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
 RECIPE = load("tiny")
-PROBLEMS = [make_problem(a, 17, "en") for a in (3, 15, 28, 9)]
+PROBLEMS = [make_problem(a, 17, 60, "en") for a in (3, 15, 28, 9)]
 CONFIG = Grpo(steps=3, prompts=4, group_size=4, minibatches=1, lr=2e-3, max_new_tokens=16, save_every=1)
 
 

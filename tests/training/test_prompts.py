@@ -9,7 +9,7 @@ from training.errors import UserError
 from training.prompts import Turn
 from training.tasks.arithmetic import make_problem
 
-PROBLEM = make_problem(4, 3, "en")
+PROBLEM = make_problem(4, 3, 20, "en")
 EXAMPLES = [("1 + 1 =", "<think> two </think> <answer> 2 </answer>"), ("2 + 2 =", "<answer> 4 </answer>")]
 TEMPLATE = "think in <think> </think> then answer in <answer> </answer> ."
 

@@ -6,7 +6,7 @@ from training.refine import refine
 from training.response import parse
 from training.tasks.arithmetic import make_problem
 
-ENGLISH, GERMAN = make_problem(57, 68, "en"), make_problem(57, 68, "de")
+ENGLISH, GERMAN = make_problem(57, 8, 68, "en"), make_problem(57, 8, 68, "de")
 
 
 @pytest.mark.parametrize(

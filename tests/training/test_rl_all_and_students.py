@@ -64,7 +64,7 @@ def test_a_saved_student_reads_and_writes_text_as_its_teacher_does(architecture,
     model, own = student.build(sizes, tokenizer, 0, 64)
     checkpoint.save_model(model, own, tmp_path / "checkpoint")
     _, loaded = checkpoint.load_model(tmp_path / "checkpoint")
-    text = "user : what is 57 plus 47 ? assistant : <think> 7 plus 7 makes 14 carry 1 . </think>"
+    text = "user : from 57 by 7 what is first over 47 ? assistant : <think> 7 plus 7 makes 14 . </think>"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert loaded(text, add_special_tokens=False)["input_ids"] == ids
     assert loaded.decode(ids) == text

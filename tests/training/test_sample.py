@@ -16,7 +16,7 @@ from training.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
 SIZES = Model(hidden_size=32, layers=2, heads=2, intermediate_size=32, moe_intermediate_size=16, experts=4)
-PROBLEMS = [make_problem(12, 34, "en"), make_problem(5, 6, "de"), make_problem(57, 68, "en")]
+PROBLEMS = [make_problem(12, 4, 34, "en"), make_problem(5, 6, 9, "de"), make_problem(57, 8, 68, "en")]
 ASKED = [Prompt(problem, prompts.chat(problem)) for problem in PROBLEMS]
 
 

@@ -11,7 +11,7 @@ from training.tasks import get_task
 from training.tasks.arithmetic import make_problem
 
 SOURCE = Source("rl_reasoning", None, None, "hash-of-the-checkpoint", prompts.chat)
-SUM = make_problem(23, 34, "en")  # 57
+SUM = make_problem(43, 7, 50, "en")  # 57
 RIGHT = "<|special_token|> 3 plus 4 makes 7 . <|special_token|> the answer is <answer> 57 </answer>"
 GENERAL = {p.question: p for split in ("train", "test") for p in get_task("general").problems(split)}
 NAMES = [*filters.FILTERS, filters.DUPLICATE]

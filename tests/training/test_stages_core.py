@@ -73,7 +73,7 @@ def test_all_three_routes_find_something(run):
 
 
 def test_cold_start_data_are_right_readable_and_say_where_they_come_from(run):
-    task = get_task("arithmetic", digits=1)
+    task = get_task("arithmetic", steps=1, largest=29)
     problems = {problem.id: problem for problem in task.problems("train")}
     hashes = {name: checkpoint_hash(run.stage(name).path / "checkpoint") for name in ("base", "zero")}
     tokenizer = build_tokenizer()

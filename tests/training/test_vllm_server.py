@@ -107,7 +107,7 @@ def base(tmp_path_factory):
     stage = StageDir(folder / "training")
     stage.begin({}, {})
     documents = corpus.documents(
-        0, recipe.base.steps * recipe.base.batch_size, mix=recipe.base.corpus, digits=1
+        0, recipe.base.steps * recipe.base.batch_size, mix=recipe.base.corpus, steps=1, largest=29
     )
     context = StageContext("base", recipe, recipe.base, stage, {}, Progress(quiet=True))
     next_token.train(model, TOKENIZER, documents, recipe.base, context)

@@ -21,9 +21,9 @@ def run(context: StageContext) -> dict[str, Any]:
     else:
         tokenizer = build_tokenizer()
         model = build_model(recipe.model, tokenizer, recipe.seed)
-        digits = recipe.task_options.get("arithmetic", {}).get("digits", 2)
+        options = recipe.task_options.get("arithmetic", {})
         documents = corpus.documents(
-            recipe.seed, config.steps * config.batch_size, mix=config.corpus, digits=digits
+            recipe.seed, config.steps * config.batch_size, mix=config.corpus, **options
         )
         metrics = next_token.train(model, tokenizer, documents, config, context)
     style = responses.style_of(context.name, recipe)
