@@ -110,7 +110,7 @@ def test_the_controls_of_tiny_start_from_its_base(tmp_path, monkeypatch):
             "model.expert_groups_per_token=2",
             "model.expert_groups_per_token: expected at most model.expert_groups = 1",
         ),
-        ("model.vocab_size=10", "model.vocab_size: expected 0, or at least the 240 entries"),
+        ("model.vocab_size=10", "model.vocab_size: expected 0, or at least the 246 entries"),
         ("sft1.max_length=1", "sft1.max_length: expected 0, .* or at least 2, got 1"),
         ("zero.examples=[{question: a}]", "zero.examples\\[0\\]: expected a question and a response"),
         ("reward_seconds=0", "reward_seconds: expected more than 0, got 0"),

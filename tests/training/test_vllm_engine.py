@@ -280,7 +280,7 @@ def test_a_server_that_tells_log_probs_before_the_temperature():
 @pytest.mark.parametrize("entries", [100, 500])
 def test_another_vocabulary(entries):
     error = error_of(StandIn(vocabulary=entries))
-    assert "another vocabulary than the 240 entries of this one" in error
+    assert "another vocabulary than the 246 entries of this one" in error
 
 
 def test_another_tokenizer():
