@@ -20,7 +20,7 @@ import torch
 
 from . import families, measure, results, timing, turns
 from .cases import Case
-from .numerics import allowed, error
+from .numerics import allowed
 from .peers import Inputs, Peer
 
 BASELINE = results.FOLDER / "cpu/guard.json"
@@ -87,15 +87,12 @@ def _backend(case: Case) -> str:
 def _shortest(case: Case) -> Shortest:
     """The shortest rounds of ours and of the yardstick."""
     op, device = families.OPS[case.op], torch.device("cpu")
-    inputs = op.inputs(case, device)
-    exact = op.exact(case, inputs)
-    inputs.require_grad()
+    inputs, exact = op.problem(case, device)
     # of ours the last: in place where there is such a form, since the page faults of a large result are not repeatable
     peer = [peer for peer in op.peers if peer.kind == "ours"][-1 if case.op == "token_logprobs" else 0]
     call, ready = peer.make(case, inputs), peer.fresh(inputs)
     outputs = call(ready)
-    for name, value in op.comparable({**outputs, **timing.differentiate(outputs, ready)}).items():
-        off = error(value, exact[name])
+    for name, off in timing.errors(op, outputs, timing.differentiate(outputs, ready), exact).items():
         if not off <= allowed(None, case.torch_dtype):
             raise SystemExit(f"FAILED {case.id}: {name} is off by {off:.2g}")
     yardstick, clock = _yardstick(case, inputs, op.peers), timing.Clock(device)

@@ -13,7 +13,7 @@ import torch
 
 from . import families, memory, timing, turns
 from .cases import Case
-from .numerics import Exact, allowed, error
+from .numerics import Exact, allowed
 from .peers import EAGER, Inputs, Peer, Unavailable
 from .results import Row, settle
 
@@ -60,9 +60,7 @@ def measure(
     if need > free:
         raise Unavailable(f"needs about {need / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free")
     op = families.OPS[case.op]
-    inputs = op.inputs(case, device)
-    exact = op.exact(case, inputs)
-    inputs.require_grad()
+    inputs, exact = op.problem(case, device)
     rows, calls = [], []
     for peer in op.peers_on(case.device, compiles, ours):
         rows.append(Row(peer.name, peer.kind, peer.package))
@@ -96,10 +94,9 @@ def _first_call(case: Case, peer: Peer, row: Row, inputs: Inputs, exact: dict[st
         with memory.Peak(device) as peak:
             with memory.counting_saved(list(inputs.of("weight,teacher_weight,gate_up,down"))) as saved:
                 outputs = call(ready)
-            found = {**outputs, **timing.differentiate(outputs, ready)}
-        found = op.comparable(found)
+            gradients = timing.differentiate(outputs, ready)
         row.peak_bytes, row.saved_bytes = peak.bytes, saved.bytes
-        row.errors = {name: error(found[name], exact[name]) for name in found if name in exact}
+        row.errors = dict(timing.errors(op, outputs, gradients, exact))
         if not row.errors:
             raise Unavailable("it gives no result that can be compared")
         if "inference" in peer.phases:

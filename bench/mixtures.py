@@ -135,30 +135,26 @@ def step(model: Any, seed: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
 def compare(family: str) -> dict[str, Any]:
     """What r1kernels serves of a family, and how far logits and gradients are from transformers' own."""
     model = build(family)
-    blocks = find_blocks(model)
-    block = blocks[-1]
+    block = find_blocks(model)[-1]
     model.set_experts_implementation("eager")
     logits, gradients = step(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with integration.patch(model):
             ours, our_gradients = step(model)
-    served = isinstance(block.match, Match)
+    served = [name for name in _served_parameters(block) if name in gradients]
     return {
         "family": family,
         "model": type(model).__name__,
         "router": type(block.router).__name__ if block.router is not None else "",
-        "routes": served,
+        "routes": isinstance(block.match, Match),
         "route": str(block.match),
         "experts": type(block.experts).__name__,
         "computed": computed_by(block.experts),
         "logits": _difference(ours, logits),
         "gradients": max(_difference(our_gradients[name], grad) for name, grad in gradients.items()),
         "same_parameters": gradients.keys() == our_gradients.keys(),
-        # or the comparison would say nothing
-        "reached": all(
-            bool(gradients[name].any()) for name in _served_parameters(block) if name in gradients
-        ),
+        "reached": all(bool(gradients[name].any()) for name in served),  # or the comparison would say nothing
     }
 
 
@@ -167,11 +163,8 @@ def _served_parameters(block: Block) -> list[str]:
     modules = {block.experts_name: block.experts}
     if isinstance(block.match, Match):
         modules[block.router_name] = block.router
-    return [
-        f"{block.name}.{prefix}.{name}"
-        for prefix, module in modules.items()
-        for name, _ in module.named_parameters()
-    ]
+    names = ((prefix, name) for prefix, module in modules.items() for name, _ in module.named_parameters())
+    return [f"{block.name}.{prefix}.{name}" for prefix, name in names]
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
@@ -191,18 +184,13 @@ def _model_class(module: Any) -> Any:
         and not any(word in one.__name__ for word in ("Vision", "Audio", "PreTrained"))
     ]
     plain = [one for one in models if not getattr(one.config_class, "sub_configs", None)]
-    for among in (plain, models):
-        for ending in (
-            "ForCausalLM",
-            "ForTokenClassification",
-            "TextModel",
-            "ForConditionalGeneration",
-            "Model",
-        ):
-            for one in among:
-                if one.__name__.endswith(ending):
-                    return one
-    raise ValueError(f"no model in {module.__name__}")
+    endings = ("ForCausalLM", "ForTokenClassification", "TextModel", "ForConditionalGeneration", "Model")
+    ranked = [
+        one for among in (plain, models) for end in endings for one in among if one.__name__.endswith(end)
+    ]
+    if not ranked:
+        raise ValueError(f"no model in {module.__name__}")
+    return ranked[0]
 
 
 def _config(config_class: Any, own: dict[str, Any]) -> Any:

@@ -154,6 +154,12 @@ class Op:
     peers: tuple[Peer, ...]
     comparable: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda found: found
 
+    def problem(self, case: Case, device: torch.device) -> tuple[Inputs, dict[str, Exact]]:
+        """Inputs that record, and the exact results."""
+        inputs = self.inputs(case, device)
+        exact = self.exact(case, inputs)
+        return inputs.require_grad(), exact
+
     def peers_on(self, device: str, compiles: bool = True, ours: bool = False) -> tuple[Peer, ...]:
         """The implementations, and on a GPU each backend of ours by name too; only those that need no compilation, or are
         ours."""

@@ -239,15 +239,14 @@ def case(shape: Shape, rounds: int) -> dict[str, Any]:
             continue
         with memory.Peak(torch.device("cpu")) as peak:
             _, loss, norm = one(name)  # a warm-up too
-        rows[name] = {"loss": loss, "gradient": norm, "peak_bytes": peak.bytes, "samples": {}}
+        rows[name] = {"loss": loss, "gradient": norm, "peak_bytes": peak.bytes}
         for value in ("loss", "gradient"):
             expected = rows[SHARED][value]
             if abs(rows[name][value] - expected) > 1e-3 * abs(expected):
                 raise RuntimeError(f"{name}: {value} {rows[name][value]:.6g}, of the others {expected:.6g}")
-    for _ in range(rounds):
-        for name in steps:
-            for part, seconds in one(name)[0].items():
-                rows[name]["samples"].setdefault(part, []).append(results.short(seconds))
+    ways = {name: lambda name=name: one(name)[0] for name in steps}
+    for name, samples in results.paired(ways, rounds).items():
+        rows[name]["samples"] = samples
     flops = {"shared": shape.flops(True), "repeated": shape.flops(False)}
     load = [before, load_average()]
     return {"shape": asdict(shape), "text": shape.text, "flops": flops, "load": load, "rows": rows}

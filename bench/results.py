@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,6 +68,16 @@ def _text(value: Any, indent: int = 0) -> str:
 # --- a run of all cases ---
 
 Rounds = dict[str, list[float]]  # phase -> seconds of every round
+
+
+def paired(ways: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -> dict[str, Rounds]:
+    """What each way gives in so many rounds, in each of which everyone has a turn."""
+    found: dict[str, Rounds] = {name: {} for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            for part, value in way().items():
+                found[name].setdefault(part, []).extend(_short(value))
+    return found
 
 
 @dataclass

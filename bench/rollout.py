@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,14 +59,10 @@ TINY = Sizes(32, 2, 4, 256, 6, 4, 24, 8, 1)
 def build(sizes: Sizes) -> PreTrainedModel:
     """A Qwen2 model with random weights."""
     config = Qwen2Config(
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.hidden_size,
-        intermediate_size=8 * sizes.hidden_size // 3,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=max(1, sizes.heads // 4),
+        vocab_size=sizes.vocab_size, hidden_size=sizes.hidden_size, intermediate_size=8 * sizes.hidden_size // 3,
+        num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=max(1, sizes.heads // 4),
         tie_word_embeddings=True,
-    )
+    )  # fmt: skip
     torch.manual_seed(0)
     return Qwen2ForCausalLM(config).eval()
 
@@ -113,14 +110,10 @@ def peers(model: PreTrainedModel, asked: Sequence[tuple[int, ...]], sizes: Sizes
 
     pages = sum(-(-(len(prompt) + sizes.longest) // PAGE) for prompt in asked) + 1
     batching = ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages, max_batch_tokens=1024)
-    options: dict[str, Any] = {
-        "generation_config": config,
-        "continuous_batching_config": batching,
-        "warmup": False,
-    }
+    options: dict[str, Any] = {"generation_config": config, "continuous_batching_config": batching}
 
     def generate_batch() -> int:
-        drawn = model.generate_batch([list(prompt) for prompt in asked], **options)
+        drawn = model.generate_batch([list(prompt) for prompt in asked], warmup=False, **options)
         return sum(len(output.generated_tokens) for output in drawn.values())
 
     return {OURS: ours, EQUAL_LENGTHS: by_length, GENERATE: generate, GENERATE_BATCH: generate_batch}
@@ -137,21 +130,21 @@ def compare(sizes: Sizes) -> list[dict[str, Any]]:
 
 def case(title: str, ways: Mapping[str, Draw], rounds: int) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {name: {"peer": name, "tokens_per_second": []} for name in ways}
+
+    def rate(way: Draw) -> dict[str, float]:
+        began = time.perf_counter()
+        return {"rate": way() / (time.perf_counter() - began)}
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for turn in range(rounds + 1):
-            for name, way in ways.items():
-                if "reason" in rows[name]:
-                    continue
-                began = time.perf_counter()
-                try:
-                    tokens = way()
-                except Exception as error:
-                    rows[name]["reason"] = first_line(error)
-                    continue
-                if turn:  # the first call warms up
-                    rate = results.short(tokens / (time.perf_counter() - began))
-                    rows[name]["tokens_per_second"].append(rate)
+        for name, way in ways.items():  # the first call warms up
+            try:
+                way()
+            except Exception as error:
+                rows[name]["reason"] = first_line(error)
+        timed = {name: partial(rate, way) for name, way in ways.items() if "reason" not in rows[name]}
+        for name, found in results.paired(timed, rounds).items():
+            rows[name]["tokens_per_second"] = found["rate"]
     return {"title": title, "load_average": load_average(), "peers": list(rows.values())}
 
 
@@ -166,9 +159,7 @@ def decode(rows: int, longest: int, rounds: int) -> dict[str, Any]:
     engine = TransformersEngine(model, tokenizer)
     prompt = 16
     rng = random.Random(0)
-    asked = [
-        tuple(rng.randrange(5, len(tokenizer)) for _ in range(prompt)) for _ in range(max(1, rows // 16))
-    ]
+    asked = [tuple(rng.choices(range(5, len(tokenizer)), k=prompt)) for _ in range(max(1, rows // 16))]
 
     def drawn(most: int) -> float:
         requests = [Request(asked[row % len(asked)], row, most) for row in range(rows)]
@@ -192,15 +183,14 @@ def decode(rows: int, longest: int, rounds: int) -> dict[str, Any]:
         exps=rows * len(tokenizer),
     )
     floor, bound = ceilings.measure(torch.device("cpu")).floor(work, "float32")
-    seconds = [results.short(step) for step in sorted(steps)]
     found = {
         "rows": rows,
         "longest": longest,
-        "seconds": seconds,
-        "floor_seconds": results.short(floor),
+        "seconds": [results.short(step) for step in sorted(steps)],
         "bound": bound,
     }
-    return found | {"bytes": work.bytes, "flops": work.flops, "load_average": load_average()}
+    counted = {"bytes": work.bytes, "flops": work.flops, "load_average": load_average()}
+    return {**found, "floor_seconds": results.short(floor), **counted}
 
 
 def measure(tiny: bool = False) -> dict[str, Any]:

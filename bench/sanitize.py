@@ -45,9 +45,8 @@ def _failed(device: str) -> int:
     for dtype in (torch.bfloat16, torch.float32):
         small = ((op, *call) for op, call in examples.calls(device, dtype).items())
         for op, args, kwargs in (*larger(device, dtype), *small):
-            names = [
-                name for name in backends.registered(op) if device in devices.SERVED.get(name, (device,))
-            ]
+            every = backends.registered(op)
+            names = [name for name in every if device in devices.SERVED.get(name, (device,))]
             for backend in names:
                 try:
                     with r1kernels.use_backend(backend, op):

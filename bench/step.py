@@ -8,8 +8,10 @@ tokens, H hidden, I intermediate size of an expert, E experts.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from training.loops import grpo
 from training.loops.sample import Prompt, sample
 from training.model import build_model, frozen_copy
 from training.progress import Progress
-from training.recipe import load
+from training.recipe import Recipe, load
 from training.rewards import Sample, Scored
 from training.run_dir import StageDir
 from training.tasks.arithmetic import make_problem
@@ -35,7 +37,7 @@ from .cases import Case
 from .measure import Effort, judge
 from .numerics import Exact, error
 from .peers import OURS
-from .results import Row, settle
+from .results import Row, paired, settle
 
 PARTS = ("rollout", "reward", "old_logprob", "reference_logprob", "new_logprob", "update")
 PLAIN = "plain PyTorch"
@@ -57,20 +59,26 @@ def measure(case: Case, effort: Effort, say: Callable[[str], None] = print) -> l
         row.backend = BACKENDS[row.peer]
         with r1kernels.use_backend(row.backend):
             row.errors = {"logp": error(bench.logprobs(double=False), Exact(exact))}
-            with memory.Peak(bench.device) as peak:
-                first = bench.step()
+        with memory.Peak(bench.device) as peak:
+            first = bench.step(row.backend)
         row.peak_bytes = peak.bytes
     judge(rows, case)
     rounds = max(3, min(_MOST_ROUNDS, int(effort.seconds / (2 * first["step"]))))
-    for _ in range(rounds):
-        for row in rows:
-            if row.status == "ok":
-                with r1kernels.use_backend(row.backend):
-                    for name, seconds in bench.step().items():
-                        row.rounds.setdefault(name, []).append(seconds)
+    timed = paired({row.peer: partial(bench.step, row.backend) for row in rows if row.status == "ok"}, rounds)
+    for row in rows:
+        row.rounds = timed.get(row.peer, {})
     settle(rows)
     say(f"  {rounds} rounds, r1kernels {rows[1].median('step') or float('nan'):.2f} s a step")
     return rows
+
+
+@contextmanager
+def stage(recipe: Recipe, config: Any) -> Iterator[StageContext]:
+    """A stage "zero" in a folder of its own, which says nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = StageDir(Path(folder) / "zero")
+        made.begin({}, {})
+        yield StageContext("zero", recipe, config, made, {}, Progress(quiet=True))
 
 
 class Bench:
@@ -78,14 +86,9 @@ class Bench:
 
     def __init__(self, case: Case) -> None:
         recipe = load("tiny")
-        config = replace(
-            recipe.zero,
-            steps=1,
-            save_every=0,
-            prompts=case.sizes["B"] // GROUP,
-            group_size=GROUP,
-            max_new_tokens=case.sizes["L"],
-        )
+        groups, longest = case.sizes["B"] // GROUP, case.sizes["L"]
+        config = replace(recipe.zero, steps=1, save_every=0, prompts=groups, max_new_tokens=longest)
+        config.group_size = GROUP
         if "H" in case.sizes:
             sizes: dict[str, Any] = {name: case.sizes[short] for short, name in _SIZES.items()}
             recipe = replace(recipe, model=replace(recipe.model, **sizes))
@@ -94,24 +97,13 @@ class Bench:
         self.policy = build_model(recipe.model, self.tokenizer, seed=0).to(self.device)
         self.problems = [make_problem(10 + i, 9, 60 + i, "en") for i in range(config.prompts)]
 
-    def step(self) -> dict[str, float]:
+    def step(self, backend: str) -> dict[str, float]:
         """Seconds of each part of one step."""
         policy = frozen_copy(self.policy).requires_grad_(True)
-        with tempfile.TemporaryDirectory() as folder:
-            stage = StageDir(Path(folder) / "zero")
-            stage.begin({}, {})
-            context = StageContext("zero", self.recipe, self.config, stage, {}, Progress(quiet=True))
-            grpo.train(
-                policy,
-                self.tokenizer,
-                lambda step: self.problems,
-                prompts.chat,
-                _length_reward,
-                self.config,
-                context,
-                reference=self.policy,
-            )
-            (metrics,) = stage.metrics()
+        with r1kernels.use_backend(backend), stage(self.recipe, self.config) as context:
+            asked = (lambda step: self.problems, prompts.chat, _length_reward)
+            grpo.train(policy, self.tokenizer, *asked, self.config, context, reference=self.policy)
+            (metrics,) = context.stage.metrics()
         seconds = {part: float(metrics[f"{part}_seconds"]) for part in PARTS}
         return {**seconds, "step": sum(seconds.values())}
 
@@ -119,13 +111,9 @@ class Bench:
         """What the policy, or its copy in float64, gives to a few of its own responses."""
         chosen = self.problems[:2]
         texts = [Prompt(problem, prompts.chat(problem)) for problem in chosen]
+        engine, longest = TransformersEngine(self.policy, self.tokenizer), self.config.max_new_tokens
         completions = sample(
-            TransformersEngine(self.policy, self.tokenizer),
-            texts,
-            samples=GROUP,
-            max_new_tokens=self.config.max_new_tokens,
-            seed_parts=(0, "bench"),
-            record_routing=True,
+            engine, texts, samples=GROUP, max_new_tokens=longest, seed_parts=(0, "bench"), record_routing=True
         )
         pad = self.tokenizer.pad_token_id
         batch = batches.collate(completions, pad, self.device, replay=True)

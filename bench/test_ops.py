@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-import r1kernels
-
 from . import families, step, timing
 from .cases import CASES, Case, tiny
 from .measure import release
-from .numerics import Exact, allowed, error
+from .numerics import Exact, allowed
 from .peers import Inputs, Peer, Unavailable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,10 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _problem(case: Case) -> tuple[Inputs, dict[str, Exact]]:
     """Inputs and exact results, which the tests of one case share."""
     release()
-    op = families.OPS[case.op]
-    inputs = op.inputs(case, DEVICE)
-    exact = op.exact(case, inputs)
-    return inputs.require_grad(), exact
+    return families.OPS[case.op].problem(case, DEVICE)
 
 
 def test_op(benchmark: Any, case: Case, peer: Peer) -> None:
@@ -60,12 +55,11 @@ def test_op(benchmark: Any, case: Case, peer: Peer) -> None:
         outputs = call(ready)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    found = families.OPS[case.op].comparable({**outputs, **timing.differentiate(outputs, ready)})
-    errors = {name: error(found[name], exact[name]) for name in found if name in exact}
+    errors = timing.errors(families.OPS[case.op], outputs, timing.differentiate(outputs, ready), exact)
     wrong = {name: value for name, value in errors.items() if not value <= allowed(None, case.torch_dtype)}
     if wrong:
         (pytest.fail if peer.kind == "ours" else pytest.skip)(f"its errors are too large: {wrong}")
-    del outputs, found
+    del outputs
     benchmark.extra_info["errors"] = errors
     if peer.prepare is None:
         benchmark(timing.train, call, inputs, clock)
@@ -78,5 +72,4 @@ def test_op(benchmark: Any, case: Case, peer: Peer) -> None:
 def test_grpo_step(benchmark: Any, case: Case, backend: str) -> None:
     """A whole step of the trainer."""
     benchmark.group = case.id
-    with r1kernels.use_backend(step.BACKENDS[backend]):
-        benchmark.pedantic(step.Bench(case).step, rounds=3, warmup_rounds=1)
+    benchmark.pedantic(step.Bench(case).step, (step.BACKENDS[backend],), rounds=3, warmup_rounds=1)

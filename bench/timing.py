@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .peers import Inputs, Outputs
+from .numerics import Exact, error
+from .peers import Inputs, Op, Outputs
 
 Phases = dict[str, float]
 # kernels shorter than this are launched slower than they run: they are timed as replays of a graph
@@ -54,6 +55,14 @@ def differentiate(outputs: Outputs, inputs: Inputs, above: Any = None) -> dict[s
     results, gradients = above or upstream(outputs, inputs)
     found = torch.autograd.grad(results, [inputs[leaf] for leaf in inputs.leaves], gradients)
     return {f"d {leaf}": gradient for leaf, gradient in zip(inputs.leaves, found, strict=True)}
+
+
+def errors(
+    op: Op, outputs: Outputs, gradients: Mapping[str, Tensor], exact: Mapping[str, Exact]
+) -> dict[str, float]:
+    """Of the results of a call and of its gradients, by name."""
+    found = op.comparable({**outputs, **gradients})
+    return {name: error(value, exact[name]) for name, value in found.items() if name in exact}
 
 
 def train(call: Callable[[Inputs], Outputs], inputs: Inputs, clock: Clock) -> Phases:

@@ -10,39 +10,30 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from training import estimate, prompts
-from training.context import StageContext
 from training.loops import grpo
 from training.model import prepare
 from training.placement import placed
 from training.policy import adapted
-from training.progress import Progress
 from training.recipe import Recipe, make
 from training.rewards import Reward, Sample, Scored
-from training.run_dir import StageDir
 from training.tasks.problem import Problem
 from training.tokenizer import build_tokenizer
 
 from .memory import Peak
+from .step import stage
 from .table import Cell, Table
 
 ALLOWED = 0.15  # share by which the peak may differ from the dry run's number
 SIZES: dict[str, Any] = {
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
+    **{"hidden_size": 896, "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True},
+    **{"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
 }
 TINY = {**SIZES, "hidden_size": 56, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
 CASES = [(rank, recomputes) for rank in (0, 16) for recomputes in (False, True)]
@@ -67,23 +58,16 @@ def case(sizes: Mapping[str, Any], rank: int, recomputes: bool) -> dict[str, Any
     recipe = recipe_of(rank, recomputes)
     tokenizer = build_tokenizer()
     config = Qwen2Config(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    with tempfile.TemporaryDirectory() as folder, placed(recipe), Peak(torch.device("cpu")) as peak:
-        stage = StageDir(Path(folder) / "zero")
-        stage.begin({}, {})
-        context = StageContext("zero", recipe, recipe.zero, stage, {}, Progress(quiet=True))
+    with stage(recipe, recipe.zero) as context, placed(recipe), Peak(torch.device("cpu")) as peak:
         torch.manual_seed(0)
         policy = adapted(prepare(Qwen2ForCausalLM(config)), context)
         grpo.train(policy, tokenizer, _problems, prompts.chat, _reward, recipe.zero, context)
-        read = [row["length"] for row in stage.metrics()]
+        read = [row["length"] for row in context.stage.metrics()]
     prompt = len(tokenizer.encode(prompts.plain(prompts.chat(_problems(0)[0]))))
     held, step = estimate.grpo_memory(estimate.count(config, recipe.model.lora), recipe.zero, recipe, prompt)
-    return {
-        "rank": rank,
-        "gradient_checkpointing": recomputes,
-        "peak_bytes": peak.bytes,
-        "dry_run_bytes": round(held + (step or 0)),
-        "response_tokens": read,
-    }
+    said = round(held + (step or 0))
+    found = {"rank": rank, "gradient_checkpointing": recomputes, "peak_bytes": peak.bytes}
+    return {**found, "dry_run_bytes": said, "response_tokens": read}
 
 
 def parameters(sizes: Mapping[str, Any]) -> int:
