@@ -1,9 +1,12 @@
 """Builds the CUDA sources for the host emulator, once for each state of the sources."""
 
+import fcntl
+import functools
 import hashlib
 import importlib.util
-import os
+import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from shutil import which
@@ -18,7 +21,6 @@ FLAGS = [
     "-std=c++20",
     "-O1",
     "-fPIC",
-    "-shared",
     "-fvisibility=hidden",
     "-Wall",
     "-Wno-unknown-pragmas",
@@ -32,41 +34,44 @@ def emulated(request):
     compiler = which("g++") or which("clang++")
     if compiler is None:
         pytest.skip("the host emulator needs a C++ compiler")
-    folder = request.config.cache.mkdir("emulator")
-    modules: dict[str, ModuleType] = {}
+    builds = request.config.cache.mkdir("emulator")
+    folder = builds / state_of_sources(compiler)
+    (folder / "pybind11").mkdir(parents=True, exist_ok=True)
+    for stale in set(builds.iterdir()) - {folder}:
+        shutil.rmtree(stale, ignore_errors=True)
+    return functools.cache(lambda name: load(name, build(compiler, name, folder)))
 
-    def module(name: str) -> ModuleType:
-        if name not in modules:
-            modules[name] = load(name, build(compiler, name, folder))
-        return modules[name]
 
-    return module
+def state_of_sources(compiler: str) -> str:
+    """A name for what the modules are compiled from, and with what."""
+    sources = [path for suffix in ("*.cpp", "*.h", "*.cu*") for path in HERE.rglob(suffix)]
+    sources += [path for suffix in ("*.h", "*.cu*") for path in CSRC.rglob(suffix)]
+    state = hashlib.sha256(" ".join([compiler, *FLAGS, pybind11.__version__, sys.version]).encode())
+    for path in sorted(sources):
+        state.update(path.name.encode() + path.read_bytes())
+    return state.hexdigest()[:16]
 
 
 def build(compiler: str, name: str, folder: Path) -> Path:
-    sources = sorted(
-        [
-            *HERE.rglob("*.cpp"),
-            *HERE.rglob("*.h"),
-            *HERE.rglob("*.cu*"),
-            *CSRC.rglob("*.cu*"),
-            *CSRC.rglob("*.h"),
-        ]
-    )
-    state = hashlib.sha256(" ".join([compiler, *FLAGS, pybind11.__version__]).encode())
-    for path in sources:
-        state.update(path.name.encode() + path.read_bytes())
-    library = folder / f"{name}-{state.hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists():
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        includes = [HERE / "include", CSRC, pybind11.get_include(), sysconfig.get_path("include")]
-        command = [compiler, *FLAGS, *(f"-I{path}" for path in includes), "-o", str(unfinished)]
-        subprocess.run([*command, str(HERE / f"{name}.cpp"), str(HERE / "emulator.cpp")], check=True)
-        unfinished.replace(library)
-        for stale in folder.glob(f"{name}-*"):
-            if stale.suffix == library.suffix and stale != library:
-                stale.unlink(missing_ok=True)
-    return library
+    """The library of a module. pybind11 takes most of the time: it is compiled once, as a precompiled header."""
+    headers = [folder, HERE / "include", CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+    command = [compiler, *FLAGS, *(f"-I{path}" for path in headers)]
+    header = Path(pybind11.get_include(), "pybind11", "pybind11.h")
+    made(folder / "pybind11/pybind11.h.gch", [*command, "-x", "c++-header", header])
+    emulator = made(folder / "emulator.o", [*command, "-c", HERE / "emulator.cpp"])
+    library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return made(library, [*command, "-shared", HERE / f"{name}.cpp", emulator])
+
+
+def made(file: Path, command: list[str | Path]) -> Path:
+    """The file, which the first process that asks for it lets the command write; the others wait."""
+    with file.with_name(f"{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            unfinished = file.with_name(f"unfinished-{file.name}")
+            subprocess.run([*command, "-o", unfinished], check=True)
+            unfinished.replace(file)
+    return file
 
 
 def load(name: str, library: Path) -> ModuleType:

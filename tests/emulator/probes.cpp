@@ -1,6 +1,7 @@
 // Small kernels with known mistakes: each shows that the emulator notices one kind.
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+// the precompiled header comes first
+#include <pybind11/numpy.h>
 
 #include "common/block_reduce.cuh"
 #include "common/elements.cuh"
