@@ -1,10 +1,14 @@
 """Repairs bfloat16 in Triton's interpreter, which computes with its raw bits and truncates where a GPU rounds.
 
 ``repair()`` makes casts, arithmetic, comparisons and dots go through float32, with round to nearest even on the way back,
-so that a kernel written for a GPU runs unchanged. Call it in a process with TRITON_INTERPRET=1, once.
+so that a kernel written for a GPU runs unchanged. Call it in a process with TRITON_INTERPRET=1; it lasts as long as that.
+It also makes the interpreter take over triton.language once, which it does for each call of each function otherwise.
 """
 
 from __future__ import annotations
+
+import functools
+import types
 
 import numpy as np
 import triton.language as tl
@@ -25,6 +29,7 @@ def narrow(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
 
 
+@functools.cache
 def repair() -> None:
     builder = interpreter.InterpreterBuilder
     cast, convert, dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
@@ -72,3 +77,6 @@ def repair() -> None:
     builder.unary_op = through_float32(builder.unary_op, (np.invert,))
     builder.ternary_op = through_float32(builder.ternary_op, (np.where,))
     builder.create_dot = create_dot
+    everywhere = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang(everywhere)
+    interpreter._patch_lang = lambda function: types.SimpleNamespace(restore=lambda: None)

@@ -10,7 +10,7 @@ from r1kernels.logprob.token import Upstream, plain_rows
 from tests.support import interpreter_bfloat16
 from tests.support.numerics import same_bits
 from tests.support.row_ops_kernel import RowOpsKernel
-from tests.support.token_logprobs_kernel import IGNORED, TokenLogprobsKernel, random_case
+from tests.support.token_logprobs_kernel import DTYPES, IGNORED, LAYOUTS, TokenLogprobsKernel, random_case
 
 interpreter_bfloat16.repair()
 
@@ -46,13 +46,40 @@ def kernel(monkeypatch):
 
 
 class TestTokenLogprobsTriton(TokenLogprobsKernel):
-    pass
+    """The interpreter is slow and knows no alignment: each layout in one dtype, one odd address."""
+
+    @pytest.mark.parametrize("vocabulary", [67])
+    @pytest.mark.parametrize(
+        ("layout", "dtype"), [(layout, DTYPES[place % 3]) for place, layout in enumerate(LAYOUTS)], ids=str
+    )
+    def test_any_layout_gives_the_same_bits(self, kernel, layout, dtype, vocabulary):
+        super().test_any_layout_gives_the_same_bits(kernel, layout, dtype, vocabulary)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("offset", [1])
+    def test_a_row_keeps_its_bits_wherever_it_lies(self, kernel, offset, dtype):
+        super().test_a_row_keeps_its_bits_wherever_it_lies(kernel, offset, dtype)
 
 
 class TestRowOpsTriton(RowOpsKernel):
+    """Each size and each cut in one dtype."""
+
     @pytest.fixture
     def long_row(self):
         return 9001
+
+    @pytest.mark.parametrize(("shape", "dtype"), [
+        ((1, 1, 1), torch.float32), ((2, 2, 19), torch.bfloat16), ((1, 2, 1031), torch.float16),
+        ((1, 2, 5003), torch.bfloat16),
+    ], ids=str)  # fmt: skip
+    def test_extra_statistics(self, kernel, shape, dtype):
+        super().test_extra_statistics(kernel, shape, dtype)
+
+    @pytest.mark.parametrize(("cuts", "dtype"), [
+        ((64,), torch.bfloat16), ((1, 200), torch.float32), ((7, 8, 100), torch.float16),
+    ], ids=str)  # fmt: skip
+    def test_slabs_give_the_whole(self, kernel, cuts, dtype):
+        super().test_slabs_give_the_whole(kernel, cuts, dtype)
 
 
 def test_the_public_op_and_its_gradient():
