@@ -315,21 +315,19 @@ def test_the_op_itself_checks_what_the_kernel_trusts(change, text):
         ops.token_logprobs_cpu(**(call | change))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
     logits = torch.randn(2, 4, 33).to(dtype)[:, :-1]
     targets = torch.tensor([0, 1, 2, -100, 4, 32])
-    temperatures = torch.rand(6) + 0.5
-    for temperature in (None, temperatures):
-        for entropy in (True, False):
-            rows = plain_rows(logits, targets, temperature, 0.7, -100)
-            arguments = (logits, *rows, entropy, False)
-            torch.library.opcheck(ops.token_logprobs_cpu.default, arguments)
-            logp, _, stats, _ = ops.token_logprobs_cpu(*arguments)
-            grads = (logp, stats, torch.ones(6), torch.ones(6) if entropy else None, None)
-            saved = (logits, *rows, *grads)
-            torch.library.opcheck(ops.token_logprobs_cpu_backward.default, saved)
-            torch.library.opcheck(ops.token_logprobs_cpu_backward_.default, (logits.clone(), *saved[1:]))
+    for temperature, entropy in ((None, True), (torch.rand(6) + 0.5, False)):
+        rows = plain_rows(logits, targets, temperature, 0.7, -100)
+        arguments = (logits, *rows, entropy, False)
+        torch.library.opcheck(ops.token_logprobs_cpu.default, arguments)
+        logp, _, stats, _ = ops.token_logprobs_cpu(*arguments)
+        grads = (logp, stats, torch.ones(6), torch.ones(6) if entropy else None, None)
+        saved = (logits, *rows, *grads)
+        torch.library.opcheck(ops.token_logprobs_cpu_backward.default, saved)
+        torch.library.opcheck(ops.token_logprobs_cpu_backward_.default, (logits.clone(), *saved[1:]))
 
 
 def test_opcheck_of_heads_and_slabs():

@@ -186,7 +186,7 @@ def test_the_op_itself_checks_what_the_kernels_trust(change, text):
         ops.moe_experts_cpu(**(call | change))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
     case = LoraCase(9, 8, 6, 4, 2, dtype=dtype)
     arguments = forward_arguments(case)
