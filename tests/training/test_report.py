@@ -142,6 +142,8 @@ def whole_run(path):
                         "pass@k": 0.9,
                         "maj@k": 0.85,
                         "greedy": 0.87,
+                        "greedy_low": 0.85,
+                        "greedy_high": 0.89,
                         "helpful": None if name == "base" else 0.5,
                         "harmless": 0.75,
                     }
@@ -220,6 +222,7 @@ def test_every_section_is_there_with_its_numbers(report):
     # of the parts of a step, 0.1 s to 0.6 s, the rollout is the first
     assert "tokens per second" in text and "12,345 4.8 % 1.0e-06 3.0e-05 recomputed 0.0 %" in text
     assert text.count("pass@4") >= 1
+    assert ("title", "95 % interval 85.0 to 89.0") in page.attributes  # of greedy accuracy
     for stage in ("zero", "rl_reasoning", "rl_all", "base", "sft1"):
         assert ("aria-label", f"curves of {stage}") in page.attributes
 

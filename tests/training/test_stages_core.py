@@ -105,6 +105,8 @@ def test_evaluation_has_a_row_for_every_checkpoint_split_and_language(run):
     }
     for row in table:
         assert row["wilson_low"] - 1e-9 <= row["accuracy"] <= row["wilson_high"] + 1e-9
+        assert row["greedy_low"] - 1e-9 <= row["greedy"] <= row["greedy_high"] + 1e-9
+        assert 0 < row["greedy_problems"] <= row["problems"]
         assert row["pass@1"] <= row["pass@k"]
         assert row["well_formed_and_right"] <= min(row["accuracy"], row["format"])
         if row["split"] == "test" and row["language"] == "all":

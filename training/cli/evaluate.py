@@ -69,7 +69,16 @@ def run_command(arguments: argparse.Namespace) -> None:
     with placed(recipe), current_workspace():  # one server for all that is asked
         source = responses.load_source(stage, path, recipe, arguments.prompt)
         rows, _ = marks(source, name, recipe, recipe.evaluate)
-    hidden = ("checkpoint", "split", "language", "problems", "length", "k", "reward_errors")
+    hidden = (
+        "checkpoint",
+        "split",
+        "language",
+        "problems",
+        "greedy_problems",
+        "length",
+        "k",
+        "reward_errors",
+    )
     shown = [key for key in rows[0] if key not in hidden]
     header = ["split", "language", "problems", *shown, "length"]
     body = [

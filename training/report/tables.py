@@ -13,6 +13,8 @@ from training.report.marks import MARKS, MORE_MARKS, evaluation_rows, marks_of, 
 from training.run_dir import RunDir
 
 TIMES = ("rollout", "reward", "old_logprob", "reference_logprob", "new_logprob", "update")
+# Mark -> the ends of its interval.
+INTERVALS = {"accuracy": ("wilson_low", "wilson_high"), "greedy": ("greedy_low", "greedy_high")}
 DATA_STAGES = ("cold_start", "rejection", "distill")
 
 
@@ -59,8 +61,10 @@ def _mark(row: Mapping[str, Any], key: str) -> str:
     if value is None:
         return '<td class="none">-</td>'
     title = ""
-    if key == "accuracy" and number(row.get("wilson_low")) is not None:
-        title = f' title="95 % interval {percent(row["wilson_low"])} to {percent(row["wilson_high"])}"'
+    ends = INTERVALS.get(key)
+    if ends and all(number(row.get(end)) is not None for end in ends):
+        low, high = (percent(row[end]) for end in ends)
+        title = f' title="95 % interval {low} to {high}"'
     return f'<td class="mark" style="--value:{value:.3f}"{title}>{percent(value)}</td>'
 
 

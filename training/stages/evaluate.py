@@ -169,6 +169,8 @@ def _row(
     verdicts = [[_right(sample, tasks) for sample in group] for group in groups.values()]
     answers = [[sample.response.answer for sample in group] for group in groups.values()]
     low, high = evaluation.wilson(sum(right), len(right))
+    greedily = [_right(sample, tasks) for sample in greedy]
+    greedy_low, greedy_high = evaluation.wilson(sum(greedily), len(greedily))
     oracle = {
         kind: [preferences.oracle(s.problem, s.response) for s in once if s.problem.kind == kind]
         for kind in ("helpful", "unsafe")
@@ -187,7 +189,10 @@ def _row(
         "pass@1": evaluation.pass_at_1(verdicts) if verdicts else None,
         "pass@k": evaluation.pass_at_k(verdicts, k) if verdicts else None,
         "maj@k": evaluation.maj_at_k(answers, verdicts) if verdicts else None,
-        "greedy": _share([_right(sample, tasks) for sample in greedy]),
+        "greedy": _share(greedily),
+        "greedy_problems": len(greedily),
+        "greedy_low": greedy_low,
+        "greedy_high": greedy_high,
         "helpful": _share(oracle["helpful"]),
         "harmless": _share(oracle["unsafe"]),
         "reward_errors": sum(

@@ -1,0 +1,168 @@
+"""What a finished run of the recipe `smollm2` or `smollm2-languages` learnt, kept without its weights, and its tables.
+
+python -m training run smollm2
+python -m bench.smollm2 runs/smollm2
+
+keeps record.json (marks, times, versions), metrics.jsonl of every stage of GRPO, some responses and the report in a folder of
+bench/results/cpu/smollm2.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from training import files
+from training.format import percent
+from training.recipe import Grpo
+from training.report import write_report
+from training.report.marks import evaluation_rows
+from training.run_dir import RunDir
+
+from . import pipeline
+
+FOLDER = Path(__file__).parent / "results/cpu/smollm2"
+RECIPES = {"smollm2": "zero", "smollm2-languages": "languages"}  # recipe -> folder of its results
+SAMPLE_EVERY = 10  # steps between the responses that are kept
+LANGUAGES = {"all": "all", "en": "English", "de": "German", "zh": "Chinese"}
+WINDOW = 10  # steps of a mean in the picture
+PARTS = (
+    "rollout_seconds",
+    "reward_seconds",
+    "old_logprob_seconds",
+    "reference_logprob_seconds",
+    "new_logprob_seconds",
+    "update_seconds",
+)
+
+
+def collect(run: Path, results: Path = FOLDER) -> Path:
+    """Writes what is kept of a finished run into its folder of `results`, which is returned."""
+    run_dir = RunDir(run)
+    recipe = run_dir.read_recipe()
+    folder = results / RECIPES[recipe.name]
+    found = pipeline.collect(run)
+    record = {
+        "machine": pipeline.machine(),
+        **{key: value for key, value in found.items() if key not in ("test", "harder", "hardest")},
+        "marks": evaluation_rows(run_dir),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(folder / "record.json", record)
+    stages = [name for name in recipe.stages if isinstance(getattr(recipe, name), Grpo)]
+    steps = [{"stage": name, **row} for name in stages for row in run_dir.stage(name).metrics()]
+    files.write_jsonl(folder / "metrics.jsonl", steps)
+    shown = [
+        {"stage": name, **row}
+        for name in (*stages, "evaluate")
+        for row in run_dir.stage(name).samples()
+        if row.get("step", 0) % SAMPLE_EVERY == 0
+    ]
+    files.write_jsonl(folder / "samples.jsonl", shown)
+    write_report(run_dir, folder / "report.html")
+    return folder
+
+
+def load(recipe: str) -> dict[str, Any]:
+    """The committed record of a recipe."""
+    record: dict[str, Any] = files.read_json(FOLDER / RECIPES[recipe] / "record.json")
+    return record
+
+
+def metrics(recipe: str, stage: str) -> list[dict[str, Any]]:
+    """The committed metrics of the steps of a stage."""
+    rows = files.read_jsonl(FOLDER / RECIPES[recipe] / "metrics.jsonl")
+    return [row for row in rows if row["stage"] == stage]
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Markdown: a row per checkpoint and language, shares with their 95 % Wilson intervals."""
+    marks = [row for row in record["marks"] if row["split"] == "test"]
+    several = len({row["language"] for row in marks} - {"all"}) > 1
+    shown = [row for row in marks if several or row["language"] == "all"]
+    titles = [
+        "checkpoint",
+        *(["questions"] if several else []),
+        f"right at temperature 1, n = {shown[0]['problems']}",
+        f"greedy, n = {shown[0]['greedy_problems']}",
+        "format",
+        *(["words in the language"] if several else []),
+        "tokens",
+    ]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for row in shown:
+        cells = [
+            row["checkpoint"],
+            *([f"{LANGUAGES[row['language']]} ({row['problems']})"] if several else []),
+            _share(row, "accuracy", "wilson"),
+            _share(row, "greedy", "greedy"),
+            percent(row["format"]),
+            *([percent(row["language_consistency"])] if several else []),
+            f"{row['length']:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _share(row: Mapping[str, Any], key: str, interval: str) -> str:
+    low, high = percent(row[f"{interval}_low"]), percent(row[f"{interval}_high"])
+    return f"{percent(row[key])} ({low} to {high})"
+
+
+def sentence(record: Mapping[str, Any]) -> str:
+    """What R1-Zero did, in one sentence."""
+    before, after = (
+        next(
+            row
+            for row in record["marks"]
+            if (row["checkpoint"], row["split"], row["language"]) == (name, "test", "all")
+        )
+        for name in ("base", "zero")
+    )
+    steps = metrics(record["recipe"], "zero")
+    return (
+        f"{len(steps)} steps of R1-Zero take it from {percent(before['accuracy'])} to {percent(after['accuracy'])} % right at "
+        f"temperature 1 and from {percent(before['greedy'])} to {percent(after['greedy'])} % greedy, on {after['problems']} "
+        f"problems that it was not trained on"
+    )
+
+
+def times(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Where the time of a step went, on average, in words."""
+    spent = {part: fmean(row.get(part, 0.0) for row in rows) for part in PARTS}
+    named = {
+        "rollout": spent["rollout_seconds"],
+        "forward of the new log-probs": spent["new_logprob_seconds"],
+        "backward and update": spent["update_seconds"],
+    }
+    parts = ", ".join(f"{seconds:.1f} s {name}" for name, seconds in named.items())
+    return f"{sum(spent.values()):.1f} s a step: {parts}"
+
+
+def curve(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Name -> step -> mean over the last WINDOW steps."""
+    found: dict[str, dict[str, float]] = {}
+    for name in ("accuracy", "format"):
+        values = [row[name] for row in rows]
+        found[name] = {
+            str(step): round(fmean(values[max(0, step + 1 - WINDOW) : step + 1]), 4)
+            for step in range(len(values))
+        }
+    return found
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="the folder of the run")
+    folder = collect(parser.parse_args().run)
+    print(table(files.read_json(folder / "record.json")))
+
+
+if __name__ == "__main__":
+    main()
