@@ -1,18 +1,19 @@
-"""What a finished run of the recipe `smollm2` or `smollm2-languages` learnt, kept without its weights, and its tables.
+"""What finished runs of SmolLM2 learnt, kept without weights, and their tables.
 
 python -m training run smollm2
-python -m bench.smollm2 runs/smollm2
+python -m bench.smollm2 runs/smollm2 zero
 
-keeps record.json (marks, times, versions), metrics.jsonl of every stage of GRPO, some responses and the report in a folder of
-bench/results/cpu/smollm2.
+keeps the recipe, record.json (marks, times, versions), metrics.jsonl of every stage of GRPO, some responses and the report in
+bench/results/cpu/smollm2/zero; `python -m training run bench/results/cpu/smollm2/zero/recipe.yaml` does the same run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from training import files
@@ -25,7 +26,6 @@ from training.run_dir import RunDir
 from . import pipeline
 
 FOLDER = Path(__file__).parent / "results/cpu/smollm2"
-RECIPES = {"smollm2": "zero", "smollm2-languages": "languages"}  # recipe -> folder of its results
 SAMPLE_EVERY = 10  # steps between the responses that are kept
 LANGUAGES = {"all": "all", "en": "English", "de": "German", "zh": "Chinese"}
 WINDOW = 10  # steps of a mean in the picture
@@ -39,11 +39,10 @@ PARTS = (
 )
 
 
-def collect(run: Path, results: Path = FOLDER) -> Path:
-    """Writes what is kept of a finished run into its folder of `results`, which is returned."""
+def collect(run: Path, folder: Path) -> None:
+    """Writes what is kept of a finished run."""
     run_dir = RunDir(run)
     recipe = run_dir.read_recipe()
-    folder = results / RECIPES[recipe.name]
     found = pipeline.collect(run)
     record = {
         "machine": pipeline.machine(),
@@ -62,20 +61,19 @@ def collect(run: Path, results: Path = FOLDER) -> Path:
         if row.get("step", 0) % SAMPLE_EVERY == 0
     ]
     files.write_jsonl(folder / "samples.jsonl", shown)
+    shutil.copyfile(run / "recipe.yaml", folder / "recipe.yaml")
     write_report(run_dir, folder / "report.html")
-    return folder
 
 
-def load(recipe: str) -> dict[str, Any]:
-    """The committed record of a recipe."""
-    record: dict[str, Any] = files.read_json(FOLDER / RECIPES[recipe] / "record.json")
+def load(name: str) -> dict[str, Any]:
+    """The committed record of a run."""
+    record: dict[str, Any] = files.read_json(FOLDER / name / "record.json")
     return record
 
 
-def metrics(recipe: str, stage: str) -> list[dict[str, Any]]:
-    """The committed metrics of the steps of a stage."""
-    rows = files.read_jsonl(FOLDER / RECIPES[recipe] / "metrics.jsonl")
-    return [row for row in rows if row["stage"] == stage]
+def metrics(name: str, stage: str) -> list[dict[str, Any]]:
+    """The committed metrics of the steps of a stage of a run."""
+    return [row for row in files.read_jsonl(FOLDER / name / "metrics.jsonl") if row["stage"] == stage]
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -112,34 +110,36 @@ def _share(row: Mapping[str, Any], key: str, interval: str) -> str:
     return f"{percent(row[key])} ({low} to {high})"
 
 
-def sentence(record: Mapping[str, Any]) -> str:
-    """What R1-Zero did, in one sentence."""
-    before, after = (
-        next(
-            row
-            for row in record["marks"]
-            if (row["checkpoint"], row["split"], row["language"]) == (name, "test", "all")
-        )
-        for name in ("base", "zero")
+def marks(record: Mapping[str, Any], checkpoint: str) -> Mapping[str, Any]:
+    """The row of a checkpoint over all held-out problems."""
+    wanted = (checkpoint, "test", "all")
+    return next(
+        row for row in record["marks"] if (row["checkpoint"], row["split"], row["language"]) == wanted
     )
-    steps = metrics(record["recipe"], "zero")
+
+
+def sentence(name: str) -> str:
+    """What R1-Zero did in a run, in one sentence."""
+    record = load(name)
+    before, after = marks(record, "base"), marks(record, "zero")
     return (
-        f"{len(steps)} steps of R1-Zero take it from {percent(before['accuracy'])} to {percent(after['accuracy'])} % right at "
+        f"{len(metrics(name, 'zero'))} steps of R1-Zero take it from {percent(before['accuracy'])} to {percent(after['accuracy'])} % right at "
         f"temperature 1 and from {percent(before['greedy'])} to {percent(after['greedy'])} % greedy, on {after['problems']} "
         f"problems that it was not trained on"
     )
 
 
 def times(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Where the time of a step went, on average, in words."""
-    spent = {part: fmean(row.get(part, 0.0) for row in rows) for part in PARTS}
+    """Where the time of a step went, as medians, in words."""
+    spent = {part: median(row.get(part, 0.0) for row in rows) for part in PARTS}
     named = {
         "rollout": spent["rollout_seconds"],
         "forward of the new log-probs": spent["new_logprob_seconds"],
         "backward and update": spent["update_seconds"],
     }
     parts = ", ".join(f"{seconds:.1f} s {name}" for name, seconds in named.items())
-    return f"{sum(spent.values()):.1f} s a step: {parts}"
+    whole = median(sum(row.get(part, 0.0) for part in PARTS) for row in rows)
+    return f"{whole:.1f} s a step: {parts}"
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -160,8 +160,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="the folder of the run")
-    folder = collect(parser.parse_args().run)
-    print(table(files.read_json(folder / "record.json")))
+    parser.add_argument("name", help="of the folder in bench/results/cpu/smollm2")
+    arguments = parser.parse_args()
+    collect(arguments.run, FOLDER / arguments.name)
+    print(table(load(arguments.name)))
 
 
 if __name__ == "__main__":
