@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from . import pictures, report, results
+from . import pictures, report, results, smollm2
 from .results import Run
 from .table import Table
 
@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 FILES = tuple(
     ROOT / name
     for name in ("README.md", *(f"docs/{name}.md" for name in (
-        "benchmarks", "logprob", "shared-prefix", "mixtures", "training", "distillation", "divergence", "gpu", "scaling")))
+        "benchmarks", "logprob", "shared-prefix", "mixtures", "training", "distillation", "divergence", "gpu", "scaling",
+        "learning")))
 )  # fmt: skip
 _BLOCK = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -93,6 +94,10 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
         name: partial(of_command, name, name)
         for name in ("saved", "prefix", "mixtures", "suite", "rollout", "truncation", "distillation")
     },
+    "smollm2": lambda: f"{smollm2.sentence('zero')}.",
+    "smollm2 marks": lambda: smollm2.marks_table(smollm2.load("zero")).markdown(),
+    "smollm2 operators": lambda: smollm2.operators("zero"),
+    "smollm2 time": lambda: f"On one CPU core it takes {smollm2.times(smollm2.metrics('zero', 'zero'))}.",
 }
 
 

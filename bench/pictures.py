@@ -22,7 +22,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from . import results
+from . import results, smollm2
 from .ceilings import BOUNDS
 from .peers import EAGER
 from .precision import LEADS
@@ -178,6 +178,17 @@ def draw_stages(numbers: Numbers, axes: Axes) -> None:
     axes.legend(loc="lower right", fontsize=8.5)
 
 
+def draw_learning(numbers: Numbers, axes: Axes) -> None:
+    for (name, values), colour in zip(numbers.items(), (OURS, OTHERS[2]), strict=True):
+        steps = [int(step) for step in values]
+        axes.plot(steps, [100 * value for value in values.values()], color=colour, label=name, linewidth=2.2)
+    axes.set_ylim(0, 104)
+    axes.set_xlabel(f"step of R1-Zero, means of {smollm2.WINDOW} steps")
+    axes.grid(axis="y")
+    axes.set_title("SmolLM2-135M on training problems, in %")
+    axes.legend(loc="center right", fontsize=8.5)
+
+
 def draw_floors(shares: Mapping[str, tuple[float, str]], axes: Axes) -> None:
     colours = dict(zip(BOUNDS, (OURS, *OTHERS), strict=False))
     for place, (share, bound) in enumerate(shares.values()):
@@ -225,6 +236,7 @@ def fitting(root: Path) -> dict[Path, Drawn]:
         "speed": (draw_speed, speed(ops), (5.6, 5.2)),
         "error": (draw_errors, errors(results.committed("precision")), (5.6, 5.2)),
         "truncation": (draw_ratios, ratios(results.committed("truncation")), (5.6, 3.5)),
+        "smollm2": (draw_learning, smollm2.curve(smollm2.metrics("zero", "zero")), (5.6, 3.5)),
         "stages": (draw_stages, stages(results.committed("tiny")), (7.0, 3.5)),
     }
     return {root / f"docs/pictures/{name}.svg": drawn for name, drawn in found.items()}

@@ -3,7 +3,7 @@
 python -m training run smollm2
 python -m bench.smollm2 runs/smollm2 zero
 
-keeps the recipe, record.json (marks, times, versions), metrics.jsonl of every stage of GRPO, some responses and the report in
+keeps the recipe, record.json (marks, times, versions), metrics.jsonl of every stage of GRPO, the best and the worst response of every step and the report in
 bench/results/cpu/smollm2/zero; `python -m training run bench/results/cpu/smollm2/zero/recipe.yaml` does the same run again.
 """
 
@@ -24,9 +24,9 @@ from training.report.marks import evaluation_rows
 from training.run_dir import RunDir
 
 from . import pipeline
+from .table import Table
 
 FOLDER = Path(__file__).parent / "results/cpu/smollm2"
-SAMPLE_EVERY = 10  # steps between the responses that are kept
 LANGUAGES = {"all": "all", "en": "English", "de": "German", "zh": "Chinese"}
 WINDOW = 10  # steps of a mean in the picture
 PARTS = (
@@ -43,10 +43,11 @@ def collect(run: Path, folder: Path) -> None:
     """Writes what is kept of a finished run."""
     run_dir = RunDir(run)
     recipe = run_dir.read_recipe()
-    found = pipeline.collect(run)
+    found = pipeline.measure([run])
+    left_out = ("test", "harder", "hardest", "students")  # the marks are all of them
     record = {
-        "machine": pipeline.machine(),
-        **{key: value for key, value in found.items() if key not in ("test", "harder", "hardest")},
+        "machine": found["machine"],
+        **{key: value for key, value in found["runs"][0].items() if key not in left_out},
         "marks": evaluation_rows(run_dir),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,10 +56,7 @@ def collect(run: Path, folder: Path) -> None:
     steps = [{"stage": name, **row} for name in stages for row in run_dir.stage(name).metrics()]
     files.write_jsonl(folder / "metrics.jsonl", steps)
     shown = [
-        {"stage": name, **row}
-        for name in (*stages, "evaluate")
-        for row in run_dir.stage(name).samples()
-        if row.get("step", 0) % SAMPLE_EVERY == 0
+        {"stage": name, **row} for name in (*stages, "evaluate") for row in run_dir.stage(name).samples()
     ]
     files.write_jsonl(folder / "samples.jsonl", shown)
     shutil.copyfile(run / "recipe.yaml", folder / "recipe.yaml")
@@ -76,12 +74,12 @@ def metrics(name: str, stage: str) -> list[dict[str, Any]]:
     return [row for row in files.read_jsonl(FOLDER / name / "metrics.jsonl") if row["stage"] == stage]
 
 
-def table(record: Mapping[str, Any]) -> str:
-    """Markdown: a row per checkpoint and language, shares with their 95 % Wilson intervals."""
+def marks_table(record: Mapping[str, Any]) -> Table:
+    """A row per checkpoint and language, shares with their 95 % Wilson intervals."""
     marks = [row for row in record["marks"] if row["split"] == "test"]
     several = len({row["language"] for row in marks} - {"all"}) > 1
     shown = [row for row in marks if several or row["language"] == "all"]
-    titles = [
+    head = [
         "checkpoint",
         *(["questions"] if several else []),
         f"right at temperature 1, n = {shown[0]['problems']}",
@@ -90,9 +88,8 @@ def table(record: Mapping[str, Any]) -> str:
         *(["words in the language"] if several else []),
         "tokens",
     ]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for row in shown:
-        cells = [
+    rows = [
+        [
             row["checkpoint"],
             *([f"{LANGUAGES[row['language']]} ({row['problems']})"] if several else []),
             _share(row, "accuracy", "wilson"),
@@ -101,8 +98,9 @@ def table(record: Mapping[str, Any]) -> str:
             *([percent(row["language_consistency"])] if several else []),
             f"{row['length']:.1f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for row in shown
+    ]
+    return Table("Checkpoints", head, rows)
 
 
 def _share(row: Mapping[str, Any], key: str, interval: str) -> str:
@@ -122,10 +120,13 @@ def sentence(name: str) -> str:
     """What R1-Zero did in a run, in one sentence."""
     record = load(name)
     before, after = marks(record, "base"), marks(record, "zero")
+    once, greedy = (
+        f"from {percent(before[key])} to {percent(after[key])} %" for key in ("accuracy", "greedy")
+    )
     return (
-        f"{len(metrics(name, 'zero'))} steps of R1-Zero take it from {percent(before['accuracy'])} to {percent(after['accuracy'])} % right at "
-        f"temperature 1 and from {percent(before['greedy'])} to {percent(after['greedy'])} % greedy, on {after['problems']} "
-        f"problems that it was not trained on"
+        f"{len(metrics(name, 'zero'))} steps of R1-Zero ({record['stage_seconds']['zero'] / 60:.0f} minutes on CPUs) take "
+        f"SmolLM2-135M-Instruct {once} right at temperature 1 and {greedy} greedy, on {after['problems']} sums and differences of two "
+        "numbers that it was not trained on"
     )
 
 
@@ -139,15 +140,36 @@ def times(rows: Sequence[Mapping[str, Any]]) -> str:
     }
     parts = ", ".join(f"{seconds:.1f} s {name}" for name, seconds in named.items())
     whole = median(sum(row.get(part, 0.0) for part in PARTS) for row in rows)
-    return f"{whole:.1f} s a step: {parts}"
+    return f"{whole:.1f} s a step (medians): {parts}"
+
+
+def operators(name: str) -> str:
+    """How many of the responses that are kept of the last half of R1-Zero are right, by operator, and how sure the policy was."""
+    rows = metrics(name, "zero")
+    half = len(rows) // 2
+    shown = [
+        row
+        for row in files.read_jsonl(FOLDER / name / "samples.jsonl")
+        if row["stage"] == "zero" and row["step"] >= half
+    ]
+    counts = []
+    for sign, noun in (("+", "sums"), ("-", "differences")):
+        right = [row["rewards"]["accuracy"] == 1 for row in shown if f" {sign} " in row["question"]]
+        counts.append(f"{sum(right)} of {len(right)} on {noun}")
+    entropy = [row["entropy"] for row in rows if "entropy" in row]
+    return (
+        f"Sums are learnt and differences hardly: of the best and the worst responses of the last {len(rows) - half} steps "
+        f"{' and '.join(counts)} are right. Entropy falls from {entropy[0]:.1f} to {entropy[4]:.2f} nats within five steps, and from "
+        f"step {WINDOW} on {percent(fmean(row['kept'] for row in rows[WINDOW:]))} % of the groups have a spread to learn from."
+    )
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Name -> step -> mean over the last WINDOW steps."""
+    """What is shown -> step -> mean over the last WINDOW steps."""
     found: dict[str, dict[str, float]] = {}
-    for name in ("accuracy", "format"):
+    for name, title in (("accuracy", "right"), ("format", "in the form that is asked for")):
         values = [row[name] for row in rows]
-        found[name] = {
+        found[title] = {
             str(step): round(fmean(values[max(0, step + 1 - WINDOW) : step + 1]), 4)
             for step in range(len(values))
         }
@@ -163,7 +185,7 @@ def main() -> None:
     parser.add_argument("name", help="of the folder in bench/results/cpu/smollm2")
     arguments = parser.parse_args()
     collect(arguments.run, FOLDER / arguments.name)
-    print(table(load(arguments.name)))
+    print(marks_table(load(arguments.name)).markdown())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -220,6 +221,22 @@ def test_training_goes_on_exactly_from_saved_tensors(tmp_path):
     train(second, second_optimizer, 3, first=3)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(second.state_dict()[name], tensor), name
+
+
+def test_a_resume_point_is_several_files_each_of_which_is_small(tmp_path, monkeypatch):
+    """A file is put together in memory before it is written: one of all tensors would take their memory twice more."""
+    monkeypatch.setattr(saved, "FILE_BYTES", 1000)
+    tensors = {
+        name: torch.full((size,), float(size))
+        for name, size in (("a", 200), ("b", 100), ("c", 400), ("d", 3))
+    }
+    saved.write(tmp_path, tensors)
+    sizes = sorted(
+        sum(t.numel() for t in load_file(path).values()) for path in tmp_path.glob("*.safetensors")
+    )
+    assert sizes == [3, 100, 200, 400]  # numbers: 200 and 100, or 400 and 3, are more than 1,000 bytes
+    found = saved.read(tmp_path)
+    assert list(found) and all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_an_optimizer_that_keeps_other_things_is_refused():

@@ -24,11 +24,16 @@ from torch.distributed.tensor import DTensor
 from training.parallel import ranks
 
 
+FILE_BYTES = 256 * 2**20  # a file is put together in memory, twice, before it is written
+
+
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes named tensors, divided ones too, into a folder that is there; every rank calls it."""
     if not tensors:
         return
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(
+        str(folder), fqn_to_index_mapping=_file_numbers(tensors), save_distributed=True
+    )
     try:
         with _alone_or_together() as alone:
             save(_separate(tensors), storage_writer=writer, no_dist=alone)
@@ -66,6 +71,19 @@ def _alone_or_together() -> Iterator[bool]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield ranks.world() == 1
+
+
+def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Name -> number, from 1, of the file that holds it: of at most FILE_BYTES, or of one tensor."""
+    numbers = {}
+    number, held = 1, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if held and held + size > FILE_BYTES:
+            number, held = number + 1, 0
+        numbers[name] = number
+        held += size
+    return numbers
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
