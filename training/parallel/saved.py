@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor
 
 from training.parallel import ranks
 
-
 FILE_BYTES = 256 * 2**20  # a file is put together in memory, twice, before it is written
 
 
