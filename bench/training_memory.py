@@ -36,11 +36,15 @@ SIZES: dict[str, Any] = {
     **{"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
 }
 TINY = {**SIZES, "hidden_size": 56, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
-CASES = [(rank, recomputes) for rank in (0, 16) for recomputes in (False, True)]
+# rank of adapters, recomputed layers, optimizer
+CASES = [
+    *((rank, recomputes, "adamw") for rank in (0, 16) for recomputes in (False, True)),
+    (0, False, "adamw_8bit"),
+]
 QUESTION = "1 plus 2 plus 3 plus 4 plus"
 
 
-def recipe_of(rank: int, recomputes: bool) -> Recipe:
+def recipe_of(rank: int, recomputes: bool, optimizer: str) -> Recipe:
     """The settings of a case: four responses of 32 tokens to a question, two in a minibatch, which is a micro-batch."""
     sizes = {"steps": 1, "prompts": 1, "group_size": 4, "minibatches": 2, "max_new_tokens": 32}
     return make(
@@ -48,26 +52,26 @@ def recipe_of(rank: int, recomputes: bool) -> Recipe:
             "stages": ["base", "zero"],
             "gradient_checkpointing": recomputes,
             "model": {"lora": {"rank": rank}},
-            "zero": {**sizes, "micro_batch_tokens": 96},
+            "zero": {**sizes, "micro_batch_tokens": 96, "optimizer": optimizer},
         }
     )
 
 
-def case(sizes: Mapping[str, Any], rank: int, recomputes: bool) -> dict[str, Any]:
+def case(sizes: Mapping[str, Any], rank: int, recomputes: bool, optimizer: str) -> dict[str, Any]:
     """A step in this process, and what the dry run says of it."""
-    recipe = recipe_of(rank, recomputes)
+    recipe = recipe_of(rank, recomputes, optimizer)
     tokenizer = build_tokenizer()
     config = Qwen2Config(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     with stage(recipe, recipe.zero) as context, placed(recipe), Peak(torch.device("cpu")) as peak:
         torch.manual_seed(0)
-        policy = adapted(prepare(Qwen2ForCausalLM(config)), context)
+        policy = adapted(prepare(Qwen2ForCausalLM(config)), context, recipe.model.lora)
         grpo.train(policy, tokenizer, _problems, prompts.chat, _reward, recipe.zero, context)
         read = [row["length"] for row in context.stage.metrics()]
     prompt = len(tokenizer.encode(prompts.plain(prompts.chat(_problems(0)[0]))))
     held, step = estimate.grpo_memory(estimate.count(config, recipe.model.lora), recipe.zero, recipe, prompt)
     said = round(held + (step or 0))
-    found = {"rank": rank, "gradient_checkpointing": recomputes, "peak_bytes": peak.bytes}
-    return {**found, "dry_run_bytes": said, "response_tokens": read}
+    found = {"rank": rank, "gradient_checkpointing": recomputes, "optimizer": optimizer}
+    return {**found, "peak_bytes": peak.bytes, "dry_run_bytes": said, "response_tokens": read}
 
 
 def parameters(sizes: Mapping[str, Any]) -> int:
@@ -91,8 +95,8 @@ def measure(tiny: bool = False) -> dict[str, Any]:
     """Every case, each in a process of its own; tiny: does it work at all."""
     sizes = TINY if tiny else SIZES
     cases = []
-    for rank, recomputes in CASES:
-        words = [json.dumps([sizes, rank, recomputes])]
+    for one in CASES:
+        words = [json.dumps([sizes, *one])]
         done = subprocess.run([sys.executable, "-m", __name__, *words], stdout=subprocess.PIPE, check=True)
         cases.append(json.loads(done.stdout.splitlines()[-1]))
     return {"sizes": sizes, "cases": cases}
@@ -100,13 +104,17 @@ def measure(tiny: bool = False) -> dict[str, Any]:
 
 def tables(record: Mapping[str, Any]) -> list[Table]:
     """Measured and foretold, a row per case."""
-    found = Table("Memory of a GRPO step", ("trained", "backward", "peak", "dry run", "dry run / peak"))
+    found = Table(
+        "Memory of a GRPO step", ("trained", "optimizer", "backward", "peak", "dry run", "dry run / peak")
+    )
     for one in record["cases"]:
         adapters = f"LoRA, rank {one['rank']}" if one["rank"] else "all weights"
         kept = "layers recompute" if one["gradient_checkpointing"] else "activations kept"
         peak, said = one["peak_bytes"], one["dry_run_bytes"]
         ratio = Cell(f"{said / peak:.2f}", "failed" if abs(said / peak - 1) > ALLOWED else "")
-        found.rows.append([adapters, kept, f"{peak / 2**30:.2f} GiB", f"{said / 2**30:.2f} GiB", ratio])
+        found.rows.append(
+            [adapters, one["optimizer"], kept, f"{peak / 2**30:.2f} GiB", f"{said / 2**30:.2f} GiB", ratio]
+        )
     return [found]
 
 

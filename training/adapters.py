@@ -2,7 +2,8 @@
 
 PEFT puts its layers into the model, which keeps its class: loops, engines and kernels see the model that they know. Every stage
 begins new adapters on the weights that it starts from, the merged ones of the stage before, and at first they change nothing. So
-the model without them is the reference policy, and adapters on the weights they began with are the whole result.
+the model without them is the reference policy, and adapters on the weights they began with are the whole result. Beside those of
+a reward model its new scalar head is trained as it is.
 """
 
 from __future__ import annotations
@@ -24,31 +25,34 @@ from training.parallel import ranks
 from training.sections import Lora
 
 NAME = "default"  # of the adapters, as PEFT calls them
-FOLDER = "adapter"  # of a stage, beside its checkpoint
+FOLDER = "adapter"  # of a stage, beside its checkpoint; of a part of it with what follows "checkpoint"
+HEAD = "score"  # of a reward model
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")  # of all experts of a layer in one parameter
 
 
-def attach(model: nn.Module, lora: Lora, key: int) -> None:
-    """Puts new adapters into `model`, in place, and freezes its own weights.
+def attach(model: nn.Module, lora: Lora, key: int, setting: str = "model.lora") -> None:
+    """Puts new adapters into `model`, in place, and freezes its own weights, but for the head of a reward model.
 
-    key: of the random numbers that they begin with (training.seeding.key); they change nothing until they are trained.
+    key: of the random numbers that they begin with (training.seeding.key); they change nothing until they are trained. setting:
+        as messages name `lora`.
 
     Raises:
         UserError: PEFT is not installed, or the model has nothing that the settings name.
     """
-    peft = optional.load("peft", "model.lora")
+    peft = optional.load("peft", setting)
     experts = _expert_weights(model) if lora.experts else []
     if lora.experts and not experts:
         raise UserError(
-            "model.lora.experts: expected a mixture whose layers hold their experts in one parameter"
+            f"{setting}.experts: expected a mixture whose layers hold their experts in one parameter"
         )
+    scores = hasattr(model, HEAD)
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets) or "all-linear",
         target_parameters=experts or None,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
     )
     # PEFT draws from torch's global generator: set it from the key, and put it back
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -59,7 +63,9 @@ def attach(model: nn.Module, lora: Lora, key: int) -> None:
         try:
             peft.inject_adapter_in_model(config, model, NAME)
         except ValueError as error:
-            raise UserError(f"model.lora: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{setting}: {str(error).splitlines()[0]}") from None
+    if scores:
+        model.get_submodule(HEAD).requires_grad_(True)
 
 
 def _expert_weights(model: nn.Module) -> list[str]:
@@ -81,6 +87,16 @@ def has(model: nn.Module) -> bool:
 def is_adapter(name: str) -> bool:
     """Whether a tensor of a state dict is one of an adapter."""
     return any(part.startswith("lora_") for part in name.split("."))
+
+
+def is_trained(name: str) -> bool:
+    """Whether a tensor of the state dict of a model with adapters is trained."""
+    return is_adapter(name) or name.startswith(f"{HEAD}.")
+
+
+def beside(checkpoint: Path) -> Path:
+    """The folder of the adapters whose merged model is the folder `checkpoint`."""
+    return checkpoint.with_name(FOLDER + checkpoint.name.removeprefix("checkpoint"))
 
 
 @contextmanager
@@ -127,16 +143,19 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 @ranks.by_main
 def save(model: nn.Module, folder: Path, base: str) -> None:
-    """Writes the adapters in PEFT's layout, atomically: `peft.AutoPeftModelForCausalLM.from_pretrained(folder)` reads them.
+    """Writes the adapters in PEFT's layout, atomically: `peft.AutoPeftModelForCausalLM.from_pretrained(folder)` reads them, and
+    those of a reward model `AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)`.
 
     base: the folder or the name on the hub of the model that they began with.
     """
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    state = dict(get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False))
+    state |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith(f"{HEAD}.")}
     adapted: Any = model
     config = copy.copy(adapted.peft_config[NAME])
     config.base_model_name_or_path, config.inference_mode = base, True
+    config.modules_to_save = [HEAD] if hasattr(model, HEAD) else None
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)  # a set would be written in any order
     with files.replacing(folder) as temporary:

@@ -31,11 +31,11 @@ def short_answer(text: str) -> str:
     return (box if box is not None else after_lead_in(text) or text).strip()
 
 
-def check_of(reference: str, choices: Mapping[str, str]) -> str:
-    """How answers to a reference are checked, by the look of it: a name from CHECKS."""
+def check_of(reference: str, choices: Mapping[str, str], language: str = "") -> str:
+    """How answers to a reference are checked, by the look of it: a name from CHECKS. language: of the question."""
     if choices:
         return "choice"
-    return "mathematics" if mathematics.looks_mathematical(reference) else "text"
+    return "mathematics" if mathematics.looks_mathematical(reference, language) else "text"
 
 
 def labelled(choices: Any) -> dict[str, str]:
@@ -81,28 +81,32 @@ def choice_of(answer: str, choices: Mapping[str, str]) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-def check_reference(check: str, reference: str, choices: Mapping[str, str] | None = None) -> None:
+def check_reference(
+    check: str, reference: str, choices: Mapping[str, str] | None = None, language: str = ""
+) -> None:
     """Raise DataError where no response can ever match the reference, UserError where math-verify is needed and missing."""
     if check == "mathematics":
-        mathematics.check_reference(reference)
+        mathematics.check_reference(reference, language)
     elif check == "text" and (len(reference) > LONGEST_TEXT or "\n" in reference):
         raise DataError(
             f"no response can equal this answer of {len(reference)} characters: let it end with '#### ANSWER' or with "
             f"\\boxed{{ANSWER}} ({reference[:60]!r} ...)"
         )
-    if not right(check, reference, reference, choices):
+    if not right(check, reference, reference, choices, language):
         raise DataError(
             f"no response can match the answer {reference[:100]!r}: its own check ({check}) refuses it"
         )
 
 
-def right(check: str, reference: str, answer: str, choices: Mapping[str, str] | None = None) -> bool:
-    """Whether an answer is right, by the check of that name; see `mathematics.equal` for values.
+def right(
+    check: str, reference: str, answer: str, choices: Mapping[str, str] | None = None, language: str = ""
+) -> bool:
+    """Whether an answer is right, by the check of that name; see `mathematics.equal` for values and the language of the question.
 
     Texts are compared without regard to case, spaces and decoration; a letter may stand in brackets, or before its text.
     """
     if check == "mathematics":
-        return mathematics.equal(reference, answer)
+        return mathematics.equal(reference, answer, language)
     if check == "choice":
         return choice_of(answer, choices or {}) == reference
     plain = undecorated(answer)

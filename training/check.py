@@ -62,11 +62,7 @@ def check(recipe: Recipe, stages: Mapping[str, Stage] = STAGES, *, data: bool = 
         if data:
             _check_folders(name, recipe)
     _check_tasks(recipe)
-    _check_lora(recipe.model.lora)
-    if recipe.parallel.shard > 1 and recipe.model.lora.rank:
-        raise UserError(
-            f"parallel.shard: expected 1 with model.lora, whose adapters every process has whole, got {recipe.parallel.shard}"
-        )
+    _check_lora("model.lora", recipe.model.lora, recipe)
     _check_rollout(recipe.rollout)
     sinks.check(recipe)
     return check_needs(recipe, order) if data else []
@@ -79,6 +75,7 @@ def _check_stage(name: str, config: Any, recipe: Recipe) -> None:
         _check_sources(f"{name}.{key}", getattr(config, key, []))
     if isinstance(config, NextToken) and (name != "base" or not recipe.model.pretrained):
         _check_training(name, config)
+        _check_optimizer(name, config, recipe)
     if isinstance(config, Base) and not recipe.model.pretrained:
         corpus.check_mix(config.corpus)
         deepseek_config(recipe.model, len(build_tokenizer()))
@@ -90,6 +87,7 @@ def _check_stage(name: str, config: Any, recipe: Recipe) -> None:
         _check_shares("rl_all.mix", config.mix, KINDS)
     if isinstance(config, Grpo):
         _check_grpo(name, config)
+        _check_optimizer(name, config, recipe)
         _check_sampler(name, config, recipe.rollout)
         if recipe.model.lora.rank and config.reference_every:
             raise UserError(
@@ -97,7 +95,7 @@ def _check_stage(name: str, config: Any, recipe: Recipe) -> None:
                 f"{config.reference_every}"
             )
     if isinstance(config, Distill):
-        _check_students(config)
+        _check_students(config, recipe)
     if isinstance(config, Evaluate) and "test" not in config.splits:
         raise UserError(
             f"evaluate.splits: expected test among them, on which the marks are taken, got {config.splits}"
@@ -119,7 +117,18 @@ def _check_training(key: str, config: NextToken) -> None:
         raise UserError(f"{key}.max_length: expected 0, for as many as the model reads, or at least 2, got 1")
 
 
-def _check_students(config: Distill) -> None:
+def _check_optimizer(key: str, config: NextToken | Grpo, recipe: Recipe) -> None:
+    """What keeps moments in 8 bits is there and has whole tensors."""
+    if config.optimizer == "adamw_8bit":
+        optional.check_installed("bitsandbytes", f"{key}.optimizer: adamw_8bit")
+        if recipe.parallel.shard > 1:
+            raise UserError(
+                f"{key}.optimizer: expected adamw with parallel.shard = {recipe.parallel.shard}, whose processes have parts of "
+                "tensors, got adamw_8bit"
+            )
+
+
+def _check_students(config: Distill, recipe: Recipe) -> None:
     before: list[str] = []
     for name, sizes in config.students.items():
         if not _STUDENT_NAME.fullmatch(name):
@@ -139,6 +148,13 @@ def _check_students(config: Distill) -> None:
                 f"distill.students.{name}.hidden_size: expected a multiple of heads = {sizes.heads}, got {sizes.hidden_size}"
             )
         _check_training(f"distill.students.{name}", sizes)
+        _check_optimizer(f"distill.students.{name}", sizes, recipe)
+        _check_lora(f"distill.students.{name}.lora", sizes.lora, recipe)
+        if sizes.lora.rank and not (sizes.pretrained or sizes.start):
+            raise UserError(
+                f"distill.students.{name}.lora.rank: expected 0 for a student from random weights, which adapters would leave as "
+                f"they are, got {sizes.lora.rank}"
+            )
         if config.data and config.method_of(name) == "on_policy":
             raise UserError(
                 "distill.data: expected none with the method on_policy, for which students answer the problems of the tasks, got "
@@ -240,18 +256,22 @@ def _check_tasks(recipe: Recipe) -> None:
             raise UserError(f"task_options: {unknown('task', spec, recipe.task)}")
 
 
-def _check_lora(lora: Lora) -> None:
+def _check_lora(key: str, lora: Lora, recipe: Recipe) -> None:
     """Adapters can be made, and what is said of them belongs to some."""
     if not lora.rank:
         if lora != Lora():
             raise UserError(
-                f"model.lora.rank: expected at least 1 where other settings of model.lora are given, got {lora}"
+                f"{key}.rank: expected at least 1 where other settings of {key} are given, got {lora}"
             )
         return
-    optional.check_installed("peft", "model.lora")
+    optional.check_installed("peft", key)
     if lora.experts and lora.dropout:
         raise UserError(
-            f"model.lora.dropout: expected 0 with model.lora.experts, for PEFT has none there, got {lora.dropout:g}"
+            f"{key}.dropout: expected 0 with {key}.experts, for PEFT has none there, got {lora.dropout:g}"
+        )
+    if recipe.parallel.shard > 1:
+        raise UserError(
+            f"parallel.shard: expected 1 with {key}, whose adapters every process has whole, got {recipe.parallel.shard}"
         )
 
 

@@ -4,7 +4,7 @@ Buffers such as the router bias are part of it. The folder appears whole or not 
 and manifest.json holds the SHA-256 of every file, which `load_model` verifies.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -206,45 +206,53 @@ def checkpoint_hash(path: Path) -> str:
 
 
 def model_tensors(model: torch.nn.Module, prefix: str = "model.") -> dict[str, torch.Tensor]:
-    """What training changes, by name, for `StageDir.save_state`: parameters and persistent buffers, or the adapters alone."""
+    """What training changes, by name, for `StageDir.save_state`: parameters and persistent buffers; of a model with adapters
+    what is trained of it alone."""
     adapted = adapters.has(model)
     return {
         prefix + name: tensor
         for name, tensor in model.state_dict().items()
-        if not adapted or adapters.is_adapter(name)
+        if not adapted or adapters.is_trained(name)
     }
 
 
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, prefix: str = "optimizer."
 ) -> dict[str, torch.Tensor]:
-    """The optimizer's state as tensors named "<prefix><index of the parameter>.<name>".
+    """The optimizer's state as tensors named "<prefix><index of the parameter>.<name>"; a counter is one without dimensions.
 
     Learning rates and other settings are not in it: they are functions of the step.
 
     Raises:
-        TypeError: the optimizer keeps something that is not a tensor.
+        TypeError: the optimizer keeps something that is neither a tensor nor a whole number.
     """
-    tensors = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            if not isinstance(value, torch.Tensor):
-                raise TypeError(f"optimizer state {name!r} is {type(value).__name__}, expected a tensor")
-            tensors[f"{prefix}{index}.{name}"] = value
-    return tensors
+    return dict(_leaves(prefix.removesuffix("."), optimizer.state_dict()["state"]))
+
+
+def _leaves(place: str, state: Mapping[Any, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(f"{place}.{name}", value)
+        elif isinstance(value, torch.Tensor):
+            yield f"{place}.{name}", value
+        elif isinstance(value, int):
+            yield f"{place}.{name}", torch.tensor(value)
+        else:
+            raise TypeError(f"optimizer state {name!r} is {type(value).__name__}, expected a tensor")
 
 
 def empty_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Iterable[str], prefix: str = "optimizer."
+    optimizer: torch.optim.Optimizer, described: Mapping[str, torch.Tensor], prefix: str = "optimizer."
 ) -> dict[str, torch.Tensor]:
-    """Tensors of the optimizer's state to be filled, those of `names` that `optimizer_tensors` gave, divided as the parameters are."""
+    """Tensors of the optimizer's state to be filled: those of `described` (by name, of any memory) that `optimizer_tensors` gave,
+    divided as the parameters are."""
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     tensors = {}
-    for name in sorted(names):
+    for name, like in sorted(described.items()):
         if name.startswith(prefix):
-            index, key = name.removeprefix(prefix).split(".", 1)
-            # AdamW counts the steps of a parameter in a number beside its two moments
-            tensors[name] = torch.zeros(()) if key == "step" else torch.zeros_like(parameters[int(index)])
+            parameter = parameters[int(name.removeprefix(prefix).split(".")[0])]
+            alike = (like.shape, like.dtype) == (parameter.shape, parameter.dtype)
+            tensors[name] = torch.zeros_like(parameter) if alike else torch.zeros_like(like, device="cpu")
     return tensors
 
 
@@ -252,9 +260,13 @@ def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], prefix: str = "optimizer."
 ) -> None:
     """Puts what `optimizer_tensors` gave back into an optimizer over the same parameters."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         if name.startswith(prefix):
-            index, key = name.removeprefix(prefix).split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
+            index, *path, last = name.removeprefix(prefix).split(".")
+            place = state.setdefault(int(index), {})
+            for part in path:
+                place = place.setdefault(part, {})
+            counter = tensor.ndim == 0 and tensor.dtype == torch.int64
+            place[last] = int(tensor) if counter else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

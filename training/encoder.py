@@ -6,6 +6,7 @@ A tokenizer with a chat template writes the prompt by it; another one reads `pro
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from training import prompts
 from training.errors import UserError
 from training.prompts import Turn, Turns
-from training.response import SPECIAL, THINK_CLOSE, THINK_OPEN
+from training.response import ANSWER_CLOSE, ANSWER_OPEN, SPECIAL, THINK_CLOSE, THINK_OPEN
 
 # A thinking block that a chat template opens at the end of a prompt.
 _OPENED = re.compile(rf"{re.escape(THINK_OPEN)}\s*$")
@@ -27,6 +28,9 @@ _DAY = datetime.date(2025, 1, 1)
 _TODAY = "01 Jan 2025"  # as Llama 3's template writes it
 _ASKS_FOR_DATE = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<form>.*?)(?P=quote)\s*\)""")
 _PROBE = "qzx"  # an answer that no chat template writes by itself
+_TAGS = {THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE, SPECIAL}  # what prompts ask for, tokens or not
+_SIGN = "\ue000{}\ue001"  # stands for a control token that a person spelt out, by its number
+_SIGNS = re.compile(_SIGN.format(r"(\d+)"))
 
 
 class Encoded(NamedTuple):
@@ -74,13 +78,17 @@ class Encoder:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def prompt(self, turns: Turns) -> Encoded:
-        """Token ids of everything that stands before the response, the begin-of-text token included where there is one."""
+        """Token ids of everything that stands before the response, the begin-of-text token included where there is one.
+
+        What a turn says is text: a control token spelt out in it ("<|im_end|>") ends no turn.
+        """
+        turns, spelt = self._hidden(turns)
         if not self.tokenizer.chat_template:
             bos = self.tokenizer.bos_token_id
-            return Encoded(([] if bos is None else [bos]) + self._ids(prompts.plain(turns)), "")
+            return Encoded(([] if bos is None else [bos]) + self._shown(prompts.plain(turns), spelt), "")
         text = self._rendered(turns, add_generation_prompt=True)
         opened = _OPENED.search(text)
-        return Encoded(self._ids(text), opened.group() if opened else "")
+        return Encoded(self._shown(text, spelt), opened.group() if opened else "")
 
     def response(self, text: str, opening: str = "") -> list[int]:
         """Token ids of a response behind a prompt with that `opening`; the end of the turn is the last.
@@ -131,6 +139,42 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        """The spelling of any control token: a special one, or one that the chat template writes."""
+        written: set[int] = set()
+        if self.tokenizer.chat_template:
+            turns = [Turn(role, _PROBE) for role in ("user", "assistant", "user")]
+            with contextlib.suppress(UserError):
+                written = set(self._ids(self._rendered(turns, add_generation_prompt=True)))
+        added = self.tokenizer.added_tokens_decoder.items()
+        control = {each.content for number, each in added if each.special or number in written} - _TAGS
+        longest_first = sorted(filter(str.strip, control), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, [*longest_first, _SIGN[0]])))
+
+    def _hidden(self, turns: Turns) -> tuple[Turns, list[str]]:
+        """The turns with a sign for every control token that is spelt out in them, and the spellings by its number."""
+        spelt: list[str] = []
+
+        def sign(match: re.Match[str]) -> str:
+            spelt.append(match[0])
+            return _SIGN.format(len(spelt) - 1)
+
+        return [turn._replace(content=self._control.sub(sign, turn.content)) for turn in turns], spelt
+
+    def _shown(self, text: str, spelt: list[str]) -> list[int]:
+        """Token ids of a text with signs for what is spelt out."""
+        if not spelt:
+            return self._ids(text)
+        ids: list[int] = []
+        for index, part in enumerate(_SIGNS.split(text)):
+            if index % 2:  # in two parts, neither of which is the token
+                word = spelt[int(part)]
+                ids += self._ids(word[:1]) + self._ids(word[1:])
+            elif part:
+                ids += self._ids(part)
         return ids
 
     def _rendered(self, turns: Turns, **options: Any) -> str:

@@ -33,8 +33,8 @@ from training.tokenizer import build_tokenizer
 
 LENGTH_SHARE = 0.25
 DOCUMENT_TOKENS = 1024  # of the longest document, where a recipe sets no limit
-ALL_WEIGHTS = ("base", "reward_models")  # stages that train all of them, whatever model.lora says
-BYTES = 4  # parameters, gradients and both moments are float32 (training/placement.py), whatever dtype a folder has
+BYTES = 4  # parameters and gradients are float32 (training/placement.py), whatever dtype a folder has, and so are AdamW's moments
+BLOCK, SMALLEST = 256, 4096  # of adamw_8bit: moments that share a scale; a smaller tensor keeps float32 ones
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,29 @@ class Parameters:
     attention_width: (
         int  # layers x heads x (query-key + value width): operations a token and context position / 2
     )
-    trained: int  # weights that have gradients and moments: all of them, or those of adapters
-    largest: int  # of the largest tensor among these
+    sizes: tuple[
+        int, ...
+    ]  # of the tensors that have gradients and moments: all of them, or those of adapters
     adapted: bool  # they are those of adapters
     config: PretrainedConfig
+
+    @property
+    def trained(self) -> int:
+        """Weights that have gradients and moments."""
+        return sum(self.sizes)
+
+    def moments(self, optimizer: str) -> int:
+        """Bytes of both moments of all of them."""
+        return 2 * sum(
+            size + BYTES * math.ceil(size / BLOCK)
+            if optimizer == "adamw_8bit" and size >= SMALLEST
+            else BYTES * size
+            for size in self.sizes
+        )
+
+    def temporaries(self, optimizer: str) -> int:
+        """Bytes that the optimizer takes at once for the largest of these tensors."""
+        return (5 if optimizer == "adamw_8bit" else 1) * BYTES * max(self.sizes)
 
     def forward(self, context: float) -> float:
         """Operations of one token in a forward pass that sees `context` tokens on average."""
@@ -118,8 +137,8 @@ def count(config: PretrainedConfig, lora: Lora | None = None) -> Parameters:
     width = text.num_hidden_layers * text.num_attention_heads * (query_key + value)
     if lora is not None and lora.rank:
         adapters.attach(model, lora, 0)
-    sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    return Parameters(total, total - unused, width, sum(sizes), max(sizes), adapters.has(model), config)
+    sizes = tuple(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Parameters(total, total - unused, width, sizes, adapters.has(model), config)
 
 
 def parameters(recipe: Recipe) -> Parameters:
@@ -144,7 +163,7 @@ def estimate(recipe: Recipe) -> list[Estimate]:
     whole = parameters(replace(recipe, model=replace(recipe.model, lora=Lora())))
     rows = []
     for stage in plan(recipe):
-        model = whole if stage in ALL_WEIGHTS else adapted
+        model = whole if stage == "base" else adapted
         config, parents = getattr(recipe, stage), parents_of(stage, recipe)
         if stage == "distill":
             rows += list(_distillation(recipe, model, parents))
@@ -275,17 +294,17 @@ def grpo_memory(model: Parameters, config: Grpo, recipe: Recipe, prompt: float) 
     """Bytes that GRPO holds from step to step, and those that a step takes beside them at its peak; prompt: tokens of one."""
     longest = max([config.max_new_tokens, *config.max_new_tokens_from.values()])
     tokens = config.micro_batch_tokens
-    held = _held(model, reference=bool(config.kl_coef) and not model.adapted)
-    return held, _step_bytes(model, recipe, tokens, min(round(prompt) + longest, tokens))
+    held = _held(model, config.optimizer, reference=bool(config.kl_coef) and not model.adapted)
+    return held, _step_bytes(model, recipe, config.optimizer, tokens, min(round(prompt) + longest, tokens))
 
 
-def _held(model: Parameters, reference: bool = False) -> float:
+def _held(model: Parameters, optimizer: str, reference: bool = False) -> float:
     """Bytes from step to step: weights, gradients and two moments of what is trained, and a reference."""
     frozen = model.total if model.adapted else 0
-    return BYTES * (frozen + 4 * model.trained + reference * model.total)
+    return BYTES * (frozen + 2 * model.trained + reference * model.total) + model.moments(optimizer)
 
 
-def _step_bytes(model: Parameters, recipe: Recipe, tokens: int, length: int) -> float | None:
+def _step_bytes(model: Parameters, recipe: Recipe, optimizer: str, tokens: int, length: int) -> float | None:
     """Bytes that a step takes beside those: what autograd keeps of a micro-batch and logits of the head, or temporaries of the
     optimizer, and one gradient before it is added to the others."""
     kept = kept_bytes(
@@ -298,7 +317,7 @@ def _step_bytes(model: Parameters, recipe: Recipe, tokens: int, length: int) -> 
     if kept is None:
         return None
     head = min(BYTES * tokens * model.config.get_text_config().vocab_size, SAVED_BYTES)
-    return BYTES * model.largest + max(kept + head, BYTES * model.largest)
+    return BYTES * max(model.sizes) + max(kept + head, model.temporaries(optimizer))
 
 
 def _next_token(
@@ -314,10 +333,9 @@ def _next_token(
     tokens = documents * length
     flops = 3 * tokens * model.forward(length / 2)
     work += f" of {config.batch_size} documents"
-    memory = _held(model)
-    step = _step_bytes(
-        model, recipe, config.micro_batch_tokens, min(round(length), config.micro_batch_tokens)
-    )
+    memory = _held(model, config.optimizer)
+    most = config.micro_batch_tokens
+    step = _step_bytes(model, recipe, config.optimizer, most, min(round(length), most))
     return Estimate(stage, parents, work, 0, tokens, 0, flops, memory, step)
 
 
@@ -351,7 +369,8 @@ def _distillation(recipe: Recipe, model: Parameters, parents: list[str]) -> Iter
     for name, student in recipe.distill.students.items():
         first = recipe.distill.beginning_of(name)
         in_folder = first.pretrained and recipe.model.sizes == "folder"
-        sizes = count(pretrained_config(first.pretrained) if in_folder else config_of(first, vocabulary))
+        config = pretrained_config(first.pretrained) if in_folder else config_of(first, vocabulary)
+        sizes = count(config, student.lora)
         longest = DOCUMENT_TOKENS if recipe.distill.data else recipe.distill.max_new_tokens
         length = length_of(student.max_length or longest)
         tokens = (student.steps * student.batch_size or student.epochs * documents) * length
@@ -359,7 +378,7 @@ def _distillation(recipe: Recipe, model: Parameters, parents: list[str]) -> Iter
         work = f"{_count(student.steps)} steps" if student.steps else f"{student.epochs} epochs"
         method = recipe.distill.method_of(name)
         work = f"student of {short(sizes.total)} parameters, {work}, {method}"
-        memory = 4 * sizes.total * BYTES
+        memory = _held(sizes, student.optimizer)
         if method != "sft" and recipe.distill.teacher:  # it reads what the student learns
             flops += tokens * model.forward(length / 2)
             memory += model.total * BYTES

@@ -21,31 +21,108 @@ _LONGEST_ANSWER = 1000  # characters; anything longer is no answer and would onl
 _NAME_AND_EQUALS = re.compile(r"^(?:[A-Za-z](?:_\w|_\{\w+\})?\s*)?=(?!=)")
 _ALTERNATIVES = (r"\vee", r"\lor", r"\mid", ";", "|", "=")
 _WORD_OF_THREE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+# Languages that write 3.5 as "3,5", by the decimal separators of Unicode's CLDR; a region of one may do otherwise.
+_DECIMAL_COMMA = set(
+    [
+        "af",
+        "az",
+        "be",
+        "bg",
+        "bs",
+        "ca",
+        "cs",
+        "da",
+        "de",
+        "el",
+        "es",
+        "et",
+        "eu",
+        "fi",
+        "fo",
+        "fr",
+        "gl",
+        "hr",
+        "hu",
+        "hy",
+        "id",
+        "is",
+        "it",
+        "ka",
+        "kk",
+        "ky",
+        "lb",
+        "lt",
+        "lv",
+        "mk",
+        "nb",
+        "nl",
+        "nn",
+        "no",
+        "pl",
+        "pt",
+        "ro",
+        "ru",
+        "sk",
+        "sl",
+        "sq",
+        "sr",
+        "sv",
+        "tr",
+        "uk",
+        "uz",
+        "vi",
+    ]
+)
+_NUMBER_WITH_COMMA = re.compile(r"(?<![\d.,])(\d{1,3}(?:[. ]\d{3})+|\d+)(?:,(\d+))?(?![.,]?\d)")
 
 
-def looks_mathematical(text: str) -> bool:
+def looks_mathematical(text: str, language: str = "") -> bool:
     """Whether a reference reads as mathematics: a quantity, or a digit or a LaTeX command and no word of three letters."""
     plain = undecorated(text)
-    if quantity(plain) is not None:
+    if any(quantity(undecorated(each)) is not None for each in _readings(text, language)):
         return True
     return ("\\" in plain or any(map(str.isdigit, plain))) and not _WORD_OF_THREE.search(plain)
 
 
-def check_reference(reference: str) -> None:
+def check_reference(reference: str, language: str = "") -> None:
     """Raise DataError where a reference cannot be parsed, UserError where math-verify is needed and missing."""
-    _gold(reference)
+    for each in _readings(reference, language):
+        _gold(each)
 
 
-def equal(reference: str, answer: str) -> bool:
+def equal(reference: str, answer: str, language: str = "") -> bool:
     """Whether the answer has the value of the reference.
 
     Args:
         reference: the right answer, plain or as LaTeX; DataError where it cannot be parsed, never a reward.
         answer: text of the answer, which may be anything. A leading "x =" is skipped.
+        language: of the question. In one that writes "3,5" for 3.5 a number is read with decimal comma and with decimal point,
+            and "1.234", which is two numbers then, equals both.
 
     Runs in any thread. On the main thread a symbolic comparison is stopped after a few seconds; elsewhere the
     signal that does it cannot be used.
     """
+    return any(
+        _equal(wanted, given)
+        for wanted in _readings(reference, language)
+        for given in _readings(answer, language)
+    )
+
+
+def _readings(text: str, language: str) -> list[str]:
+    """What a text may say: as it stands, and with the commas of its number as decimal points."""
+    plain = undecorated(text).replace("{,}", ",")
+    if language.split("-")[0].lower() not in _DECIMAL_COMMA or plain.startswith(("(", "[", "{", "\\")):
+        return [text]
+    other = _NUMBER_WITH_COMMA.sub(
+        lambda match: re.sub("[. ]", "", match[1]) + (f".{match[2]}" if match[2] else ""), plain
+    )
+    if other == plain or quantity(_NAME_AND_EQUALS.sub("", other).strip()) is None:
+        return [text]
+    return [text, other] if quantity(plain) is not None else [other]
+
+
+def _equal(reference: str, answer: str) -> bool:
     wanted, gold = _gold(reference)
     given = undecorated(answer)
     if "=" not in wanted:

@@ -8,28 +8,17 @@
 
 The name of the argument, `sample` or `samples` (training.rewards.Sample), says which. An exception, a value that is no
 finite number, a call that takes too long and a process that dies give no reward and a reason that begins with "error";
-they are counted like those of every reward. After the last two the process is started again. Only the file itself is hashed
-into the settings of a stage, not what it imports.
+they are counted like those of every reward. After the last two the process is started again.
 """
 
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from training import sources
-from training.errors import UserError
+from training.own_process import MOST_FAULTS, OwnFault, OwnProcess, serve
 from training.rewards import Reward, Sample
-
-IMPORT_SECONDS = 120.0  # for the file and what it imports
-MOST_FAULTS = 3  # calls that hang or die in one step; the rest of the step is then not asked
-_ROOT = Path(__file__).parent.parent
 
 
 class OwnReward:
@@ -39,10 +28,9 @@ class OwnReward:
     """
 
     def __init__(self, spec: str, seconds: float) -> None:
-        self.spec, self.seconds = spec, seconds
+        self.spec = spec
         self._at_once = sources.argument_of(spec) == "samples"
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pipe: Connection
+        self.process = OwnProcess(__name__, spec, seconds)
 
     def __call__(self, samples: Sequence[Sample]) -> list[Reward]:
         """The rewards of all samples, in order. A reward that is given all at once gets those of all ranks.
@@ -59,63 +47,26 @@ class OwnReward:
         found: list[Reward] = []
         faults = 0
         for call in [list(samples)] if self._at_once else [[sample] for sample in samples]:
+            values: list[float | str | None]
             if faults == MOST_FAULTS:
-                answer: list[Any] | str = f"not asked after {faults} calls that hung or died"
+                values = [f"not asked after {faults} calls that hung or died"] * len(call)
             else:
-                answer = self._ask(call)
-                faults += isinstance(answer, str)
-            found += [
-                self._reward(value) for value in ([answer] * len(call) if isinstance(answer, str) else answer)
-            ]
+                try:
+                    values = self.process.ask(call)
+                except OwnFault as fault:
+                    values = [str(fault)] * len(call)
+                    faults += 1
+            found += [self._reward(value) for value in values]
         return found
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None:
-            self._pipe.close()
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        self.process.close()
 
     def _reward(self, value: float | str | None) -> Reward:
         if isinstance(value, str):
             return Reward(None, f"error: {value}")
         return Reward(value, "left out" if value is None else f"by {self.spec.rpartition(':')[2]}")
-
-    def _ask(self, call: list[Sample]) -> list[Any] | str:
-        """What the process says to one call, a value for each sample; text where it hung or died, and then it is ended."""
-        if self._process is None:
-            self._start()
-        try:
-            self._pipe.send(call)
-            if self._pipe.poll(self.seconds):
-                answer: list[Any] = self._pipe.recv()
-                return answer
-            fault = f"it took longer than {self.seconds:g} s"
-        except (EOFError, OSError):
-            fault = "its process died"
-        except Exception as error:  # a sample that cannot be sent, such as one with an open file in its meta
-            fault = f"{type(error).__name__}: {error}"
-        self.close()
-        return fault
-
-    def _start(self) -> None:
-        self._pipe, theirs = Pipe()
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
-            "PYTHONHASHSEED": "0",  # sets have one order in every run, and with them the rewards one value
-        }
-        command = [sys.executable, "-m", "training.own_rewards", str(theirs.fileno()), self.spec]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
-        theirs.close()
-        try:
-            fault = self._pipe.recv() if self._pipe.poll(IMPORT_SECONDS) else "its import takes too long"
-        except EOFError:
-            fault = "its process died while the file was imported"
-        if fault:
-            self.close()
-            raise UserError(fault if self.spec in fault else f"{self.spec}: {fault}")
 
 
 @contextmanager
@@ -133,28 +84,21 @@ def own_rewards(terms: Mapping[str, float], seconds: float) -> Iterator[dict[str
             reward.close()
 
 
-def serve(pipe: Connection, spec: str) -> None:
-    """The other side: answer calls until the pipe is closed."""
-    try:
-        function = sources.load(spec)
-    except UserError as error:
-        pipe.send(str(error))
-        return
-    pipe.send("")
+def _answering(spec: str, options: Mapping[str, Any]) -> Callable[[list[Sample]], list[float | str | None]]:
+    """In the process: samples -> a value for each, text where there is none."""
+    function = sources.load(spec)
     at_once = sources.argument_of(spec) == "samples"
-    while True:
-        try:
-            samples = pipe.recv()
-        except EOFError:
-            return
+
+    def answer(samples: list[Sample]) -> list[float | str | None]:
         try:
             values = list(function(samples)) if at_once else [function(sample) for sample in samples]
             if len(values) != len(samples):
                 raise ValueError(f"expected {len(samples)} rewards, one for each sample, got {len(values)}")
-            answer = [_number(value) for value in values]
+            return [_number(value) for value in values]
         except Exception as error:
-            answer = [f"{type(error).__name__}: {error}"] * len(samples)
-        pipe.send(answer)
+            return [f"{type(error).__name__}: {error}"] * len(samples)
+
+    return answer
 
 
 def _number(value: Any) -> float | str | None:
@@ -169,4 +113,4 @@ def _number(value: Any) -> float | str | None:
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])), sys.argv[2])
+    serve(_answering)

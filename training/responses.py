@@ -27,6 +27,7 @@ from training.recipe import Recipe, Rollout
 from training.response import parse
 from training.rewards import Sample
 from training.tasks import get_task
+from training.tasks.own import OwnTask
 from training.tasks.problem import Problem, Task
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ def tasks(recipe: Recipe) -> dict[str, Task]:
         _made(spec, json.dumps(recipe.task_options.get(spec, {}), sort_keys=True), brought.get(spec, ""))
         for spec in recipe.task
     ]
+    for task in made:
+        if isinstance(task, OwnTask):
+            task.limit(recipe.reward_seconds)
     return {task.name: task for task in made}
 
 

@@ -165,7 +165,9 @@ def train(
         raise UserError(f"{context.name}: no labelled responses to learn from; raise its prompts or samples")
     steps = config.steps or max(1, round(config.epochs * len(data) / config.batch_size))
     learner = learner_of(model, context.recipe)
-    optimizer = Optimizer(learner, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
+    optimizer = Optimizer(
+        learner, weight_decay=config.weight_decay, grad_clip=config.grad_clip, kind=config.optimizer
+    )
     state = context.stage.load_state()
     start = state.step if state else 0
     if state:

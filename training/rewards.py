@@ -19,6 +19,7 @@ from typing import ParamSpec
 from training import language, sources
 from training.config import unknown
 from training.errors import UserError
+from training.own_process import OwnFault
 from training.response import Response
 from training.tasks.problem import Problem, Task
 
@@ -301,7 +302,8 @@ def _total(parts: Mapping[str, Reward], terms: Mapping[str, float]) -> float | N
 
 
 def _failure(error: Exception) -> Reward:
-    return Reward(None, f"error: {type(error).__name__}: {error}")
+    said = str(error) if isinstance(error, OwnFault) else f"{type(error).__name__}: {error}"
+    return Reward(None, f"error: {said}")
 
 
 def _judge(

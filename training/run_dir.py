@@ -75,9 +75,9 @@ class State:
         return saved.read(self.folder)
 
     @cached_property
-    def names(self) -> set[str]:
-        """Of all tensors."""
-        return saved.names(self.folder)
+    def described(self) -> dict[str, torch.Tensor]:
+        """All of them without memory: shapes and dtypes."""
+        return saved.described(self.folder)
 
     def read_into(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Fills the tensors of some names, which may be divided among ranks; every rank calls it."""

@@ -12,8 +12,9 @@ from training.config import about, field_types, is_section, setting
 
 @dataclass
 class Lora:
-    """Adapters in place of training all weights (LoRA, arXiv 2106.09685), by the package peft: in every stage of SFT and RL, and
-    for the judge, but not for reward models and students. Learning rates want to be about ten times those of all weights."""
+    """Adapters in place of training all weights (LoRA, arXiv 2106.09685), by the package peft: `model.lora` in every stage that
+    trains the recipe's model after base, `distill.students.NAME.lora` for a pretrained student. Learning rates want to be about
+    ten times those of all weights."""
 
     rank: int = setting(0, "of the adapters; 0: none, all weights are trained", minimum=0)
     alpha: float = setting(0.0, "what they add is scaled by alpha / rank; 0: twice the rank", minimum=0)
@@ -73,6 +74,9 @@ class NextToken:
         1e-4, "the learning rate falls on a cosine from lr to lr_end", minimum=0, pretrained=1e-6
     )
     warmup: int = setting(0, "steps of linear warm-up", minimum=0)
+    optimizer: Literal["adamw", "adamw_8bit"] = setting(
+        "adamw", "adamw_8bit: its moments in 8 bits (arXiv 2110.02861), by the package bitsandbytes"
+    )
     weight_decay: float = setting(0.0, "of the matrices, by AdamW", minimum=0)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: any", minimum=0)
     max_length: int = setting(
@@ -153,6 +157,9 @@ class Grpo:
     lr_end: float = setting(0.0, "learning rate of the last step", minimum=0)
     warmup: int = setting(
         0, "steps of linear warm-up: Adam's first steps are as long as the rate allows", minimum=0
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = setting(
+        "adamw", "adamw_8bit: its moments in 8 bits (arXiv 2110.02861), by the package bitsandbytes"
     )
     weight_decay: float = setting(0.0, "of the matrices, by AdamW", minimum=0)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: any", minimum=0)
@@ -466,6 +473,9 @@ class Student(NextToken):
     intermediate_size: int = setting(192, "width of the MLP", minimum=1)
     # the teacher's responses are as long as distill.max_new_tokens lets them be
     max_length: int = setting(0, "tokens a document; 0: as many as the model reads", minimum=0)
+    lora: Lora = field(
+        default_factory=Lora, metadata=about("adapters of a student that does not begin from random weights")
+    )
 
 
 def _students() -> dict[str, Student]:
@@ -581,7 +591,10 @@ class Recipe:
         default_factory=dict, metadata=about("task -> its keyword arguments")
     )
     reward_seconds: float = setting(
-        10.0, "seconds that one call of a reward of one's own may take", above=0, operational=True
+        10.0,
+        "seconds that one call of a reward of one's own, or of the check of a task of one's own, may take",
+        above=0,
+        operational=True,
     )
     system_prompt: str = setting("", "stands before every conversation that has none of its own")
     response_format: Literal["answer_tags", "boxed", "free"] = setting(

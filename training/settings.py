@@ -20,16 +20,15 @@ bits* may change the last bits of what follows.
 
 def page() -> str:
     """The table as Markdown: first what all stages share, then a part for every section."""
-    parts = [HEAD, _table(Recipe, "")]
-    for name, kind in field_types(Recipe).items():
-        if is_section(kind):
-            parts += [f"## {name}\n\n{_first_sentence(kind)}\n", _table(kind, f"{name}.")]
-            for field, inner in _inner(kind):
-                parts += [
-                    f"## {name}.{field}\n\n{_first_sentence(inner)}\n",
-                    _table(inner, f"{name}.{field}."),
-                ]
-    return "\n".join(parts)
+    return "\n".join([HEAD, *_parts(Recipe, "")])
+
+
+def _parts(kind: type, prefix: str) -> Iterator[str]:
+    """The table of a section, and behind it a part for every one within it."""
+    yield _table(kind, prefix)
+    for name, inner in _inner(kind):
+        yield f"## {prefix}{name}\n\n{_first_sentence(inner)}\n"
+        yield from _parts(inner, f"{prefix}{name}.")
 
 
 def _inner(kind: type) -> Iterator[tuple[str, type]]:

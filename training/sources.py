@@ -1,12 +1,13 @@
 """Files that a person brings: data ("jsonl:<path>", "parquet:<path>", "hf:<folder>"), tasks and rewards ("python:<file>:<name>").
 
-They count by what they hold: their hashes are among the settings that decide the result of a stage.
+They count by what they hold: their hashes are among the settings that decide the result of a stage. Code counts with the files
+beside it that it imports by name, and those that these import.
 """
 
 import ast
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,11 +71,49 @@ def hashes(specs: Mapping[str, Path]) -> dict[str, str]:
     found = {}
     for spec, path in sorted(specs.items()):
         try:
-            whole = files.folder_hashes(path) if path.is_dir() else None
-            found[spec] = files.file_hash(path) if whole is None else files.value_hash(whole)
+            if path.is_dir():
+                found[spec] = files.value_hash(files.folder_hashes(path))
+            else:
+                imported = _imports(path) if spec.startswith(PYTHON) else {}
+                own = files.file_hash(path)
+                found[spec] = files.value_hash({"": own, **imported}) if imported else own
         except OSError as error:
             raise UserError(f"{spec}: {path} cannot be read: {error.strerror}") from None
     return found
+
+
+def _imports(path: Path) -> dict[str, str]:
+    """Place in the folder of a file of code -> SHA-256, of every file there that it or one of these imports."""
+    folder = path.parent
+    found: dict[str, str] = {}
+    unread = [path]
+    while unread:
+        for each in _beside(folder, unread.pop()):
+            place = each.relative_to(folder).as_posix()
+            if place not in found and each != path:
+                found[place] = files.file_hash(each)
+                unread.append(each)
+    return found
+
+
+def _beside(folder: Path, path: Path) -> Iterator[Path]:
+    """The files in a folder that a file below it imports by the names of modules; packages with all that they hold."""
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except (SyntaxError, ValueError):  # said where it is loaded
+        return
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [each.name for each in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module]
+        for name in names:
+            top = folder / name.split(".")[0]
+            if top.with_suffix(".py").is_file():
+                yield top.with_suffix(".py")
+            elif top.is_dir():
+                yield from sorted(top.rglob("*.py"))
 
 
 def load(spec: str) -> Any:

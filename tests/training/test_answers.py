@@ -283,6 +283,38 @@ def test_right_or_wrong(reference, answer, expected):
     assert right(check, reference, answer) is expected
 
 
+@pytest.mark.parametrize(
+    ("language", "reference", "answer", "expected"),
+    [
+        ("de", "3,5", "3.5", R),
+        ("de", "3,5", "3,50", R),
+        ("de", "3.5", "3,5", R),
+        ("de", "3,5", "x = 3,5", R),
+        ("de", "3,5", r"\boxed{3{,}5}", R),
+        ("de-AT", "3,5 Liter", "3,5 l", R),
+        ("de", "3,5", "35", W),
+        ("de", "3,5", "3", W),
+        ("de", "3,5", "5", W),
+        ("de", "1234", "1.234", R),
+        ("de", "1.234", "1234", R),
+        ("de", "1.234,5 km", "1234500 m", R),
+        ("de", "12", "1,2", W),
+        ("de", "0.125", "0,125", R),
+        ("fr", "1 234,5", "1234.5", R),
+        ("de", "50 %", "0,5", R),
+        ("de", "(3,5)", "(3, 5)", R),
+        ("de", "(3,5)", "3.5", W),
+        ("en", "3.5", "3,5", W),
+        ("en", "1,234", "1234", R),
+        ("zh-CN", "3.5", "3,5", W),
+    ],
+)
+def test_a_comma_is_a_point_in_languages_that_write_it_so(language, reference, answer, expected):
+    check = check_of(reference, {}, language)
+    check_reference(check, reference, language=language)
+    assert right(check, reference, answer, language=language) is expected
+
+
 CHOICES = {"A": "4 km", "B": "5 km", "C": "Paris", "D": "a cat"}
 
 

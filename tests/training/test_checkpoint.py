@@ -242,9 +242,24 @@ def test_a_resume_point_is_several_files_each_of_which_is_small(tmp_path, monkey
 def test_an_optimizer_that_keeps_other_things_is_refused():
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
-    optimizer.state[parameter]["count"] = 3
-    with pytest.raises(TypeError, match="'count' is int, expected a tensor"):
+    optimizer.state[parameter]["count"] = "three"
+    with pytest.raises(TypeError, match="'count' is str, expected a tensor"):
         optimizer_tensors(optimizer)
+
+
+def test_counters_and_states_within_states_come_back_as_they_were():
+    def fresh():
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        return torch.optim.SGD([parameter], lr=0.1), parameter
+
+    optimizer, parameter = fresh()
+    codes = torch.tensor([3, 200], dtype=torch.uint8)
+    optimizer.state[parameter] = {"step": 7, "quantized": {"codes": codes, "scale": torch.tensor([0.5])}}
+    other, its = fresh()
+    load_optimizer_tensors(other, optimizer_tensors(optimizer))
+    found = other.state[its]
+    assert found["step"] == 7 and type(found["step"]) is int
+    assert torch.equal(found["quantized"]["codes"], codes) and found["quantized"]["scale"] == 0.5
 
 
 def test_a_large_model_is_several_files_which_plain_transformers_loads(tmp_path, monkeypatch):

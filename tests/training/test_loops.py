@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -48,6 +49,18 @@ def without_times(rows):
 
 class Stop(Exception):
     """A kill in the middle of a run."""
+
+
+OPTIMIZERS = [
+    "adamw",
+    pytest.param(
+        "adamw_8bit",
+        marks=pytest.mark.skipif(
+            find_spec("bitsandbytes") is None,
+            reason="bitsandbytes is not installed: pip install bitsandbytes",
+        ),
+    ),
+]
 
 
 # --- the learning rate and the guarded step ---
@@ -163,8 +176,9 @@ def run_next_token(folder, config, stop_at=None):
     return without_times(at.stage.metrics()), built.state_dict()
 
 
-def test_a_killed_pretraining_ends_as_if_it_had_not_been(tmp_path):
-    config = NextToken(steps=7, batch_size=10, lr=5e-3, save_every=2)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_killed_pretraining_ends_as_if_it_had_not_been(tmp_path, optimizer):
+    config = NextToken(steps=7, batch_size=10, lr=5e-3, save_every=2, optimizer=optimizer)
     expected, weights = run_next_token(tmp_path / "whole", config)
     for stop_at in (1, 2, 5):  # after a resume point, between two, and again
         with pytest.raises(Stop):
@@ -271,9 +285,12 @@ def test_the_metrics_are_complete_and_consistent(tmp_path):
     json.dumps(sample)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("fused_loss", [False, True])
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, fused_loss):
-    config = replace(CONFIG, reference_every=2, save_every=2, steps=5, fused_loss=fused_loss)
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, fused_loss, optimizer):
+    config = replace(
+        CONFIG, reference_every=2, save_every=2, steps=5, fused_loss=fused_loss, optimizer=optimizer
+    )
     expected, weights, _, whole = run_grpo(tmp_path / "whole", config)
     for stop_at in (1, 3, 4):
         with pytest.raises(Stop):

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
 from tests.support.own_models import write_folder, write_sums
-from training import adapters, checkpoint, pipeline, prompts
+from training import adapters, checkpoint, pipeline, prompts, reward_model
 from training.check import check
 from training.context import StageContext
 from training.engines import weights
@@ -24,7 +24,7 @@ from training.recipe import load as load_recipe
 from training.recipe import make
 from training.rewards import Reward, Scored
 from training.run_dir import RunDir, StageDir
-from training.sections import Lora, Zero
+from training.sections import Lora, RewardModels, Zero
 from training.tasks.problem import Problem
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
@@ -277,6 +277,96 @@ def test_a_recipe_goes_from_stage_to_stage(tmp_path):
         assert any(name.startswith(adapters.FOLDER) for name in run.stage(stage).record()["outputs"])
 
 
+# --- reward models and students ---
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
+def test_a_reward_model_learns_adapters_and_its_head_and_peft_reads_it(tmp_path, name):
+    folder = write_folder(tmp_path / "own", name)
+    language_model, tokenizer = load(folder)
+    model = reward_model.from_language_model(language_model)
+    adapters.attach(model, dataclasses.replace(FAMILIES[name], targets=[]), 0)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert "score.weight" in trained and all(map(adapters.is_trained, trained))
+    assert set(checkpoint.model_tensors(model)) == {f"model.{each}" for each in trained}
+    disturb(model)
+    torch.nn.init.normal_(model.score.weight)
+    checkpoint.save_model(model, tokenizer, tmp_path / "checkpoint-helpful")
+    adapters.save(model, tmp_path / "adapter-helpful", str(folder))
+    merged, _ = checkpoint.load_model(tmp_path / "checkpoint-helpful")
+    theirs = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+        tmp_path / "adapter-helpful", num_labels=1, dtype=torch.float32
+    ).eval()
+    for other in (merged, theirs):
+        torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_a_killed_reward_model_ends_as_if_it_had_not_been(tmp_path, own):
+    pairs = [
+        reward_model.Pair(problem, f"it is {problem.reference}", "it is not known") for problem in PROBLEMS
+    ]
+    settings = RewardModels(steps=4, batch_size=2, save_every=1, lr=1e-2, lr_end=1e-2)
+
+    def trained(at, stop=None):
+        language_model, tokenizer = load(own)
+        model = reward_model.from_language_model(language_model)
+        adapters.attach(model, Lora(rank=2), 0)
+        if stop is not None:
+            log = at.stage.log
+            at.stage.log = lambda **row: log(**row) if row["step"] < stop else 1 / 0
+        reward_model.train(model, tokenizer, pairs, settings, at)
+        return at.stage.metrics(), model.state_dict()
+
+    rows, expected = trained(context(tmp_path / "whole", own, config(), Lora(rank=2)))
+    with pytest.raises(ZeroDivisionError):
+        trained(context(tmp_path / "killed", own, config(), Lora(rank=2)), stop=2)
+    again, found = trained(context(tmp_path / "killed", own, config(), Lora(rank=2)))
+    assert again == rows and rows[-1]["loss"] < rows[0]["loss"]
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("method", ["sft", "on_policy"])
+def test_a_pretrained_student_learns_adapters(tmp_path, method):
+    """Its checkpoint is merged, and PEFT reads the adapters beside it."""
+    folder = write_folder(tmp_path / "own", "qwen2")
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps({"question": f"What is {n} plus 1?", "answer": n + 1}) + "\n" for n in range(40))
+    )
+    recipe = make(
+        {
+            "model": {"pretrained": str(folder)},
+            "task": [f"jsonl:{tmp_path / 'data.jsonl'}"],
+            "stages": ["distill"],
+            "distill": {
+                **{
+                    "teacher": str(folder),
+                    "method": method,
+                    "samples": 1,
+                    "filters": [],
+                    "max_new_tokens": 4,
+                },
+                "students": {
+                    "own": {
+                        **{"pretrained": str(folder), "steps": 1, "batch_size": 4, "lr": 1e-2},
+                        "lora": {"rank": 2},
+                    }
+                },
+            },
+        }
+    )
+    run = RunDir(tmp_path / "run")
+    pipeline.run(recipe, run, progress=Progress(quiet=True))
+    adapter = run.path / "distill" / "adapter-own"
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(folder)
+    merged, _ = load(run.path / "distill" / "checkpoint-own")
+    start, _ = load(folder)
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), logits(theirs.merge_and_unload()), rtol=1e-4, atol=1e-5)
+    assert (logits(merged) - logits(start)).abs().max() > 1e-4
+    assert any(name.startswith("adapter-own") for name in run.stage("distill").record()["outputs"])
+
+
 # --- what cannot be ---
 
 
@@ -288,6 +378,11 @@ def test_a_recipe_goes_from_stage_to_stage(tmp_path):
             ["model.lora.rank=2", "model.lora.experts=true", "model.lora.dropout=0.1"],
             "model.lora.dropout: expected 0",
         ),
+        (
+            ["distill.students.llama.lora.rank=2"],
+            "distill.students.llama.lora.rank: expected 0 for a student from random weights",
+        ),
+        (["distill.students.qwen2.lora.alpha=2"], "distill.students.qwen2.lora.rank: expected at least 1"),
         (["model.lora.rank=2", "zero.reference_every=5"], "zero.reference_every: expected 0 with model.lora"),
     ],
 )

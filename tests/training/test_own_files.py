@@ -6,14 +6,17 @@ from dataclasses import replace
 import pytest
 
 from tests.support.own_models import write_folder
-from training import pipeline, responses
+from training import pipeline, responses, rewards
 from training.check import check
 from training.errors import UserError
+from training.own_process import MOST_FAULTS
 from training.pipeline import Stage
 from training.progress import Progress
 from training.recipe import load, make, stage_config
+from training.response import parse
 from training.run_dir import RunDir
 from training.tasks import get_task
+from training.tasks.own import NOT_ASKED
 
 TASK = """
 from dataclasses import dataclass, replace
@@ -88,6 +91,76 @@ def test_an_option_that_the_class_does_not_know_and_a_file_that_breaks(task_file
     task_file.write_text("raise RuntimeError('no')")
     with pytest.raises(UserError, match="cannot be imported: RuntimeError: no"):
         get_task(f"python:{task_file}:Doubling")
+
+
+CHECKS = """
+import os, time
+from training.tasks.problem import Problem
+
+class Sign:
+    def __eq__(self, other):
+        return isinstance(other, Sign)
+
+class Fragile:
+    def problems(self, split):
+        return [Problem(f"{split}-1", "", "reasoning", "en", f"{split}?", "yes", meta={"sign": Sign()})]
+
+    def check(self, problem, answer):
+        match answer:
+            case "hang": time.sleep(60)
+            case "die": os._exit(3)
+            case "raise": raise ValueError("no")
+        return answer == problem.reference and problem.meta["sign"] == Sign()
+"""
+
+
+def test_a_check_that_raises_hangs_or_dies_is_an_error_of_that_answer_alone(tmp_path):
+    path = tmp_path / "my_task.py"
+    path.write_text(CHECKS)
+    recipe = make({"task": [f"python:{path}:Fragile"], "reward_seconds": 3.0})
+    (task,) = responses.tasks(recipe).values()
+    (problem,) = task.problems("train")
+
+    def judged(answer):
+        text = f"<think> so </think> <answer> {answer} </answer>"
+        reward = rewards.accuracy(rewards.Sample(problem, text, parse(text), (1,)), task)
+        return reward.value, reward.reason
+
+    assert judged("yes") == (1.0, "right")
+    assert judged("raise") == (None, "error: ValueError: no")
+    assert judged("hang") == (None, "error: it took longer than 3 s")
+    assert judged("die") == (None, "error: its process died")
+    assert judged("no")[0] == 0.0
+    for _ in range(MOST_FAULTS):
+        assert judged("die") == (None, "error: its process died")
+    assert judged("yes") == (None, "error: not asked after 3 checks that hung or died")
+    for _ in range(NOT_ASKED - 1):
+        assert judged("yes")[0] is None
+    assert judged("yes") == (1.0, "right")
+
+
+def test_code_counts_with_what_it_imports_beside_it(tmp_path):
+    task = tmp_path / "my_task.py"
+    task.write_text("import json, helpers.inner\nfrom beside import EXTRA\n" + CHECKS)
+    (tmp_path / "beside.py").write_text("import deeper\nEXTRA = 7\n")
+    (tmp_path / "deeper.py").write_text("import beside\n")
+    (tmp_path / "json.txt").write_text("")
+    (tmp_path / "stranger.py").write_text("")
+    (tmp_path / "helpers").mkdir()
+    (tmp_path / "helpers" / "inner.py").write_text("")
+    recipe = make({"task": [f"python:{task}:Fragile"], "stages": ["zero"]})
+
+    def found():
+        return stage_config(recipe, "zero")["files"]
+
+    seen = [found()]
+    for name in ("my_task.py", "beside.py", "deeper.py", "helpers/inner.py"):
+        path = tmp_path / name
+        path.write_text(path.read_text() + "# edited\n")
+        assert found() not in seen, name
+        seen.append(found())
+    (tmp_path / "stranger.py").write_text("# edited\n")
+    assert found() == seen[-1]
 
 
 @pytest.fixture

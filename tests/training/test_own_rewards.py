@@ -121,7 +121,7 @@ def test_the_processes_end_with_the_block(path):
     with own_rewards({f"python:{path}:brevity": 1.0, f"python:{path}:rank": 0.0}, 30.0) as own:
         (reward,) = own.values()
         reward([sample(1)])
-        process = reward._process
+        process = reward.process._process
         assert process.poll() is None
     assert process.poll() is not None
 

@@ -55,10 +55,10 @@ def run_command(arguments: argparse.Namespace) -> None:
     from training.card import card  # loads transformers
 
     if arguments.adapters:
-        source = path.parent / adapters.FOLDER
+        source = adapters.beside(path)
         if not source.is_dir():
             raise UserError(
-                f"{name} has no adapters: model.lora was not set, or the stage trains without them"
+                f"{name} has no adapters: `lora` of the model or the student was not set, or the stage trains without them"
             )
         if arguments.dtype:
             raise UserError("--dtype: adapters are float32, as they were trained")

@@ -22,6 +22,7 @@ def text(recipe: Recipe) -> str:
         f"({model.total:,} in all); forward passes in {recipe.dtype}",
         f"rollouts: {describe(recipe.rollout)}",
         _bytes_per_parameter(model),
+        *_eight_bits(recipe),
         "",
         "stage graph",
         *graph(recipe),
@@ -110,6 +111,15 @@ def _bytes_per_parameter(model: Parameters) -> str:
         f"bytes per parameter: {4 * BYTES} in training (float32 weights, gradients and two moments), {BYTES} more for a "
         f"reference, {BYTES} for sampling"
     )
+
+
+def _eight_bits(recipe: Recipe) -> list[str]:
+    """The line for stages whose optimizer keeps moments in 8 bits."""
+    stages = [
+        stage for stage in plan(recipe) if getattr(getattr(recipe, stage), "optimizer", "") == "adamw_8bit"
+    ]
+    saved = 2 * (BYTES - 1)
+    return [f"of these {saved} less in {', '.join(stages)}: moments in 8 bits"] if stages else []
 
 
 def graph(recipe: Recipe) -> list[str]:

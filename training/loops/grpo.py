@@ -82,7 +82,9 @@ def train(
         reference = learner
     elif reference is not None:
         reference = divided(reference, context.recipe, offload=True)
-    optimizer = Optimizer(learner, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
+    optimizer = Optimizer(
+        learner, weight_decay=config.weight_decay, grad_clip=config.grad_clip, kind=config.optimizer
+    )
     state = context.stage.load_state()
     start = 0
     if state is not None:

@@ -57,7 +57,9 @@ def begun(
 ) -> tuple[PreTrainedModel, Optimizer, int, int]:
     """What learns, its optimizer, the step that comes next, and the tokens learnt so far: new, or from a resume point."""
     learner = learner_of(model, context.recipe)
-    optimizer = Optimizer(learner, weight_decay=config.weight_decay, grad_clip=config.grad_clip)
+    optimizer = Optimizer(
+        learner, weight_decay=config.weight_decay, grad_clip=config.grad_clip, kind=config.optimizer
+    )
     state = context.stage.load_state()
     if state is None:
         return learner, optimizer, 0, 0

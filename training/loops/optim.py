@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
 import torch
 from torch import nn
 
-from training import checkpoint
+from training import checkpoint, optional
 from training.errors import UserError
 from training.parallel import ranks
 from training.parallel.shard import is_divided, whole
@@ -35,7 +36,10 @@ def learning_rate(
 class Optimizer:
     """AdamW with clipping that skips a step whose loss or gradient is not finite, and stops after some in a row."""
 
-    def __init__(self, model: nn.Module, *, weight_decay: float, grad_clip: float) -> None:
+    def __init__(
+        self, model: nn.Module, *, weight_decay: float, grad_clip: float, kind: str = "adamw"
+    ) -> None:
+        """kind: as `optimizer` of a stage."""
         self.model = model
         self.grad_clip = grad_clip
         self.skipped = 0
@@ -46,9 +50,14 @@ class Optimizer:
             {"params": matrices, "weight_decay": weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95), fused=True
-        )
+        groups = [group for group in groups if group["params"]]
+        settings: dict[str, Any] = {"lr": 0.0, "betas": (0.9, 0.95)}
+        if kind == "adamw":
+            self.adamw: torch.optim.Optimizer = torch.optim.AdamW(groups, **settings, fused=True)
+        else:  # blocks of 256 moments share a scale; tensors below 4,096 keep float32 moments
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses packages for 4 bits
+            bitsandbytes = optional.load("bitsandbytes", "optimizer: adamw_8bit")
+            self.adamw = bitsandbytes.optim.AdamW8bit(groups, **settings)
 
     def step(self, loss: float, lr: float) -> tuple[float, bool]:
         """Applies the gradients that are there, added up over the ranks. Returns (their norm, whether the step was taken).
@@ -87,7 +96,7 @@ class Optimizer:
 
     def restore(self, state: State) -> None:
         """Puts model, optimizer and counters back as `tensors` and `counters` gave them."""
-        moments = checkpoint.empty_optimizer_tensors(self.adamw, state.names)
+        moments = checkpoint.empty_optimizer_tensors(self.adamw, state.described)
         state.read_into({**checkpoint.model_tensors(self.model), **moments})
         checkpoint.load_optimizer_tensors(self.adamw, moments)
         self.skipped, self.bad_in_a_row = state.counters["skipped"], state.counters["bad_in_a_row"]

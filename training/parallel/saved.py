@@ -47,19 +47,19 @@ def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
 
 
-def names(folder: Path) -> set[str]:
-    """The names of the tensors in a folder."""
-    return set(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+def described(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder by name, without memory: their shapes and dtypes."""
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(each.size, dtype=each.properties.dtype, device="meta")
+        for name, each in found.items()
+        if isinstance(each, TensorStorageMetadata)
+    }
 
 
 def read(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, whole, on the CPU; every rank calls it."""
-    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(each.size, dtype=each.properties.dtype)
-        for name, each in found.items()
-        if isinstance(each, TensorStorageMetadata)
-    }
+    tensors = {name: torch.empty_like(each, device="cpu") for name, each in described(folder).items()}
     read_into(folder, tensors)
     return tensors
 

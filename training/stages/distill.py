@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from training import checkpoint, filters, prompts, responses, rewards, student, traces
+from training import checkpoint, filters, policy, prompts, responses, rewards, student, traces
 from training.context import StageContext
 from training.document import Document
 from training.encoder import Encoder
@@ -51,6 +51,7 @@ def run(context: StageContext) -> dict[str, Any]:
         else:
             teacher_tokenizer, positions = of_teacher()
             model, tokenizer = student.build(sizes, teacher_tokenizer, seed, positions)
+        policy.adapted(model, part, sizes.lora, f"distill.students.{name}.lora")
         loss = _loss(config, method, documents, lambda: _alike(name, tokenizer, teacher()))
         if method == "on_policy":
             metrics = on_policy.train(
@@ -67,7 +68,8 @@ def run(context: StageContext) -> dict[str, Any]:
             metrics = next_token.train(model, tokenizer, documents, sizes, part, token_loss=loss)
         folder = _folder(context, name)
         style = responses.style_of(context.name, context.recipe)
-        checkpoint.save_model(model, tokenizer, folder, style)
+        began = str(_folder(context, sizes.start)) if sizes.start else sizes.pretrained
+        policy.save(model, tokenizer, folder, began, style)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         accuracy = _accuracy(context, name, folder)
         return {**metrics, "method": method, "parameters": parameters, "accuracy": accuracy}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from training import checkpoint, notices, preferences, responses, reward_model
+from training import notices, policy, preferences, responses, reward_model
 from training.context import StageContext
 from training.model import load
 from training.parts import run_parts
@@ -33,6 +33,7 @@ def run(context: StageContext) -> dict[str, Any]:
     def train(part: StageContext, name: str) -> dict[str, Any]:
         language_model, tokenizer = load(start)
         model = reward_model.from_language_model(language_model)
+        policy.adapted(model, part, context.recipe.model.lora)
         data, held_out = (_data(context, file, name) for file in SPLITS)
         if data:
             metrics = reward_model.train(model, tokenizer, data, context.config, part)
@@ -43,7 +44,8 @@ def run(context: StageContext) -> dict[str, Any]:
                 f"the checkpoints gave no good and bad {MODELS[name]} responses to choose between: the {name} model learns "
                 "nothing and scores all alike",
             )
-        checkpoint.save_model(model, tokenizer, context.stage.path / f"checkpoint-{name}")
+        folder = context.stage.path / f"checkpoint-{name}"
+        policy.save(model, tokenizer, folder, policy.start_of(context))
         return {
             **metrics,
             "data": len(data),

