@@ -329,6 +329,10 @@ def test_a_killed_reward_model_ends_as_if_it_had_not_been(tmp_path, own):
 def test_a_pretrained_student_learns_adapters(tmp_path, method):
     """Its checkpoint is merged, and PEFT reads the adapters beside it."""
     folder = write_folder(tmp_path / "own", "qwen2")
+    taught, tokenizer = checkpoint.load_model(folder)
+    with torch.no_grad():
+        taught.lm_head.weight.mul_(3.0)
+    checkpoint.save_model(taught, tokenizer, tmp_path / "teacher")
     (tmp_path / "data.jsonl").write_text(
         "".join(json.dumps({"question": f"What is {n} plus 1?", "answer": n + 1}) + "\n" for n in range(40))
     )
