@@ -343,7 +343,7 @@ def test_a_pretrained_student_learns_adapters(tmp_path, method):
             "stages": ["distill"],
             "distill": {
                 **{
-                    "teacher": str(folder),
+                    "teacher": str(tmp_path / "teacher"),
                     "method": method,
                     "samples": 1,
                     "filters": [],

@@ -176,11 +176,12 @@ class GsmSymbolicTask:
         rng = Random(seeding.key(self._seed, "gsm_symbolic", code, template.id_shuffled))
         words = self._package.load_replacements(code)
         lines = list(template._get_all_possible_assignments(template.constrained_lines, words).values())
+        others = template._precompute_unconstrained(words)
         for _ in range(self._instances):
             numbers = self._allowed(template, lines, rng)
             if numbers is None:
                 return
-            yield from template.generate_questions(1, words, rng=rng, verbose=False, fixed=numbers)
+            yield template._generate_question(words, rng, [numbers], others)
 
     def _allowed(
         self, template: Any, lines: list[list[dict[str, Any]]], rng: Random
@@ -188,8 +189,12 @@ class GsmSymbolicTask:
         """Values of the variables that have conditions, which hold; None where DRAWS draws find none. lines: what they may be."""
         helpers = self._package._helpers
         for _ in range(DRAWS):
-            drawn = {name: value for choices in lines for name, value in rng.choice(choices).items()}
-            known = helpers.EVAL_CONTEXT_HELPERS | {k: helpers.parse_value(v) for k, v in drawn.items()}
+            drawn = {
+                name: helpers.parse_value(value)
+                for choices in lines
+                for name, value in rng.choice(choices).items()
+            }
+            known = helpers.EVAL_CONTEXT_HELPERS | drawn
             if all(helpers.eval_node(condition, known) for condition in template._condition_asts):
                 return drawn
         return None
