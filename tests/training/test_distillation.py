@@ -31,7 +31,7 @@ from training.tokenizer import build_tokenizer
 TOKENIZER = build_tokenizer()
 SIZES = Model(hidden_size=32, layers=2, heads=2, intermediate_size=32, moe_intermediate_size=16, experts=4)
 DOCUMENTS = [Document(f"makes {n}", prompts.ask("check check plus")) for n in range(1, 9)]
-PROBLEMS = [make_problem(a, 7, 20, "en") for a in (3, 5, 8, 9)]
+PROBLEMS = [make_problem(a, 7, 9, "en") for a in (3, 5, 8, 9)]
 
 
 def pupil():

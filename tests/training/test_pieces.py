@@ -22,7 +22,7 @@ TOKENIZER = build_tokenizer()
 MODEL = build_model(
     Model(hidden_size=16, layers=1, dense_layers=1, heads=2, intermediate_size=16), TOKENIZER, 0
 )
-PROMPTS = [Prompt(problem, chat(problem)) for problem in (make_problem(a, 7, 20, "en") for a in range(1, 10))]
+PROMPTS = [Prompt(problem, chat(problem)) for problem in (make_problem(a, 7, 9, "en") for a in range(1, 10))]
 
 
 class Killed(BaseException):

@@ -41,7 +41,7 @@ TOKENIZER = build_tokenizer()
 SIZES = Model(hidden_size=32, layers=2, heads=2, intermediate_size=32, moe_intermediate_size=16, experts=4)
 TEXTS = [Document(f"{a} plus {b} makes {a + b} .") for a in range(1, 5) for b in range(1, 5)]
 ANSWERS = [Document(f"makes {a + b}", prompts.ask(f"{a} plus 3")) for a in (1, 2, 3) for b in range(4)]
-PROBLEMS = [make_problem(a, 7, 20, "en") for a in (3, 5, 8)]
+PROBLEMS = [make_problem(a, 7, 9, "en") for a in (3, 5, 8)]
 CAPITALS = [p for p in get_task("general").problems("train") if p.level == "capital" and p.language == "en"]
 GRPO = Grpo(
     steps=1, prompts=3, group_size=4, minibatches=2, lr=1e-4, max_new_tokens=8, kl_coef=0.1, bias_rate=2e-3,
