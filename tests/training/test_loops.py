@@ -204,6 +204,14 @@ def share_of_makes(step, samples):
     return scored
 
 
+def parity_of_the_first_token(step, samples):
+    values = [float(sample.token_ids[0] % 2) for sample in samples]
+    return [
+        Scored(sample, value, {"format": Reward(value, "")})
+        for sample, value in zip(samples, values, strict=True)
+    ]
+
+
 def run_grpo(folder, config=CONFIG, reward=share_of_makes, stop_at=None, policy=None):
     at = context(folder, config)
     policy = policy or model()
@@ -354,7 +362,7 @@ def test_further_questions_are_sampled_until_enough_groups_have_a_spread(tmp_pat
     assert asked == [0, 1, 2, 3] and row["kept"] == 1 / 4, "four rounds give four groups, as many as prompts"
     row = train(tmp_path / "b", replace(SPREAD, sampling_rounds=2), only_of(1))
     assert asked == [0, 1] and row["kept"] == 1 / 4
-    row = train(tmp_path / "c", replace(SPREAD, sampling_rounds=8), share_of_makes)
+    row = train(tmp_path / "c", replace(SPREAD, sampling_rounds=8), parity_of_the_first_token)
     assert len(asked) < 8 and row["kept"] <= 1
 
 
