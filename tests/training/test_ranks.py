@@ -68,7 +68,7 @@ def share_of_even_ids(step, samples):
     return [Scored(s, v, {"format": Reward(v, "")}) for s, v in zip(samples, values, strict=True)]
 
 
-def after_next_token(folder, documents, config=STEP, build=lambda: build_model(SIZES, TOKENIZER, 0)):
+def after_next_token(folder, documents, config=STEP, build=lambda: build_model(SIZES, TOKENIZER, 2)):
     at = context(folder, config)
     with placed(at.recipe):
         model = build()
@@ -76,7 +76,7 @@ def after_next_token(folder, documents, config=STEP, build=lambda: build_model(S
     return model.state_dict(), without_times(at.stage.metrics())
 
 
-def after_grpo(folder, build=lambda: build_model(SIZES, TOKENIZER, 0), **changes):
+def after_grpo(folder, build=lambda: build_model(SIZES, TOKENIZER, 2), **changes):
     config = replace(GRPO, **changes)
     at, model = context(folder, config), build()
     grpo.train(model, TOKENIZER, lambda step: PROBLEMS, prompts.chat, share_of_even_ids, config, at)
@@ -86,7 +86,7 @@ def after_grpo(folder, build=lambda: build_model(SIZES, TOKENIZER, 0), **changes
 def after_reward_model(folder, data):
     config = RewardModels(steps=2, batch_size=7, lr=2e-4, micro_batch_tokens=64)
     at = context(folder, config)
-    model = reward_model.from_language_model(build_model(SIZES, TOKENIZER, 0))
+    model = reward_model.from_language_model(build_model(SIZES, TOKENIZER, 2))
     generator = torch.Generator().manual_seed(1)
     torch.nn.init.normal_(model.score.weight, std=0.1, generator=generator)
     reward_model.train(model, TOKENIZER, data, config, at)
@@ -127,7 +127,7 @@ def tied():
 
 def adapted():
     """A mixture with adapters, those of its experts too."""
-    model = build_model(SIZES, TOKENIZER, 0)
+    model = build_model(SIZES, TOKENIZER, 2)
     adapters.attach(model, Lora(rank=2, experts=True), 0)
     check_head(model)  # as the stages do
     return model
@@ -136,7 +136,7 @@ def adapted():
 def after_distillation(folder, own_responses=False):
     """A student with a tied head, from the divergence of a mixture that reads what it reads."""
     at, model = context(folder, STEP), tied()
-    loss = OfTeacher(build_model(SIZES, TOKENIZER, 0).requires_grad_(False).eval(), "forward_kl", 0.5)
+    loss = OfTeacher(build_model(SIZES, TOKENIZER, 2).requires_grad_(False).eval(), "forward_kl", 0.5)
     if own_responses:
         asked = [Prompt(problem, prompts.chat(problem)) for problem in PROBLEMS]
         how = Distill(max_new_tokens=8)
@@ -201,7 +201,7 @@ def resumed(folder, settings, steps, stop_at=None):
     """The weights and the last loss after `steps` steps, or what is on the disk where all ranks end at `stop_at`."""
     words[:] = settings
     config = NextToken(steps=steps, batch_size=8, lr=1e-3, save_every=2)
-    at, model = context(folder, config), build_model(SIZES, TOKENIZER, 0)
+    at, model = context(folder, config), build_model(SIZES, TOKENIZER, 2)
     log = at.stage.log
 
     def until(**row):
