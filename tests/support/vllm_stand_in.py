@@ -4,6 +4,8 @@
 
     python -m tests.support.vllm_stand_in
 
+Its token ids are those of `TOKENIZER`, a tokenizer in a folder beside it, whatever words the tasks have.
+
 Answers are found by the weights that the server has at that time, in the way that the real one has them: a tensor that is
 left out of an update stays what it was. With `computes`, transformers answers what the recording does not hold. The other
 arguments are faults.
@@ -38,9 +40,9 @@ from training.engines.vllm import VllmEngine
 from training.engines.workspace import workspace_in
 from training.model import prepare
 from training.sections import Rollout
-from training.tokenizer import build_tokenizer
 
 RECORDING = Path(__file__).with_name("recording.vllm.json")
+TOKENIZER = checkpoint.load_tokenizer(Path(__file__).with_name("recording.tokenizer"))
 PYTHON = Path(__file__).parents[2] / ".venv-vllm/bin/python"
 PROMPTS = ((1, 40, 41, 42), (1, 50, 60, 70, 80, 90, 100), (1, 200))
 WAYS = (
@@ -60,9 +62,8 @@ NO_TOKENIZER = {
 }
 
 
-def policy() -> Any:
+def policy(tokenizer: Any = TOKENIZER) -> Any:
     """A small Qwen2 model with tied embeddings, of a size that vLLM's attention serves; the same weights on every machine."""
-    tokenizer = build_tokenizer()
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -296,7 +297,7 @@ class StandIn:
             params["temperature"], params["top_p"], params["top_k"], tuple(params["stop_token_ids"]),
             record_routing="routed_experts" in self.tells, record_kept="sampling_mask" in self.tells,
         )  # fmt: skip
-        engine = TransformersEngine(model, build_tokenizer())
+        engine = TransformersEngine(model, TOKENIZER)
         (drawn,) = engine.sample([Request(tuple(ids), params["seed"], params["max_tokens"])], ways)
         choice = {
             "finish_reason": "stop" if drawn.finished else "length",
@@ -362,18 +363,18 @@ def _handler(stand_in: StandIn) -> type[BaseHTTPRequestHandler]:
 
 def record(path: Path = RECORDING) -> None:
     """Asks a real server what `talk` asks, once whole and once with an update that leaves out one tensor."""
-    model, tokenizer = policy(), build_tokenizer()
+    model = policy()
     rollout = Rollout(engine="vllm", start=True, python=str(PYTHON))
     # with a tokenizer, for its route
     server.OPTIONS = tuple(each for each in server.OPTIONS if each != "--skip-tokenizer-init")  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        checkpoint.save_model(model, tokenizer, folder / "model")
+        checkpoint.save_model(model, TOKENIZER, folder / "model")
         real = server.Server(rollout, folder / "model", folder / "log", None)
         try:
             with StandIn(real.service) as recorder, workspace_in(folder):
                 describe(recorder.rollout)
-                engine = VllmEngine(recorder.rollout, model, tokenizer)
+                engine = VllmEngine(recorder.rollout, model, TOKENIZER)
                 talk(engine, model)
                 recorder.leaves_out = {LEFT_OUT}
                 try:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.vllm_stand_in import PYTHON, StandIn, moved, policy, requests, talk
+from tests.support.vllm_stand_in import PYTHON, TOKENIZER, StandIn, moved, policy, requests, talk
 from training import corpus, pipeline
 from training.checkpoint import save_model
 from training.context import StageContext
@@ -23,7 +23,6 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON.is_file(), reason="no .venv-vllm: `make vllm` makes it"),
 ]
 ROLLOUT = Rollout(engine="vllm", start=True, python=str(PYTHON), timeout=900.0)
-TOKENIZER = build_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +102,16 @@ WORDS = [
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The folder of a small Qwen2 model that has read the corpus of `smoke`."""
-    recipe, model, folder = load("smoke"), policy(), tmp_path_factory.mktemp("base")
+    recipe, tokenizer, folder = load("smoke"), build_tokenizer(), tmp_path_factory.mktemp("base")
+    model = policy(tokenizer)  # of the words of the corpus, which the recording does not have
     stage = StageDir(folder / "training")
     stage.begin({}, {})
     documents = corpus.documents(
         0, recipe.base.steps * recipe.base.batch_size, mix=recipe.base.corpus, steps=1, largest=29
     )
     context = StageContext("base", recipe, recipe.base, stage, {}, Progress(quiet=True))
-    next_token.train(model, TOKENIZER, documents, recipe.base, context)
-    save_model(model, TOKENIZER, folder / "model")
+    next_token.train(model, tokenizer, documents, recipe.base, context)
+    save_model(model, tokenizer, folder / "model")
     return folder / "model"
 
 
