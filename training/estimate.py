@@ -231,9 +231,10 @@ class Questions:
     tokens: int
     tree: int
 
-    def read(self, times: float) -> float:
-        """Tokens of prompts in a pass in which each of them is computed so often; the first time in the tree of all."""
-        return self.tree + (times - 1) * self.tokens
+    def read(self, readings: float) -> float:
+        """Tokens of prompts in a pass in which each is computed so often: those of the tree, or where a group is parted, which
+        no micro-batch of another prompt then joins, all of them each time."""
+        return self.tree if readings == 1 else readings * self.tokens
 
 
 def _questions(recipe: Recipe, stage: str, config: Grpo) -> Questions:
@@ -273,8 +274,8 @@ def _grpo(
         length = length_of(max_new_tokens(config, step))
         whole = asked.read(_readings(group, prompt, length, most, shared))
         at_once = group / (config.minibatches * present)
-        times = config.minibatches * present * _readings(at_once, prompt, length, most, shared)
-        update = asked.read(times)
+        readings = _readings(at_once, prompt, length, most, shared)
+        update = config.minibatches * present * asked.read(readings)
         tokens += outputs * length
         read = whole + outputs * length
         sampling += outputs * length * model.forward(length / 2)

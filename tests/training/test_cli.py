@@ -206,7 +206,7 @@ def test_dense_parameters_are_counted_as_transformers_builds_them(key_heads, tie
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_cost_of_grpo_by_hand(shared):
-    """2 steps of 3 x 4 outputs of 0.25 x 80 = 20 tokens, seen at 10 tokens of context on average, behind prompts of 23."""
+    """2 steps of 3 x 4 outputs of 0.25 x 80 = 20 tokens, seen at 10 tokens of context on average, behind prompts of 27."""
     words = [
         "zero.steps=2",
         "zero.prompts=3",
@@ -224,14 +224,17 @@ def test_the_cost_of_grpo_by_hand(shared):
     tokenizer = build_tokenizer()
     asked = choose(problems(recipe, "train", ["reasoning"]), 3, 0, "zero", "problems", 0)
     lengths = [len(tokenizer.encode(prompts.plain(prompts.zero(each)))) for each in asked]
-    assert lengths == [22] * 3  # and a token that begins the text; no two have 16 tokens in common
-    of_prompts = 2 * 69 * (2 * model.active + 2 * model.attention_width * 11.5)
-    of_responses = 480 * (2 * model.active + 2 * model.attention_width * (23 + 10))
+    assert lengths == [26] * 3  # and a token that begins the text
+    # the instruction, `user :` and the first word of a German question are the 14 tokens that all three have in common
+    assert {each.language for each in asked} == {"de"}
+    prompts_of_a_step = 14 + 3 * 13 if shared else 3 * 27
+    of_prompts = 2 * prompts_of_a_step * (2 * model.active + 2 * model.attention_width * 13.5)
+    of_responses = 480 * (2 * model.active + 2 * model.attention_width * (27 + 10))
     # with minibatches of half the outputs, 1 - (1/2)^4 of the prompts have a response in each of the two
     readings = (1, 2 * 15 / 16) if shared else (4, 4)
     expected = 2 * readings[0] * of_prompts + 3 * readings[1] * of_prompts + 5 * of_responses
     assert row.training_flops == pytest.approx(expected)  # update 3, old and reference log-probs 1 each
-    assert row.work.endswith(", 309 tokens a pass for 516" if shared else ", 516 tokens a pass")
+    assert row.work.endswith(", 293 tokens a pass for 564" if shared else ", 564 tokens a pass")
     assert row.memory_bytes == model.total * 4 * 5
     assert row.hours(CPU) == pytest.approx((480 * forward / 5e9 + expected / 20e9) / 3600)
 
@@ -249,12 +252,13 @@ def test_a_group_that_no_micro_batch_holds_is_read_again_in_each():
         cost(*more)
         for more in (
             (),
-            ("zero.micro_batch_tokens=63",),
-            ("zero.micro_batch_tokens=43",),
+            ("zero.micro_batch_tokens=67",),
+            ("zero.micro_batch_tokens=47",),
             ("shared_prefix=false",),
         )
     )
-    assert halves - whole == pytest.approx((single - whole) / 3)
+    # 3 prompts of 27 tokens: once, with the 14 in common computed once, then twice and four times with nothing in common
+    assert halves - whole == pytest.approx((single - whole) * (2 * 81 - 53) / (4 * 81 - 53))
     assert whole < halves < single == pytest.approx(repeated)
 
 

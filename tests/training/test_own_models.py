@@ -377,7 +377,7 @@ def test_defaults_are_those_of_a_pretrained_model(tmp_path):
     real = load_recipe(own, ["zero.steps=3"])
     assert real.zero.lr == 1e-6 and real.sft1.lr == 1e-5 and real.sft2.lr == 3e-5 and real.zero.steps == 3
     assert real.sft1.max_length == 0 and real.evaluate.max_new_tokens == real.zero.max_new_tokens == 1024
-    assert toy.zero.lr == 5e-4 and toy.sft1.max_length == 128
+    assert toy.zero.lr == 5e-4 and toy.sft1.max_length == 192
 
 
 def test_rates_of_the_small_models_are_warned_of_for_a_pretrained_one(tmp_path, capsys):
