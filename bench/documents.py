@@ -14,8 +14,9 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from . import pictures, report, results, smollm2
+from . import pictures, pipeline, report, results, smollm2
 from .results import Run
 from .table import Table
 
@@ -49,6 +50,11 @@ def of_command(module: str, name: str) -> str:
     """The tables of a command, from its committed results."""
     tables: list[Table] = importlib.import_module(f"bench.{module}").tables(results.committed(name))
     return "\n\n".join(table.markdown() for table in tables)
+
+
+def of_tiny(make: Callable[[Mapping[str, Any]], Table]) -> str:
+    """A table of the committed runs of `tiny`."""
+    return make(results.committed("tiny")).markdown()
 
 
 def processes() -> str:
@@ -89,6 +95,8 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "precision of divergences": partial(precision, True),
     "divergences": divergences,
     "pipeline": partial(of_command, "pipeline", "tiny"),
+    "levels": partial(of_tiny, pipeline.levels),
+    "methods": partial(of_tiny, pipeline.methods),
     "ranks": processes,
     **{
         name: partial(of_command, name, name)

@@ -27,6 +27,7 @@ MODELS = (
     ("helpful model (pairs)", "reward_models", "helpful/accuracy"),
     ("safety model", "reward_models", "safety/accuracy"),
 )
+SPLITS = ("test", "harder", "hardest")
 COLUMNS = (*MARKS, ("pass@1", "pass@1"), ("greedy", "greedy"))
 
 
@@ -44,9 +45,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "recipe": recipe.name,
         "seed": recipe.seed,
         "threads": recipe.threads,
-        "test": marks_of(run_dir),
-        "harder": marks_of(run_dir, split="harder"),
-        "hardest": marks_of(run_dir, split="hardest"),
+        **{split: marks_of(run_dir, split=split) for split in SPLITS},
         "students": [student._asdict() for student in students.learnt(run_dir)],
         "final_metrics": {name: record["metrics"] for name, record in done.items() if name != "evaluate"},
         "stage_seconds": {name: round(record["stage_seconds"], 1) for name, record in done.items()},
@@ -72,6 +71,35 @@ def rows(runs: list[dict[str, Any]]) -> list[list[str]]:
         marks = [[percent(run["test"].get(checkpoint, {}).get(key)) for run in runs] for key, _ in COLUMNS]
         found.append([checkpoint, *map(of_runs, marks)])
     return found
+
+
+def levels(record: Mapping[str, Any]) -> Table:
+    """A row per split and checkpoint that was asked many times; each cell what it is in all runs."""
+    found = []
+    for split in SPLITS:
+        for checkpoint, first in record["runs"][0][split].items():
+            reach = [run[split][checkpoint].get("reach") for run in record["runs"]]
+            if None in reach:
+                continue
+            marks = [run[split][checkpoint] for run in record["runs"]]
+            columns = (
+                [percent(one["greedy"]) for one in marks],
+                [percent(one["accuracy"]) for one in marks],
+                *([percent(one[k]) for one in reach] for k in ("8", "32")),
+                [f"{one['length']:.0f}" for one in marks],
+            )
+            found.append([split, checkpoint, str(first["problems"]), *map(of_runs, columns)])
+    head = (
+        "split",
+        "checkpoint",
+        "problems",
+        "greedy",
+        "at temperature 1",
+        "pass@8",
+        "pass@32",
+        "tokens of a response",
+    )
+    return Table("Levels", head, found)
 
 
 def methods(record: Mapping[str, Any]) -> Table:

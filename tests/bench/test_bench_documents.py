@@ -5,7 +5,18 @@ import json
 import pytest
 import torch
 
-from bench import distillation, documents, guard, numerics, pictures, precision, ranks, results, truncation
+from bench import (
+    distillation,
+    documents,
+    guard,
+    numerics,
+    pictures,
+    pipeline,
+    precision,
+    ranks,
+    results,
+    truncation,
+)
 from bench.peers import EAGER
 from training.recipe import load
 from training.run_dir import RunDir
@@ -59,6 +70,20 @@ def test_the_table_of_ranks_compares_stage_by_stage():
         ["all", "120 s", "70 s", "58 %"],
     ]
     assert "1.04 times as long" in table.note and "less than 52 %" in table.note
+
+
+def test_the_table_of_levels_shows_who_was_asked_many_times():
+    def marks(greedy: float, reach: dict | None) -> dict:
+        row = {"problems": 64, "greedy": greedy, "accuracy": greedy / 2, "length": 30.4}
+        return row | ({"reach": reach} if reach else {})
+
+    run = {
+        split: {"base": marks(0.0, {"8": 0.5, "32": 0.75}), "sft1": marks(0.6, None)}
+        for split in pipeline.SPLITS
+    }
+    table = pipeline.levels({"runs": [run, run]})
+    assert [row[:2] for row in table.rows] == [[split, "base"] for split in pipeline.SPLITS]
+    assert table.rows[0][2:] == ["64", "0.0 / 0.0", "0.0 / 0.0", "50.0 / 50.0", "75.0 / 75.0", "30 / 30"]
 
 
 def test_ranks_are_compared_in_finished_runs(tmp_path):
