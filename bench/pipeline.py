@@ -1,8 +1,8 @@
 """``python -m bench pipeline RUN...``: the marks of whole pipeline runs of one recipe.
 
-python -m training run tiny --run runs/tiny-0 seed=0
-python -m training run tiny --run runs/tiny-1 seed=1
-python -m bench pipeline runs/tiny-0 runs/tiny-1 --out bench/results/cpu/tiny.json
+python -m training run tiny --run runs/tiny-2 seed=2 parallel.processes=2
+python -m training run tiny --run runs/tiny-3 seed=3 parallel.processes=2
+python -m bench pipeline runs/tiny-2 runs/tiny-3 --out bench/results/cpu/tiny.json
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "recipe": recipe.name,
         "seed": recipe.seed,
         "threads": recipe.threads,
-        **{split: marks_of(run_dir, split=split) for split in SPLITS},
+        **{split: {name: kept(row) for name, row in marks_of(run_dir, split).items()} for split in SPLITS},
         "students": [student._asdict() for student in students.learnt(run_dir)],
         "final_metrics": {name: record["metrics"] for name, record in done.items() if name != "evaluate"},
         "stage_seconds": {name: round(record["stage_seconds"], 1) for name, record in done.items()},
@@ -53,6 +53,15 @@ def collect(folder: Path) -> dict[str, Any]:
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in done.values()),
         "versions": {key: made_by[key] for key in ("code", "packages")},
     }
+
+
+def kept(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of the marks of a checkpoint: four digits, and pass@k where k is a power of two."""
+    found = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+    if "reach" in row:
+        powers = {str(2**power) for power in range(10)}
+        found["reach"] = {k: round(share, 4) for k, share in row["reach"].items() if k in powers}
+    return found
 
 
 def measure(runs: list[Path]) -> dict[str, Any]:
