@@ -16,6 +16,7 @@ from typing import Any
 from training import files
 from training.format import percent
 from training.pipeline import STAGES
+from training.recipe import Recipe
 from training.report import students
 from training.report.marks import MARKS, marks_of
 from training.run_dir import RunDir
@@ -31,15 +32,26 @@ SPLITS = ("test", "harder", "hardest")
 COLUMNS = (*MARKS, ("pass@1", "pass@1"), ("greedy", "greedy"))
 
 
-def collect(folder: Path) -> dict[str, Any]:
-    """One run: its recipe and seed, marks on the test split and the harder level, final metrics, times and memory."""
-    run_dir = RunDir(folder)
+def finished(run_dir: RunDir) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of a run, and the record of each of its stages, in their order.
+
+    Raises:
+        SystemExit: a stage has not run.
+    """
     recipe = run_dir.read_recipe()
     records = {name: run_dir.stage(name).record() for name in STAGES if name in recipe.stages}
     done = {name: record for name, record in records.items() if record is not None}
-    missing = sorted(set(records) - set(done))
+    missing = [name for name in records if name not in done]
     if missing:
-        raise SystemExit(f"{folder}: expected a finished run, but {', '.join(missing)} has not run")
+        text = ", nor has ".join([f"{missing[0]} has not run", *missing[1:]])
+        raise SystemExit(f"{run_dir.path}: expected a finished run, but {text}")
+    return recipe, done
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """One run: its recipe and seed, marks on the test split and the harder level, final metrics, times and memory."""
+    run_dir = RunDir(folder)
+    recipe, done = finished(run_dir)
     made_by = files.read_json(run_dir.stage("evaluate").data("lineage.json"))
     return {
         "recipe": recipe.name,

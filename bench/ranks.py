@@ -22,11 +22,11 @@ from training import corpus
 from training.encoder import Encoder
 from training.loops.batch import Row, lay_out, state_logprobs
 from training.model import build_model
-from training.pipeline import STAGES
 from training.recipe import Recipe
 from training.run_dir import RunDir
 from training.tokenizer import build_tokenizer
 
+from . import pipeline
 from .table import Table
 
 STEPS = 20  # of a process that measures what the machine allows
@@ -35,15 +35,8 @@ WARM = 3
 
 def of_run(folder: Path) -> dict[str, Any]:
     """Processes and seconds of the stages of a finished run."""
-    run_dir = RunDir(folder)
-    recipe = run_dir.read_recipe()
-    seconds = {}
-    for name in STAGES:
-        if name in recipe.stages:
-            record = run_dir.stage(name).record()
-            if record is None:
-                raise SystemExit(f"{folder}: expected a finished run, but {name} has not run")
-            seconds[name] = round(record["stage_seconds"], 1)
+    recipe, done = pipeline.finished(RunDir(folder))
+    seconds = {name: round(record["stage_seconds"], 1) for name, record in done.items()}
     return {"recipe": recipe.name, "processes": recipe.parallel.processes, "stage_seconds": seconds}
 
 
@@ -90,7 +83,7 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
     count = more["processes"]
     note = (
         f"{count} processes that do the same work at the same time, each for itself, take {together / step:.2f} times as long for it "
-        f"as one alone: on this machine no stage can take less than {100 * together / step / count:.0f} % of its time."
+        f"as one alone: on this machine such work cannot take less than {100 * together / step / count:.0f} % of its time."
     )
     rows = [(name, alone, more["stage_seconds"][name]) for name, alone in one["stage_seconds"].items()]
     rows.append(("all", *(sum(run["stage_seconds"].values()) for run in (one, more))))
