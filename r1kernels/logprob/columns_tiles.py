@@ -48,9 +48,8 @@ class Places(NamedTuple):
         """Write the values (n, K) to the tile."""
         values = values.to(tile.dtype).gather(-1, self.source)
         values = torch.where(self.some, values, tile[:, :1])
-        if (
-            tile.element_size() == 2
-        ):  # on a CPU torch scatters floats of 16 bits by way of a float32 copy of the whole tile
+        # on a CPU torch scatters floats of 16 bits by way of a float32 copy of the whole tile
+        if tile.element_size() == 2:
             tile, values = tile.view(torch.int16), values.view(torch.int16)
         tile.scatter_(-1, self.at, values)
 
