@@ -19,18 +19,17 @@ COMMANDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
+@pytest.fixture
+def place(tmp_path):
     """A folder with what the page speaks of; of its questions, the page shows the first lines."""
-    folder = tmp_path_factory.mktemp("place")
-    write_folder(folder / "my-model", "qwen2", bos=None, dtype="bfloat16")
-    write_folder(folder / "my-student", "llama", seed=1)
+    write_folder(tmp_path / "my-model", "qwen2", bos=None, dtype="bfloat16")
+    write_folder(tmp_path / "my-student", "llama", seed=1)
     for name, text in FILES.items():
-        (folder / name).write_text(text)
+        (tmp_path / name).write_text(text)
     more = [{"question": f"What is 8 plus {n}?", "answer": 8 + n} for n in range(60)]
-    with (folder / "questions.jsonl").open("a") as file:
+    with (tmp_path / "questions.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in more)
-    return folder
+    return tmp_path
 
 
 def test_from_a_folder_and_a_file_to_a_report_in_ten_lines():
@@ -38,16 +37,13 @@ def test_from_a_folder_and_a_file_to_a_report_in_ten_lines():
     assert len(way.splitlines()) <= 10 and way.splitlines()[-1].startswith("python -m training report")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_runs(place, monkeypatch, command):
-    """In order, for the later ones read what the earlier ones wrote."""
+def test_every_command_runs_and_the_report_is_there(place, monkeypatch):
+    """One test, for the later commands read what the earlier ones wrote."""
     monkeypatch.chdir(place)
-    words = shlex.split(command)
-    assert words[:3] == ["python", "-m", "training"]
-    assert main(words[3:]) == 0
-
-
-def test_the_report_is_there(place):
+    for command in COMMANDS:
+        words = shlex.split(command)
+        assert words[:3] == ["python", "-m", "training"]
+        assert main(words[3:]) == 0, command
     assert "R1-Zero on my model" in (place / "my-report.html").read_text()
     row = json.loads((place / "runs/my/zero/metrics.jsonl").read_text().splitlines()[0])
     assert "reward/python:my_rewards.py:brevity" in row
