@@ -1,13 +1,15 @@
 """Refinement: named rules that make a sampled response readable without adding anything to what it says.
 
-Each rule takes the text of a response and its problem and returns the text, changed or not. No rule translates a word,
-corrects a step or changes an answer: what is wrong or mixed stays so, for the filters to reject.
+Each rule takes the text of a response and its problem and returns the text, changed or not. No rule corrects a step or changes
+an answer: what is wrong stays so, for the filters to reject. Only words that the task has a translation of are translated, as
+the paper had DeepSeek-V3 translate what R1-Zero had thought into the language of the question.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from training.prompts import LEAD_IN
 from training.response import ANSWER_CLOSE, ANSWER_OPEN, SPECIAL, THINK_CLOSE, THINK_OPEN, parse
@@ -44,7 +46,8 @@ def summary_sentence(text: str, problem: Problem) -> str:
     return text.replace(ANSWER_OPEN, f"{lead_in} {ANSWER_OPEN}")
 
 
-RULES: dict[str, Callable[[str, Problem], str]] = {
+Rule = Callable[[str, Problem], str]
+RULES: dict[str, Rule] = {
     "cut_after_answer": cut_after_answer,
     "drop_repeated_sentences": drop_repeated_sentences,
     "special_token_form": special_token_form,
@@ -52,10 +55,23 @@ RULES: dict[str, Callable[[str, Problem], str]] = {
 }
 
 
-def refine(text: str, problem: Problem) -> tuple[str, list[str]]:
-    """Applies all rules in order; returns the text and the names of the rules that changed it."""
+def translation(dictionary: Mapping[str, str]) -> Rule:
+    """The rule that puts, for every word or phrase of the dictionary that stands between spaces, what it means."""
+    longest_first = sorted(dictionary, key=len, reverse=True)
+    known = re.compile(rf"(?<!\S)(?:{'|'.join(map(re.escape, longest_first))})(?!\S)")
+    return lambda text, problem: known.sub(lambda found: dictionary[found[0]], text)
+
+
+def refine(
+    text: str, problem: Problem, dictionary: Mapping[str, str] = MappingProxyType({})
+) -> tuple[str, list[str]]:
+    """Applies all rules in order; returns the text and the names of the rules that changed it.
+
+    dictionary: words and phrases of other languages, with what stands for them in the language of the problem.
+    """
+    rules = {**RULES, "translation": translation(dictionary)} if dictionary else RULES
     applied = []
-    for name, rule in RULES.items():
+    for name, rule in rules.items():
         changed = rule(text, problem)
         if changed != text:
             applied.append(name)

@@ -66,7 +66,7 @@ def test_a_task_of_ones_own(task_file):
     assert [problem.question for problem in problems] == ["0 + 0", "1 + 1", "2 + 2"]
     assert {problem.task for problem in problems} == {task.name} and problems[0].meta["extra"] == 7
     assert task.check(problems[2], " 4 ") and not task.check(problems[2], "5")
-    assert task.worked_examples("fr") == []
+    assert task.worked_examples("fr") == [] and task.dictionary("fr") == {}
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,8 @@ def test_cold_start_data_are_right_readable_and_say_where_they_come_from(run):
         # The text is what was sampled, or what the named rules make of it.
         sampled = tokenizer.decode([i for i in row["response_ids"] if i != tokenizer.eos_token_id])
         assert row.get("before", row["response_text"]) == sampled
-        assert refine(sampled, problem) == (row["response_text"], row.get("rules", []))
+        dictionary = task.dictionary(problem.language) if row["route"] == "refine" else {}
+        assert refine(sampled, problem, dictionary) == (row["response_text"], row.get("rules", []))
         assert tokenizer.decode(row["prompt_ids"]).startswith("<bos> ")
 
 

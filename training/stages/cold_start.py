@@ -1,8 +1,9 @@
 """cold_start: long chain-of-thought data by three routes, kept where it is right, readable and in one language.
 
 few_shot: the base model continues worked examples: those of the task in the special-token form, or else those of zero. reflect: the base model is asked to reflect
-and verify. refine: outputs of zero. Every response is sampled; named rules (training/refine.py) put it into the
-special-token form, and where they change it the row keeps what was sampled as `before`.
+and verify. refine: outputs of zero, which mix languages: words that the task's dictionary has are translated into the language
+of the question. Every response is sampled; named rules (training/refine.py) put it into the special-token form, and where they
+change it the row keeps what was sampled as `before`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from training.refine import refine
 from training.response import parse
 from training.responses import Source
 from training.selection import nothing_kept
-from training.tasks.problem import Problem, Task
+from training.tasks.problem import Problem, Task, Translator
 
 EXAMPLES = 3  # rejected responses shown for each filter and route
 
@@ -94,7 +95,12 @@ def _select(
     """The rows that pass the recipe's filters after refinement, examples of those that do not, and counts by filter."""
     rows, samples = {}, []
     for completion in drawn:
-        text, rules = refine(completion.text, completion.problem)
+        problem = completion.problem
+        task = tasks[problem.task]
+        known = (
+            task.dictionary(problem.language) if route == "refine" and isinstance(task, Translator) else {}
+        )
+        text, rules = refine(completion.text, problem, known)
         sample = responses.as_sample(completion, source.response_format)
         samples.append(replace(sample, text=text, response=parse(text, source.response_format)))
         refined = {"before": completion.text, "rules": rules} if rules else {}

@@ -30,6 +30,7 @@ _STEP_WORDS = {
     "de": {"under": "unter", "over": "über", "plus": "und", "makes": "gibt", "check": "prüfe"},
 }
 _DOUBT = {"en": "wait let me try again .", "de": "warte ich rechne noch einmal ."}
+_SAID = {language: {**_STEP_WORDS[language], "doubt": _DOUBT[language]} for language in LANGUAGES}
 
 WORDS: dict[str, tuple[str, ...]] = {
     language: tuple(
@@ -90,6 +91,15 @@ class ArithmeticTask:
     def worked_examples(self, language: str) -> list[tuple[str, str]]:
         """Four training questions of one step in the language, with tidy responses in the special-token form."""
         return list(_worked_examples(self.largest, language))
+
+    def dictionary(self, language: str) -> dict[str, str]:
+        """What stands in `language` for the words and sentences of steps in the other languages."""
+        return {
+            other[name]: _SAID[language][name]
+            for code, other in _SAID.items()
+            for name in other
+            if code != language and language in _SAID
+        }
 
 
 def make_problem(start: int, by: int, limit: int, language: str) -> Problem:

@@ -5,6 +5,7 @@ class Riddles:
     def problems(self, split): ...              # training.tasks.problem.Problem each; "train", "test", "harder" or "hardest"
     def check(self, problem, answer): ...       # whether the text of the answer is right
     def worked_examples(self, language): ...    # optional: (question, response) pairs for few-shot prompts
+    def dictionary(self, language): ...         # optional: words of other languages -> those of this one, for the cold start
 
 `check` is called in a process of its own, on a task that is made there from the same options and has given no problems: it knows
 the problem (with what its `meta` holds) and the answer. An exception, a call that takes too long and a process that dies are
@@ -67,6 +68,11 @@ class OwnTask:
         """Those of the task; none where it has no such method."""
         shown = getattr(self._task, "worked_examples", None)
         return [] if shown is None else [(question, response) for question, response in shown(language)]
+
+    def dictionary(self, language: str) -> dict[str, str]:
+        """That of the task; empty where it has no such method."""
+        told = getattr(self._task, "dictionary", None)
+        return {} if told is None else dict(told(language))
 
     def _problems(self, split: str) -> Sequence[Problem]:
         check_split(split)

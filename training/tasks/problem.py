@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from training.errors import UserError
 
@@ -58,6 +58,15 @@ class Task(Protocol):
 
     def worked_examples(self, language: str) -> list[tuple[str, str]]:
         """Pairs of question and response in the special-token form, for few-shot prompts only."""
+        ...
+
+
+@runtime_checkable
+class Translator(Protocol):
+    """A task that knows what the words of its responses are in other languages."""
+
+    def dictionary(self, language: str) -> Mapping[str, str]:
+        """Words and phrases of other languages -> what stands for them in `language`; the cold start refines with it."""
         ...
 
 
