@@ -232,8 +232,8 @@ def is_patched(model: nn.Module) -> bool:
 
 
 class StepLoad:
-    """Tokens of every expert in one optimizer step, over all its micro-batches, and once `sum` is called over all ranks; nothing
-    where no router is patched."""
+    """Tokens of every expert in one optimizer step, over all its micro-batches, and once `sum_with` is called over all ranks;
+    nothing where no router is patched."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -249,12 +249,17 @@ class StepLoad:
         with integration.collect_load(self.model, self.load, counts) as self.load:
             yield
 
-    def sum(self) -> None:
-        """Adds the counts of all ranks up."""
-        if ranks.world() > 1 and is_patched(self.model):
-            with integration.collect_load(self.model, self.load) as self.load:
-                pass  # a rank without a batch has counted nothing yet
-            self.load.counts = ranks.sum_tensor(self.load.counts)
+    def sum_with(self, number: float) -> float:
+        """Adds the counts of all ranks up and, in the same exchange, a number, whose sum it returns."""
+        if ranks.world() == 1 or not is_patched(self.model):
+            return ranks.sum_number(number)
+        with integration.collect_load(self.model, self.load) as self.load:
+            pass  # a rank without a batch has counted nothing yet
+        counts = self.load.counts
+        together = torch.cat([torch.tensor([number], dtype=torch.float64), counts.flatten().cpu()])
+        total, summed = ranks.sum_tensor(together).split([1, counts.numel()])
+        self.load.counts = summed.to(counts).view_as(counts)
+        return float(total)
 
     def update_bias(self, rate: float) -> None:
         """Moves the bias of every router that has one a step of `rate` towards an even load; once an optimizer step.
@@ -266,7 +271,7 @@ class StepLoad:
             and not adapters.has(self.model)
             and integration.has_selection_bias(self.model)
         ):
-            integration.update_bias(self.model, self.load, rate)
+            integration.update_bias(self.model, self.load, rate, summed=True)
 
     def max_over_mean(self) -> float:
         """Load of the busiest expert over an even load, averaged over the layers: 1 is even, 0 without patched routers."""

@@ -202,7 +202,8 @@ def train(
 def _backward(model: PreTrainedModel, read: Reader, batch: Sequence[Labelled], pad: int, most: int) -> float:
     """The loss of a batch, whose gradient is added in passes of at most `most` padded tokens, a share of it on every rank."""
     lengths = [sum(len(read(*item)) for item in _items(each)) for each in batch]
-    own = list(ranks.share(lengths))
+    order = sorted(range(len(batch)), key=lengths.__getitem__)  # little padding on any rank
+    own = [order[i] for i in ranks.share([lengths[i] for i in order])]
     total = 0.0
     for piece in padded_pieces(micro_batches([lengths[i] for i in own], most), model):
         labelled = [batch[own[i]] for i in piece] or batch[:1]  # an empty one counts nothing

@@ -239,12 +239,16 @@ def has_selection_bias(model: nn.Module) -> bool:
 
 
 def update_bias(
-    model: nn.Module, load: ExpertLoad, rate: float, group: torch.distributed.ProcessGroup | None = None
+    model: nn.Module,
+    load: ExpertLoad,
+    rate: float,
+    group: torch.distributed.ProcessGroup | None = None,
+    summed: bool = False,
 ) -> None:
     """Move the selection bias of every router towards an even load (``update_router_bias``); once per optimizer step.
 
     Where torch.distributed is initialised the load is summed over the ranks of ``group`` (default: all), so every rank
-    must call it. The biases are buffers: whatever copies weights to a reference model or a rollout engine must copy
+    must call it, unless it is ``summed`` already. The biases are buffers: whatever copies weights to a reference model or a rollout engine must copy
     buffers too.
 
     Raises:
@@ -257,7 +261,7 @@ def update_bias(
             f"model: expected routers with a selection bias, got {type(routers[0]).__name__} without"
         )
     counts = load.counts
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if not summed and torch.distributed.is_available() and torch.distributed.is_initialized():
         counts = counts.to(next(bias for bias in biases if bias is not None).device, copy=True)
         torch.distributed.all_reduce(counts, group=group)
     for router, bias in zip(routers, biases, strict=True):

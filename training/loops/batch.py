@@ -181,11 +181,12 @@ def no_loss(model: PreTrainedModel) -> Tensor:
 
 
 def own_rows(rows: Sequence[Row], shared: bool) -> list[int]:
-    """Indices of the rows that are this rank's: of all lengths, or with `shared` of prompts that are alike."""
+    """Indices of the rows that are this rank's: of lengths, or with `shared` of prompts, that are alike."""
     if ranks.world() == 1:
         return list(range(len(rows)))
     if not shared:
-        return sorted(range(len(rows)), key=lambda i: len(rows[i].ids))[ranks.rank() :: ranks.world()]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        return [order[i] for i in ranks.share([len(rows[i].ids) for i in order])]
     order = sorted(range(len(rows)), key=lambda i: (rows[i].prompt_ids, rows[i].ids))
     before = [(), *(rows[i].ids for i in order[:-1])]
     weights = [

@@ -169,8 +169,7 @@ def update(
         part = losses.sum() / total
         part.backward()
         loss += float(part.detach())
-    loss = ranks.sum_number(loss)
-    load.sum()
+    loss = load.sum_with(loss)
     lr = learning_rate(
         step, steps, lr=config.lr, lr_end=config.lr_end, schedule="cosine", warmup=config.warmup
     )

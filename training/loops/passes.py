@@ -186,17 +186,18 @@ class Passes:
             _add_agreement(sums, "replay_agreement", batch, agreement, totals["num_tokens"])
             maxima = max(maxima, measured.get("ratio/max", 0.0))
             self.clock.mark("update")
-        sums = ranks.sums({"loss": loss, **sums})
-        maxima = max(ranks.gather(maxima))
-        load.sum()
+        loss = load.sum_with(loss)
+        parts = ranks.gather((sums, maxima))
+        sums, maxima = ranks.added(part for part, _ in parts), max(part for _, part in parts)
         if told is not None and seen is not None:
             entropy = sum(float(each.entropy.sum()) for each in seen) / totals["num_tokens"]
             told |= ranks.sums({"entropy": entropy}) | gap.checked(self, ranks.union(before))
-        norm, taken = self.optimizer.step(sums["loss"], lr)
+        norm, taken = self.optimizer.step(loss, lr)
         if taken:
             load.update_bias(self.config.bias_rate)
         self.clock.mark("update")
         return {
+            "loss": loss,
             **sums,
             "ratio_max": maxima,
             "grad_norm": norm,

@@ -121,8 +121,13 @@ def sum_number(number: float) -> float:
 
 def sums(values: Mapping[str, float]) -> dict[str, float]:
     """Named numbers added up over the ranks; a rank that lacks one adds nothing to it."""
+    return added(gather(dict(values)))
+
+
+def added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Named numbers of several mappings added up; one that lacks a name adds nothing to it."""
     total: dict[str, float] = {}
-    for part in gather(dict(values)):
+    for part in parts:
         for name, value in part.items():
             total[name] = total.get(name, 0.0) + value
     return total
