@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from r1kernels.grpo.reductions import REDUCTIONS
 from tests.support.ranks import on_ranks
 from tests.training.test_loops import share_of_even_ids, without_times
-from training import adapters, prompts, reward_model, student
+from training import adapters, notices, prompts, responses, reward_model, student
 from training.context import StageContext
 from training.document import Document
 from training.engines import EngineError
@@ -33,6 +33,7 @@ from training.placement import placed
 from training.progress import Progress
 from training.recipe import load
 from training.response import parse
+from training.responses import Source
 from training.reward_model import Pair, Point
 from training.rewards import Sample
 from training.run_dir import StageDir
@@ -338,6 +339,8 @@ def exchanges(folder):
             for weights in ([1, 1, 1, 1], [6, 1, 1, 1], [1], [], [0, 0], [0, 1, 1, 0])
         ],
         "spread": ranks.spread(lambda own: [(number, each) for each in own], range(5)),
+        "apart": ranks.apart(lambda each: (each, ranks.world()), "abc", [3, 1, 2]),
+        "not apart": ranks.apart(lambda each: (each, ranks.world()), "ab", [5, 1]),
         "together": ranks.together(asked, [number] * (1 + number)),
         "has": (at.stage.has_data("data.jsonl"), at.stage.has_data("none.jsonl")),
         "rows": (rows, at.stage.read_data("data.jsonl")),
@@ -374,19 +377,45 @@ def test_what_two_ranks_exchange(tmp_path):
 
     found = on_ranks(2, work, tmp_path / "meeting")
     (first, skip, _), (second, skip_too, _) = found
-    same = ("once", "sums", "spread", "has", "rows", "state")
+    same = ("once", "sums", "spread", "apart", "has", "rows", "state")
     assert {name: first[name] for name in same} == {name: second[name] for name in same}
     assert first["once"] == (1, 0)  # rank 0 does it as if it were alone
     assert first["sums"] == {"a": 2.0, "b": 5.0}
     assert first["share"] == [[0, 1], [0], [], [], [0, 1], [0, 1]]
     assert second["share"] == [[2, 3], [1, 2, 3], [0], [], [], [2, 3]]
     assert first["spread"] == [(0, 0), (0, 1), (1, 2), (1, 3), (1, 4)]
+    assert first["apart"] == [("a", 1), ("b", 1), ("c", 1)]
+    assert first["not apart"] == second["not apart"] == [("a", 2), ("b", 2)]
     assert (first["together"], second["together"]) == ([3], [13, 13])
     assert first["has"] == (True, False)
     assert first["rows"] == ([{"step": 0}], [{"rank": 0}])
     assert first["state"]["finished"] == {"a": {"value": 0}, "b": {"value": 0}}
     assert skip == skip_too == (False, 1, True, None)
     assert [own for _, _, own in found] == [[5, 5], [5, 5, 5]]
+
+
+def calls_apart(folder):
+    """Responses of three calls, two of which are as much as the third; what is warned of, and the pieces that are kept."""
+    at = context(folder, None)
+    source = Source("zero", build_model(SIZES, TOKENIZER, 0), TOKENIZER, "hash", prompts.chat)
+    calls = [{"source": source, "asked": PROBLEMS, "samples": samples} for samples in (2, 4, 2)]
+    heard = []
+    with notices.listening(lambda kind, text: heard.append(text)):
+        drawn = responses.draw_each(
+            calls, context=at, temperature=1.0, max_new_tokens=6, seed_parts=(0,), batch_size=4
+        )
+    ranks.gather(None)  # both have kept what they drew
+    return drawn, heard, sorted(each.name for each in at.stage.piece("").iterdir())
+
+
+def test_calls_that_ranks_make_apart_are_those_of_one(tmp_path):
+    alone = calls_apart(tmp_path / "one")
+    two = on_ranks(2, lambda: calls_apart(tmp_path / "two"), tmp_path / "meeting")
+    assert two == [alone, alone]
+    drawn, heard, pieces = alone
+    assert [len(each) for each in drawn] == [6, 12, 6] and drawn[0] == drawn[2]
+    assert len(heard) == 1 and "did not end within 6 tokens" in heard[0]
+    assert len(pieces) == 2  # equal calls have one name
 
 
 def test_one_process_exchanges_nothing():

@@ -147,7 +147,7 @@ def speaks() -> bool:
         return True
     if dist.is_initialized():
         try:
-            return int(dist.distributed_c10d._get_default_store().add(_TOLD, 1)) == 1
+            return int(ranks.store().add(_TOLD, 1)) == 1
         except RuntimeError:
             return False  # who holds the store is gone, and has told why
     if not first():

@@ -2,17 +2,19 @@
 
 Every rank runs the same code on the same values. Of a step it computes a share: some rows of a batch, some responses, some
 rewards. Sums over the ranks, or the results of all of them in order, then let every rank go on with the same values. Rank 0
-alone writes files and speaks. In a run of one process nothing is exchanged, and every function returns what it was given.
+alone writes files and speaks, but for what another one works on by itself. In a run of one process nothing is exchanged, and
+every function returns what it was given.
 
 A function that exchanges something has to be called by every rank, in the same order.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from itertools import accumulate
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -29,7 +31,10 @@ BUCKET = (
     2**25
 )  # gradients in one sum: those of a small model stand in one, a large one needs no second copy of all
 
-_alone = False  # rank 0 does something by itself
+UNEVEN = 1.05  # of an equal part, the most that a rank may have where no item is divided
+
+_queues = itertools.count()  # numbers of those of `apart`, the same on all ranks
+_alone = False  # this rank does something by itself
 
 
 def world() -> int:
@@ -150,7 +155,7 @@ def share(weights: Sequence[float]) -> range:
     # an item belongs where its middle lies; one of no weight may lie at the very end
     owners = [
         min(ranks - 1, int((end - weight / 2) * ranks / total))
-        for end, weight in zip(accumulate(weights), weights, strict=True)
+        for end, weight in zip(itertools.accumulate(weights), weights, strict=True)
     ]
     own = [index for index, owner in enumerate(owners) if owner == rank()]
     return range(own[0], own[-1] + 1) if own else range(0)
@@ -160,6 +165,29 @@ def spread(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> li
     """`work` of the items, one result each in order: every rank does a stretch of them."""
     own = share([1.0] * len(items))
     return [each for part in gather(list(work(items[own.start : own.stop]))) for each in part]
+
+
+def apart(work: Callable[[T], R], items: Sequence[T], weights: Sequence[float]) -> list[R]:
+    """`work` of each item, in order; its results can be pickled. Ranks do whole items, each by itself as one process would,
+    the next that is left and heaviest, where the weights divide evenly; else all do one item after the other together.
+    """
+    loads = [0.0] * world()
+    for weight in sorted(weights, reverse=True):
+        heapq.heapreplace(loads, loads[0] + weight)
+    if world() == 1 or max(loads) > UNEVEN * sum(loads) / world():
+        return [work(each) for each in items]
+    order = sorted(range(len(items)), key=lambda index: -weights[index])
+    queue, done = f"r1kernels/apart/{next(_queues)}", {}
+    with _by_itself():
+        while (turn := store().add(queue, 1)) <= len(order):
+            done[order[turn - 1]] = work(items[order[turn - 1]])
+    found = {index: each for part in gather(done) for index, each in part.items()}
+    return [found[index] for index in range(len(items))]
+
+
+def store() -> Any:
+    """Where ranks leave numbers and texts for each other, and do not wait."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def together(work: Callable[[list[T]], Sequence[R]], items: Sequence[T]) -> list[R]:

@@ -80,7 +80,9 @@ def marks(
         rows for each split and language ("all" first), None where a mark has no problems; some responses for samples.jsonl.
     """
     tasks = responses.tasks(recipe)
-    rows, shown = [], []
+    split: str
+    asked: dict[str, list[Problem]] = {}
+    calls: dict[tuple[str, str], dict[str, Any]] = {}
     for split in config.splits:
         count = config.problems if split == "test" else config.k_problems
         pool = responses.problems(recipe, split, ("reasoning",))
@@ -88,73 +90,59 @@ def marks(
         general = responses.problems(recipe, split, ("helpful", "unsafe"))
         if not reasoning and not general:  # said at the start of the run
             continue
+        asked[split] = reasoning
         few = reasoning[: config.k_problems]
-
         ways = {
             "once": ([*reasoning, *general], 1, config.temperature, config.top_p),
             "repeated": (few, config.k, config.k_temperature, config.k_top_p),
             "greedy": (few, 1, 0.0, 1.0),
         }
-        drawn: dict[str, list[Sample]] = {}
-        for way, (asked, samples, temperature, top_p) in ways.items():
-            completions = responses.draw(
-                source,
-                asked,
-                context=context,
-                samples=samples,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=config.top_k,
-                max_new_tokens=config.max_new_tokens,
-                seed_parts=(recipe.seed, "evaluate", split, way),
-                batch_size=config.batch_size,
-            )
-            drawn[way] = [
-                responses.as_sample(completion, source.response_format) for completion in completions
-            ]
-        reached = _reach(source, name, reasoning, split, recipe, config, context)
+        if config.reach and name in config.reach_of:
+            often = reasoning[: config.reach_problems]
+            ways["reach"] = (often, config.reach, config.temperature, config.top_p)
+        for way, (problems, samples, temperature, top_p) in ways.items():
+            calls[split, way] = {
+                "source": source,
+                "asked": problems,
+                "samples": samples,
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed_parts": (recipe.seed, "evaluate", split, way),
+            }
+    drawn = responses.draw_each(
+        list(calls.values()),
+        context=context,
+        top_k=config.top_k,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+    )
+    found = {
+        call: [responses.as_sample(completion, source.response_format) for completion in completions]
+        for call, completions in zip(calls, drawn, strict=True)
+    }
+    rows, shown = [], []
+    for split, reasoning in asked.items():
+        measured = [found[split, way] for way in ("once", "repeated", "greedy")]
         for language in ("all", *sorted({problem.language for problem in reasoning})):
-            part = {way: [s for s in drawn[way] if language in ("all", s.problem.language)] for way in ways}
-            mark = _row(part["once"], part["repeated"], part["greedy"], config.k, tasks)
+            once, repeated, greedy = (
+                [s for s in way if language in ("all", s.problem.language)] for way in measured
+            )
+            mark = _row(once, repeated, greedy, config.k, tasks)
             rows.append({"checkpoint": name, "split": split, "language": language, **mark})
             if language == "all":
-                rows[-1] |= reached
-        shown += [_shown(sample, name, split, tasks) for sample in drawn["once"][:SAMPLES_SHOWN]]
+                rows[-1] |= _reach(found.get((split, "reach"), []), config.reach, tasks)
+        shown += [_shown(sample, name, split, tasks) for sample in measured[0][:SAMPLES_SHOWN]]
     return rows, shown
 
 
-def _reach(
-    source: Source,
-    name: str,
-    reasoning: list[Problem],
-    split: str,
-    recipe: Recipe,
-    config: Evaluate,
-    context: StageContext | None,
-) -> dict[str, Any]:
-    """`reach` (k as text -> pass@k) and the number of problems behind it, where the recipe asks for that of this checkpoint."""
-    asked = reasoning[: config.reach_problems]
-    if not config.reach or name not in config.reach_of or not asked:
-        return {}
-    drawn = responses.draw(
-        source,
-        asked,
-        context=context,
-        samples=config.reach,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        max_new_tokens=config.max_new_tokens,
-        seed_parts=(recipe.seed, "evaluate", split, "reach"),
-        batch_size=config.batch_size,
-    )
-    tasks = responses.tasks(recipe)
+def _reach(drawn: list[Sample], most: int, tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """`reach` (k as text -> pass@k, up to `most`) and the number of problems behind it, where any were drawn for it."""
     verdicts: dict[str, list[bool]] = defaultdict(list)
-    for completion in drawn:
-        sample = responses.as_sample(completion, source.response_format)
+    for sample in drawn:
         verdicts[sample.problem.id].append(_right(sample, tasks))
-    reached = evaluation.reach(list(verdicts.values()), config.reach)
-    return {"reach": reached, "reach_problems": len(verdicts)}
+    if not verdicts:
+        return {}
+    return {"reach": evaluation.reach(list(verdicts.values()), most), "reach_problems": len(verdicts)}
 
 
 def _row(
