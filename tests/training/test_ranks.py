@@ -18,7 +18,8 @@ from tests.training.test_loops import share_of_even_ids, without_times
 from training import adapters, notices, prompts, responses, reward_model, student
 from training.context import StageContext
 from training.document import Document
-from training.engines import EngineError
+from training.engines import EngineError, Output, Request, SamplingParams
+from training.engines.shared import SharedEngine
 from training.errors import UserError
 from training.loops import grpo, next_token, on_policy
 from training.loops.optim import Optimizer
@@ -314,6 +315,15 @@ def test_the_bias_follows_the_load_of_all_ranks(compared):
         assert bias and all(torch.equal(alone[name], first[name]) and alone[name].any() for name in bias)
 
 
+class NamesRank:
+    """An engine whose outputs are the key of the request and the rank that drew it."""
+
+    encoder, version = None, 0
+
+    def sample(self, requests, params):
+        return [Output((each.key, ranks.rank()), (0.0, 0.0), True, 0) for each in requests]
+
+
 def exchanges(folder):
     """What the functions of training.parallel.ranks give on a rank."""
     number = ranks.rank()
@@ -341,6 +351,9 @@ def exchanges(folder):
         "spread": ranks.spread(lambda own: [(number, each) for each in own], range(5)),
         "apart": ranks.apart(lambda each: (each, ranks.world()), "abc", [3, 1, 2]),
         "not apart": ranks.apart(lambda each: (each, ranks.world()), "ab", [5, 1]),
+        "drawn": SharedEngine(NamesRank()).sample(
+            [Request((prompt,), key, 1) for key, prompt in enumerate([5, 5, 6, 6, 7, 7])], SamplingParams()
+        ),
         "together": ranks.together(asked, [number] * (1 + number)),
         "has": (at.stage.has_data("data.jsonl"), at.stage.has_data("none.jsonl")),
         "rows": (rows, at.stage.read_data("data.jsonl")),
@@ -386,6 +399,9 @@ def test_what_two_ranks_exchange(tmp_path):
     assert first["spread"] == [(0, 0), (0, 1), (1, 2), (1, 3), (1, 4)]
     assert first["apart"] == [("a", 1), ("b", 1), ("c", 1)]
     assert first["not apart"] == second["not apart"] == [("a", 2), ("b", 2)]
+    assert first["drawn"] == second["drawn"]
+    # prompts by turns: 5 here, 6 there, the last one divided
+    assert [each.token_ids for each in first["drawn"]] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 0), (5, 1)]
     assert (first["together"], second["together"]) == ([3], [13, 13])
     assert first["has"] == (True, False)
     assert first["rows"] == ([{"step": 0}], [{"rank": 0}])

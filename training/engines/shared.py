@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from training.parallel import ranks
 
 
 class SharedEngine:
-    """An `Engine` in each process: every rank draws a stretch of the requests with its own."""
+    """An `Engine` in each process: every rank draws a share of the requests with its own."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -36,7 +37,19 @@ class SharedEngine:
         def draw(own: Sequence[Request]) -> list[Output]:
             return [_packed(each) for each in self.engine.sample(own, params)]
 
-        return [_unpacked(each) for each in ranks.spread(draw, requests)]
+        order = _dealt(requests)
+        drawn = dict(zip(order, ranks.spread(draw, [requests[i] for i in order]), strict=True))
+        return [_unpacked(drawn[i]) for i in range(len(requests))]
+
+
+def _dealt(requests: Sequence[Request]) -> list[int]:
+    """Indices of requests in an order of which every rank has a stretch: prompts by turns, for those of a kind, whose responses
+    are of much the same length, often stand together; the samples of a prompt stay together, as long as they can."""
+    groups = groupby(range(len(requests)), key=lambda i: requests[i].prompt_ids)
+    turns: list[list[int]] = [[] for _ in range(ranks.world())]
+    for number, (_, group) in enumerate(groups):
+        turns[number % len(turns)] += group
+    return [i for turn in turns for i in turn]
 
 
 class EngineOfMain:
