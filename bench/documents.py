@@ -57,6 +57,11 @@ def of_tiny(make: Callable[[Mapping[str, Any]], Table]) -> str:
     return make(results.committed("tiny")).markdown()
 
 
+def controls() -> str:
+    """R1-Zero of a committed run of `tiny` beside its controls."""
+    return pipeline.controls(results.committed("tiny"), results.committed("tiny-controls")).markdown()
+
+
 def processes() -> str:
     """The table of ``python -m bench ranks``, once it is measured."""
     there = (results.FOLDER / "cpu/ranks.json").is_file()
@@ -97,6 +102,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "pipeline": partial(of_command, "pipeline", "tiny"),
     "levels": partial(of_tiny, pipeline.levels),
     "methods": partial(of_tiny, pipeline.methods),
+    "controls": controls,
     "ranks": processes,
     **{
         name: partial(of_command, name, name)

@@ -3,6 +3,11 @@
 python -m training run tiny --run runs/tiny-2 seed=2 parallel.processes=2
 python -m training run tiny --run runs/tiny-3 seed=3 parallel.processes=2
 python -m bench pipeline runs/tiny-2 runs/tiny-3 --out bench/results/cpu/tiny.json
+
+The controls start from the base model of a run, in runs/tiny:
+
+python -m training run tiny-controls --run runs/controls seed=4
+python -m bench pipeline runs/controls --out bench/results/cpu/tiny-controls.json
 """
 
 from __future__ import annotations
@@ -59,12 +64,19 @@ def collect(folder: Path) -> dict[str, Any]:
         "threads": recipe.threads,
         **{split: {name: kept(row) for name, row in marks_of(run_dir, split).items()} for split in SPLITS},
         "students": [student._asdict() for student in students.learnt(run_dir)],
+        "rewarded": rewarded(run_dir, recipe),
         "final_metrics": {name: record["metrics"] for name, record in done.items() if name != "evaluate"},
         "stage_seconds": {name: round(record["stage_seconds"], 1) for name, record in done.items()},
         "total_seconds": round(sum(record["stage_seconds"] for record in done.values()), 1),
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in done.values()),
         "versions": {key: made_by[key] for key in ("code", "packages")},
     }
+
+
+def rewarded(run_dir: RunDir, recipe: Recipe) -> int:
+    """How many responses R1-Zero was rewarded for as right, over all its steps."""
+    rows = run_dir.stage("zero").metrics()
+    return round(sum(row.get("accuracy", 0.0) for row in rows) * recipe.zero.prompts * recipe.zero.group_size)
 
 
 def kept(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,6 +153,30 @@ def methods(record: Mapping[str, Any]) -> Table:
     return Table("Methods at equal tokens", head, found)
 
 
+def controls(record: Mapping[str, Any], controlled: Mapping[str, Any]) -> Table:
+    """What the same base model became, by R1-Zero in a run of `record` and by the controls: greedy, at temperature 1, pass@32."""
+    (control,) = controlled["runs"]
+    (run,) = [each for each in record["runs"] if each["seed"] == control["seed"]]
+    (own,) = control["students"]
+    learnt = [
+        ("base", run, "base", "-"),
+        ("R1-Zero", run, "zero", f"{run['rewarded']:,}"),
+        ("GRPO with a coin for a reward", control, "zero", "0"),
+        (
+            "SFT on the base model's own right responses",
+            control,
+            f"distill-{own['name']}",
+            f"{own['epochs'] * control['final_metrics']['distill']['kept']:,}",
+        ),
+    ]
+    found = []
+    for title, one, checkpoint, right in learnt:
+        marks = [one[split][checkpoint] for split in SPLITS]
+        shares = [(mark["greedy"], mark["accuracy"], mark["reach"]["32"]) for mark in marks]
+        found.append([title, right, *(of_runs([percent(share) for share in each]) for each in shares)])
+    return Table("Controls", ("model", "right responses learnt from", *SPLITS), found)
+
+
 def tables(record: Mapping[str, Any]) -> list[Table]:
     """A row per checkpoint, each cell the marks of all runs in % of the held-out problems; then the judge and the reward models."""
     runs = record["runs"]
@@ -153,8 +189,12 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
         f"{max(run['peak_memory_bytes'] for run in runs) / 2**30:.1f} GiB at most."
     )
     found = Table("Checkpoints", ("checkpoint", *(title for _, title in COLUMNS)), rows(runs), note)
-    right = []
-    for title, stage, metric in MODELS:
-        right.append(f"{title} {of_runs([percent(run['final_metrics'][stage][metric]) for run in runs])}")
+    right = [
+        f"{title} {of_runs([percent(run['final_metrics'][stage][metric]) for run in runs])}"
+        for title, stage, metric in MODELS
+        if stage in runs[0]["final_metrics"]
+    ]
+    if not right:
+        return [found]
     said = Table("Models", (), note=f"Right on held-out responses, in %: {', '.join(right)}.")
     return [found, said]

@@ -40,3 +40,21 @@ def test_methods_of_all_runs_stand_in_one_row():
     table = pipeline.methods({"runs": runs})
     assert table.rows[1] == ["b", "logits", "901 / 901", "5 / 5", "75.0 / 80.0"]
     assert pipeline.methods({"runs": [{"test": {}}]}).rows == []  # a record that does not tell
+
+
+def test_controls_stand_beside_the_run_of_their_seed():
+    def marks(greedy):
+        return {"greedy": greedy, "accuracy": 0.5, "reach": {"32": 1.0}}
+
+    def splits(**greedy):
+        return {split: {name: marks(value) for name, value in greedy.items()} for split in pipeline.SPLITS}
+
+    tiny = [{"seed": seed, "rewarded": 12000, **splits(base=0.0, zero=0.9 + seed / 100)} for seed in (4, 5)]
+    own = [{"name": "own", "epochs": 2}]
+    coin = {"seed": 5, "students": own, "final_metrics": {"distill": {"kept": 6000}}}
+    coin |= splits(**{"zero": 0.01, "distill-own": 0.25})
+    rows = pipeline.controls({"runs": tiny}, {"runs": [coin]}).rows
+    assert [row[1] for row in rows] == ["-", "12,000", "0", "12,000"]
+    assert [row[4] for row in rows] == [
+        f"{greedy} / 50.0 / 100.0" for greedy in ("0.0", "95.0", "1.0", "25.0")
+    ]
