@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +10,7 @@ import torch
 import r1kernels
 
 from .cases import DTYPES, Case, Work
-from .timing import Clock
+from .timing import repeated
 
 BOUNDS = ("bandwidth", "GEMM", "exp")
 
@@ -62,7 +61,7 @@ def measure(device: torch.device, rounds: int = 5) -> Ceilings:
     flops, size = {}, 8192 if device.type == "cuda" else 2048
     for name, dtype in DTYPES.items():
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        flops[name] = 2 * size**3 / best_of(device, rounds, partial(torch.matmul, left, right))
+        flops[name] = 2 * size**3 / min(repeated(partial(torch.matmul, left, right), device, rounds))
     return Ceilings(copy_rate(device, rounds), flops, _exps(device, rounds))
 
 
@@ -74,30 +73,13 @@ def _exps(device: torch.device, rounds: int) -> float:
         targets = torch.zeros(rows, dtype=torch.int64, device=device)
         exp = partial(torch.exp, cached, out=torch.empty_like(cached))
         for function in (exp, partial(r1kernels.token_logprobs, cached, targets)):
-            clock = best_of(device, rounds, partial(_thirty, function))
-            found.append(30 * cached.numel() / clock)
+            seconds = min(repeated(lambda call=function: [call() for _ in range(30)], device, rounds))
+            found.append(30 * cached.numel() / seconds)
     return max(found)
-
-
-def _thirty(function: Callable[[], object]) -> None:
-    for _ in range(30):
-        function()
 
 
 def copy_rate(device: torch.device, rounds: int) -> float:
     """Bytes a second, read plus written, of a copy far larger than the caches."""
     source = torch.ones(1 << 30 if device.type == "cuda" else 1 << 26, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / best_of(device, rounds, lambda: target.copy_(source))
-
-
-def best_of(device: torch.device, rounds: int, function: Callable[[], object]) -> float:
-    clock = Clock(device)
-    function()
-    seconds = []
-    for _ in range(rounds):
-        clock.mark()
-        function()
-        clock.mark()
-        seconds += clock.seconds()
-    return min(seconds)
+    return 2 * source.nbytes / min(repeated(lambda: target.copy_(source), device, rounds))

@@ -132,17 +132,17 @@ if wants build; then
     step build 300 env R1KERNELS_CUDA=$cuda R1KERNELS_CUDA_ARCHITECTURES="$architecture" \
         "$python" setup.py build_ext --inplace
     step built 60 "$python" -m r1kernels
-    step hopper 60 "$python" -m bench.lease hopper --device "$device" || exit 1
+    step hopper 60 "$python" -m bench lease hopper --device "$device" || exit 1
 fi
 
 if wants smoke; then
-    step experts 100 "$python" -m bench.lease experts --device "$device"
-    step smoke 150 "$python" -m bench.sanitize --device "$device"
+    step experts 100 "$python" -m bench lease experts --device "$device"
+    step smoke 150 "$python" -m bench sanitize --device "$device"
 fi
 
 if wants marks; then
     share 4
-    step products 60 "$python" -m bench.lease products --device "$device"
+    step products 60 "$python" -m bench lease products --device "$device"
     step marks "$limit" "$python" -m bench run --device "$device" ${size:---quick} --ours \
         --out "$out/marks.json" --limit $((limit > 40 ? limit - 30 : limit / 2))
 fi
@@ -150,7 +150,7 @@ fi
 if [ -n "$profiler" ]; then
     share 1
     step profile "$limit" ncu --clock-control none --set detailed --launch-count 12 \
-        --kernel-name 'regex:hopper_.*_kernel|forward_kernel' "$python" -m bench.lease profiled --device "$device"
+        --kernel-name 'regex:hopper_.*_kernel|forward_kernel' "$python" -m bench lease profiled --device "$device"
 fi
 wants profile && [ -z "$profiler" ] && echo "profile: no ncu here" | tee -a "$out/steps.txt"
 
@@ -183,7 +183,7 @@ fi
 for tool in $sanitizers; do
     share 1
     step "sanitize-$tool" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-        --error-exitcode 9 "$python" -m bench.sanitize --device "$device"
+        --error-exitcode 9 "$python" -m bench sanitize --device "$device"
 done
 wants sanitize && [ -z "$sanitizers" ] && echo "sanitize: no compute-sanitizer here" | tee -a "$out/steps.txt"
 

@@ -1,12 +1,10 @@
-"""``python -m bench guard``: have the main CPU kernels become slower than the committed baseline?
+"""Have the main CPU kernels become slower than the committed baseline?
 
-A time is not comparable between two days of one machine; a ratio to a yardstick timed in the same rounds is. Forward
-and backward of each kernel are divided by a pass of torch.exp over as many values (for logits and log-probs) or by the
-bare GEMMs of the op in float32, shortest round by shortest round, without the first calls of turns (turns.py). One
-thread: threads that wait for one another repeat badly on a machine that others use too. Where memory happens to lie
-changes a time, so rounds are taken with fresh tensors REPEATS times; and what seems slower is measured up to AGAIN
-times more, since noise goes away and a slower kernel does not. Hardware counters, which would do better, are missing
-in most virtual machines. The command ends with an error where a ratio has grown by more than BAND.
+A time is not comparable between two days of one machine; a ratio to a yardstick timed in the same rounds is. Forward and
+backward of each kernel are divided by the bare GEMMs of the op in float32, or else by torch.exp over as many values, shortest
+round by shortest round, on one thread: threads that wait for one another repeat badly. Where memory happens to lie changes a
+time, so rounds are taken with fresh tensors REPEATS times; and what seems slower is measured up to AGAIN times more, since
+noise goes away and a slower kernel does not. The command ends with an error where a ratio has grown by more than BAND.
 """
 
 from __future__ import annotations
@@ -18,15 +16,14 @@ from pathlib import Path
 
 import torch
 
-from . import families, measure, results, timing, turns
+from . import families, measure, results
 from .cases import Case
-from .numerics import allowed
-from .peers import Inputs, Peer
+from .peers import TRAINING, Inputs, Peer
 
 BASELINE = results.FOLDER / "cpu/guard.json"
 # wider than what two runs on one machine differ by
 BAND = 0.3
-ROUNDS, REPEATS, AGAIN = 12, 3, 3
+EFFORT, REPEATS, AGAIN = measure.Effort(1.0), 3, 3
 PHASES = ("forward", "backward")
 
 _LOGITS, _HEAD = {"N": 256, "V": 32768}, {"N": 512, "V": 16384, "H": 256}
@@ -42,14 +39,11 @@ GUARDED = (
     Case("moe_experts", "cpu", "bfloat16", _EXPERTS),
     Case("route", "cpu", "float32", {"T": 2048, "E": 256, "K": 8}),
 )
-Ratios = dict[str, dict[str, float]]
-Shortest = dict[str, tuple[float, float]]  # phase -> of ours, of the yardstick
+Ratios = dict[str, dict[str, float]]  # case -> phase -> our shortest round over the yardstick's
 
 
 def ratios(say: Callable[[str], None], baseline: Ratios) -> Ratios:
-    """Case -> phase -> our shortest round over the yardstick's; without ops that the reference serves.
-
-    The page faults of its large temporaries do not repeat themselves, and it is no kernel.
+    """Of all cases but those that the reference serves, which is no kernel, and whose page faults do not repeat themselves.
 
     Raises:
         SystemExit: a kernel gives wrong results, so that its time means nothing.
@@ -62,13 +56,12 @@ def ratios(say: Callable[[str], None], baseline: Ratios) -> Ratios:
             if _backend(case) == "reference":
                 say(f"{case.id}: no kernel serves it here")
                 continue
-            shortest: Shortest = {}
+            shortest: dict[str, tuple[float, float]] = {}
             for _ in range(1 + AGAIN):
                 for _ in range(REPEATS):
-                    now = _shortest(case)
-                    for phase, (ours, its) in now.items():
-                        before = shortest.get(phase, (ours, its))
-                        shortest[phase] = min(ours, before[0]), min(its, before[1])
+                    for phase, pair in _shortest(case).items():
+                        ours, its = map(min, pair, shortest.get(phase, pair))
+                        shortest[phase] = ours, its
                 found[case.id] = {phase: ours / its for phase, (ours, its) in shortest.items()}
                 if not compare(baseline, {case.id: found[case.id]}):
                     break
@@ -84,27 +77,17 @@ def _backend(case: Case) -> str:
     return op.ours.backend(case, op.inputs(case, torch.device("cpu")))
 
 
-def _shortest(case: Case) -> Shortest:
-    """The shortest rounds of ours and of the yardstick."""
-    op, device = families.OPS[case.op], torch.device("cpu")
-    inputs, exact = op.problem(case, device)
+def _shortest(case: Case) -> dict[str, tuple[float, float]]:
+    """Phase -> the shortest rounds of ours and of the yardstick, which take turns."""
+    op = families.OPS[case.op]
     # of ours the last: in place where there is such a form, since the page faults of a large result are not repeatable
     peer = [peer for peer in op.peers if peer.kind == "ours"][-1 if case.op == "token_logprobs" else 0]
-    call, ready = peer.make(case, inputs), peer.fresh(inputs)
-    outputs = call(ready)
-    for name, off in timing.errors(op, outputs, timing.differentiate(outputs, ready), exact).items():
-        if not off <= allowed(None, case.torch_dtype):
-            raise SystemExit(f"FAILED {case.id}: {name} is off by {off:.2g}")
-    yardstick, clock = _yardstick(case, inputs, op.peers), timing.Clock(device)
-    both = (lambda: timing.train(call, peer.fresh(inputs), clock), lambda: timing.floor(yardstick, clock))
-    # the first round is a warm-up, and tells how many calls a turn makes
-    calls = [turns.take(once).calls for once in both]
-    rounds = [
-        [turns.take(once, count).samples for once, count in zip(both, calls, strict=True)]
-        for _ in range(ROUNDS)
-    ]
-    ours, its = zip(*rounds, strict=True)
-    return {phase: (min(one[phase] for one in ours), min(one[phase] for one in its)) for phase in PHASES}
+    yardstick = Peer("yardstick", lambda case, inputs: _yardstick(case, inputs, op.peers), "floor")
+    pair = (replace(peer, phases=TRAINING), yardstick)
+    ours, its = measure.race(case, pair, *op.problem(case, torch.device("cpu")), EFFORT)
+    if ours.status != "ok":
+        raise SystemExit(f"FAILED {case.id}: {ours.reason}")
+    return {phase: (ours.seconds[phase][0], its.seconds[phase][0]) for phase in PHASES}
 
 
 def _yardstick(case: Case, inputs: Inputs, peers: tuple[Peer, ...]) -> dict[str, Callable[[], object]]:
@@ -113,19 +96,28 @@ def _yardstick(case: Case, inputs: Inputs, peers: tuple[Peer, ...]) -> dict[str,
         name: tensor.detach().float() if tensor.is_floating_point() else tensor
         for name, tensor in inputs.tensors.items()
     }
-    for peer in peers:
-        if peer.kind == "floor":
-            found: dict[str, Callable[[], object]] = peer.make(
-                replace(case, dtype="float32"), replace(inputs, tensors=single)
-            )
-            return found
+    for peer in (peer for peer in peers if peer.kind == "floor"):
+        found: dict[str, Callable[[], object]] = peer.make(
+            replace(case, dtype="float32"), replace(inputs, tensors=single)
+        )
+        return found
     values = single[inputs.leaves[0]]
     target = torch.empty_like(values)
     return dict.fromkeys(PHASES, lambda: torch.exp(values, out=target))
 
 
-def main(update: bool, baseline: Path = BASELINE) -> int:
-    """The command: 1 if a kernel is slower than the baseline by more than BAND."""
+def compare(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line for every phase whose ratio has grown by more than BAND."""
+    return [
+        f"SLOWER {name}, {phase}: {before[name][phase]:.3g} before, {value:.3g} now"
+        for name, phases in after.items()
+        for phase, value in phases.items()
+        if name in before and value > before[name][phase] * (1 + BAND)
+    ]
+
+
+def main(update: bool = False, baseline: Path = BASELINE) -> int:
+    """1 if a kernel is slower than the baseline by more than BAND; update: write the baseline."""
     if not update and not baseline.is_file():
         raise SystemExit(f"{baseline}: there is no baseline yet; write one with --update")
     before = {} if update else json.loads(baseline.read_text(encoding="utf-8"))["ratios"]
@@ -139,13 +131,3 @@ def main(update: bool, baseline: Path = BASELINE) -> int:
     slower = compare(before, found)
     print("\n".join(slower) if slower else "no kernel is slower than the baseline")
     return 1 if slower else 0
-
-
-def compare(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A line for every phase whose ratio has grown by more than BAND."""
-    return [
-        f"SLOWER {name}, {phase}: {before[name][phase]:.3g} before, {value:.3g} now"
-        for name, phases in after.items()
-        for phase, value in phases.items()
-        if name in before and value > before[name][phase] * (1 + BAND)
-    ]

@@ -1,18 +1,16 @@
 """What a first machine with a GPU is asked beside tests and benchmarks (bench/gpu.sh).
 
-python -m bench.lease experts     bfloat16 experts on every backend against float64, twice, for the same bits
-python -m bench.lease products    bandwidth, and the matrix products of the head with a result of 16 and of 32 bits
-python -m bench.lease profiled    one call each of what a profiler is to look at
-python -m bench.lease hopper      does the extension hold the kernels of this GPU
+experts: bfloat16 experts on every backend against float64, twice, for the same bits. products: bandwidth, and the matrix products
+of the head with a result of 16 and of 32 bits. profiled: one call each of what a profiler is to look at. hopper: does the extension
+hold the kernels of this GPU.
 
 T tokens, H hidden, I intermediate size, E experts, K experts per token; N tokens, V vocabulary of a head.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +20,7 @@ from r1kernels import backends, devices, extension
 
 from . import moe, timing
 from .cases import Case
-from .ceilings import best_of, copy_rate
+from .ceilings import copy_rate
 from .numerics import CAP, error
 from .peers import Inputs
 
@@ -31,17 +29,11 @@ LARGE = {"T": 8192, "H": 2048, "I": 768, "E": 128, "K": 8}
 TINY = {"T": 64, "H": 32, "I": 16, "E": 4, "K": 2}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    answers: dict[str, Callable[[torch.device], int]] = {
-        "experts": experts, "products": products, "profiled": profiled, "hopper": hopper
-    }  # fmt: skip
-    parser.add_argument("what", choices=answers)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    given = parser.parse_args()
-    return answers[given.what](torch.device(given.device))
+def main(
+    what: Literal["experts", "products", "profiled", "hopper"], device: Literal["cpu", "cuda"] = "cuda"
+) -> int:
+    answers = {"experts": experts, "products": products, "profiled": profiled, "hopper": hopper}
+    return answers[what](torch.device(device))
 
 
 def _experts(device: torch.device, shape: dict[str, int]) -> tuple[Case, Inputs]:
@@ -71,7 +63,7 @@ def experts(device: torch.device) -> int:
         print(
             f"{'ok' if good else 'FAILED'} experts {name}: errors {words}, {'same' if same else 'OTHER'} bits"
         )
-    return 1 if failed else 0
+    return int(failed > 0)
 
 
 def products(device: torch.device) -> int:
@@ -83,7 +75,7 @@ def products(device: torch.device) -> int:
     if cuda:
         kinds["float32"] = lambda: torch.mm(hidden, weight.t(), torch.float32)
     for name, product in kinds.items():
-        rate = 2e-12 * n * v * h / best_of(device, 10, product)
+        rate = 2e-12 * n * v * h / min(timing.repeated(product, device, 10))
         print(f"product N {n}, V {v}, H {h} to {name}: {rate:.0f} TFLOP/s")
     print(f"copy: {1e-12 * copy_rate(device, 5):.2f} TB/s")
     return 0
@@ -106,7 +98,3 @@ def hopper(device: torch.device) -> int:
         print("FAILED: no sm_90a: give the wheel of nvidia-cutlass by --wheels, or R1KERNELS_CUTLASS_DIR")
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,14 +39,6 @@ class Effort:
         return cls((1.5 if quick else 3.0) if device == "cuda" else (8.0 if quick else 10.0))
 
 
-@dataclass
-class _Running:
-    peer: Peer
-    row: Row
-    call: Any
-    replayed: timing.Replayed | None = None
-
-
 def measure(
     case: Case, effort: Effort, say: Callable[[str], None] = print, compiles: bool = True, ours: bool = False
 ) -> list[Row]:
@@ -55,26 +47,68 @@ def measure(
     Raises:
         Unavailable: the case does not fit the memory of the machine.
     """
-    device = torch.device(case.device)
+    device, op = torch.device(case.device), families.OPS[case.op]
     need, free = case.need_bytes(), memory.available_bytes(device)
     if need > free:
         raise Unavailable(f"needs about {need / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free")
-    op = families.OPS[case.op]
-    inputs, exact = op.problem(case, device)
-    rows, calls = [], []
-    for peer in op.peers_on(case.device, compiles, ours):
-        rows.append(Row(peer.name, peer.kind, peer.package))
-        calls.append(_Running(peer, rows[-1], _first_call(case, peer, rows[-1], inputs, exact)))
-    judge(rows, case)
-    running = [one for one in calls if one.row.status == "ok"]
-    # neighbours may be two forms of one kernel: the turn of one would leave its code in the caches for the other
-    running = running[::2] + running[1::2]
-    if running:
-        _time(running, inputs, case, effort)
-    settle(rows)
+    rows = race(case, op.peers_on(case.device, compiles, ours), *op.problem(case, device), effort)
     median = next((row.median("forward+backward") for row in rows if row.kind == "ours"), None)
     say(f"  r1kernels {1e3 * (median or float('nan')):.3f} ms forward+backward")
     return rows
+
+
+def race(
+    case: Case, peers: Sequence[Peer], inputs: Inputs, exact: dict[str, Exact], effort: Effort
+) -> list[Row]:
+    """Rows of these implementations, in their order."""
+    every = [_Running(peer, Row(peer.name, peer.kind, peer.package)) for peer in peers]
+    for one in every:
+        one.call = _first_call(case, one.peer, one.row, inputs, exact)
+    rows = [one.row for one in every]
+    judge(rows, case)
+    running = [one for one in every if one.row.status == "ok"]
+    # neighbours may be two forms of one kernel: the turn of one would leave its code in the caches for the other
+    running = running[::2] + running[1::2]
+    if running:
+        _time(running, inputs, torch.device(case.device), effort)
+    settle(rows)
+    return rows
+
+
+def judge(rows: list[Row], case: Case) -> None:
+    """The numeric rule, against the errors of eager PyTorch in the same dtype."""
+    eager = next((row.errors for row in rows if row.peer in (EAGER, "plain PyTorch")), {})
+    for row in rows:
+        limits = {name: allowed(eager.get(name), case.torch_dtype) for name in row.errors}
+        broken = [
+            f"{name}: error {found:.2g} above the allowed {limits[name]:.2g}"
+            for name, found in row.errors.items()
+            if found is None or not found <= limits[name]
+        ]
+        if broken and row.status == "ok":
+            row.status, row.reason = "failed", "; ".join(broken)
+
+
+def first_line(problem: Exception) -> str:
+    """The kind of an error and the first line of its text, which is enough for a table."""
+    lines = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}: {lines[0]}" if lines else type(problem).__name__
+
+
+def load_average() -> float:
+    """Of the last minute: how busy the machine is."""
+    return round(os.getloadavg()[0], 2)
+
+
+def release() -> None:
+    """Forget what a case left behind, compiled graphs too."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# --- the first call: is it right, and what does it keep ---
 
 
 def _first_call(case: Case, peer: Peer, row: Row, inputs: Inputs, exact: dict[str, Exact]) -> Any:
@@ -120,25 +154,43 @@ def _stopped(row: Row, reason: str) -> None:
     row.firsts.clear()
 
 
-def judge(rows: list[Row], case: Case) -> None:
-    """The numeric rule, against the errors of eager PyTorch in the same dtype."""
-    eager = next((row.errors for row in rows if row.peer in (EAGER, "plain PyTorch")), {})
-    for row in rows:
-        limits = {name: allowed(eager.get(name), case.torch_dtype) for name in row.errors}
-        broken = [
-            f"{name}: error {found:.2g} above the allowed {limits[name]:.2g}"
-            for name, found in row.errors.items()
-            if found is None or not found <= limits[name]
-        ]
-        if broken and row.status == "ok":
-            row.status, row.reason = "failed", "; ".join(broken)
+# --- the timed rounds ---
 
 
-def _time(running: list[_Running], inputs: Inputs, case: Case, effort: Effort) -> None:
+@dataclass
+class _Running:
+    peer: Peer
+    row: Row
+    call: Any = None
+    replayed: timing.Replayed | None = None
+
+    def once(self, mode: str, inputs: Inputs, clock: timing.Clock) -> Callable[[], timing.Phases] | None:
+        """One call in a mode; None where the implementation has no turn in it."""
+        replayed, peer = self.replayed, self.peer
+        if replayed is not None or peer.kind == "floor":  # all phases at once
+            if mode == "inference":
+                return None
+            return lambda: replayed.sample(clock) if replayed else timing.floor(self.call, clock)
+        if mode != "inference":
+            return lambda: timing.train(self.call, peer.fresh(inputs), clock)
+        return (lambda: timing.infer(self.call, inputs, clock)) if mode in peer.phases else None
+
+    def replay(self, sets: list[Inputs]) -> None:
+        """Put a short call into CUDA graphs; where it cannot be captured its launches are part of its time."""
+        rounds = self.row.rounds
+        short = rounds and rounds["forward+backward"][0] < 2 * timing.GRAPH_BELOW_SECONDS
+        rounds.clear()
+        if short and self.peer.kind != "floor" and self.peer.prepare is None:
+            try:
+                self.replayed = timing.Replayed(self.call, sets, self.peer.phases)
+            except RuntimeError as problem:
+                self.row.reason = f"not captured in a CUDA graph: {first_line(problem)}"
+                torch.cuda.synchronize()
+
+
+def _time(running: list[_Running], inputs: Inputs, device: torch.device, effort: Effort) -> None:
     """Rounds in which everyone has a turn, until the time is spent; how long the first takes says how many."""
-    device = torch.device(case.device)
-    clock = timing.Clock(device)
-    sets = _rotating(inputs, device)
+    clock, sets = timing.Clock(device), _rotating(inputs, device)
     if device.type == "cuda" or not effort.seconds:
         # graphs of short calls are replayed many times anyway; without an effort no time is meant
         for one in running:
@@ -146,11 +198,7 @@ def _time(running: list[_Running], inputs: Inputs, case: Case, effort: Effort) -
     first = _round(running, inputs, clock)
     if device.type == "cuda":
         for one in running:
-            rounds = one.row.rounds
-            short = rounds and rounds["forward+backward"][0] < 2 * timing.GRAPH_BELOW_SECONDS
-            if short and one.peer.kind != "floor" and one.peer.prepare is None:
-                one.replayed = _replayed(one, sets)
-            rounds.clear()
+            one.replay(sets)
         first = _round(running, inputs, clock)
     far = _far_behind([one.row for one in running]) if sum(first.values()) > _LONG_SECONDS else set()
     close = [one for one in running if one.row.peer not in far]
@@ -176,7 +224,7 @@ def _round(running: list[_Running], inputs: Inputs, clock: timing.Clock) -> dict
     taken: dict[str, float] = {}
     for mode in _MODES:
         for one in running:
-            row, once = one.row, _once(one, mode, inputs, clock)
+            row, once = one.row, one.once(mode, inputs, clock)
             if row.status != "ok" or once is None:
                 continue
             began = time.perf_counter()
@@ -194,58 +242,14 @@ def _round(running: list[_Running], inputs: Inputs, clock: timing.Clock) -> dict
     return taken
 
 
-def first_line(problem: Exception) -> str:
-    """The kind of an error and the first line of its text, which is enough for a table."""
-    lines = str(problem).strip().splitlines()
-    return f"{type(problem).__name__}: {lines[0]}" if lines else type(problem).__name__
-
-
-def _once(
-    one: _Running, mode: str, inputs: Inputs, clock: timing.Clock
-) -> Callable[[], timing.Phases] | None:
-    """One call in a mode; None where the implementation has no turn in it."""
-    replayed = one.replayed
-    if replayed is not None or one.peer.kind == "floor":
-        # all phases at once
-        if mode == "inference":
-            return None
-        return lambda: replayed.sample(clock) if replayed else timing.floor(one.call, clock)
-    if mode != "inference":
-        return lambda: timing.train(one.call, one.peer.fresh(inputs), clock)
-    return (lambda: timing.infer(one.call, inputs, clock)) if "inference" in one.peer.phases else None
-
-
-def _replayed(one: _Running, sets: list[Inputs]) -> timing.Replayed | None:
-    """A graph of the call, or None where it cannot be captured (then its launches are part of its time)."""
-    try:
-        return timing.Replayed(one.call, sets, one.peer.phases)
-    except RuntimeError as problem:
-        one.row.reason = f"not captured in a CUDA graph: {first_line(problem)}"
-        torch.cuda.synchronize()
-        return None
-
-
 def _rotating(inputs: Inputs, device: torch.device) -> list[Inputs]:
     """On a GPU copies of the inputs that together pass its L2 cache; on a CPU the inputs themselves."""
     size = sum(tensor.nbytes for tensor in inputs.tensors.values())
     if device.type == "cpu" or size > _L2_BYTES:
         return [inputs]
-    return [
-        replace(
-            inputs, tensors={name: one.detach().clone() for name, one in inputs.tensors.items()}
-        ).require_grad()
-        for _ in range(min(-(-_L2_BYTES // max(size, 1)), 16))
-    ]
 
+    def copied() -> Inputs:
+        tensors = {name: one.detach().clone() for name, one in inputs.tensors.items()}
+        return replace(inputs, tensors=tensors).require_grad()
 
-def load_average() -> float:
-    """Of the last minute: how busy the machine is."""
-    return round(os.getloadavg()[0], 2)
-
-
-def release() -> None:
-    """Forget what a case left behind, compiled graphs too."""
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return [copied() for _ in range(min(-(-_L2_BYTES // max(size, 1)), 16))]

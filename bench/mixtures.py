@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def _config(config_class: Any, own: dict[str, Any]) -> Any:
     return config_class(**{name: value for name, value in SIZES.items() if name in known} | own)
 
 
-def measure(only: list[str]) -> dict[str, Any]:
+def measure(only: Sequence[str] = ()) -> dict[str, Any]:
     """What ``compare`` finds for all families, or for those named."""
     return {"families": [compare(family) for family in only or files()]}
 

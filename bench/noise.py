@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .timing import Clock
+from .timing import repeated
 
 # a median this much above the shortest time says that something else is at work
 MACHINE_LIMIT = 1.15
@@ -24,12 +24,5 @@ def spread(seconds: Sequence[float]) -> float:
 def of_machine(device: torch.device) -> float:
     """The spread of short products of matrices on all threads, or on the whole GPU."""
     size = 4096 if device.type == "cuda" else 512
-    left, right = (torch.randn(size, size, device=device) for _ in range(2))
-    product = torch.empty_like(left)
-    clock = Clock(device)
-    for _ in range(5):
-        torch.mm(left, right, out=product)
-    for _ in range(_TIMES + 1):
-        clock.mark()
-        torch.mm(left, right, out=product)
-    return spread(clock.seconds())
+    left, right, product = (torch.randn(size, size, device=device) for _ in range(3))
+    return spread(repeated(lambda: torch.mm(left, right, out=product), device, _TIMES))

@@ -120,7 +120,7 @@ def in_turns(folders: list[Path], rounds: int, batches: int, only: Sequence[str]
     return best
 
 
-def measure(only: Sequence[str], against: Path | None, rounds: int) -> dict[str, Any]:
+def measure(only: Sequence[str] = (), against: Path | None = None, rounds: int = 5) -> dict[str, Any]:
     """Seconds of this checkout, and of the other one."""
     folders = [ROOT] if against is None else [ROOT, against.resolve()]
     here, *others = in_turns(folders, rounds, 60, only)

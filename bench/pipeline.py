@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def kept(row: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def measure(runs: list[Path]) -> dict[str, Any]:
+def measure(runs: Sequence[Path]) -> dict[str, Any]:
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     return {"machine": machine, "runs": [collect(folder) for folder in runs]}
 

@@ -265,7 +265,7 @@ def ideal(case: Mapping[str, Any]) -> float:
     return float(case["flops"]["repeated"] / case["flops"]["shared"])
 
 
-def measure(rounds: int, tiny: bool) -> dict[str, Any]:
+def measure(rounds: int = 5, tiny: bool = False) -> dict[str, Any]:
     return {"cases": [case(shape, rounds) for shape in (TINY if tiny else SHAPES)]}
 
 

@@ -124,12 +124,13 @@ class Row:
 
     def error(self, phase: str) -> float | None:
         """The largest error of what a phase computes: results forward, gradients backward, or both."""
-        values = [
-            math.inf if value is None else value
+        both = phase in ("forward+backward", "step")
+        found = [
+            value
             for name, value in self.errors.items()
-            if phase in ("forward+backward", "step") or name.startswith("d ") == (phase == "backward")
+            if both or name.startswith("d ") == (phase == "backward")
         ]
-        return max(values, default=None)
+        return max((math.inf if value is None else value for value in found), default=None)
 
 
 def settle(rows: Sequence[Row]) -> None:
@@ -230,10 +231,21 @@ class Run:
         every = dict.fromkeys(one.case.op for one in self.cases)
         return [min((one for one in self.cases if one.case.op == op), key=rank) for op in every]
 
+    def has(self, case: Case) -> bool:
+        return case.id in {one.case.id for one in self.cases}
+
     def put(self, measured: Measured) -> None:
         """Add a case in place of any older entry of the same."""
         self.leave_out(measured.case, "")
         self.cases.append(measured)
+
+    def go_on(self, before: Run) -> None:
+        """Take over what an earlier part of the run found."""
+        self.quick |= before.quick
+        self.ceilings = self.ceilings.best(before.ceilings)
+        self.not_run |= before.not_run
+        for kept in before.cases:
+            self.put(kept)
 
     def leave_out(self, case: Case, reason: str) -> None:
         """Say why a case is not run; "": it is."""

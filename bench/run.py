@@ -1,4 +1,4 @@
-"""``python -m bench run``: measure cases one after another and keep what is done."""
+"""Measure cases one after another, keep what is done, and report."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from . import ceilings, noise, report, results, step
+from . import ceilings, measure, noise, report, results, step
 from .cases import CASES, FAMILIES, Case, tiny
 from .environment import environment
-from .measure import Effort, first_line, load_average, measure, release
+from .measure import Effort
 from .peers import Unavailable
 from .results import Measured, Row, Run
 
@@ -48,11 +49,8 @@ class Plan:
     def cases(self) -> tuple[list[Case], list[tuple[Case, str]]]:
         """Cases to run, the quick ones first, and those that are not run with the reason."""
         known = {*FAMILIES, *(op for ops in FAMILIES.values() for op in ops)}
-        unknown = sorted(set(self.only) - known)
-        if unknown:
-            raise SystemExit(
-                f"--only: expected names out of {', '.join(sorted(known))}, got {', '.join(unknown)}"
-            )
+        if unknown := ", ".join(sorted(set(self.only) - known)):
+            raise SystemExit(f"--only: expected names out of {', '.join(sorted(known))}, got {unknown}")
         run, left = [], []
         for case in tiny(self.device) if self.tiny else CASES:
             if self.only and case.family not in self.only and case.op not in self.only:
@@ -72,7 +70,7 @@ def run(plan: Plan, out: Path, say: Callable[[str], None] = print) -> Run:
     todo, left = plan.cases()
     before = results.load(out) if (plan.add or plan.resume) and out.is_file() else None
     if plan.resume and before:
-        todo = [case for case in todo if case.id not in {one.case.id for one in before.cases}]
+        todo = [case for case in todo if not before.has(case)]
     say("the ceilings of this machine: copy, GEMM, exp")
     device = torch.device(plan.device)
     today = datetime.now(UTC).strftime("%Y-%m-%d")
@@ -80,20 +78,16 @@ def run(plan: Plan, out: Path, say: Callable[[str], None] = print) -> Run:
     for case, reason in left:
         found.leave_out(case, reason)
     if before:
-        found.quick |= before.quick
-        found.ceilings = found.ceilings.best(before.ceilings)
-        found.not_run |= before.not_run
-        for kept in before.cases:
-            found.put(kept)
+        found.go_on(before)
     effort = Effort(0.0) if plan.tiny else Effort.of(plan.device, plan.quick)
     for number, case in enumerate(todo, start=1):
         elapsed = time.monotonic() - began
         if elapsed > plan.limit:
-            if case.id not in {one.case.id for one in found.cases}:
+            if not found.has(case):
                 found.leave_out(case, OUT_OF_TIME)
             continue
         say(f"[{number}/{len(todo)}] {case.id} ({elapsed:.0f} s)")
-        load, spread = load_average(), noise.of_machine(device)
+        load, spread = measure.load_average(), noise.of_machine(device)
         try:
             measured = Measured(case, rows(case, effort, say, not plan.tiny, plan.ours))
         except Unavailable as reason:
@@ -102,17 +96,17 @@ def run(plan: Plan, out: Path, say: Callable[[str], None] = print) -> Run:
         except Exception as problem:
             # one case must not take the others with it
             traceback.print_exc()
-            found.leave_out(case, f"{STOPPED}: {first_line(problem)}")
+            found.leave_out(case, f"{STOPPED}: {measure.first_line(problem)}")
         else:
-            measured.load, measured.noise = [load, load_average()], [spread, noise.of_machine(device)]
+            measured.load = [load, measure.load_average()]
+            measured.noise = [spread, noise.of_machine(device)]
             measured.took = round(time.monotonic() - began - elapsed, 1)
             measured.measured = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
             measured.commit = found.environment["commit"]
             found.put(measured)
-            for row in measured.rows:
-                if row.status == "failed":
-                    say(f"  FAILED {row.peer}: {row.reason}")
-        release()
+            for row in (row for row in measured.rows if row.status == "failed"):
+                say(f"  FAILED {row.peer}: {row.reason}")
+        measure.release()
         found.save(out)
     order = {case.id: position for position, case in enumerate(CASES) if case.device == plan.device}
     found.cases.sort(key=lambda one: order.get(one.case.id, 0))
@@ -123,16 +117,10 @@ def run(plan: Plan, out: Path, say: Callable[[str], None] = print) -> Run:
 def rows(
     case: Case, effort: Effort, say: Callable[[str], None], compiles: bool = True, ours: bool = False
 ) -> list[Row]:
-    """What is measured about a case; ``compiles`` and ``ours`` as in ``measure``.
-
-    Raises:
-        Unavailable: the case does not fit the memory of the machine.
-    """
-    return (
-        step.measure(case, effort, say)
-        if case.op == "grpo_step"
-        else measure(case, effort, say, compiles, ours)
-    )
+    """What is measured about a case; as ``measure.measure``."""
+    if case.op == "grpo_step":
+        return step.measure(case, effort, say)
+    return measure.measure(case, effort, say, compiles, ours)
 
 
 def failed(run: Run) -> list[str]:
@@ -141,13 +129,24 @@ def failed(run: Run) -> list[str]:
     return report.failures(run) + stopped
 
 
-def main(device: str | None, out: Path | None, **options: bool) -> int:
-    """The command: 1 if a kernel of ours failed, else 0."""
+def main(
+    only: Sequence[str] = (),
+    device: Literal["cpu", "cuda"] | None = None,
+    quick: bool = False,
+    tiny: bool = False,
+    limit: float = math.inf,
+    add: bool = False,
+    resume: bool = False,
+    ours: bool = False,
+    out: Path | None = None,
+) -> int:
+    """1 if a kernel of ours failed, else 0. The device is a GPU where there is one, the file bench-results/DEVICE.json."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device: expected cpu, got cuda on a machine without a CUDA device")
     out = out or Path(f"bench-results/{device}.json")
-    found = run(Plan(device, **options), out, lambda text: print(text, flush=True))  # type: ignore[arg-type]
+    plan = Plan(device, only, quick, tiny, limit, add, resume, ours)
+    found = run(plan, out, lambda text: print(text, flush=True))
     late = list(found.not_run.values()).count(OUT_OF_TIME)
     print(f"{out}: {len(found.cases)} cases", flush=True)
     if late:

@@ -1,7 +1,6 @@
 """Every op on every backend that serves the device, forward and backward, at small shapes: what compute-sanitizer watches.
 
-python -m bench.sanitize
-compute-sanitizer --tool memcheck python -m bench.sanitize
+    compute-sanitizer --tool memcheck python -m bench sanitize
 
 What is most likely to go wrong comes first: bfloat16, the experts, and of every op the backend cuda; calls that are cut into
 several tiles, pieces or launches, at sizes that kernels for one architecture take too; then the smallest call of every op. A
@@ -11,10 +10,8 @@ fails: the first one named is the one to look at.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,12 +22,7 @@ TOKENS = 10_300  # 20,600 routed rows: more tiles of them than an H200 has multi
 _NO_GRADIENT = ("update_router_bias", "sort_by_expert")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    device = parser.parse_args().device
+def main(device: Literal["cpu", "cuda"] = "cuda") -> int:
     before = backends.strict()
     backends.set_strict(True)
     try:
@@ -111,7 +103,3 @@ def _both_ways(op: str, args: tuple[object, ...], kwargs: dict[str, object]) -> 
     results = [part for part in parts if isinstance(part, torch.Tensor) and part.requires_grad]
     if results:
         torch.stack([result.sum().float() for result in results]).sum().backward()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

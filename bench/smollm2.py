@@ -1,7 +1,7 @@
 """What finished runs of SmolLM2 learnt, kept without weights, and their tables.
 
 python -m training run smollm2
-python -m bench.smollm2 runs/smollm2 zero
+python -m bench smollm2 runs/smollm2 zero
 
 keeps the recipe, record.json (marks, times, versions), metrics.jsonl of every stage of GRPO, the best and the worst response of every step and the report in
 bench/results/cpu/smollm2/zero; `python -m training run bench/results/cpu/smollm2/zero/recipe.yaml` does the same run again.
@@ -9,7 +9,6 @@ bench/results/cpu/smollm2/zero; `python -m training run bench/results/cpu/smollm
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -176,17 +175,6 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="the folder of the run")
-    parser.add_argument("name", help="of the folder in bench/results/cpu/smollm2")
-    arguments = parser.parse_args()
-    collect(arguments.run, FOLDER / arguments.name)
-    print(marks_table(load(arguments.name)).markdown())
-
-
-if __name__ == "__main__":
-    main()
+def main(run: Path, name: str) -> None:
+    collect(run, FOLDER / name)
+    print(marks_table(load(name)).markdown())

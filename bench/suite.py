@@ -17,7 +17,7 @@ import types
 import unittest
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def compare(common: Any, family: str) -> dict[str, Any]:
     }
 
 
-def measure(tests: Path, only: list[str]) -> dict[str, Any]:
+def measure(tests: Path, only: Sequence[str] = ()) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     common = common_tests(tests)

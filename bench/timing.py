@@ -43,6 +43,17 @@ class Clock:
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
 
 
+def repeated(function: Callable[[], object], device: torch.device, times: int) -> list[float]:
+    """Seconds of so many calls, one after another, behind one that warms up."""
+    clock = Clock(device)
+    function()
+    for _ in range(times):
+        clock.mark()
+        function()
+    clock.mark()
+    return clock.seconds()
+
+
 def upstream(outputs: Outputs, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs that have a gradient from above, and those gradients."""
     given = inputs.upstream if inputs.upstream_of is None else inputs.upstream_of(outputs)

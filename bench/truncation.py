@@ -37,7 +37,7 @@ class _Forgetful(TransformersEngine):
         return [replace(each, kept=None) for each in super().sample(requests, params)]
 
 
-def measure(tiny: bool) -> dict[str, Any]:
+def measure(tiny: bool = False) -> dict[str, Any]:
     """The metrics of both runs, which begin with the same checkpoint."""
     steps, shorter = (2, ["base.steps=5"]) if tiny else (STEPS, [])
     quiet = Progress(quiet=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import lease, run, sanitize
+from bench import run, sanitize
+from bench.__main__ import main
 from bench.ceilings import Ceilings
 from bench.roofline import MARKS
 
@@ -73,9 +74,8 @@ def test_the_steps_come_in_the_order_of_what_they_are_worth(gpu_sh):
 
 
 @pytest.mark.parametrize("what", ["experts", "products", "profiled", "hopper"])
-def test_what_the_first_lease_asks_runs_on_a_cpu(monkeypatch, capsys, what):
-    monkeypatch.setattr(sys, "argv", ["lease", what, "--device", "cpu"])
-    assert lease.main() == 0
+def test_what_the_first_lease_asks_runs_on_a_cpu(capsys, what):
+    assert main(["lease", what, "--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert "FAILED" not in said
     if what == "experts":
@@ -99,8 +99,7 @@ def test_sanitizers_see_the_riskiest_kernels_first(monkeypatch):
     monkeypatch.setattr(
         sanitize, "_both_ways", lambda op, args, kwargs: seen.append((op, args[0].dtype, args))
     )
-    monkeypatch.setattr(sys, "argv", ["sanitize", "--device", "cpu"])
-    assert sanitize.main() == 0
+    assert main(["sanitize", "--device", "cpu"]) == 0
     op, dtype, (hidden, indices, _, gate_up, down) = seen[0]
     assert (op, dtype) == ("moe_experts", torch.bfloat16)
     assert hidden.shape[1] >= 512 and indices.numel() >= 20_000
