@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator
 from html import escape
+from itertools import product
 from pathlib import Path
 
 import training.report
 from training.format import duration
 
 from . import noise, saved
+from .compare import changes
 from .peers import PHASES
 from .results import FOLDER, Measured, Row, Run, committed, load
 from .step import PARTS
-from .table import MISSING, Cell, Table, milliseconds, rate, size, small, times
+from .table import MISSING, Cell, Sentences, Table, milliseconds, rate, size, small, times
 from .turns import SECONDS
 
 NOT_ON_A_GPU = "Not measured on a GPU: these numbers are of a CPU. The shapes for GPUs are in the list of what was not run."
@@ -39,8 +41,7 @@ def summary(run: Run) -> str:
     if spreads:
         text += f"; a fixed work between the cases repeats within {100 * (max(spreads) - 1):.0f} %"
     text += ", a quick run." if run.quick else "."
-    many = sum(value > noise.MACHINE_LIMIT for value in spreads)
-    if many:
+    if many := sum(value > noise.MACHINE_LIMIT for value in spreads):
         text += (
             f" **The machine was not quiet: {many} of {len(spreads)} times the median of a fixed work lay more than "
             f"{100 * (noise.MACHINE_LIMIT - 1):.0f} % above its shortest. Trust ratios more than times.**"
@@ -64,19 +65,19 @@ def not_best(run: Run) -> list[str]:
     """A sentence for every case in which someone else is faster, with both beside the floor."""
     lines = []
     for one in run.cases:
-        for phase in dict.fromkeys((one.phase, "inference")):
-            for first in (False, True):
-                peer, own = one.best(phase, first), one.ours[0] if one.ours else None
-                ratio = peer.over_ours(phase, first) if peer and (not first or phase in peer.first) else None
-                if not own or not peer or not ratio or ratio >= 1:
-                    continue
-                text = f"{one.title}, {phase}{', first call' if first else ''}: {peer.peer} takes {times(ratio)} our time"
-                floor, bound = run.ceilings.floors(one.case).get(phase, (0.0, ""))
+        for phase, first in product(dict.fromkeys((one.phase, "inference")), (False, True)):
+            peer, own = one.best(phase, first), one.ours[0] if one.ours else None
+            ratio = peer.over_ours(phase, first) if peer and (not first or phase in peer.first) else None
+            if not own or not peer or not ratio or ratio >= 1:
+                continue
+            text = f"{one.title}, {phase}{', first call' if first else ''}: {peer.peer} takes {times(ratio)} our time"
+            if phase in (known := run.ceilings.floors(one.case)):
+                floor, bound = known[phase]
                 ours, theirs = (times((row.median(phase, first) or 0) / (floor or 1)) for row in (own, peer))
-                text += f"; ours takes {ours} the {bound} floor, theirs {theirs}" if bound else ""
-                if bare := _over_bare(one, own):
-                    text += f"; ours over bare GEMMs: {bare}"
-                lines.append(text + ".")
+                text += f"; ours takes {ours} the {bound} floor, theirs {theirs}"
+            if bare := _over_bare(one, own):
+                text += f"; ours over bare GEMMs: {bare}"
+            lines.append(text + ".")
     return lines
 
 
@@ -95,7 +96,8 @@ def headline(run: Run) -> Table:
         "Forward and backward together (of the trainer a whole step), median of the rounds; ratios are paired within "
         "a round: above 1 we are faster. Errors are the largest against float64, over results and gradients."
     )
-    return _against_the_best("Headline", note, run, lambda one: one.phase)
+    rows = [_against_the_best(run, one, one.phase) for one in run.cases if one.ours]
+    return _headline("Headline", note, rows)
 
 
 def inference(run: Run) -> Table:
@@ -103,27 +105,33 @@ def inference(run: Run) -> Table:
     note = (
         "One forward without gradients; peers that compute their gradients in the forward do not do so here."
     )
-    return _against_the_best("Inference", note, run, lambda one: "inference")
+    shown = (one for one in run.cases if one.ours and one.phase != "step")
+    return _headline("Inference", note, [_against_the_best(run, one, "inference") for one in shown])
 
 
-def _against_the_best(title: str, note: str, run: Run, phase_of: Callable[[Measured], str]) -> Table:
-    shown = [one for one in run.cases if one.ours and (phase_of(one) != "inference" or one.phase != "step")]
-    rows = [_headline_row(run, one, phase_of(one)) for one in shown]
-    return Table(title, HEADLINE, rows, f"{note} {FIRST}" if any(row[7] != "-" for row in rows) else note)
+def _headline(title: str, note: str, rows: list[list[str]]) -> Table:
+    several = any(row[HEADLINE.index("first call")] != MISSING for row in rows)
+    return Table(title, HEADLINE, rows, f"{note} {FIRST}" if several else note)
 
 
-def _headline_row(run: Run, one: Measured, phase: str) -> list[str]:
-    own, case = one.ours[0], one.case
-    start = [case.op, ", ".join(filter(None, (case.shape, case.layout))), case.dtype]
-    seconds, floor = own.median(phase), run.ceilings.floors(case).get(phase)
+def _names(one: Measured) -> list[str]:
+    return [one.case.op, ", ".join(filter(None, (one.case.shape, one.case.layout))), one.case.dtype]
+
+
+def _against_the_best(run: Run, one: Measured, phase: str) -> list[str]:
+    own, seconds = one.ours[0], one.ours[0].median(phase)
     if seconds is None:
-        return [*start, Cell(_state(own), "failed"), *[MISSING] * (len(HEADLINE) - 4)]
-    peer, at_first = one.best(phase), one.best(phase, first=True)
+        return [*_names(one), Cell(_state(own), "failed"), *[MISSING] * (len(HEADLINE) - 4)]
+    floor, peer, at_first = (
+        run.ceilings.floors(one.case).get(phase),
+        one.best(phase),
+        one.best(phase, first=True),
+    )
     ratio = peer.over_ours(phase) if peer else None
     first = at_first.over_ours(phase, first=True) if at_first and phase in at_first.first else None
     lost = ratio is not None and ratio < 1
     return [
-        *start,
+        *_names(one),
         Cell(milliseconds(seconds), "ours"),
         peer.peer if peer else MISSING,
         milliseconds(peer.median(phase)) if peer else MISSING,
@@ -138,9 +146,9 @@ def _headline_row(run: Run, one: Measured, phase: str) -> list[str]:
 
 def ops(run: Run) -> Table:
     """A row per op: ours, the best of the others, and the errors; few columns, and none that a narrow page breaks anywhere."""
-    shown = [_headline_row(run, one, one.phase) for one in run.one_per_op() if one.ours]
     rows = []
-    for op, shape, _, ours, peer, _, ratio, *_, error, its in shown:
+    for one in (one for one in run.one_per_op() if one.ours):
+        op, shape, _, ours, peer, _, ratio, *_, error, its = _against_the_best(run, one, one.phase)
         whole = shape.replace(" ", "\u00a0").replace(",\u00a0", ", ")
         rows.append([op, whole, ours, peer, ratio, *(each.replace("-", "\u2011") for each in (error, its))])
     head = ("op", "shape", "ours, ms", "best of the others", "others / ours", "our error", "its error")
@@ -157,16 +165,14 @@ def floors(run: Run) -> Table:
         "three or, with logits recomputed, four; dense: without experts, of the same FLOPs. Peak memory includes results and "
         "gradients."
     )
-    head = ("op", "shape", "dtype", "ours", *PHASES, "/ bare GEMMs", "peak memory")
     rows = []
-    for one in run.cases:
-        for row in one.ours if one.phase != "step" else ():
-            shares = [_of_floor(run, one, row, phase) for phase in PHASES]
-            start = _headline_row(run, one, one.phase)[:3]
-            rows.append(
-                [*start, Cell(row.peer, "ours"), *shares, _over_bare(one, row) or "-", size(row.peak_bytes)]
-            )
-    return Table("Floors", head, rows, note)
+    for one, row in ((case, row) for case in run.cases if case.phase != "step" for row in case.ours):
+        shares = [_of_floor(run, one, row, phase) for phase in PHASES]
+        last = [_over_bare(one, row) or "-", size(row.peak_bytes)]
+        rows.append([*_names(one), Cell(row.peer, "ours"), *shares, *last])
+    return Table(
+        "Floors", ("op", "shape", "dtype", "ours", *PHASES, "/ bare GEMMs", "peak memory"), rows, note
+    )
 
 
 def _of_floor(run: Run, one: Measured, row: Row, phase: str) -> str:
@@ -191,8 +197,8 @@ def case_table(run: Run, one: Measured) -> Table:
     """Every implementation of a case: times of each phase, ratio to ours, fraction of the floor, errors, memory."""
     phases, main = (*PARTS, "step") if one.phase == "step" else PHASES, one.phase
     several = any(main in row.first for row in one.rows)
-    head = ["implementation", *(f"{phase}, ms" for phase in phases), *["first call, ms"] * several]
-    head += ["/ ours", "/ floor", "error", "gradient error", "peak memory", "saved"]
+    head = ["implementation", *(f"{phase}, ms" for phase in phases), *["first call, ms"] * several,
+            "/ ours", "/ floor", "error", "gradient error", "peak memory", "saved"]  # fmt: skip
     found = run.ceilings.floors(one.case)
     rows: list[list[str]] = []
     for row in one.rows:
@@ -213,11 +219,8 @@ def case_table(run: Run, one: Measured) -> Table:
         cells += [size(row.peak_bytes), size(row.saved_bytes)]
     note = "Median, in brackets the shortest round."
     if found:
-        each = (
-            f"{phase} {milliseconds(found[phase][0])} ms ({found[phase][1]})"
-            for phase in ("forward", "backward")
-        )
-        note += f" Floor: {', '.join(each)}."
+        parts = ((phase, *found[phase]) for phase in ("forward", "backward"))
+        note += f" Floor: {', '.join(f'{phase} {milliseconds(floor)} ms ({bound})' for phase, floor, bound in parts)}."
     if several:
         turns = (f"{row.peer} {row.calls[main]}" for row in one.rows if main in row.calls)
         note += f" Calls a turn, {main}: {', '.join(turns)}."
@@ -243,6 +246,7 @@ def _state(row: Row) -> str:
 def environment(run: Run) -> Table:
     """Machine, versions and the measured ceilings."""
     made, ceilings = run.environment, run.ceilings
+    gemm = (f"{rate(value, 'FLOP/s')} {name}" for name, value in ceilings.flops_per_second.items())
     facts = {
         "device": run.device,
         "threads": str(made["threads"]),
@@ -251,103 +255,39 @@ def environment(run: Run) -> Table:
         "r1kernels": f"{made['r1kernels']}, extension {made['extension']}",
         **{name: found or "not installed" for name, found in made["packages"].items()},
         "copy": rate(ceilings.bytes_per_second, "B/s"),
-        "GEMM": ", ".join(
-            f"{rate(value, 'FLOP/s')} {name}" for name, value in ceilings.flops_per_second.items()
-        ),
+        "GEMM": ", ".join(gemm),
         "exp": rate(ceilings.exps_per_second, "/s"),
     }
     return Table("Environment", ("fact", "value"), list(facts.items()))
 
 
-def changes(before: Run, after: Run) -> Table:
-    """What became faster or slower. A machine that is busier moves everyone: a verdict allows for what eager PyTorch changed by."""
-    head = (
-        "case",
-        "implementation",
-        "before, ms",
-        "after, ms",
-        "after / before",
-        "eager's",
-        "error",
-        "verdict",
-    )
-    note = (
-        f"Against {before.date}, commit {before.commits}: shortest rounds of forward and backward. The verdict allows for "
-        f"what eager PyTorch changed by, and for {100 * BAND:.0f} % of noise."
-    )
-    known = {one.case.id: one for one in before.cases}
-    rows = [
-        _change(known[one.case.id], one, row)
-        for one in after.cases
-        if one.case.id in known
-        for row in one.ours
-    ]
-    return Table("Changes", head, rows, note)
-
-
-# changes below this are within what two runs on one machine differ by
-BAND = 0.15
-
-
-def _change(old: Measured, new: Measured, row: Row) -> list[str]:
-    def shortest(one: Measured, peer: Row | None) -> float | None:
-        same = peer and one.named(peer.peer)
-        return same.shortest(new.phase) if same else None
-
-    was, now = shortest(old, row), row.shortest(new.phase)
-    eager = (shortest(old, new.eager), shortest(new, new.eager))
-    control = eager[1] / eager[0] if eager[0] and eager[1] else None
-    start = [new.title, row.peer, milliseconds(was), milliseconds(now)]
-    error = small(row.error(new.phase))
-    if not was or not now:
-        verdict = (
-            Cell("FAILED", "failed") if row.status == "failed" else "no time before" if now else "no time"
-        )
-        return [*start, MISSING, MISSING, error, verdict]
-    change = now / was / (control or 1.0)
-    verdict = (
-        Cell("slower", "failed")
-        if change > 1 + BAND
-        else Cell("faster", "best")
-        if change < 1 - BAND
-        else "same"
-    )
-    return [*start, times(now / was), times(control), error, verdict]
-
-
 # --- the whole ---
 
-Section = tuple[str, int, str | Table | Sequence[str]]  # title, level, a picture or a table or lines
+Body = str | Table | Sentences  # str: a picture
 
 
-def sections(run: Run, before: Run | None) -> Iterable[Section]:
-    """What the report holds, pictures first."""
-    yield "FAILED", 2, failures(run)
+def sections(run: Run, before: Run | None) -> Iterator[tuple[str, int, Body]]:
+    """Title, level and body of what the report holds, pictures first; some may be empty."""
+    yield "FAILED", 2, Sentences(failures(run))
     if importlib.util.find_spec("matplotlib"):
         from . import pictures
 
         yield "Time of others over ours", 2, pictures.svg(pictures.draw_speed, pictures.speed(run), (7, 5.5))
         yield "How far from the floor", 2, pictures.svg(pictures.draw_floors, pictures.floors(run), (7, 7))
     yield "Headline", 2, headline(run)
-    yield "Where we are not the best", 2, not_best(run)
-    yield "Cases whose rounds do not repeat", 2, noisy(run)
+    yield "Where we are not the best", 2, Sentences(not_best(run))
+    yield "Cases whose rounds do not repeat", 2, Sentences(noisy(run))
     yield "Inference", 2, inference(run)
     yield "Floors", 2, floors(run)
     for op in dict.fromkeys(one.case.op for one in run.cases):
-        yield op, 2, ["Every implementation, case by case."]
-        for one in run.cases:
-            if one.case.op == op:
-                yield one.title, 3, case_table(run, one)
+        yield op, 2, Sentences(["Every implementation, case by case."])
+        for one in (one for one in run.cases if one.case.op == op):
+            yield one.title, 3, case_table(run, one)
     if run.environment["device"] == "cpu":
-        (kept,) = saved.tables(committed("saved"))
-        yield "Saved for the backward", 2, kept
+        yield "Saved for the backward", 2, saved.tables(committed("saved"))[0]
     if before:
         yield "Changes", 2, changes(before, run)
-    yield (
-        "Not run",
-        2,
-        Table("Not run", ("case", "reason"), list(run.not_run.items())),
-    )
+    yield "Not run", 2, Table("Not run", ("case", "reason"), list(run.not_run.items()))
     yield "Environment", 2, environment(run)
 
 
@@ -359,10 +299,8 @@ def document(run: Run, before: Run | None = None) -> str:
     """The report as Markdown, without its pictures."""
     parts = [f"# Benchmarks on {run.device}", *_warnings(run)]
     for title, level, body in sections(run, before):
-        if isinstance(body, Table) and body.rows:
+        if not isinstance(body, str) and body.rows:
             parts += [f"{'#' * level} {title}", body.markdown()]
-        elif body and not isinstance(body, (str, Table)):
-            parts += [f"{'#' * level} {title}", "\n".join(f"- {line}" for line in body)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -379,28 +317,20 @@ svg { max-width: 860px; width: 100%; height: auto; }
 
 def page(run: Run, before: Run | None = None) -> str:
     """The report as one HTML page that needs nothing else, in the style of the trainer's report."""
-    title = f"r1kernels: benchmarks on {run.device}"
-    parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{_strong(text)}</p>" for text in _warnings(run))]
+    title = escape(f"r1kernels: benchmarks on {run.device}")
+    warned = (re.sub(r"\*\*(.*?)\*\*", r"<strong>\1</strong>", escape(text)) for text in _warnings(run))
+    parts = [f"<h1>{title}</h1>", *(f"<p>{text}</p>" for text in warned)]
     for name, level, body in sections(run, before):
-        if isinstance(body, Table):
-            shown = f'<p class="note">{escape(body.note)}</p>{body.html()}' if body.rows else ""
-        elif isinstance(body, str):
-            shown = body
-        else:
-            shown = f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in body)}</ul>" if body else ""
+        shown = body if isinstance(body, str) else body.html() if body.rows else ""
         if shown and level == 3:
             parts.append(f"<details><summary>{escape(name)}</summary>{shown}</details>")
         elif shown:
             parts.append(f"<h2>{escape(name)}</h2>{shown}")
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE.read_text(encoding='utf-8')}{MORE_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
-
-
-def _strong(text: str) -> str:
-    return re.sub(r"\*\*(.*?)\*\*", r"<strong>\1</strong>", escape(text))
 
 
 def terminal(run: Run) -> str:
@@ -412,10 +342,7 @@ def terminal(run: Run) -> str:
 
 
 def main(results: Path, against: Path | None = None) -> None:
-    """Writes page and Markdown beside a file of results, and prints them in short.
-
-    against: older results; None: the committed ones of the same kind of device, if there are any.
-    """
+    """Page and Markdown beside a file of results. against: older results; None: those committed of such a device, if any."""
     run = load(results)
     against = against or FOLDER / str(run.environment["device"]) / "ops.json"
     before = load(against) if against.is_file() else None

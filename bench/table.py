@@ -1,4 +1,4 @@
-"""A table of text that documents, pages and terminals show, and how numbers read in it."""
+"""What documents, pages and terminals show: tables of text and lists of sentences, and how numbers read in them."""
 
 from __future__ import annotations
 
@@ -42,22 +42,33 @@ class Table:
 
     def markdown(self, level: int = 0) -> str:
         """Heading of this level (0: none), note and rows; what failed is bold, and so is what is best."""
-        lines = [
-            " | ".join(name or " " for name in self.head),
-            *(" | ".join(map(_bold, row)) for row in self.rows),
-        ]
-        lines = [f"| {line} |" for line in lines]
-        rows = "" if not self.head else "\n".join([lines[0], "|---" * len(self.head) + "|", *lines[1:]])
         heading = f"{'#' * level} {self.title}" if level else ""
-        return "\n\n".join(filter(None, (heading, self.note, rows)))
+        lines = [[name or " " for name in self.head], *(map(_bold, row) for row in self.rows)]
+        lines = [f"| {' | '.join(line)} |" for line in lines]
+        lines.insert(1, "|---" * len(self.head) + "|")
+        return "\n\n".join(filter(None, (heading, self.note, "\n".join(lines) if self.head else "")))
 
     def html(self) -> str:
         head = "".join(f"<th>{escape(name)}</th>" for name in self.head)
-        body = ""
-        for row in self.rows:
-            cells = "".join(f'<td class="{mark(cell)}">{escape(cell)}</td>' for cell in row)
-            body += f"<tr>{cells}</tr>"
-        return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        cells = (
+            "".join(f'<td class="{mark(cell)}">{escape(cell)}</td>' for cell in row) for row in self.rows
+        )
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
+        table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        return f'<p class="note">{escape(self.note)}</p>{table}'
+
+
+@dataclass
+class Sentences:
+    """A list."""
+
+    rows: list[str]
+
+    def markdown(self) -> str:
+        return "\n".join(f"- {line}" for line in self.rows)
+
+    def html(self) -> str:
+        return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in self.rows)}</ul>"
 
 
 def _bold(cell: str) -> str:

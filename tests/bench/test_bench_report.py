@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 import r1kernels
-from bench import documents, report, results, run
+from bench import compare, documents, report, results, run
 from bench.__main__ import main
 from bench.cases import Case
 from bench.ceilings import Ceilings
@@ -227,7 +227,7 @@ def verdict(good, before, after):
         made(good, row("r1kernels", [ours], "ours"), row("eager PyTorch", [eager]))
         for ours, eager in (before, after)
     )
-    return report.changes(old, new).rows[0][-1]
+    return compare.changes(old, new).rows[0][-1]
 
 
 def test_a_verdict_allows_for_a_machine_that_is_slower(good):
@@ -238,4 +238,4 @@ def test_a_verdict_allows_for_a_machine_that_is_slower(good):
 
 
 def test_a_kernel_that_broke_is_failed_in_the_comparison(good, broken):
-    assert report.changes(good, broken).rows[0][-1] == "FAILED"
+    assert compare.changes(good, broken).rows[0][-1] == "FAILED"
