@@ -16,21 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import pictures, pipeline, report, results, smollm2
-from .results import Run
+from . import pictures, pipeline, precision, report, results, roofline, smollm2
 from .table import Table
 
 ROOT = Path(__file__).parents[1]
-FILES = tuple(
-    ROOT / name
-    for name in ("README.md", *(f"docs/{name}.md" for name in (
-        "benchmarks", "logprob", "shared-prefix", "mixtures", "training", "distillation", "divergence", "gpu", "scaling",
-        "learning")))
-)  # fmt: skip
+PAGES = "benchmarks logprob shared-prefix mixtures training distillation divergence gpu scaling learning"
+FILES = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in PAGES.split()))
 _BLOCK = re.compile(r"(<!-- bench: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def _run() -> Run:
+def _run() -> results.Run:
     return results.load(results.FOLDER / "cpu/ops.json")
 
 
@@ -38,11 +33,10 @@ def every_case() -> str:
     """The headline table of all cases."""
     run = _run()
     parts = [report.summary(run), report.headline(run).markdown(), f"**{report.NOT_ON_A_GPU}**"]
-    for title, lines in (
-        ("Where we are not the best", report.not_best(run)),
-        ("Cases whose rounds do not repeat", report.noisy(run)),
-    ):
-        parts += [f"{title}:\n\n" + "\n".join(f"- {line}" for line in lines)] if lines else []
+    lists = {"Where we are not the best": report.not_best, "Cases whose rounds do not repeat": report.noisy}
+    for title, make in lists.items():
+        if lines := make(run):
+            parts.append(f"{title}:\n\n" + "\n".join(f"- {line}" for line in lines))
     return "\n\n".join(parts)
 
 
@@ -62,16 +56,8 @@ def controls() -> str:
     return pipeline.controls(results.committed("tiny"), results.committed("tiny-controls")).markdown()
 
 
-def processes() -> str:
-    """The table of ``python -m bench ranks``, once it is measured."""
-    there = (results.FOLDER / "cpu/ranks.json").is_file()
-    return of_command("ranks", "ranks") if there else "Not measured yet."
-
-
-def precision(of_divergences: bool) -> str:
+def errors(of_divergences: bool) -> str:
     """The tables of ``python -m bench precision``, of divergences or of log-probs."""
-    from . import precision
-
     tables = precision.tables(results.committed("precision"))
     shown = [table for table in tables if table.title.startswith("linear_divergence") == of_divergences]
     return "\n\n".join(table.markdown(3) for table in shown)
@@ -84,30 +70,21 @@ def divergences() -> str:
     return "\n\n".join(report.case_table(run, one).markdown(3) for one in cases)
 
 
-def roofline() -> str:
-    from . import roofline
-
-    return roofline.table().markdown()
-
-
+COMMANDS = ("saved", "prefix", "mixtures", "suite", "rollout", "truncation", "distillation", "ranks")
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "ops": lambda: report.ops(_run()).markdown(),
     "every case": every_case,
     "inference": lambda: report.inference(_run()).markdown(),
     "floors": lambda: report.floors(_run()).markdown(),
-    "roofline": roofline,
-    "precision": partial(precision, False),
-    "precision of divergences": partial(precision, True),
+    "roofline": lambda: roofline.table().markdown(),
+    "precision": partial(errors, False),
+    "precision of divergences": partial(errors, True),
     "divergences": divergences,
     "pipeline": partial(of_command, "pipeline", "tiny"),
     "levels": partial(of_tiny, pipeline.levels),
     "methods": partial(of_tiny, pipeline.methods),
     "controls": controls,
-    "ranks": processes,
-    **{
-        name: partial(of_command, name, name)
-        for name in ("saved", "prefix", "mixtures", "suite", "rollout", "truncation", "distillation")
-    },
+    **{name: partial(of_command, name, name) for name in COMMANDS},
     "smollm2": lambda: f"{smollm2.sentence('zero')}.",
     "smollm2 marks": lambda: smollm2.marks_table(smollm2.load("zero")).markdown(),
     "smollm2 operators": lambda: smollm2.operators("zero"),

@@ -1,4 +1,4 @@
-"""``python -m bench overhead``: what a call of each public op costs beside its work.
+"""What a call of each public op costs beside its work.
 
 At the shapes of r1kernels.examples there is next to no work: what a call takes is its checks, the choice of the backend,
 autograd and the torch op. Processes take turns, since one differs from the next (where its memory lies); each calls an op in
@@ -15,18 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 LEADING = {
-    "grpo_loss": 1,
-    "linear_grpo_loss": 2,
-    "linear_divergence": 2,
-    "linear_topk_divergence": 2,
-    "topk_divergence": 1,
-    "group_advantages": 0,
-    "update_router_bias": 0,
-}
+    "grpo_loss": 1, "linear_grpo_loss": 2, "linear_divergence": 2, "linear_topk_divergence": 2, "topk_divergence": 1,
+    "group_advantages": 0, "update_router_bias": 0,
+}  # fmt: skip
 """How many of the first arguments of a sample call have a gradient, where not all floating-point ones have."""
 
 ROOT = Path(__file__).parents[1]
@@ -48,32 +44,26 @@ def calls(batches: int, only: Sequence[str] = ()) -> Times:
     for op, (args, kwargs) in examples.calls("cpu").items():
         if only and op not in only:
             continue
-        function = getattr(r1kernels, op)
-        leaves = [
-            value.requires_grad_()
-            for value in args[: LEADING.get(op, len(args))]
-            if isinstance(value, torch.Tensor) and value.is_floating_point()
-        ]
+        leading = args[: LEADING.get(op, len(args))]
+        leaves = [one.requires_grad_() for one in leading if torch.is_tensor(one) and one.is_floating_point()]
+        forward = partial(getattr(r1kernels, op), *args, **kwargs)
 
-        def forward(function: Any = function, args: Any = args, kwargs: Any = kwargs) -> Any:
-            return function(*args, **kwargs)
-
-        with torch.no_grad():
-            found[op] = {"inference": _shortest(forward, batches)}
-        result = forward()
-        while isinstance(result, tuple):
-            result = result[0]
-        if result is None or not result.requires_grad:
-            continue
-        above = torch.ones_like(result)
-
-        def both(forward: Any = forward, leaves: Any = leaves, above: Any = above) -> None:
+        def first(forward: Callable[[], Any] = forward) -> Any:
             result = forward()
             while isinstance(result, tuple):
                 result = result[0]
-            torch.autograd.grad(result, leaves, above)
+            return result
 
-        found[op] |= {"forward": _shortest(forward, batches), "forward+backward": _shortest(both, batches)}
+        with torch.no_grad():
+            found[op] = {"inference": _shortest(forward, batches)}
+        result = first()
+        if result is not None and result.requires_grad:
+            above = torch.ones_like(result)
+            both = partial(lambda first, *given: torch.autograd.grad(first(), *given), first, leaves, above)
+            found[op] |= {
+                "forward": _shortest(forward, batches),
+                "forward+backward": _shortest(both, batches),
+            }
     return found
 
 

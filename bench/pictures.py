@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -24,33 +24,18 @@ from matplotlib.axes import Axes
 
 from . import results, smollm2
 from .ceilings import BOUNDS
-from .peers import EAGER
-from .precision import LEADS
+from .peers import COMPILED, EAGER
 from .results import Run
 
 INK, GRID = "#7a818c", "#9aa1ae55"
 OURS, OTHERS = "#2f7de0", ("#d9730d", "#8a4fc7", "#18896b")
-_TEXT = (
-    "axes.labelcolor",
-    "axes.titlecolor",
-    "text.color",
-    "xtick.color",
-    "ytick.color",
-    "legend.labelcolor",
-)
 STYLE: Mapping[str, Any] = {
-    **{"svg.fonttype": "none", "svg.hashsalt": "r1kernels"},  # text stays text
-    **{"font.family": "sans-serif", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold"},
-    **{
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-    },
-    **{"axes.edgecolor": GRID, "grid.color": GRID, "legend.frameon": False},
-    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
-    **dict.fromkeys(_TEXT, INK),
-}
+    "svg.fonttype": "none", "svg.hashsalt": "r1kernels", "font.family": "sans-serif", "font.size": 10,  # text stays text
+    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GRID, "grid.color": GRID,
+    "legend.frameon": False, "axes.facecolor": "none", "figure.facecolor": "none", "axes.labelcolor": INK,
+    "axes.titlecolor": INK, "text.color": INK, "legend.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+}  # fmt: skip
 Numbers = dict[str, dict[str, float]]
 
 
@@ -98,15 +83,10 @@ def ratios(record: Mapping[str, Any]) -> Numbers:
 def stages(record: Mapping[str, Any]) -> Numbers:
     """Mark -> checkpoint -> its mean over the runs of ``python -m bench pipeline``, in %."""
     runs = [run["test"] for run in record["runs"]]
-    shown = {
-        "accuracy": "accuracy",
-        "format": "format",
-        "language_consistency": "one language",
-        "helpful": "helpful",
-    }
+    labels = ("accuracy", "format", "one language", "helpful")
     return {
         label: {name: round(100 * fmean(run[name][key] for run in runs), 1) for name in runs[0]}
-        for key, label in shown.items()
+        for key, label in zip(("accuracy", "format", "language_consistency", "helpful"), labels, strict=True)
     }
 
 
@@ -114,8 +94,10 @@ def stages(record: Mapping[str, Any]) -> Numbers:
 
 
 def draw_speed(numbers: Numbers, axes: Axes) -> None:
-    kinds = (("best", "best of all others", -0.21, OURS), ("eager", EAGER, 0.21, OTHERS[0]))
-    for name, label, offset, colour in kinds:
+    for name, label, offset, colour in (
+        ("best", "best of all others", -0.21, OURS),
+        ("eager", EAGER, 0.21, OTHERS[0]),
+    ):
         lengths = [each.get(name, 1) - 1 for each in numbers.values()]
         places = [place + offset for place in range(len(numbers))]
         axes.barh(places, lengths, 0.4, left=1, color=colour, label=label)
@@ -135,60 +117,6 @@ def draw_speed(numbers: Numbers, axes: Axes) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.05), ncols=2, fontsize=8.5)
 
 
-def draw_errors(numbers: Numbers, axes: Axes) -> None:
-    names = sorted(numbers, key=lambda name: name != "r1kernels")
-    for name, colour in zip(names, (OURS, *OTHERS), strict=True):
-        values = [numbers[name][str(lead)] for lead in LEADS]
-        style = "--" if name == "torch.compile" else "-"  # it lies on eager's line
-        axes.plot(LEADS, values, style, color=colour, label=name, linewidth=2.2, marker="o", markersize=4)
-    axes.set_yscale("log")
-    axes.set_xlabel("how far the sampled token leads, in nats")
-    axes.grid(axis="y")
-    axes.set_title("Error of a log-prob against float64, float32")
-    axes.legend(loc="center right", fontsize=8.5)
-
-
-def draw_ratios(numbers: Numbers, axes: Axes) -> None:
-    for (name, values), colour in zip(numbers.items(), (OTHERS[0], OURS), strict=True):
-        axes.plot(
-            [int(step) for step in values], list(values.values()), color=colour, label=name, linewidth=2.2
-        )
-    axes.set_ylim(0.94, 1.01)
-    axes.set_xlabel("step of GRPO, sampled at top-p 0.9")
-    axes.grid(axis="y")
-    axes.set_title("Mean importance ratio before an update")
-    axes.legend(loc="center right", fontsize=8.5)
-
-
-def draw_stages(numbers: Numbers, axes: Axes) -> None:
-    for (name, values), colour in zip(numbers.items(), (OURS, *OTHERS), strict=True):
-        axes.plot(
-            list(values),
-            list(values.values()),
-            color=colour,
-            label=name,
-            linewidth=2.2,
-            marker="o",
-            markersize=4,
-        )
-    axes.set_ylim(0, 104)
-    axes.tick_params(axis="x", rotation=30)
-    axes.grid(axis="y")
-    axes.set_title("Recipe tiny: each stage on held-out problems, in %")
-    axes.legend(loc="lower right", fontsize=8.5)
-
-
-def draw_learning(numbers: Numbers, axes: Axes) -> None:
-    for (name, values), colour in zip(numbers.items(), (OURS, OTHERS[2]), strict=True):
-        steps = [int(step) for step in values]
-        axes.plot(steps, [100 * value for value in values.values()], color=colour, label=name, linewidth=2.2)
-    axes.set_ylim(0, 104)
-    axes.set_xlabel(f"step of R1-Zero, means of {smollm2.WINDOW} steps")
-    axes.grid(axis="y")
-    axes.set_title("SmolLM2-135M on training problems, in %")
-    axes.legend(loc="center right", fontsize=8.5)
-
-
 def draw_floors(shares: Mapping[str, tuple[float, str]], axes: Axes) -> None:
     colours = dict(zip(BOUNDS, (OURS, *OTHERS), strict=False))
     for place, (share, bound) in enumerate(shares.values()):
@@ -198,6 +126,46 @@ def draw_floors(shares: Mapping[str, tuple[float, str]], axes: Axes) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 115)
     axes.set_title("Floor / our time, in %, and which floor binds")
+
+
+def _lines(numbers: Numbers, axes: Axes, colours: Sequence[str], title: str, **style: Any) -> None:
+    """A line for each name, over numbers or over words."""
+    for (name, values), colour in zip(numbers.items(), colours, strict=True):
+        places = [int(place) if place.isdigit() else place for place in values]
+        line = "--" if name == COMPILED else "-"  # it lies on eager's line
+        axes.plot(places, list(values.values()), line, color=colour, label=name, linewidth=2.2, **style)
+    axes.grid(axis="y")
+    axes.set_title(title)
+    axes.legend(loc="center right", fontsize=8.5)
+
+
+def draw_errors(numbers: Numbers, axes: Axes) -> None:
+    ordered = {name: numbers[name] for name in sorted(numbers, key=lambda name: name != "r1kernels")}
+    title = "Error of a log-prob against float64, float32"
+    _lines(ordered, axes, (OURS, *OTHERS), title, marker="o", markersize=4)
+    axes.set_yscale("log")
+    axes.set_xlabel("how far the sampled token leads, in nats")
+
+
+def draw_ratios(numbers: Numbers, axes: Axes) -> None:
+    _lines(numbers, axes, (OTHERS[0], OURS), "Mean importance ratio before an update")
+    axes.set_ylim(0.94, 1.01)
+    axes.set_xlabel("step of GRPO, sampled at top-p 0.9")
+
+
+def draw_stages(numbers: Numbers, axes: Axes) -> None:
+    title = "Recipe tiny: each stage on held-out problems, in %"
+    _lines(numbers, axes, (OURS, *OTHERS), title, marker="o", markersize=4)
+    axes.legend(loc="lower right", fontsize=8.5)
+    axes.set_ylim(0, 104)
+    axes.tick_params(axis="x", rotation=30)
+
+
+def draw_learning(numbers: Numbers, axes: Axes) -> None:
+    shown = {name: {step: 100 * value for step, value in values.items()} for name, values in numbers.items()}
+    _lines(shown, axes, (OURS, OTHERS[2]), "SmolLM2-135M on training problems, in %")
+    axes.set_ylim(0, 104)
+    axes.set_xlabel(f"step of R1-Zero, means of {smollm2.WINDOW} steps")
 
 
 def svg(draw: Callable[..., None], numbers: Any, size: tuple[float, float] = (5.6, 3.5)) -> str:

@@ -1,4 +1,4 @@
-"""``python -m bench pipeline RUN...``: the marks of whole pipeline runs of one recipe.
+"""The marks of whole pipeline runs of one recipe.
 
 python -m training run tiny --run runs/tiny-2 seed=2 parallel.processes=2
 python -m training run tiny --run runs/tiny-3 seed=3 parallel.processes=2
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def measure(runs: Sequence[Path]) -> dict[str, Any]:
     return {"machine": machine, "runs": [collect(folder) for folder in runs]}
 
 
-def of_runs(texts: list[str]) -> str:
+def of_runs(texts: Iterable[str]) -> str:
     return " / ".join(texts)
 
 
@@ -102,27 +102,13 @@ def rows(runs: list[dict[str, Any]]) -> list[list[str]]:
     """A row per checkpoint, each cell the marks of all runs."""
     found = []
     for checkpoint in runs[0]["test"]:
-        marks = [[percent(run["test"].get(checkpoint, {}).get(key)) for run in runs] for key, _ in COLUMNS]
-        found.append([checkpoint, *map(of_runs, marks)])
+        marks = [run["test"].get(checkpoint, {}) for run in runs]
+        found.append([checkpoint, *(of_runs(percent(one.get(key)) for one in marks) for key, _ in COLUMNS)])
     return found
 
 
 def levels(record: Mapping[str, Any]) -> Table:
     """A row per split and checkpoint that was asked many times; each cell what it is in all runs."""
-    found = []
-    for split in SPLITS:
-        for checkpoint, first in record["runs"][0][split].items():
-            reach = [run[split][checkpoint].get("reach") for run in record["runs"]]
-            if None in reach:
-                continue
-            marks = [run[split][checkpoint] for run in record["runs"]]
-            columns = (
-                [percent(one["greedy"]) for one in marks],
-                [percent(one["accuracy"]) for one in marks],
-                *([percent(one[k]) for one in reach] for k in ("8", "32")),
-                [f"{one['length']:.0f}" for one in marks],
-            )
-            found.append([split, checkpoint, str(first["problems"]), *map(of_runs, columns)])
     head = (
         "split",
         "checkpoint",
@@ -133,24 +119,31 @@ def levels(record: Mapping[str, Any]) -> Table:
         "pass@32",
         "tokens of a response",
     )
-    return Table("Levels", head, found)
+    found = Table("Levels", head)
+    for split in SPLITS:
+        for checkpoint, first in record["runs"][0][split].items():
+            marks = [run[split][checkpoint] for run in record["runs"]]
+            if any("reach" not in one for one in marks):
+                continue
+            shares = [
+                [one["greedy"], one["accuracy"], one["reach"]["8"], one["reach"]["32"]] for one in marks
+            ]
+            shown = [of_runs(map(percent, each)) for each in zip(*shares, strict=True)]
+            lengths = of_runs(f"{one['length']:.0f}" for one in marks)
+            found.rows.append([split, checkpoint, str(first["problems"]), *shown, lengths])
+    return found
 
 
 def methods(record: Mapping[str, Any]) -> Table:
     """A row per student of those that learn by different methods at equal tokens; each cell what it is in all runs."""
     # records of earlier runs do not tell
     runs = [[students.Learnt(**each) for each in run.get("students", ())] for run in record["runs"]]
-    found = []
+    found = Table("Methods at equal tokens", ("begins with", "learns by", "tokens", "seconds", "accuracy, %"))
     for first in (one for group in students.at_equal_tokens(runs[0]) for one in group):
         every = [next(one for one in run if one.name == first.name) for run in runs]
-        columns = (
-            [f"{one.tokens:,}" for one in every],
-            [f"{one.seconds:.0f}" for one in every],
-            [percent(one.accuracy) for one in every],
-        )
-        found.append([first.beginning, first.method, *map(of_runs, columns)])
-    head = ("begins with", "learns by", "tokens", "seconds", "accuracy, %")
-    return Table("Methods at equal tokens", head, found)
+        shown = [(f"{one.tokens:,}", f"{one.seconds:.0f}", percent(one.accuracy)) for one in every]
+        found.rows.append([first.beginning, first.method, *map(of_runs, zip(*shown, strict=True))])
+    return found
 
 
 def controls(record: Mapping[str, Any], controlled: Mapping[str, Any]) -> Table:
@@ -181,20 +174,17 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
     """A row per checkpoint, each cell the marks of all runs in % of the held-out problems; then the judge and the reward models."""
     runs = record["runs"]
     first = next(iter(runs[0]["test"].values()))
-
     note = (
-        f"Recipe `{runs[0]['recipe']}`, seeds {of_runs([str(run['seed']) for run in runs])}, {first['problems']:,} held-out "
+        f"Recipe `{runs[0]['recipe']}`, seeds {of_runs(str(run['seed']) for run in runs)}, {first['problems']:,} held-out "
         f"problems, one sample each at temperature 1, in %; pass@1 is the mean of {first['k']} at temperature 0.6, top-p 0.95. "
-        f"{of_runs([format(run['total_seconds'] / 60, '.1f') for run in runs])} minutes on {record['machine']['cores']} cores, "
+        f"{of_runs(format(run['total_seconds'] / 60, '.1f') for run in runs)} minutes on {record['machine']['cores']} cores, "
         f"{max(run['peak_memory_bytes'] for run in runs) / 2**30:.1f} GiB at most."
     )
     found = Table("Checkpoints", ("checkpoint", *(title for _, title in COLUMNS)), rows(runs), note)
     right = [
-        f"{title} {of_runs([percent(run['final_metrics'][stage][metric]) for run in runs])}"
+        f"{title} {of_runs(percent(run['final_metrics'][stage][metric]) for run in runs)}"
         for title, stage, metric in MODELS
         if stage in runs[0]["final_metrics"]
     ]
-    if not right:
-        return [found]
     said = Table("Models", (), note=f"Right on held-out responses, in %: {', '.join(right)}.")
-    return [found, said]
+    return [found, said] if right else [found]

@@ -1,4 +1,4 @@
-"""``python -m bench precision``: how exact log-probs, entropies and gradients are, also where one logit leads.
+"""How exact log-probs, entropies and gradients are, also where one logit leads.
 
 Rows of V logits whose target leads the others by a number of nats, as a trained model's do, for divergences in student and teacher
 alike; errors are the largest against float64, over the largest exact value, of rows with the same lead.
@@ -7,9 +7,11 @@ alike; errors are the largest against float64, over the largest exact value, of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import divergence, logprob, results, timing
@@ -21,13 +23,8 @@ from .table import Cell, Table, small
 
 SIZES = {"N": 64, "V": 32768, "H": 512}
 LEADS = (0, 10, 20, 24, 30)
-QUANTITIES = {
-    "logp": "log-prob",
-    "entropy": "entropy",
-    "divergence": "divergence",
-    "mean divergence": "mean of the divergences",
-    "gradient": "gradient",
-}
+QUANTITIES = {"logp": "log-prob", "entropy": "entropy", "divergence": "divergence",
+              "mean divergence": "mean of the divergences", "gradient": "gradient"}  # fmt: skip
 # of the implementations of the benchmarks, those that are not another name for one of these
 LEFT_OUT = ("r1kernels, in place", "r1kernels, logits recomputed")
 _CPU = torch.device("cpu")
@@ -39,21 +36,16 @@ def logits_inputs(dtype: torch.dtype, lead: int) -> Inputs:
     logits, targets = draw.normal(SIZES["N"], SIZES["V"]), draw.below(SIZES["V"], SIZES["N"])
     if lead:
         logits.scatter_(1, targets.unsqueeze(1), float(lead))
-    return Inputs(
-        {"logits": logits.to(dtype), "targets": targets}, ("logits",), {"logp": torch.ones(SIZES["N"])}
-    )
+    tensors = {"logits": logits.to(dtype), "targets": targets}
+    return Inputs(tensors, ("logits",), {"logp": torch.ones(SIZES["N"])})
 
 
 def linear_inputs(dtype: torch.dtype, lead: int) -> Inputs:
     """A head of unit rows and hidden states along the row of the target, so that its logit is ``lead``."""
     draw = Draw(_CPU, lead)
-    weight = _unit_rows(draw)
-    targets = draw.below(SIZES["V"], SIZES["N"])
-    tensors = {
-        "hidden": _along(weight, targets, lead, draw).to(dtype),
-        "weight": weight.to(dtype),
-        "targets": targets,
-    }
+    weight, targets = _unit_rows(draw), draw.below(SIZES["V"], SIZES["N"])
+    hidden = _along(weight, targets, lead, draw)
+    tensors = {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "targets": targets}
     above = {"logp": torch.full((SIZES["N"],), -1 / SIZES["N"]), "loss": torch.ones(())}
     return Inputs(tensors, ("hidden", "weight"), above)
 
@@ -62,16 +54,14 @@ def divergence_inputs(dtype: torch.dtype, lead: int) -> Inputs:
     """Two such heads, whose hidden states lie along the rows of the same targets."""
     given, draw = linear_inputs(dtype, lead), Draw(_CPU, 100 + lead)
     weight = _unit_rows(draw)
-    hidden = _along(weight, given["targets"], lead, draw)
-    tensors = {name: given[name] for name in ("hidden", "weight")}
-    tensors |= {"teacher_hidden": hidden.to(dtype), "teacher_weight": weight.to(dtype)}
+    hidden = _along(weight, given.tensors.pop("targets"), lead, draw)
+    tensors = {**given.tensors, "teacher_hidden": hidden.to(dtype), "teacher_weight": weight.to(dtype)}
     above = {"divergence": torch.full((SIZES["N"],), 1 / SIZES["N"]), "loss": torch.ones(())}
-    return Inputs(tensors, ("hidden", "weight"), above)
+    return Inputs(tensors, given.leaves, above)
 
 
 def _unit_rows(draw: Draw) -> Tensor:
-    weight = draw.normal(SIZES["V"], SIZES["H"])
-    return weight / weight.norm(dim=1, keepdim=True)
+    return F.normalize(draw.normal(SIZES["V"], SIZES["H"]))
 
 
 def _along(weight: Tensor, targets: Tensor, lead: int, draw: Draw) -> Tensor:
@@ -103,8 +93,8 @@ def measure() -> dict[str, Any]:
                         row.setdefault(quantity, []).append(results.short(value))
             measuring.release()
     found = [
-        {"op": op, "peer": peer, "dtype": dtype, "errors": errors}
-        for (op, peer, dtype), errors in rows.items()
+        {**dict(zip(("op", "peer", "dtype"), names, strict=True)), "errors": each}
+        for names, each in rows.items()
     ]
     return {"sizes": SIZES, "leads": LEADS, "rows": found}
 
@@ -133,21 +123,19 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
     """For each op and quantity a row for each implementation and dtype, a column for each lead; the smallest error stands out."""
     head = ("", "dtype", "target like any other", *(f"leads by {lead}" for lead in record["leads"] if lead))
     found = []
-    for op in dict.fromkeys(row["op"] for row in record["rows"]):
-        for quantity, name in QUANTITIES.items():
-            table = Table(f"{op}: error of the {name}", head)
-            for dtype in DTYPES:
-                rows = [
-                    row
-                    for row in record["rows"]
-                    if (row["op"], row["dtype"]) == (op, dtype) and quantity in row["errors"]
-                ]
-                each = zip(*(row["errors"][quantity] for row in rows), strict=True)
-                least = [min(filter(None, values), default=None) for values in each]
-                for row in rows:
-                    pairs = zip(row["errors"][quantity], least, strict=True)
-                    cells = [Cell(small(value), "best" if value == best else "") for value, best in pairs]
-                    table.rows.append([row["peer"], dtype, *cells])
-            if table.rows:
-                found.append(table)
+    for op, (quantity, name) in product(
+        dict.fromkeys(row["op"] for row in record["rows"]), QUANTITIES.items()
+    ):
+        table = Table(f"{op}: error of the {name}", head)
+        for dtype in DTYPES:
+            same = [row for row in record["rows"] if (row["op"], row["dtype"]) == (op, dtype)]
+            rows = {row["peer"]: row["errors"][quantity] for row in same if quantity in row["errors"]}
+            least = [min(filter(None, values), default=None) for values in zip(*rows.values(), strict=True)]
+            for peer, values in rows.items():
+                pairs = zip(values, least, strict=True)
+                table.rows.append(
+                    [peer, dtype, *(Cell(small(one), "best" if one == best else "") for one, best in pairs)]
+                )
+        if table.rows:
+            found.append(table)
     return found

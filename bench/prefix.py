@@ -1,4 +1,4 @@
-"""``python -m bench prefix``: the passes and the update of a GRPO step with a prompt computed once for its group, and without.
+"""The passes and the update of a GRPO step with a prompt computed once for its group, and without.
 
 A random Llama of SmolLM2's size (135M), one prompt of P tokens with G completions of R tokens each. A step is what GRPO
 does after its rollout: log-probs of the old policy and of the reference, those of the new policy with loss and backward,
@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from . import memory, results
 from .measure import load_average
 from .peers import Unavailable, needs
 from .table import Cell, Table, size, times
+from .timing import Clock
 
 SHARED, REPEATED = "r1kernels, shared prefixes", "r1kernels, each sequence for itself"
 TRL, TRL_SHARED = "TRL", "TRL, patch(prefix=True)"
@@ -84,28 +84,17 @@ LogProbs = Callable[[Any], Tensor]
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
 
 
-@dataclass
 class Batch:
     """A prompt (P,), its completions (G, R) and their advantages (G,)."""
 
-    prompt: Tensor
-    completions: Tensor
-    advantages: Tensor
-
-    @classmethod
-    def of(cls, shape: Shape) -> Batch:
+    def __init__(self, shape: Shape) -> None:
         generator = torch.Generator().manual_seed(1)
-        prompt = torch.randint(2, shape.vocabulary, (shape.P,), generator=generator)
-        completions = torch.randint(2, shape.vocabulary, (shape.G, shape.R), generator=generator)
-        return cls(prompt, completions, torch.linspace(-1.0, 1.0, shape.G))
-
-    @property
-    def prompts(self) -> Tensor:
-        return self.prompt.expand(len(self.completions), -1)
-
-    @property
-    def ids(self) -> Tensor:
-        return torch.cat([self.prompts, self.completions], dim=1)
+        self.prompt = torch.randint(2, shape.vocabulary, (shape.P,), generator=generator)
+        self.completions = torch.randint(2, shape.vocabulary, (shape.G, shape.R), generator=generator)
+        self.advantages = torch.linspace(-1.0, 1.0, shape.G)
+        self.prompts = self.prompt.expand(shape.G, -1)
+        self.ids = torch.cat([self.prompts, self.completions], dim=1)
+        self.mask = torch.ones_like(self.completions)
 
 
 def _shared(batch: Batch) -> LogProbs:
@@ -129,12 +118,11 @@ def _repeated(batch: Batch) -> LogProbs:
 
 
 def _own_loss(logprobs: LogProbs, batch: Batch) -> Loss:
-    mask = torch.ones_like(batch.completions)
-    return lambda model, old, reference: (
-        r1kernels.grpo_loss(
-            logprobs(model), old, batch.advantages, mask, ref_logp=reference, kl_coef=KL, reduction="token"
-        ).loss
-    )
+    def loss(model: Any, old: Tensor, reference: Tensor) -> Tensor:
+        given = (logprobs(model), old, batch.advantages, batch.mask)
+        return r1kernels.grpo_loss(*given, ref_logp=reference, kl_coef=KL, reduction="token").loss
+
+    return loss
 
 
 def _of_trl(model: Any, batch: Batch) -> tuple[LogProbs, Loss]:
@@ -146,14 +134,14 @@ def _of_trl(model: Any, batch: Batch) -> tuple[LogProbs, Loss]:
     trl, datasets, tokenizers = (needs(name) for name in ("trl", "datasets", "tokenizers"))
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     tokenizer = needs("transformers").PreTrainedTokenizerFast
-    mask = torch.ones_like(batch.completions)
+    rows, length = batch.completions.shape
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl.GRPOTrainer(
             model=model,
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
             args=trl.GRPOConfig(
                 output_dir=folder, use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False, loss_type="bnpo",
-                per_device_train_batch_size=len(mask), num_generations=len(mask),
+                per_device_train_batch_size=rows, num_generations=rows,
             ),
             processing_class=tokenizer(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"),
             train_dataset=datasets.Dataset.from_dict({"prompt": ["<eos>"]}),
@@ -163,14 +151,14 @@ def _of_trl(model: Any, batch: Batch) -> tuple[LogProbs, Loss]:
     everywhere = torch.ones_like(batch.ids)
 
     def logprobs(model: Any) -> Tensor:
-        found, *_ = trainer._get_per_token_logps_and_entropies(model, batch.ids, everywhere, mask.shape[1])
+        found, *_ = trainer._get_per_token_logps_and_entropies(model, batch.ids, everywhere, length)
         return torch.as_tensor(found)
 
     def loss(model: Any, old: Tensor, reference: Tensor) -> Tensor:
         inputs = {
             "prompt_ids": batch.prompts, "prompt_mask": torch.ones_like(batch.prompts), "completion_ids": batch.completions,
-            "completion_mask": mask, "advantages": batch.advantages, "old_per_token_logps": old,
-            "ref_per_token_logps": reference, "num_items_in_batch": mask.sum(),
+            "completion_mask": batch.mask, "advantages": batch.advantages, "old_per_token_logps": old,
+            "ref_per_token_logps": reference, "num_items_in_batch": batch.mask.sum(),
         }  # fmt: skip
         return torch.as_tensor(trainer._compute_loss(model, inputs))
 
@@ -192,21 +180,22 @@ class Step:
         """(seconds of each part, loss, norm of the gradient)."""
         from r1kernels.integrations import trl
 
+        clock = Clock(torch.device("cpu"))
         with trl.patch(prefix=True) if self.patched else nullcontext():
-            marks = [time.perf_counter()]
+            clock.mark()
             with torch.no_grad():
                 old = self.logprobs(self.model)
-                marks.append(time.perf_counter())
+                clock.mark()
                 reference = self.logprobs(self.model) - 0.1
-                marks.append(time.perf_counter())
+                clock.mark()
             loss = self.loss(self.model, old, reference)
             loss.backward()
-            marks.append(time.perf_counter())
+            clock.mark()
             optimizer.step()
-            marks.append(time.perf_counter())
+            clock.mark()
         norm = torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None]).norm()
         optimizer.zero_grad()
-        seconds = {part: after - before for part, before, after in zip(PARTS, marks, marks[1:], strict=False)}
+        seconds = dict(zip(PARTS, clock.seconds(), strict=True))
         return {**seconds, "step": sum(seconds.values())}, loss.item(), float(norm)
 
 
@@ -216,7 +205,7 @@ def case(shape: Shape, rounds: int) -> dict[str, Any]:
     Raises:
         RuntimeError: one way gives another loss or gradient than the others, so that its time means nothing.
     """
-    batch, model = Batch.of(shape), shape.model().eval()
+    batch, model = Batch(shape), shape.model().eval()
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     rows: dict[str, dict[str, Any]] = {}
@@ -281,19 +270,16 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
     found = Table(
         "Shared prefixes", ("shape", "way", *PARTS, "step", "gain", "ideal", "peak memory"), note=note
     )
-    for case in record["cases"]:
-        for name, row in case["rows"].items():
-            if "samples" not in row:
-                found.rows.append(
-                    [case["text"], name, *["-"] * (len(PARTS) + 3), Cell(row["reason"], "muted")]
-                )
-                continue
-            seconds = [f"{statistics.median(row['samples'][part]):.2f}" for part in (*PARTS, "step")]
-            against, shown, wanted = gain(case, name), Cell("-"), "-"
-            if name not in (SHARED, TRL_SHARED) and against:
-                share, wanted = against / ideal(case), times(ideal(case))
-                shown = Cell(
-                    f"{times(against)} ({share:.0%})", "failed" if name == REPEATED and share < GOAL else ""
-                )
-            found.rows.append([case["text"], name, *seconds, shown, wanted, size(row["peak_bytes"])])
+    for case, (name, row) in ((one, item) for one in record["cases"] for item in one["rows"].items()):
+        if "samples" not in row:
+            missing = [*["-"] * (len(PARTS) + 3), Cell(row["reason"], "muted")]
+            found.rows.append([case["text"], name, *missing])
+            continue
+        seconds = [f"{statistics.median(row['samples'][part]):.2f}" for part in (*PARTS, "step")]
+        against, shown, wanted = gain(case, name), Cell("-"), "-"
+        if name not in (SHARED, TRL_SHARED) and against:
+            share, wanted = against / ideal(case), times(ideal(case))
+            missed = name == REPEATED and share < GOAL
+            shown = Cell(f"{times(against)} ({share:.0%})", "failed" if missed else "")
+        found.rows.append([case["text"], name, *seconds, shown, wanted, size(row["peak_bytes"])])
     return [found]

@@ -1,5 +1,4 @@
-"""``python -m bench rollout``: tokens a second of the trainer's sampler, beside transformers' own ways, and a decode step beside
-its floor.
+"""Tokens a second of the trainer's sampler, beside transformers' own ways, and a decode step beside its floor.
 
 All draw at temperature 1 from one model with random weights, and end a response at one of several tokens, so that lengths
 differ as they do in training. Rounds are paired: each peer once, over and over.
@@ -135,14 +134,15 @@ def case(title: str, ways: Mapping[str, Draw], rounds: int) -> dict[str, Any]:
         began = time.perf_counter()
         return {"rate": way() / (time.perf_counter() - began)}
 
+    timed = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name, way in ways.items():  # the first call warms up
+        for name, way in ways.items():
             try:
-                way()
+                way()  # warms up
+                timed[name] = partial(rate, way)
             except Exception as error:
                 rows[name]["reason"] = first_line(error)
-        timed = {name: partial(rate, way) for name, way in ways.items() if "reason" not in rows[name]}
         for name, found in results.paired(timed, rounds).items():
             rows[name]["tokens_per_second"] = found["rate"]
     return {"title": title, "load_average": load_average(), "peers": list(rows.values())}
@@ -183,14 +183,16 @@ def decode(rows: int, longest: int, rounds: int) -> dict[str, Any]:
         exps=rows * len(tokenizer),
     )
     floor, bound = ceilings.measure(torch.device("cpu")).floor(work, "float32")
-    found = {
+    return {
         "rows": rows,
         "longest": longest,
         "seconds": [results.short(step) for step in sorted(steps)],
         "bound": bound,
+        "floor_seconds": results.short(floor),
+        "bytes": work.bytes,
+        "flops": work.flops,
+        "load_average": load_average(),
     }
-    counted = {"bytes": work.bytes, "flops": work.flops, "load_average": load_average()}
-    return {**found, "floor_seconds": results.short(floor), **counted}
 
 
 def measure(tiny: bool = False) -> dict[str, Any]:
@@ -212,8 +214,11 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
     )
     found = Table("Rollouts", ("what", *(peer["peer"] for peer in record["cases"][0]["peers"])), note=note)
     for one in record["cases"]:
-        rates = [peer["tokens_per_second"] for peer in one["peers"]]
-        shown = [f"{statistics.median(rate):,.0f}" if rate else "" for rate in rates]
-        reasons = [peer.get("reason", "") for peer in one["peers"]]
-        found.rows.append([one["title"], *(a or b for a, b in zip(shown, reasons, strict=True))])
+        shown = (
+            f"{statistics.median(peer['tokens_per_second']):,.0f}"
+            if peer["tokens_per_second"]
+            else peer.get("reason", "")
+            for peer in one["peers"]
+        )
+        found.rows.append([one["title"], *shown])
     return [found]

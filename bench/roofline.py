@@ -1,4 +1,4 @@
-"""``python -m bench roofline``: what the kernels for Hopper should take at the marks, by counting, before any GPU has run them.
+"""What the kernels for Hopper should take at the marks, by counting, before any GPU has run them.
 
 Not a measurement, and uncalibrated: the figures of the chip below are datasheets' and others' measurements, and no kernel of
 ours has been timed against the model. Per launch it counts bytes of memory, bytes that tiles bring from the L2 cache and read
@@ -58,10 +58,8 @@ def _products(case: Case, ceilings: Ceilings) -> float:
     return 1.10 * 4 * flops(case, "forward") / ceilings.flops_per_second[case.dtype]
 
 
-HEAD, LARGE_HEAD = (
-    "linear_logprobs-N8192-V131072-H4096-bfloat16",
-    "linear_logprobs-N16384-V248320-H2048-bfloat16",
-)
+HEAD = "linear_logprobs-N8192-V131072-H4096-bfloat16"
+LARGE_HEAD = "linear_logprobs-N16384-V248320-H2048-bfloat16"
 EXPERTS, BOTH = "moe_experts-T32768-H2048-I768-E128-K8-bfloat16", "forward+backward"
 MARKS = (
     _mark("token_logprobs-N8192-V151936-bfloat16", "forward", "85 % of the bandwidth",
@@ -159,9 +157,8 @@ def tiles(
 def passes(chip: Chip, name: str, memory: float, exps: float = 0.0) -> Launch:
     """A kernel that goes over its bytes once."""
     functions = exps / (chip.exps * chip.processors * chip.clock)
-    return Launch(
-        name, ({"bandwidth": memory / chip.memory, "special functions": functions, "launch": chip.launch},)
-    )
+    used = {"bandwidth": memory / chip.memory, "special functions": functions, "launch": chip.launch}
+    return Launch(name, (used,))
 
 
 def product(chip: Chip, name: str, flops: float, memory: float) -> Launch:
@@ -177,59 +174,34 @@ def experts(chip: Chip, case: Case, backward: bool) -> list[Launch]:
     rows = t * k
     row_tiles = e * (rows / e / BLOCK_M + 0.5)  # half a tile an expert is not full
     weights, hidden, inner = 2 * e * h * i, 2 * rows * h, 2 * rows * i
+    wide_h, wide_i = (math.ceil(columns / BLOCK_N) for columns in (h, i))
+
+    def on_rows(
+        name: str, kernel: str, columns: float, depth: float, memory: float, out: float = 1.0
+    ) -> Launch:
+        kernel = f"hopper_rows_kernel<__nv_bfloat16, (R1kernelsMoeEpilogue){kernel}, (Activation)0>"
+        tile = out * 2 * BLOCK_M * BLOCK_N
+        return tiles(chip, name, kernel, row_tiles * columns, depth / BLOCK_K, memory, tile)
+
+    def on_weights(name: str, kernel: str, height: int, width: int, memory: float) -> Launch:
+        kernel, tile = f"hopper_weights_kernel<__nv_bfloat16, {kernel}>", 2 * BLOCK_M * BLOCK_N
+        count = e * math.ceil(height / BLOCK_M) * width
+        return tiles(chip, name, kernel, count, rows / e / BLOCK_K, memory, tile)
+
     total = passes(chip, "sum over experts", hidden + 2 * t * h)
-
-    def wide(columns: int) -> int:
-        return math.ceil(columns / BLOCK_N)
-
-    def each(name: str, kernel: str, count: float, k_tiles: float, memory: float, out: float = 1.0) -> Launch:
-        kernel = "hopper_" + kernel.replace("<", "_kernel<__nv_bfloat16, ").replace(
-            "EPILOGUE", "(R1kernelsMoeEpilogue)"
-        )
-        return tiles(chip, name, kernel, count, k_tiles, memory, out * 2 * BLOCK_M * BLOCK_N)
-
+    up, read = 2 * weights + 2 * t * h + 3 * inner, 2 * weights + 2 * inner + hidden
     if not backward:
-        up = row_tiles * math.ceil(i / (BLOCK_N // 2))
         return [
             passes(chip, "order of experts", 24.0 * rows),
-            each(
-                "up",
-                "rows<EPILOGUE1, false, (Activation)0>",
-                up,
-                h / BLOCK_K,
-                2 * weights + 2 * t * h + 3 * inner,
-                1.5,
-            ),
-            each(
-                "down",
-                "rows<EPILOGUE0, false, (Activation)0>",
-                row_tiles * wide(h),
-                i / BLOCK_K,
-                weights + inner + hidden,
-            ),
+            on_rows("up", "1, false", math.ceil(i / (BLOCK_N // 2)), h, up, 1.5),
+            on_rows("down", "0, false", wide_h, i, weights + inner + hidden),
             total,
         ]
-    down, both = e * math.ceil(h / BLOCK_M) * wide(i), e * math.ceil(2 * i / BLOCK_M) * wide(h)
-    a_weight, read = rows / e / BLOCK_K, 2 * weights + 2 * inner + hidden
-    gate = weights + 2 * t * h + 5 * inner
     return [
-        each(
-            "gate backward",
-            "rows<EPILOGUE2, true, (Activation)0>",
-            row_tiles * wide(i),
-            h / BLOCK_K,
-            gate,
-            5.0,
-        ),
-        each("gradient of down", "weights<true, false>", down, a_weight, weights + inner + hidden),
-        each("gradient of gate and up", "weights<false, true>", both, a_weight, read),
-        each(
-            "gradient of the rows",
-            "rows<EPILOGUE0, true, (Activation)0>",
-            row_tiles * wide(h),
-            2 * i / BLOCK_K,
-            read,
-        ),
+        on_rows("gate backward", "2, true", wide_i, h, weights + 2 * t * h + 5 * inner, 5.0),
+        on_weights("gradient of down", "true, false", h, wide_i, weights + inner + hidden),
+        on_weights("gradient of gate and up", "false, true", 2 * i, wide_h, read),
+        on_rows("gradient of the rows", "0, true", wide_h, 2 * i, read),
         total,
     ]
 
@@ -260,15 +232,11 @@ def small(chip: Chip, case: Case, backward: bool) -> list[Launch]:
     return [passes(chip, "sums", work.bytes, work.exps), last] if sums else [last]
 
 
-LAUNCHES = {"moe_experts": experts, "linear_logprobs": head}
-
-
 def launches(chip: Chip, mark: Mark) -> list[Launch]:
     """What a mark's phase launches, in order."""
-    make = LAUNCHES.get(mark.case.op, small)
-    return [
-        launch for phase in mark.phase.split("+") for launch in make(chip, mark.case, phase == "backward")
-    ]
+    make = {"moe_experts": experts, "linear_logprobs": head}.get(mark.case.op, small)
+    phases = mark.phase.split("+")
+    return [launch for phase in phases for launch in make(chip, mark.case, phase == "backward")]
 
 
 def measured(mark: Mark) -> float | None:
@@ -283,26 +251,21 @@ def measured(mark: Mark) -> float | None:
 
 def table(chip: Chip = H200) -> Table:
     """The marks, the predictions beside them, and what was measured."""
-    head = (
-        "op",
-        "shape",
-        "phase",
-        "mark",
-        "mark, ms",
-        f"predicted on an {chip.name}, ms ({STATE})",
-        "what binds",
-        "measured, ms",
-    )
-    found = Table("Roofline", head)
+    predicted = f"predicted on an {chip.name}, ms ({STATE})"
+    rows = []
     for mark in MARKS:
-        parts = launches(chip, mark)
-        seconds, most = sum(launch.seconds for launch in parts), max(parts, key=lambda launch: launch.seconds)
-        start = [f"`{mark.case.op}`", mark.case.shape, mark.phase, mark.words]
-        times = [f"{1e3 * value:.3g}" for value in (mark.goal(chip.ceilings), seconds)]
-        took = measured(mark)
-        last = "-" if took is None else f"{1e3 * took:.3g}"
-        found.rows.append([*start, *times, f"{most.name}: {most.binding}", last])
-    return found
+        parts, took = launches(chip, mark), measured(mark)
+        most = max(parts, key=lambda launch: launch.seconds)
+        goal, seconds = (
+            f"{1e3 * value:.3g}" for value in (mark.goal(chip.ceilings), sum(one.seconds for one in parts))
+        )
+        rows.append([f"`{mark.case.op}`", mark.case.shape, mark.phase, mark.words, goal, seconds,
+                     f"{most.name}: {most.binding}", "-" if took is None else f"{1e3 * took:.3g}"])  # fmt: skip
+    return Table(
+        "Roofline",
+        ("op", "shape", "phase", "mark", "mark, ms", predicted, "what binds", "measured, ms"),
+        rows,
+    )
 
 
 def main() -> None:

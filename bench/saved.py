@@ -1,4 +1,4 @@
-"""``python -m bench saved``: the bytes that the experts keep for the backward, at the true shapes of models.
+"""The bytes that the experts keep for the backward, at the true shapes of models.
 
 The goal is X + pre-activation: tokens (T, H) and (S, 2 I), S = T * K routed rows. All tensors that autograd saves count,
 each storage once, parameters left out. No one needs the weights for that: ours and grouped_mm run on fake tensors of the
@@ -38,7 +38,7 @@ def count(case: Case, peer: Peer) -> int:
     fake = peer.name != EAGER
     mode: AbstractContextManager[object] = FakeTensorMode() if fake else nullcontext()
     with mode:
-        inputs = _inputs(case, one_expert=not fake)
+        inputs = _inputs(case, case.sizes["E"] if fake else 1)
         call = peer.make(case, inputs)
         with memory.counting_saved([inputs["gate_up"], inputs["down"]]) as saved:
             outputs = call(inputs)
@@ -46,19 +46,16 @@ def count(case: Case, peer: Peer) -> int:
     return saved.bytes
 
 
-def _inputs(case: Case, one_expert: bool) -> Inputs:
+def _inputs(case: Case, held: int) -> Inputs:
+    """Those of moe_experts, with the weights of so many experts in the place of all."""
     s, dtype = case.sizes, case.torch_dtype
-    held = 1 if one_expert else s["E"]
-    scores, indices = torch.rand(s["T"], s["E"], generator=torch.Generator().manual_seed(0)).topk(
-        s["K"], dim=-1
-    )
-    tensors = {
-        "hidden": torch.zeros(s["T"], s["H"], dtype=dtype),
-        "indices": indices,
-        "weights": scores,
-        "gate_up": torch.zeros(held, 2 * s["I"], s["H"], dtype=dtype).expand(s["E"], -1, -1),
-        "down": torch.zeros(held, s["H"], s["I"], dtype=dtype).expand(s["E"], -1, -1),
-    }
+    generator = torch.Generator().manual_seed(0)
+    scores, indices = torch.rand(s["T"], s["E"], generator=generator).topk(s["K"], dim=-1)
+    gate_up = torch.zeros(held, 2 * s["I"], s["H"], dtype=dtype).expand(s["E"], -1, -1)
+    down = torch.zeros(held, s["H"], s["I"], dtype=dtype).expand(s["E"], -1, -1)
+    hidden = torch.zeros(s["T"], s["H"], dtype=dtype)
+    values = (hidden, indices, scores, gate_up, down)
+    tensors = dict(zip(moe.EXPERTS_OF.split(","), values, strict=True))
     return Inputs(tensors, ("hidden", "weights", "gate_up", "down"), {}).require_grad()
 
 

@@ -23,19 +23,12 @@ from training.report.marks import evaluation_rows
 from training.run_dir import RunDir
 
 from . import pipeline
+from .step import PARTS
 from .table import Table
 
 FOLDER = Path(__file__).parent / "results/cpu/smollm2"
 LANGUAGES = {"all": "all", "en": "English", "de": "German", "zh": "Chinese"}
 WINDOW = 10  # steps of a mean in the picture
-PARTS = (
-    "rollout_seconds",
-    "reward_seconds",
-    "old_logprob_seconds",
-    "reference_logprob_seconds",
-    "new_logprob_seconds",
-    "update_seconds",
-)
 
 
 def collect(run: Path, folder: Path) -> None:
@@ -44,11 +37,8 @@ def collect(run: Path, folder: Path) -> None:
     recipe = run_dir.read_recipe()
     found = pipeline.measure([run])
     left_out = ("test", "harder", "hardest", "students")  # the marks are all of them
-    record = {
-        "machine": found["machine"],
-        **{key: value for key, value in found["runs"][0].items() if key not in left_out},
-        "marks": evaluation_rows(run_dir),
-    }
+    found_of_run = {key: value for key, value in found["runs"][0].items() if key not in left_out}
+    record = {"machine": found["machine"], **found_of_run, "marks": evaluation_rows(run_dir)}
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / "record.json", record)
     stages = [name for name in recipe.stages if isinstance(getattr(recipe, name), Grpo)]
@@ -78,28 +68,20 @@ def marks_table(record: Mapping[str, Any]) -> Table:
     marks = [row for row in record["marks"] if row["split"] == "test"]
     several = len({row["language"] for row in marks} - {"all"}) > 1
     shown = [row for row in marks if several or row["language"] == "all"]
-    head = [
-        "checkpoint",
-        *(["questions"] if several else []),
-        f"right at temperature 1, n = {shown[0]['problems']}",
-        f"greedy, n = {shown[0]['greedy_problems']}",
-        "format",
-        *(["words in the language"] if several else []),
-        "tokens",
-    ]
-    rows = [
-        [
-            row["checkpoint"],
-            *([f"{LANGUAGES[row['language']]} ({row['problems']})"] if several else []),
-            _share(row, "accuracy", "wilson"),
-            _share(row, "greedy", "greedy"),
-            percent(row["format"]),
-            *([percent(row["language_consistency"])] if several else []),
-            f"{row['length']:.1f}",
-        ]
-        for row in shown
-    ]
-    return Table("Checkpoints", head, rows)
+    columns = {
+        "checkpoint": [row["checkpoint"] for row in shown],
+        "questions": [f"{LANGUAGES[row['language']]} ({row['problems']})" for row in shown],
+        f"right at temperature 1, n = {shown[0]['problems']}": [
+            _share(row, "accuracy", "wilson") for row in shown
+        ],
+        f"greedy, n = {shown[0]['greedy_problems']}": [_share(row, "greedy", "greedy") for row in shown],
+        "format": [percent(row["format"]) for row in shown],
+        "words in the language": [percent(row["language_consistency"]) for row in shown],
+        "tokens": [f"{row['length']:.1f}" for row in shown],
+    }
+    if not several:
+        del columns["questions"], columns["words in the language"]
+    return Table("Checkpoints", list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
 
 
 def _share(row: Mapping[str, Any], key: str, interval: str) -> str:
@@ -109,10 +91,8 @@ def _share(row: Mapping[str, Any], key: str, interval: str) -> str:
 
 def marks(record: Mapping[str, Any], checkpoint: str) -> Mapping[str, Any]:
     """The row of a checkpoint over all held-out problems."""
-    wanted = (checkpoint, "test", "all")
-    return next(
-        row for row in record["marks"] if (row["checkpoint"], row["split"], row["language"]) == wanted
-    )
+    wanted = {"checkpoint": checkpoint, "split": "test", "language": "all"}
+    return next(row for row in record["marks"] if wanted.items() <= row.items())
 
 
 def sentence(name: str) -> str:
@@ -131,14 +111,14 @@ def sentence(name: str) -> str:
 
 def times(rows: Sequence[Mapping[str, Any]]) -> str:
     """Where the time of a step went, as medians, in words."""
-    spent = {part: median(row.get(part, 0.0) for row in rows) for part in PARTS}
+    spent = {part: [row.get(f"{part}_seconds", 0.0) for row in rows] for part in PARTS}
     named = {
-        "rollout": spent["rollout_seconds"],
-        "forward of the new log-probs": spent["new_logprob_seconds"],
-        "backward and update": spent["update_seconds"],
+        "rollout": "rollout",
+        "new_logprob": "forward of the new log-probs",
+        "update": "backward and update",
     }
-    parts = ", ".join(f"{seconds:.1f} s {name}" for name, seconds in named.items())
-    whole = median(sum(row.get(part, 0.0) for part in PARTS) for row in rows)
+    parts = ", ".join(f"{median(spent[part]):.1f} s {words}" for part, words in named.items())
+    whole = median(map(sum, zip(*spent.values(), strict=True)))
     return f"{whole:.1f} s a step (medians): {parts}"
 
 
@@ -146,11 +126,8 @@ def operators(name: str) -> str:
     """How many of the responses that are kept of the last half of R1-Zero are right, by operator, and how sure the policy was."""
     rows = metrics(name, "zero")
     half = len(rows) // 2
-    shown = [
-        row
-        for row in files.read_jsonl(FOLDER / name / "samples.jsonl")
-        if row["stage"] == "zero" and row["step"] >= half
-    ]
+    kept = files.read_jsonl(FOLDER / name / "samples.jsonl")
+    shown = [row for row in kept if row["stage"] == "zero" and row["step"] >= half]
     counts = []
     for sign, noun in (("+", "sums"), ("-", "differences")):
         right = [row["rewards"]["accuracy"] == 1 for row in shown if f" {sign} " in row["question"]]
@@ -168,10 +145,8 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name, title in (("accuracy", "right"), ("format", "in the form that is asked for")):
         values = [row[name] for row in rows]
-        found[title] = {
-            str(step): round(fmean(values[max(0, step + 1 - WINDOW) : step + 1]), 4)
-            for step in range(len(values))
-        }
+        windows = (values[max(0, step + 1 - WINDOW) : step + 1] for step in range(len(values)))
+        found[title] = {str(step): round(fmean(window), 4) for step, window in enumerate(windows)}
     return found
 
 
