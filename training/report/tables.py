@@ -239,9 +239,9 @@ def rollouts(run_dir: RunDir, recipe: Recipe) -> str:
     return (
         "<h3>Rollouts</h3><p><small>Sampler gap: |log-prob of a token as the sampler gives it - as the trainer does|, before the "
         "first update of a step: at rounding, it is all one whether old log-probs are the sampler's or recomputed."
-        '</small></p><table class="small"><thead><tr>'
+        '</small></p><div class="wide"><table class="small"><thead><tr>'
         + "".join(f"<th>{title}</th>" for title in titles)
-        + f"</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        + f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
