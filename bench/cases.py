@@ -156,7 +156,7 @@ def _kept(case: Case) -> Both:
     )
 
 
-def _hit(of: int, draws: float) -> float:
+def _hit(of: float, draws: float) -> float:
     """The share of rows, or experts, that is hit where so many are drawn at random."""
     return 1 - (1 - 1 / of) ** draws
 
@@ -181,7 +181,7 @@ def _moe(case: Case) -> Both:
     s, size = case.sizes, case.bytes_per_value
     gemms, exps = float(s["T"]) * s["K"] * s["H"] * s["I"], float(s["T"] * s["K"] * s["I"])
     weights, tokens = 3.0 * s["E"] * s["I"] * s["H"], float(s["T"] * s["H"])
-    hit = weights * (1 - (1 - s["K"] / s["E"]) ** s["T"])
+    hit = weights * _hit(s["E"] / s["K"], s["T"])
     forward = Work(size * (hit + 2 * tokens), 6 * gemms, exps)
     return forward, Work(size * (hit + weights + 3 * tokens), 12 * gemms, exps)
 
@@ -299,16 +299,22 @@ grpo_step | f32 | B64 L128 H1024 I512 E64 | | random
 """
 
 
+def _sizes(text: str) -> dict[str, int]:
+    """Of names with numbers, and of models."""
+    found: dict[str, int] = {}
+    for word in text.split():
+        found |= MODELS[word] if word in MODELS else {word[0]: int(word[1:])}
+    return found
+
+
 def _cases(device: str, table: str) -> Iterator[Case]:
     """A line: op, dtypes, sizes (or a model that has them), layouts, model; what has a star is part of a quick run."""
     names = {"f32": "float32", "bf16": "bfloat16"}
     for line in table.strip().splitlines():
         op, dtypes, sizes, layouts, model = ([part.strip() for part in line.split("|")] + ["", ""])[:5]
-        first, *others = sizes.split()
-        fixed: dict[str, int] = {}
-        for word in others:
-            fixed |= MODELS[word] if word in MODELS else {word[0]: int(word[1:])}
-            model = word if word in MODELS else model
+        first, _, others = sizes.partition(" ")
+        fixed = _sizes(others)
+        model = next((name for name in MODELS if name in others), model)
         parts = itertools.product(first[1:].split(","), dtypes.split(), layouts.split() or [""])
         for count, dtype, layout in parts:
             given = {first[0]: int(count.strip("*")), **fixed}
@@ -321,21 +327,7 @@ CASES: tuple[Case, ...] = (*_cases("cpu", CPU), *_cases("cuda", CUDA))
 
 def smallest(case: Case) -> Case:
     """The same op at a shape that takes next to no work."""
-    small = {
-        "N": 24,
-        "V": 199,
-        "H": 16,
-        "B": 4,
-        "L": 6,
-        "G": 2,
-        "T": 24,
-        "I": 8,
-        "E": 16,
-        "K": 2,
-        "R": 3,
-        "S": 5,
-        "D": 12,
-    }
+    small = _sizes("N24 V199 H16 B4 L6 G2 T24 I8 E16 K2 R3 S5 D12")
     sizes = {
         name: min(small[name], size) if name == "T" else small[name] for name, size in case.sizes.items()
     }

@@ -1,7 +1,5 @@
 """Every mixture of experts of the installed transformers, as a tiny model with and without r1kernels.
 
-    python -m bench mixtures [--only NAME] [--out OUT.json]
-
 A tiny model of each family takes one step with transformers' own code (eager experts) and one patched; logits and the
 gradients of all parameters are compared, and what ``explain`` finds is kept.
 """
@@ -52,26 +50,22 @@ SIZES: dict[str, Any] = {
 # What a family needs besides, or instead.
 _SPARSE = {"mlp_layer_types": ["sparse", "sparse"]}
 _FULL = {"layer_types": ["full_attention"] * 2}
+_NO_LAYER_INPUT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 64}
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+
+
+def _rope(sections: list[int]) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections}
+
+
 OWN: dict[str, dict[str, Any]] = {
     "beam": _SPARSE,
     "deepseek_ocr2": {**_SPARSE, "n_group": 2, "topk_group": 1},
     "diffusion_gemma": {**_FULL, "global_head_dim": 8},
-    "ernie4_5_vl_moe": {
-        "moe_intermediate_size": [24, 24],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-    },
+    "ernie4_5_vl_moe": {"moe_intermediate_size": [24, 24], "rope_parameters": _rope([1, 1, 2])},
     "flint": {"mlp_only_layers": []},
-    "gemma4": {
-        **_FULL,
-        **{
-            "enable_moe_block": True,
-            "global_head_dim": 8,
-            "hidden_size_per_layer_input": 0,
-            "vocab_size_per_layer_input": 64,
-        },
-    },
-    "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
+    "gemma4": {**_FULL, "enable_moe_block": True, "global_head_dim": 8, **_NO_LAYER_INPUT},
+    "glm4v_moe": {"rope_parameters": _rope([1, 1, 0])},
     "glm5_next": {**_SPARSE, "qk_rope_head_dim": 0, "head_dim": 0},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -174,24 +168,22 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 def _model_class(module: Any) -> Any:
     """The model of a module that has experts and the fewest other parts: without images and sound where there is one."""
-    members: dict[str, Any] = vars(module)
     models: list[Any] = [
         one
-        for one in members.values()
+        for name, one in vars(module).items()
         if inspect.isclass(one)
         and issubclass(one, transformers.PreTrainedModel)
         and one.__module__ == module.__name__
         and getattr(one, "config_class", None) is not None
-        and not any(word in one.__name__ for word in ("Vision", "Audio", "PreTrained"))
+        and not any(word in name for word in ("Vision", "Audio", "PreTrained"))
     ]
-    plain = [one for one in models if not getattr(one.config_class, "sub_configs", None)]
     endings = ("ForCausalLM", "ForTokenClassification", "TextModel", "ForConditionalGeneration", "Model")
-    ranked = [
-        one for among in (plain, models) for end in endings for one in among if one.__name__.endswith(end)
-    ]
-    if not ranked:
-        raise ValueError(f"no model in {module.__name__}")
-    return ranked[0]
+
+    def rank(one: Any) -> tuple[bool, int]:
+        place = next((n for n, end in enumerate(endings) if one.__name__.endswith(end)), len(endings))
+        return bool(getattr(one.config_class, "sub_configs", None)), place
+
+    return min((one for one in models if rank(one)[1] < len(endings)), key=rank)
 
 
 def _config(config_class: Any, own: dict[str, Any]) -> Any:
@@ -224,8 +216,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     shown = Table("Mixtures", ("family", "its router", "its experts", "same logits and gradients"), note=note)
     for row in rows:
         router = row["route"] if row["routes"] else f"transformers: {row['route']}"
-        shown.rows.append(
-            [row["family"], router, row["computed"], "yes" if agrees(row) else Cell("NO", "failed")]
-        )
+        same = "yes" if agrees(row) else Cell("NO", "failed")
+        shown.rows.append([row["family"], router, row["computed"], same])
     shown.rows += [(family, f"not patched: {why}", "", "") for family, why in OUTSIDE.items()]
     return [shown]

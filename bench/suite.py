@@ -1,8 +1,6 @@
 """transformers' own tests of models, over its mixtures, without and with the patch.
 
-    python -m bench suite TESTS [--only FAMILY] [--out OUT.json]
-
-TESTS is the folder tests/ of the source distribution of the transformers that is installed (``pip download --no-deps --no-binary
+tests is the folder tests/ of the source distribution of the transformers that is installed (``pip download --no-deps --no-binary
 transformers transformers==VERSION``); nothing of it is kept. Its ModelTesterMixin runs over the tiny model of each family
 (bench/mixtures.py), once as it is and once with every model patched before its first forward. A test must end in both as in one.
 """
@@ -119,9 +117,8 @@ def every_model_patched() -> Iterator[list[str]]:
     plain = torch.nn.Module.__call__
 
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        if not torch.compiler.is_compiling() and not any(
-            hasattr(one, "_r1kernels") for one in self.modules()
-        ):
+        patched = torch.compiler.is_compiling() or any(hasattr(one, "_r1kernels") for one in self.modules())
+        if not patched:
             integration.patch(self)
             names.append(type(self).__name__)
         return plain(self, *arguments, **options)
@@ -142,13 +139,9 @@ def run(common: Any, family: str) -> dict[str, str]:
 
     members = {"all_model_classes": (mixtures.model_class(family),), "setUp": set_up}
     case = type(family, (common.ModelTesterMixin, unittest.TestCase), members)
-    tests = tuple(TESTS.split())
     # some are expanded into several, with a number behind the name
-    names = [
-        name
-        for name in unittest.TestLoader().getTestCaseNames(case)
-        if name.removeprefix("test_").startswith(tests)
-    ]
+    chosen = tuple(f"test_{name}" for name in TESTS.split())
+    names = [name for name in unittest.TestLoader().getTestCaseNames(case) if name.startswith(chosen)]
     suite, found = unittest.TestSuite(map(case, names)), Outcomes()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -161,19 +154,17 @@ def compare(common: Any, family: str) -> dict[str, Any]:
     plain = run(common, family)
     with every_model_patched() as names:
         ours = run(common, family)
-    counted = Counter(outcome if outcome in ("passed", "skipped") else "failed" for outcome in plain.values())
+    ended = ("passed", "skipped")
+    counted = Counter(outcome if outcome in ended else "failed" for outcome in plain.values())
+    both = {name: [plain.get(name, ""), ours.get(name, "")] for name in sorted({*plain, *ours})}
     return {
         "family": family,
         "model": mixtures.model_class(family).__name__,
-        **{outcome: counted[outcome] for outcome in ("passed", "skipped", "failed")},
+        **{outcome: counted[outcome] for outcome in (*ended, "failed")},
         "patched_models": len(names),
-        "failed_without": {name: said for name, said in plain.items() if said not in ("passed", "skipped")},
-        "differ": {
-            name: [plain.get(name, ""), ours.get(name, "")]
-            for name in sorted({*plain, *ours})
-            if (plain.get(name) in ("passed", "skipped") or ours.get(name) in ("passed", "skipped"))
-            and plain.get(name) != ours.get(name)
-        },
+        "failed_without": {name: said for name, said in plain.items() if said not in ended},
+        # whatever fails in both ways may say so in two ways
+        "differ": {name: pair for name, pair in both.items() if len({*pair}) > 1 and {*pair} & {*ended}},
     }
 
 
@@ -192,14 +183,12 @@ def tables(record: dict[str, Any]) -> list[Table]:
         f"transformers {version}: {sum(row['passed'] for row in rows)} of its tests pass over the tiny models of {len(rows)} families "
         f"as they are; with every model patched {sum(len(row['differ']) for row in rows)} end in another way."
     )
-    found = Table(
-        "Suite", ("family", "passed", "skipped", "failed, patched or not", "models patched"), note=note
-    )
+    head = ("family", "passed", "skipped", "failed, patched or not", "models patched")
+    found = Table("Suite", head, note=note)
     for row in rows:
+        counts = (str(row[key]) for key in ("passed", "skipped"))
         failed = ", ".join(row["failed_without"]) or "-"
-        found.rows.append(
-            [row["family"], str(row["passed"]), str(row["skipped"]), failed, str(row["patched_models"])]
-        )
+        found.rows.append([row["family"], *counts, failed, str(row["patched_models"])])
         for name, (before, after) in row["differ"].items():
             found.rows.append([row["family"], name, before, Cell(f"patched: {after}", "failed"), ""])
     return [found]

@@ -1,4 +1,4 @@
-"""``python -m bench training_memory``: peak memory of a GRPO step, beside what the dry run says.
+"""Peak memory of a GRPO step, beside what the dry run says.
 
 A model of the shape of Qwen2-0.5B with random weights takes a step of the trainer's own GRPO in two minibatches; from the second
 one on the optimizer holds its moments. Each case has a process of its own. The peak is the growth of its resident memory over what it held
@@ -47,13 +47,10 @@ QUESTION = "1 plus 2 plus 3 plus 4 plus"
 def recipe_of(rank: int, recomputes: bool, optimizer: str) -> Recipe:
     """The settings of a case: four responses of 32 tokens to a question, two in a minibatch, which is a micro-batch."""
     sizes = {"steps": 1, "prompts": 1, "group_size": 4, "minibatches": 2, "max_new_tokens": 32}
+    zero = {**sizes, "micro_batch_tokens": 96, "optimizer": optimizer}
+    model = {"lora": {"rank": rank}}
     return make(
-        {
-            "stages": ["base", "zero"],
-            "gradient_checkpointing": recomputes,
-            "model": {"lora": {"rank": rank}},
-            "zero": {**sizes, "micro_batch_tokens": 96, "optimizer": optimizer},
-        }
+        {"stages": ["base", "zero"], "gradient_checkpointing": recomputes, "model": model, "zero": zero}
     )
 
 
@@ -85,7 +82,7 @@ def _problems(step: int) -> list[Problem]:
 
 def _reward(step: int, samples: list[Sample]) -> list[Scored]:
     """Every second response is good, so that every group learns."""
-    values = [float(index % 2) for index in range(len(samples))]
+    values = (float(index % 2) for index in range(len(samples)))
     return [
         Scored(each, value, {"turn": Reward(value, "")}) for each, value in zip(samples, values, strict=True)
     ]
@@ -104,17 +101,15 @@ def measure(tiny: bool = False) -> dict[str, Any]:
 
 def tables(record: Mapping[str, Any]) -> list[Table]:
     """Measured and foretold, a row per case."""
-    found = Table(
-        "Memory of a GRPO step", ("trained", "optimizer", "backward", "peak", "dry run", "dry run / peak")
-    )
+    head = ("trained", "optimizer", "backward", "peak", "dry run", "dry run / peak")
+    found = Table("Memory of a GRPO step", head)
     for one in record["cases"]:
-        adapters = f"LoRA, rank {one['rank']}" if one["rank"] else "all weights"
+        trained = f"LoRA, rank {one['rank']}" if one["rank"] else "all weights"
         kept = "layers recompute" if one["gradient_checkpointing"] else "activations kept"
         peak, said = one["peak_bytes"], one["dry_run_bytes"]
         ratio = Cell(f"{said / peak:.2f}", "failed" if abs(said / peak - 1) > ALLOWED else "")
-        found.rows.append(
-            [adapters, one["optimizer"], kept, f"{peak / 2**30:.2f} GiB", f"{said / 2**30:.2f} GiB", ratio]
-        )
+        memory = (f"{value / 2**30:.2f} GiB" for value in (peak, said))
+        found.rows.append([trained, one["optimizer"], kept, *memory, ratio])
     return [found]
 
 
