@@ -43,8 +43,8 @@ class Table:
     def markdown(self, level: int = 0) -> str:
         """Heading of this level (0: none), note and rows; what failed is bold, and so is what is best."""
         heading = f"{'#' * level} {self.title}" if level else ""
-        lines = [[name or " " for name in self.head], *(map(_bold, row) for row in self.rows)]
-        lines = [f"| {' | '.join(line)} |" for line in lines]
+        rows = [[name or " " for name in self.head], *(map(_bold, row) for row in self.rows)]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
         lines.insert(1, "|---" * len(self.head) + "|")
         return "\n\n".join(filter(None, (heading, self.note, "\n".join(lines) if self.head else "")))
 
