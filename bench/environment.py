@@ -14,16 +14,7 @@ from r1kernels import extension
 
 from .peers import version
 
-PACKAGES = (
-    "torch",
-    "triton",
-    "transformers",
-    "trl",
-    "liger-kernel",
-    "cut-cross-entropy",
-    "quack-kernels",
-    "verl",
-)
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl")  # fmt: skip
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -22,6 +22,17 @@ with contextlib.suppress(ModuleNotFoundError):
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config, items):
+    """With --dist loadgroup the tests that share a fixture of their module run in one process, which makes it once."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        fixtures = [found[-1] for found in item._fixtureinfo.name2fixturedefs.values()]
+        if any(one.scope == "module" and one.baseid.endswith(item.path.name) for one in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def imported_for_good():
     """The garbage collector looks no more through what is imported by now: a full collection is ten times as fast."""
