@@ -53,26 +53,16 @@ def kept_bytes(
     Returns:
         None where the model cannot be run without memory: what it does depends on values.
     """
-    depth = config.get_text_config().num_hidden_layers
-    try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(_shallow(config)).eval()
-        if has_experts(model):
-            integration.patch(model)
-            for module in model.modules():
-                if hasattr(module, "_apply_gate"):
-                    gate_of(module)  # found on numbers, of which there are none below
-        if lora.rank:
-            adapters.attach(model, lora, 0)
-        # transformers looks at positions for packed texts: of tensors without numbers it makes masks that no real pass has
-        with (
-            FakeTensorMode(),
-            mock.patch(f"{masking_utils.__name__}.find_packed_sequence_indices", return_value=None),
-        ):
-            _put_on_cpu(model)
-            whole, layers = _pass(model, torch.zeros(rows, length, dtype=torch.int64))
-    except Exception:  # of many types, by what the model does
-        return None
+    depth, key = (
+        config.get_text_config().num_hidden_layers,
+        (config.to_json_string(), rows, length, repr(lora)),
+    )
+    if key not in _COUNTED:
+        try:
+            _COUNTED[key] = _count(config, rows, length, lora)
+        except Exception:  # of many types, by what the model does
+            _COUNTED[key] = 0, []
+    whole, layers = _COUNTED[key]
     if not layers:
         return None
     further = depth - len(layers)
@@ -81,6 +71,31 @@ def kept_bytes(
         return whole
     inputs = depth * rows * length * config.get_text_config().hidden_size * BYTES
     return whole - of_layers + inputs + max(layers)
+
+
+_COUNTED: dict[
+    tuple[object, ...], tuple[int, list[int]]
+] = {}  # stages of a recipe have passes of the same sizes
+
+
+def _count(config: PretrainedConfig, rows: int, length: int, lora: Lora) -> tuple[int, list[int]]:
+    """Bytes kept by all of the first layers, and by each of them."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(_shallow(config)).eval()
+    if has_experts(model):
+        integration.patch(model)
+        for module in model.modules():
+            if hasattr(module, "_apply_gate"):
+                gate_of(module)  # found on numbers, of which there are none below
+    if lora.rank:
+        adapters.attach(model, lora, 0)
+    # transformers looks at positions for packed texts: of tensors without numbers it makes masks that no real pass has
+    with (
+        FakeTensorMode(),
+        mock.patch(f"{masking_utils.__name__}.find_packed_sequence_indices", return_value=None),
+    ):
+        _put_on_cpu(model)
+        return _pass(model, torch.zeros(rows, length, dtype=torch.int64))
 
 
 def _shallow(config: PretrainedConfig) -> PretrainedConfig:
