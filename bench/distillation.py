@@ -1,6 +1,6 @@
-"""``python -m bench distillation RUN``: what students learn from a teacher's text, from its distribution of it, and on policy.
+"""What students learn from a teacher's text, from its distribution of it, and on policy.
 
-RUN is a finished run of the recipe `tiny`: its last policy is the teacher, and the responses that its distillation kept are the text.
+run is a finished run of the recipe `tiny`: its last policy is the teacher, and the responses that its distillation kept are the text.
 Each method learns the tokens of EPOCHS epochs over that, from random weights and from a student that has learnt the text for START
 epochs before.
 """

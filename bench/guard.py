@@ -1,10 +1,9 @@
 """Have the main CPU kernels become slower than the committed baseline?
 
-A time is not comparable between two days of one machine; a ratio to a yardstick timed in the same rounds is. Forward and
-backward of each kernel are divided by the bare GEMMs of the op in float32, or else by torch.exp over as many values, shortest
-round by shortest round, on one thread: threads that wait for one another repeat badly. Where memory happens to lie changes a
-time, so rounds are taken with fresh tensors REPEATS times; and what seems slower is measured up to AGAIN times more, since
-noise goes away and a slower kernel does not. The command ends with an error where a ratio has grown by more than BAND.
+Forward and backward of each are divided by the bare GEMMs of the op in float32, or else by torch.exp over as many values, shortest
+round by shortest round, on one thread. Where memory happens to lie changes a time, so rounds are taken with fresh tensors REPEATS
+times; what seems slower is measured up to AGAIN times more. The command ends with an error where a ratio has grown by more than
+BAND.
 """
 
 from __future__ import annotations

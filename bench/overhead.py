@@ -1,9 +1,8 @@
-"""What a call of each public op costs beside its work.
+"""What a call of each public op costs beside its work, at the shapes of r1kernels.examples, where there is next to none.
 
-At the shapes of r1kernels.examples there is next to no work: what a call takes is its checks, the choice of the backend,
-autograd and the torch op. Processes take turns, since one differs from the next (where its memory lies); each calls an op in
-batches, on one thread, and the shortest batch of all counts, by the CPU time of the thread, which no other process enters.
-``--against FOLDER``, another checkout with its extension built: its processes take turns with those of this one.
+Processes take turns, since one differs from the next (where its memory lies); each calls an op in batches, on one thread, and the
+shortest batch of all counts, by the CPU time of the thread. --against: the folder of another checkout with its extension built,
+whose processes take turns with those of this one.
 """
 
 from __future__ import annotations

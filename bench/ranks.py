@@ -1,4 +1,4 @@
-"""``python -m bench ranks ONE MORE``: the stages of a run of one process beside those of a run of several.
+"""The stages of a run of one process beside those of a run of several.
 
     python -m training run tiny --run runs/one parallel.processes=1
     python -m training run tiny --run runs/two parallel.processes=2

@@ -1,9 +1,8 @@
-"""The bytes that the experts keep for the backward, at the true shapes of models.
+"""The bytes that the experts keep for the backward, at the true shapes of models, against X (T, H) + pre-activation (S, 2 I), S = T * K.
 
-The goal is X + pre-activation: tokens (T, H) and (S, 2 I), S = T * K routed rows. All tensors that autograd saves count,
-each storage once, parameters left out. No one needs the weights for that: ours and grouped_mm run on fake tensors of the
-true shapes, which have sizes and no memory; eager PyTorch, which looks at the routing, runs on real tokens, with one
-expert's weights in the place of all.
+All tensors that autograd saves count, each storage once, parameters left out. No one needs the weights for that: ours and
+grouped_mm run on fake tensors of the true shapes; eager PyTorch, which looks at the routing, on real tokens, with one expert's
+weights in the place of all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m bench truncation``: what truncated sampling does to the importance ratios of GRPO, without kept sets and with them.
+"""What truncated sampling does to the importance ratios of GRPO, without kept sets and with them.
 
 R1-Zero of the recipe `smoke` draws at top-p 0.9 and takes the sampler's log-probs as old ones. Without kept sets the policy scores a
 token in the whole vocabulary: every ratio is off by the probability that the sampler kept (huggingface/trl#6789).

@@ -1,8 +1,6 @@
-"""Turns: what an implementation does before the next one has its own.
+"""Turns: what an implementation does before the next one has its own; docs/benchmarks.md tells why.
 
-The first call of a turn comes right after other code ran: it fetches its own code and memory back into the caches, which
-takes about a millisecond (32 MiB at 32 GB/s). That is a small part of a long call and most of a short one. So a long call
-is a turn of its own; a short one is made several times, as timeit does, and its turn has two results: the first call,
+A long call is a turn of its own. A short one is made several times, as timeit does, and its turn has two results: the first call,
 apart, and the median of those after it, which one interruption does not move.
 """
 
