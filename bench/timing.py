@@ -43,13 +43,14 @@ class Clock:
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
 
 
-def repeated(function: Callable[[], object], device: torch.device, times: int) -> list[float]:
-    """Seconds of so many calls, one after another, behind one that warms up."""
+def repeated(function: Callable[[], object], device: torch.device, times: int, calls: int = 1) -> list[float]:
+    """So many times the seconds of so many calls, behind one that warms up."""
     clock = Clock(device)
     function()
     for _ in range(times):
         clock.mark()
-        function()
+        for _ in range(calls):
+            function()
     clock.mark()
     return clock.seconds()
 
