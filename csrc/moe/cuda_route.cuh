@@ -91,7 +91,9 @@ struct Row {
 
 // --- keys ---
 
+// Both zeros have one key.
 __device__ inline int key_of(float value) {
+    value += 0.0f;
     int bits;
     memcpy(&bits, &value, sizeof bits);
     return value == value ? bits ^ ((bits >> 31) & INT32_MAX) : INT32_MAX;

@@ -3,6 +3,10 @@
 Scores are computed in float64 and rounded once to float32, so that equal logits have equal scores on every device. The
 choice compares their keys: integers in the order of the floats, NaN above everything. T tokens, E experts, K experts per
 token.
+
+Most GPUs have few units for float64: one for 64 of float32. So float32 makes the choice wherever it tells what the scores
+would, and float64 is left for the experts that are chosen, for those too close to each other, for sums over all, and for
+sqrt(softplus).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,6 +19,9 @@ NOT_ELIGIBLE = tl.constexpr(-(2**31))  # below the key of every float
 NAN_KEY = tl.constexpr(2**31 - 1)
 SIGMOID = tl.constexpr(0)  # the places in reference.SCORES
 SOFTMAX = tl.constexpr(1)
+LOGITS_APART = tl.constexpr(2.0**-20)  # see needed_apart
+SIGMOIDS_APART = tl.constexpr(2.0**-19)
+LOGITS_RANGE = tl.constexpr(60.0)
 
 
 @triton.jit
@@ -38,29 +45,43 @@ def route_kernel(
     GROUPS: tl.constexpr,  # n_group, the size of a group and K, at least, in powers of two
     MEMBERS: tl.constexpr,
     SLOTS: tl.constexpr,
+    CANDIDATES: tl.constexpr,  # how many experts float32 may leave for the choice; 0: it leaves all of them
 ):
     """Grid: T."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, SLOTS)
     used = slot < top_k
     row = logits + token * experts
-    largest, inverse = 0.0, 0.0
+    largest, inverse, defined = 0.0, 0.0, 1.0
     if replayed is None or SCORE == SOFTMAX:
         size = experts // n_group
         group, member = tl.arange(0, GROUPS)[:, None], tl.arange(0, MEMBERS)[None, :]
         real = (group < n_group) & (member < size)
         expert = group * size + member
-        logit = tl.load(row + expert, mask=real, other=float("-inf")).to(tl.float64)
+        logit = tl.load(row + expert, mask=real, other=float("-inf")).to(tl.float32)
         if SCORE == SOFTMAX:
-            largest, inverse = softmax_sums(tl.reshape(logit, (GROUPS * MEMBERS,)))
+            if NORMALIZE:
+                defined = softmax_defined(logit)
+            else:
+                largest, inverse = softmax_sums_of_tile(logit)
         if replayed is None:
-            selection = logit.to(tl.float32) if BY_LOGITS else score_of(logit, largest, inverse, SCORE)
-            if bias is not None:
-                selection += tl.load(bias + expert, mask=real, other=0.0)
-            keys = tl.where(real, key_of(selection), NOT_ELIGIBLE)
-            if GROUPS > 1:
-                keys = keep_best_groups(keys, n_group, topk_group, size, TWO_BEST, GROUPS, MEMBERS)
-            chosen = choose(keys, expert, slot, top_k)
+            chosen, known = slot * 0, False
+            if CANDIDATES > 0:
+                values = values_of_selection(logit, bias, expert, real, SCORE)
+                keys = tl.where(real, key_of(values), NOT_ELIGIBLE)
+                keys, lead = keep_best_groups(keys, n_group, topk_group, size, TWO_BEST)
+                apart = needed_apart(bias, expert, real, SCORE)
+                chosen, known = choose_by_values(
+                    keys, apart, row, bias, expert, slot, top_k, SCORE, CANDIDATES
+                )
+                known = known & (lead > 2 * apart)  # of two sums of two values
+            if known == 0:
+                selection = logit
+                if not BY_LOGITS:
+                    selection = scores_of_tile(logit, largest, inverse, SCORE, NORMALIZE)
+                keys = tl.where(real, key_of(with_bias(selection, bias, expert, real)), NOT_ELIGIBLE)
+                keys, _ = keep_best_groups(keys, n_group, topk_group, size, TWO_BEST)
+                chosen = choose(keys, expert, slot, top_k)
     if replayed is not None:
         chosen = tl.load(replayed + token * top_k + slot, mask=used, other=-1)
     tl.store(indices + token * top_k + slot, chosen, mask=used)
@@ -68,9 +89,8 @@ def route_kernel(
     inside = used & (chosen >= 0) & (chosen < experts)
     logit = tl.load(row + chosen, mask=inside, other=float("-inf")).to(tl.float64)
     if SCORE == SOFTMAX and NORMALIZE:
-        of_all = inverse  # NaN if any logit is NaN or +inf
         largest, inverse = softmax_sums(logit)
-        weight = tl.exp(logit - largest) * tl.where(of_all == of_all, inverse, of_all)
+        weight = tl.exp(logit - largest) * inverse * defined
     else:
         weight = tl.where(inside, score_of(logit, largest, inverse, SCORE).to(tl.float64), 0.0)
         if NORMALIZE:
@@ -143,6 +163,27 @@ def softmax_sums(logit):
 
 
 @triton.jit
+def softmax_sums_of_tile(logit):
+    """The same of a tile of float32."""
+    return softmax_sums(tl.reshape(logit.to(tl.float64), (logit.numel,)))
+
+
+@triton.jit
+def softmax_defined(logit):
+    """NaN if a logit of a tile is NaN or +inf or all are -inf, else 1."""
+    most = value_of(largest_of_tile(key_of(logit)))
+    return tl.where(tl.abs(most) < float("inf"), 1.0, float("nan"))
+
+
+@triton.jit
+def scores_of_tile(logit, largest, inverse, SCORE: tl.constexpr, NORMALIZE: tl.constexpr):
+    """Scores of a tile of float32; the sums of a softmax are given unless it is to be NORMALIZEd over the chosen."""
+    if SCORE == SOFTMAX and NORMALIZE:
+        largest, inverse = softmax_sums_of_tile(logit)
+    return score_of(logit.to(tl.float64), largest, inverse, SCORE)
+
+
+@triton.jit
 def score_of(logit, largest, inverse, SCORE: tl.constexpr):
     """Scores in float32."""
     if SCORE == SOFTMAX:
@@ -172,8 +213,44 @@ def softplus(logit):
 
 
 @triton.jit
+def with_bias(score, bias, expert, real):
+    """What experts are chosen by."""
+    if bias is None:
+        return score
+    else:
+        return score + tl.load(bias + expert, mask=real, other=0.0)
+
+
+@triton.jit
+def values_of_selection(logit, bias, expert, real, SCORE: tl.constexpr):
+    """Values of float32 that stand for what experts are chosen by; in a softmax the logits, whose order is that of the scores."""
+    if SCORE == SOFTMAX:
+        return logit
+    else:
+        return with_bias(1.0 / (1.0 + tl.exp(-logit)), bias, expert, real)
+
+
+@triton.jit
+def needed_apart(bias, expert, real, SCORE: tl.constexpr):
+    """How far apart two values of float32 must be for the scores to be in the same order.
+
+    A softmax keeps the order of the logits: e^(l - l') is the ratio of two scores, so that logits 2^-20 apart have float32
+    scores that differ, as long as these are no subnormals: e^-60 / E is none. A sigmoid in float32 is off by 2^-21 (a
+    division by 2^-22, an exponential by as much), and with B the largest |bias| the sum p + bias is rounded by (1 + B) 2^-24,
+    once in the value and once in the score.
+    """
+    if SCORE == SOFTMAX:
+        return LOGITS_APART
+    elif bias is None:
+        return SIGMOIDS_APART
+    else:
+        return SIGMOIDS_APART * (1.0 + largest_of_tile(tl.abs(tl.load(bias + expert, mask=real, other=0.0))))
+
+
+@triton.jit
 def key_of(value):
-    bits = value.to(tl.int32, bitcast=True)
+    """Both zeros have one key."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)
     return tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), NAN_KEY)
 
 
@@ -183,13 +260,15 @@ def value_of(key):
 
 
 @triton.jit
-def keep_best_groups(
-    keys, n_group, topk_group, size, TWO_BEST: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr
-):
-    """keys (GROUPS, MEMBERS), not eligible outside of the best groups. The lowest group wins among equals.
+def keep_best_groups(keys, n_group, topk_group, size, TWO_BEST: tl.constexpr):
+    """keys (GROUPS, MEMBERS), not eligible outside of the best groups, and by how much the last group kept leads the others.
 
-    The key of a group is its best, or that of the sum of its two best selection scores.
+    The key of a group is its best, or that of the sum of its two best selection scores. The lowest group wins among equals.
     """
+    GROUPS: tl.constexpr = keys.shape[0]
+    MEMBERS: tl.constexpr = keys.shape[1]
+    if GROUPS == 1:
+        return keys, float("inf")
     group, member = tl.arange(0, GROUPS), tl.arange(0, MEMBERS)[None, :]
     group_keys = tl.max(keys, axis=1)
     if TWO_BEST:
@@ -198,11 +277,71 @@ def keep_best_groups(
         of_two = key_of(value_of(group_keys) + value_of(second))
         group_keys = tl.where((size > 1) & (group < n_group), of_two, group_keys)
     kept = group < 0
+    following = tl.max(group_keys, axis=0)
+    last = following
     for _ in range(topk_group):
-        best = tl.min(tl.where(group_keys == tl.max(group_keys, axis=0), group, GROUPS), axis=0)
+        last = following
+        best = tl.min(tl.where(group_keys == last, group, GROUPS), axis=0)
         kept = kept | (group == best)
         group_keys = tl.where(group == best, NOT_ELIGIBLE, group_keys)
-    return tl.where(kept[:, None], keys, NOT_ELIGIBLE)
+        following = tl.max(group_keys, axis=0)
+    lead = tl.where(following == NOT_ELIGIBLE, float("inf"), value_of(last) - value_of(following))
+    return tl.where(kept[:, None], keys, NOT_ELIGIBLE), lead
+
+
+@triton.jit
+def largest_of_tile(values):
+    return tl.max(tl.max(values, axis=1), axis=0)
+
+
+@triton.jit
+def first_of_tile(keys, key, expert):
+    """The lowest expert that has the key."""
+    return tl.min(tl.min(tl.where(keys == key, expert, NAN_KEY), axis=1), axis=0)
+
+
+@triton.jit
+def choose_by_values(
+    keys, apart, row, bias, expert, slot, top_k, SCORE: tl.constexpr, CANDIDATES: tl.constexpr
+):
+    """The experts of the ``top_k`` largest scores in ``slot``, by the keys of values that stand for them, and whether these tell.
+
+    Candidates are the experts with the K largest values and those that follow at less than ``apart``: all that could be among
+    the K best. Where two of them follow each other too closely, the scores of the candidates make the order; in a softmax,
+    whose scores need the sum over all, equal logits have equal scores, and other close ones tell nothing.
+    """
+    place, count = tl.arange(0, CANDIDATES), 0
+    candidates, chosen = place * 0 - 1, slot * 0
+    best = largest_of_tile(keys)
+    previous, first, last = best, value_of(best), value_of(best)
+    close = best == NOT_ELIGIBLE
+    while (
+        (count < CANDIDATES) & (best != NOT_ELIGIBLE) & ((count < top_k) | (value_of(best) >= last - apart))
+    ):
+        value, number = value_of(best), first_of_tile(keys, best, expert)
+        near = (count > 0) & (value_of(previous) - value <= apart)
+        if SCORE == SOFTMAX:
+            near = near & (best != previous)
+        close = close | near
+        last = tl.where(count < top_k, value, last)
+        candidates = tl.where(place == count, number, candidates)
+        chosen = tl.where(slot == count, number, chosen)
+        keys = tl.where(expert == number, NOT_ELIGIBLE, keys)
+        previous = best
+        best = largest_of_tile(keys)
+        count += 1
+    complete = (best == NOT_ELIGIBLE) | (value_of(best) < last - apart)
+    known = complete & (tl.abs(first) < float("inf")) & (first - last <= LOGITS_RANGE)
+    if SCORE == SOFTMAX:
+        known = known & (close == 0)
+    else:
+        if known & close:
+            real = candidates >= 0
+            logit = tl.load(row + candidates, mask=real, other=float("-inf")).to(tl.float64)
+            score = with_bias(score_of(logit, 0.0, 0.0, SCORE), bias, candidates, real)
+            best_keys = tl.where(real, key_of(score), NOT_ELIGIBLE)
+            chosen = choose(best_keys[None, :], candidates[None, :], slot, top_k)
+    return chosen, known
 
 
 @triton.jit
@@ -210,8 +349,7 @@ def choose(keys, expert, slot, top_k):
     """The experts of the ``top_k`` largest keys, in ``slot``; the lowest one among equals."""
     chosen = slot * 0
     for k in range(top_k):
-        best = tl.max(tl.max(keys, axis=1), axis=0)
-        first = tl.min(tl.min(tl.where(keys == best, expert, NAN_KEY), axis=1), axis=0)
+        first = first_of_tile(keys, largest_of_tile(keys), expert)
         chosen = tl.where(slot == k, first, chosen)
         keys = tl.where(expert == first, NOT_ELIGIBLE, keys)
     return chosen

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from . import routing, sort
+from .reference import SCORES
 
 EXPERTS_OF_WARP = 512
+SIGMOID, SOFTMAX = (SCORES.index(score) for score in ("sigmoid", "softmax"))
+FEWEST_CANDIDATES = 8
 
 
 @sort.FORWARD.implement("triton")
@@ -57,6 +60,7 @@ def route(call: routing.RouteCall) -> tuple[Tensor, Tensor, Tensor]:
                 GROUPS=groups,
                 MEMBERS=members,
                 SLOTS=_power_of_two(top_k),
+                CANDIDATES=_candidates(call, groups * members),
                 **_launch(groups * members),
             )
     return weights, chosen, counts
@@ -89,6 +93,15 @@ def route_backward(call: routing.RouteBackwardCall) -> Tensor:
                 **_launch(size),
             )
     return grad
+
+
+def _candidates(call: routing.RouteCall, size: int) -> int:
+    """How many experts float32 may leave for the choice; 0 where it cannot stand for what experts are chosen by."""
+    choice, most = call.choice, max(2 * _power_of_two(call.top_k), FEWEST_CANDIDATES)
+    by_values = call.score == SIGMOID or (
+        call.score == SOFTMAX and choice.bias is None and choice.n_group == 1
+    )
+    return most if by_values and not choice.by_logits and choice.indices is None and most <= size else 0
 
 
 def _power_of_two(size: int) -> int:

@@ -111,6 +111,11 @@ class RoutingKernel:
             for top_k in (2, 3):
                 self.check(backend, torch.tensor([logits]), top_k=top_k, score=score)
 
+    @pytest.mark.parametrize("options", [{"score": "softmax"}, {"choose_by": "logits"}])
+    def test_zeros_of_both_signs_are_equal(self, backend, options):
+        logits = torch.tensor([[-0.0, 0.0, 0.0, -1.0], [-1.0, -0.0, 0.0, 0.0]])
+        assert self.check(backend, logits, top_k=1, **options)[1].tolist() == [[0], [1]]
+
     def test_the_shapes_of_models(self, backend):
         v3 = {"top_k": 8, "n_group": 8, "topk_group": 4, "scale": 2.5}
         self.check(backend, normal(4, 256), bias=normal(256, seed=1) / 10, **v3)

@@ -2,14 +2,17 @@
 process of its own.
 """
 
+import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
 
 import r1kernels
 from r1kernels.moe import reference, triton_sort
 from r1kernels.moe import route as public_route
 from r1kernels.moe import sort_by_expert as public_sort
 from tests.support import interpreter_bfloat16
+from tests.support.forced import public_on
 from tests.support.redzones import Redzones
 from tests.support.routing_cases import FAMILIES, families, normal
 from tests.support.routing_kernel import RoutingKernel, integers
@@ -49,6 +52,46 @@ class TestRoutingTriton(RoutingKernel):
     @pytest.mark.parametrize("experts", [1, 9])
     def test_order(self, backend, rows, experts):
         self.check_order(backend, integers(0, experts + 1, rows), experts)
+
+
+MODELS = {  # E experts, and how many exponentials of float64 a token may cost: those of its weights, K or 2 K
+    "deepseek-v3": (256, 16, {"top_k": 8, "score": "sigmoid", "n_group": 8, "topk_group": 4, "bias": True}),
+    "sigmoid": (128, 16, {"top_k": 8, "score": "sigmoid"}),
+    "qwen3": (128, 16, {"top_k": 8, "score": "softmax"}),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_float64_is_for_the_experts_that_are_chosen(monkeypatch, model):
+    """GPUs of consumers compute one value of float64 in the time of 64 of float32."""
+    experts, most, options = MODELS[model]
+    options = options | {"bias": normal(experts, seed=1) / 10 if "bias" in options else None}
+    builder, wide = interpreter.InterpreterBuilder, []
+    exp = builder.create_exp
+
+    def counting(self, x):
+        wide.extend([x.data.size] if x.data.dtype == np.float64 else [])
+        return exp(self, x)
+
+    monkeypatch.setattr(builder, "create_exp", counting)
+    logits = normal(4, experts)
+    _, indices, _ = public_on("triton", r1kernels.route, logits, **options)
+    assert 0 < sum(wide) <= 4 * most
+    assert torch.equal(indices, public_route(logits, **options, backend="reference").indices)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("steps", [1e-7, 1e-6, 1e-3, 0.5])
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_experts_that_are_close_are_in_the_order_of_their_exact_scores(score, steps, bias):
+    """Logits on a grid, of which some fall together in float32 scores and some are equal."""
+    logits = (integers(-4, 5, 5, 40, seed=3) * steps + 1).float()
+    offsets = integers(-2, 3, 40, seed=4) * steps if bias else None
+    for n_group, topk_group in ((1, 1), (4, 2)):
+        options = {"score": score, "bias": offsets, "n_group": n_group, "topk_group": topk_group}
+        ours = public_on("triton", r1kernels.route, logits, 6, **options)
+        expected = public_route(logits, 6, **options, backend="reference")
+        assert torch.equal(ours[1], expected.indices), (n_group, topk_group)
 
 
 def test_nothing_outside_the_arguments_is_read():
