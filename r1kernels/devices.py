@@ -29,6 +29,7 @@ _NATIVE = {9} if "90a" in extension.cuda_architectures() else set()
 _NO_TRITON = None if importlib.util.find_spec("triton") else "the package triton is not installed"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _gpus: dict[int, Any] = {}
+_ready: set[int] = set()  # the GPUs that are known to run the extension's CUDA kernels
 SERVED = {"cuda": ("cuda",), "triton": ("cuda", "cpu") if _INTERPRETED else ("cuda",), "cpu": ("cpu",)}
 """The types of the devices whose tensors a backend may serve; the first is the one that its kernels are for."""
 
@@ -48,10 +49,14 @@ def cpu(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> li
 
 def cuda(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> list[str]:
     """Why the C++ kernels for NVIDIA GPUs cannot take ``tensor``, the argument ``name``."""
+    if tensor.is_cuda and tensor.device.index in _ready and tensor.dtype in dtypes:  # as most are
+        return []
     if not tensor.is_cuda:
         found = [f"{name}: on {tensor.device}, this backend is for NVIDIA GPUs"]
     else:
         found = _too_old(tensor) or ([] if _no_cuda else _not_loaded(tensor))
+        if not (found or _no_cuda or torch.compiler.is_compiling()):
+            _ready.add(tensor.device.index)
     return found + _common(name, tensor, dtypes, _no_cuda)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 import r1kernels
 from r1kernels import backends, devices, extension
-from r1kernels.grpo import one_pass
+from r1kernels.grpo import loss, one_pass
 from r1kernels.logprob import linear, triton_linear
 from r1kernels.logprob.token import Rows
 from r1kernels.moe.experts import ExpertsCall, GemmCall
@@ -25,6 +26,7 @@ def gpu(monkeypatch):
         properties = SimpleNamespace(major=capability[0], minor=capability[1], total_memory=80 << 30)
         names = built.split()
         monkeypatch.setattr(devices, "_gpus", {})
+        monkeypatch.setattr(devices, "_ready", set())
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         monkeypatch.setattr(
             devices, "_BUILT", sorted(divmod(int(name), 10) for name in names if name != "90a")
@@ -97,6 +99,34 @@ def test_torch_is_asked_for_the_properties_of_a_gpu_once(gpu, monkeypatch):
         assert devices.cuda("x", on_gpu(2)) == devices.triton("x", on_gpu(2)) == []
         assert devices.grouped_products_yield(on_gpu(2)) == ""
     assert asked == [0]
+
+
+def functions_entered(call):
+    """How many functions of the package a call enters."""
+    entered = 0
+
+    def count(frame, event, argument):
+        nonlocal entered
+        entered += event == "call" and "/r1kernels/" in frame.f_code.co_filename
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+def test_to_choose_cuda_takes_no_more_steps_than_to_choose_the_cpu(gpu):
+    """A GPU's kernel of a small batch waits for the host."""
+    gpu((9, 0))
+    steps = {}
+    for logp in (torch.empty(2, 3), on_gpu(2, 3, dtype=torch.float32)):
+        tokens = loss.Tokens(logp, *[None] * (len(loss.Tokens._fields) - 1))
+        call = loss.LossCall(tokens, None, "token", None)
+        chosen = backends.choose("grpo_loss", None, call).name  # the first call asks the driver
+        steps[chosen] = functions_entered(lambda call=call: backends.choose("grpo_loss", None, call))
+    assert steps.keys() == {"cpu", "cuda"} and 0 < steps["cuda"] <= steps["cpu"], steps
 
 
 def test_the_answer_of_the_driver_stands_in_a_compiled_graph(gpu):
