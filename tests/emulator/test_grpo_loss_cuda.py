@@ -54,7 +54,7 @@ class EmulatedOps:
         assert self.module.forward(fields | {"workspace": workspace.data_ptr()}) == 0
         return outputs
 
-    def backward(self, grad_loss, grad_logp, grad_of_ratio, grad_entropy, mask, cu_seqlens, logp):
+    def backward(self, grad_loss, grad_logp, grad_of_ratio, grad_entropy, mask, cu_seqlens, logp=None):
         results = torch.full_like(grad_logp, torch.nan), torch.full_like(grad_entropy, torch.nan)
         absent = (
             "old_logp ref_logp advantages policy_weights entropy entropy_weights weights total loss metrics "
