@@ -256,7 +256,7 @@ class Rollout:
     max_gap: float = setting(
         0.0,
         "largest |log-prob of a token as the sampler gives it - as the trainer does| in a step of GRPO; more stops the run. 0: "
-        "in the process 1e-4, of a server 1e-2; with bfloat16 1 and 5; of a pretrained model in the process five times as much",
+        "in the process 1e-3, of a server 1e-2; with bfloat16 1 and 5; of a pretrained model in the process five times as much",
         minimum=0,
         operational=True,
     )

@@ -165,7 +165,7 @@ def other_log_prob(output):
         (half_of_a_set, TRUNCATED, r"token 2 of .* its kept set of \d+ tokens is not the one that it was drawn from"),
         (other_experts, CONFIG, r"the router of model\.layers\.1\.mlp\.gate chooses other experts .* for 100% of"),
         (other_log_prob, CONFIG, r"token 0 of sample 1 of problem \S+ the log-prob -\S+, and the trainer gives it -\S+; "
-            r"rollout\.max_gap lets them differ by 0\.0001: no router and no kept set differs"),
+            r"rollout\.max_gap lets them differ by 0\.001: no router and no kept set differs"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
@@ -188,14 +188,14 @@ def test_a_gap_stops_the_run_with_what_differs_before_anything_is_learnt(
         replace(config, old_logprobs=old, minibatches=1, steps=1),
         rollout=replace(load("smoke").rollout, max_gap=math.inf),
     )
-    assert rows[0]["sampler_gap_max"] > 1e-3
+    assert rows[0]["sampler_gap_max"] > gap.LIMITS["transformers", "float32"]
 
 
 @pytest.mark.parametrize(
     ("words", "limit"),
     [
-        ([], 1e-4),
-        (["model.pretrained=smollm2"], 5e-4),
+        ([], 1e-3),
+        (["model.pretrained=smollm2"], 5e-3),
         (["dtype=bfloat16"], 1.0),
         (["dtype=bfloat16", "model.pretrained=smollm2"], 5.0),
         (["rollout.engine=vllm"], 1e-2),

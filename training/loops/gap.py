@@ -1,7 +1,8 @@
 """The log-probs of the sampler against the trainer's: a gap that the arithmetic of an engine does not explain stops the run.
 
 Both score the same tokens with the same weights, the experts that were recorded and the sets that were kept. What is left is
-rounding: of float32 in the process, of another program's kernels in a server.
+rounding: of float32 in the process, of another program's kernels in a server. A model that is undecided between two tokens, for its
+attention or its router tips over there, makes a hundred times more of it than elsewhere: the limits leave room for that.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 # Largest sampler_gap_max of a step by engine and number format, where the recipe sets none; in the process a pretrained model, which
 # is deeper, gets DEEPER times as much.
 LIMITS = {
-    ("transformers", "float32"): 1e-4,
+    ("transformers", "float32"): 1e-3,
     ("transformers", "bfloat16"): 1.0,
     ("vllm", "float32"): 1e-2,
     ("vllm", "bfloat16"): 5.0,
