@@ -230,9 +230,6 @@ class BackwardCall(NamedTuple):
     grad_entropy: Tensor
     mask: Contiguous
     cu_seqlens: Contiguous | None
-    logp: Float32 | None = (
-        None  # with grad_of_ratio: a log-prob of -inf has no gradient by the ratio of its sequence
-    )
 
 
 def shapes(call: KernelCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -258,20 +255,21 @@ BACKWARD = Kernel("grpo_loss", BackwardCall, backward_shapes, suffix="_backward"
 
 def _save(call: KernelCall, results: tuple[Tensor, ...]) -> Any:
     _, _, *grads = results
-    return (*grads, call.tokens.mask, call.tokens.cu_seqlens), None
+    mask, logp = call.tokens.mask, call.tokens.logp
+    if call.logp_gradient and RATIOS[call.ratio] != "token":
+        # the ratio of a sequence has no gradient in a log-prob of -inf
+        mask = torch.where(logp == -torch.inf, torch.zeros_like(mask), mask)
+    return (*grads, mask, call.tokens.cu_seqlens), None
 
 
 def _gradients(
     backend: str, inputs: Any, saved: Any, _: Any, grads: Any, needs: Any
 ) -> tuple[Tensor, Tensor]:
     """The loss is a scalar: the forward wrote the gradients for an upstream gradient of 1, which scales them here."""
-    grad_logp, grad_of_ratio, grad_entropy, mask, cu_seqlens = saved
+    grad_logp, grad_of_ratio, grad_entropy, _, _ = saved
     if _are_final(grads[0], grad_of_ratio):
         return grad_logp, grad_entropy
-    logp = inputs[0] if grad_of_ratio.numel() > 0 else None
-    return BACKWARD(
-        backend, BackwardCall(grads[0], grad_logp, grad_of_ratio, grad_entropy, mask, cu_seqlens, logp)
-    )
+    return BACKWARD(backend, BackwardCall(grads[0], *saved))
 
 
 # unknown to torch: kept, so that nothing is handed out twice
