@@ -27,7 +27,7 @@ COMMANDS = {
     "rollout": "tokens a second of the trainer's sampler, beside transformers' own ways",
     "training_memory": "peak of a GRPO step, beside what the dry run says",
     "distillation": "students of a finished run of tiny, by text, logits and on policy",
-    "ranks": "the stages of a run of one process beside those of a run of several",
+    "ranks": "the stages of a run of one process, and each of them done again in several",
     "truncation": "importance ratios of GRPO under top-p sampling, without kept sets and with them",
     "pipeline": "the marks of whole pipeline runs",
     "smollm2": "keep what a finished run of SmolLM2 learnt",

@@ -1,16 +1,20 @@
-"""The stages of a run of one process beside those of a run of several.
+"""The stages of a run of one process, and each of them done again in several.
 
     python -m training run tiny --run runs/one parallel.processes=1
-    python -m training run tiny --run runs/two parallel.processes=2
-    python -m bench ranks runs/one runs/two --out bench/results/cpu/ranks.json
+    python -m bench ranks runs/one 2 --out bench/results/cpu/ranks.json
 
-Beside them stands what the machine allows: optimizer steps of the recipe's base in one process alone, and in as many processes as
-the second run has at the same time, which share nothing.
+A stage is done again from what the run's stages before it have made: sums of several processes differ in their last bits, so that
+of two whole runs the later stages would have other data. Beside them stands what the machine allows: optimizer steps of the
+recipe's base in one process alone, and in as many processes at the same time, which share nothing.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +42,18 @@ def of_run(folder: Path) -> dict[str, Any]:
     recipe, done = pipeline.finished(RunDir(folder))
     seconds = {name: round(record["stage_seconds"], 1) for name, record in done.items()}
     return {"recipe": recipe.name, "processes": recipe.parallel.processes, "stage_seconds": seconds}
+
+
+def again(run: Path, stage: str, processes: int) -> float:
+    """Seconds of a stage of a finished run, done again in so many processes in a copy of its folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "run"
+        shutil.copytree(run, copy)
+        words = ["stage", stage, "--run", str(copy), "--redo", stage, f"parallel.processes={processes}"]
+        subprocess.run([sys.executable, "-m", "training", *words], check=True, stdout=sys.stderr)
+        record = RunDir(copy).stage(stage).record()
+    assert record is not None
+    return round(record["stage_seconds"], 1)
 
 
 def unshared(recipe: Recipe, processes: int) -> float:
@@ -70,10 +86,13 @@ def _steps(recipe: Recipe, barrier: Any, times: Any) -> None:
     times.put((time.perf_counter() - began) / STEPS)
 
 
-def measure(one: Path, more: Path) -> dict[str, Any]:
-    runs = [of_run(one), of_run(more)]
-    recipe = RunDir(one).read_recipe()
-    return {"runs": runs, "unshared_step_seconds": [unshared(recipe, run["processes"]) for run in runs]}
+def measure(run: Path, processes: int) -> dict[str, Any]:
+    one, recipe = of_run(run), RunDir(run).read_recipe()
+    seconds = {stage: again(run, stage, processes) for stage in one["stage_seconds"]}
+    return {
+        "runs": [one, {**one, "processes": processes, "stage_seconds": seconds}],
+        "unshared_step_seconds": [unshared(recipe, count) for count in (one["processes"], processes)],
+    }
 
 
 def tables(record: Mapping[str, Any]) -> list[Table]:

@@ -64,15 +64,10 @@ def sample_in_pieces(
                     **settings,
                 )
                 if path is not None and ranks.main():
-                    files.write_jsonl(path, map(kept_of, drawn))
+                    files.write_jsonl(path, [{key: getattr(each, key) for key in KEPT} for each in drawn])
             found += drawn
             bar.advance(len(drawn))
     return found
-
-
-def kept_of(completion: Completion) -> dict[str, Any]:
-    """What is kept of a completion: arguments of `Completion` beside its problem."""
-    return {key: getattr(completion, key) for key in KEPT}
 
 
 def _read(path: Path, asked: Sequence[Prompt], samples: int) -> list[Completion]:

@@ -21,7 +21,7 @@ from training.errors import UserError
 from training.loops.sample import Completion, Prompt, room
 from training.model import load
 from training.parallel import ranks
-from training.pieces import kept_of, sample_in_pieces
+from training.pieces import sample_in_pieces
 from training.prompts import Prompter
 from training.recipe import Recipe, Rollout
 from training.response import parse
@@ -195,24 +195,20 @@ def draw_each(calls: Sequence[Mapping[str, Any]], **same: Any) -> list[list[Comp
     """`draw` with each of the `calls`, its arguments beside `same`. Ranks make whole calls where these divide evenly: a call of
     half the problems takes more than half the time."""
 
-    def made(call: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, dict[str, Any]]]]:
+    def made(call: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[Completion]]:
         told: list[tuple[str, str]] = []
         with notices.listening(lambda kind, text: told.append((kind, text))):
-            drawn = draw(**call, **same)
-        return told, [(each.problem.id, kept_of(each)) for each in drawn]
+            return told, draw(**call, **same)
 
     weights = [float(len(call["asked"]) * {**same, **call}["samples"]) for call in calls]
     if all(call["source"].rollout.engine == "transformers" for call in calls):
         found = ranks.apart(made, calls, weights)
     else:  # a server that rank 0 alone speaks to
         found = [made(call) for call in calls]
-    responses = []
-    for call, (told, rows) in zip(calls, found, strict=True):
+    for told, _ in found:
         for kind, text in told:
             notices.warn(kind, text)
-        problems = by_id(call["asked"])
-        responses.append([Completion(problem=problems[name], **kept) for name, kept in rows])
-    return responses
+    return [drawn for _, drawn in found]
 
 
 def as_sample(completion: Completion, response_format: str) -> Sample:
