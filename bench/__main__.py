@@ -42,26 +42,23 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    chosen = argparse.ArgumentParser(
-        prog="python -m bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(f"{name:<16} {text}" for name, text in COMMANDS.items()),
-    )
+    known = "\n".join(f"{name:<16} {text}" for name, text in COMMANDS.items())
+    chosen = _parser("python -m bench", f"{__doc__}\n\n{known}")
     chosen.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     name = chosen.parse_args(words[:1]).command
     module = importlib.import_module(f"bench.{name}")  # some need much: only what is asked for
-    parser = argparse.ArgumentParser(
-        prog=f"{chosen.prog} {name}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _parser(f"python -m bench {name}", module.__doc__)
     if not hasattr(module, "tables"):
         _add_arguments(parser, module.main)
         return int(module.main(**vars(parser.parse_args(words[1:]))) or 0)
     _add_arguments(parser, module.measure)
     parser.add_argument("--out", type=Path, default=Path(f"bench-results/{name}.json"))
     return _measured(module, **vars(parser.parse_args(words[1:])))
+
+
+def _parser(program: str, text: str | None) -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=program, description=text, formatter_class=form)
 
 
 def _add_arguments(parser: argparse.ArgumentParser, function: Callable[..., object]) -> None:

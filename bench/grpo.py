@@ -53,11 +53,8 @@ def loss_inputs(case: Case, device: torch.device) -> Inputs:
 
 def head_inputs(case: Case, device: torch.device) -> Inputs:
     """The same from hidden states (B, L, H) and a head (V, H): the policy has moved a little since the sample was taken."""
-    head, loss, shape = (
-        linear_inputs(case, device, seed=1),
-        loss_inputs(case, device),
-        (case.sizes["B"], case.sizes["L"]),
-    )
+    head, loss = linear_inputs(case, device, seed=1), loss_inputs(case, device)
+    shape = (case.sizes["B"], case.sizes["L"])
     logp = linear_exact(case, head)["logp"].values.float().view(shape)
     moved = {name: logp + loss[name] - loss["logp"] for name in ("old_logp", "ref_logp")}
     tensors = {
@@ -103,16 +100,10 @@ def _loss(
     return loss, [*means, largest, ess]
 
 
-def _head_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    old: Tensor,
-    ref: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-) -> Any:
-    return _loss(log_softmax(F.linear(hidden, weight), targets), old, ref, advantages, None, mask)
+def _head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *others: Tensor) -> Any:
+    """others: old and reference log-probs, advantages, mask."""
+    *given, mask = others
+    return _loss(log_softmax(F.linear(hidden, weight), targets), *given, None, mask)
 
 
 # --- exact ---

@@ -17,7 +17,21 @@ import r1kernels
 
 from .cases import Case, lengths
 from .numerics import Exact, of_head, softmax_rows, spread
-from .peers import OURS, TRAINING, Call, Draw, Inputs, Op, Ours, Outputs, Peer, Unavailable, plain, theirs
+from .peers import (
+    OURS,
+    TRAINING,
+    Call,
+    Draw,
+    Inputs,
+    Make,
+    Op,
+    Ours,
+    Outputs,
+    Peer,
+    Unavailable,
+    plain,
+    theirs,
+)
 
 _CHECKED_ROWS = 256
 TRL_CHUNK = 32768  # what TRL's trainers pass
@@ -211,7 +225,7 @@ def _cce(filter_eps: str | None) -> Callable[[Any, Inputs, Case], Outputs]:
     return lambda cce, inputs, case: {"loss": cce.linear_cross_entropy(*head(inputs), filter_eps=filter_eps)}
 
 
-def _torch_linear(chunked: bool) -> Callable[[Case, Inputs], Call]:
+def _torch_linear(chunked: bool) -> Make:
     def make(case: Case, inputs: Inputs) -> Call:
         function = getattr(F, "linear_cross_entropy", None)
         if function is None:
@@ -332,12 +346,8 @@ KEPT = (
            Peer(f"{OURS}, whole head", _whole_head, kind="ours", package=OURS)),
     bare_gemms("three bare GEMMs of the whole head"),
 )  # fmt: skip
-GROUPED = plain(
-    lambda case: _packed_sums if case.layout == "packed" else _sums,
-    "logits,targets,mask,cu_seqlens",
-    "logp",
-    _GROUPED.peer(),
-)
+GROUPED = plain(lambda case: _packed_sums if case.layout == "packed" else _sums, "logits,targets,mask,cu_seqlens", "logp",
+                _GROUPED.peer())  # fmt: skip
 LINEAR_GROUPED = (
     *plain(lambda case: _linear_sums, "hidden,weight,targets,mask", "logp", _LINEAR_GROUPED.peer()),
     _THREE,

@@ -74,11 +74,9 @@ def counting_saved(without: list[Tensor]) -> Iterator[Saved]:
 
 def available_bytes(device: torch.device) -> int:
     """Free memory of the device."""
-    return (
-        int(torch.cuda.mem_get_info()[0])
-        if device.type == "cuda"
-        else _bytes(Path("/proc/meminfo"), "MemAvailable")
-    )
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return _bytes(Path("/proc/meminfo"), "MemAvailable")
 
 
 def _reset_peak() -> bool:

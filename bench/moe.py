@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,22 @@ from torch import Tensor
 
 from .cases import GROUPS, GROUPS_PER_TOKEN, SCALE, Case
 from .numerics import Exact, spread
-from .peers import EAGER, OURS, Call, Draw, Inputs, Op, Ours, Outputs, Peer, Unavailable, needs, plain, theirs
+from .peers import (
+    EAGER,
+    OURS,
+    Call,
+    Draw,
+    Inputs,
+    Make,
+    Op,
+    Ours,
+    Outputs,
+    Peer,
+    Unavailable,
+    needs,
+    plain,
+    theirs,
+)
 
 CHECKED_EXPERTS = 16
 EXPERTS_OF = "hidden,indices,weights,gate_up,down"
@@ -199,7 +215,7 @@ def _by_expert(inputs: Inputs) -> Outputs:
 # --- others ---
 
 
-def transformers_experts(implementation: str) -> Callable[[Case, Inputs], Call]:
+def transformers_experts(implementation: str) -> Make:
     """The experts module of Qwen3-MoE by one of transformers' implementations."""
 
     def make(case: Case, inputs: Inputs) -> Call:
@@ -230,15 +246,14 @@ def transformers_experts(implementation: str) -> Callable[[Case, Inputs], Call]:
 
 def _transformers_route(case: Case, inputs: Inputs) -> Call:
     """The forward of a model's router without the GEMM that makes the logits: its ``F.linear`` gives them."""
-    name, family = (
-        ("Qwen3MoeTopKRouter", "qwen3_moe") if case.layout else ("DeepseekV3TopkRouter", "deepseek_v3")
-    )
+    name, family = ("DeepseekV3TopkRouter", "deepseek_v3")
+    if case.layout:
+        name, family = ("Qwen3MoeTopKRouter", "qwen3_moe")
     module = needs(f"transformers.models.{family}.modeling_{family}", "transformers")
     original = getattr(module, name).forward
     given = SimpleNamespace(linear=lambda hidden, weight: hidden)
-    forward = FunctionType(
-        original.__code__, {**original.__globals__, "F": given}, closure=original.__closure__
-    )
+    seen = {**original.__globals__, "F": given}
+    forward = FunctionType(original.__code__, seen, closure=original.__closure__)
     router = SimpleNamespace(
         hidden_dim=case.sizes["E"], num_experts=case.sizes["E"], top_k=case.sizes["K"], num_group=GROUPS,
         topk_group=GROUPS_PER_TOKEN, norm_topk_prob=case.layout != "softmax-plain", routed_scaling_factor=SCALE,
@@ -258,7 +273,7 @@ def _liger(module: Any, inputs: Inputs, case: Case) -> Outputs:
     return {"out": module.LigerFusedMoEFunction.apply(hidden, gate_up, down, indices.int(), weights)}
 
 
-def _formed(make: Callable[[Case, Inputs], Any]) -> Callable[[Case, Inputs], Call]:
+def _formed(make: Make) -> Make:
     """An implementation of moe_experts behind W + c B A, which it multiplies with."""
 
     def made(case: Case, inputs: Inputs) -> Call:
@@ -281,10 +296,8 @@ def _formed(make: Callable[[Case, Inputs], Any]) -> Callable[[Case, Inputs], Cal
 def _dense_gemms(case: Case, inputs: Inputs) -> Any:
     """GEMMs of the same FLOPs with one weight for all rows, and nothing between them; frozen weights get no gradient."""
     s, device, frozen = case.sizes, inputs["hidden"].device, "R" in case.sizes
-    x, y, both, a = (
-        torch.ones(s["T"] * s["K"], size, device=device, dtype=case.torch_dtype)
-        for size in (s["H"], s["H"], 2 * s["I"], s["I"])
-    )
+    ones = partial(torch.ones, device=device, dtype=case.torch_dtype)
+    x, y, both, a = (ones(s["T"] * s["K"], size) for size in (s["H"], s["H"], 2 * s["I"], s["I"]))
     gate_up, down = inputs["gate_up"].detach()[0], inputs["down"].detach()[0]
     return {
         "forward": lambda: (x @ gate_up.T, a @ down.T),

@@ -71,6 +71,7 @@ class Draw:
 
 Outputs = Mapping[str, Tensor]
 Call = Callable[[Inputs], Outputs]
+Make = Callable[[Case, Inputs], Any]
 Result = (
     str | Callable[[Any], Outputs]
 )  # names of what a function gives, separated by commas, or what makes them
@@ -88,7 +89,7 @@ class Peer:
     """
 
     name: str
-    make: Callable[[Case, Inputs], Any]
+    make: Make
     kind: str = "peer"  # "ours", "peer" or "floor"
     package: str = "torch"
     prepare: Callable[[Inputs], Inputs] | None = None
@@ -121,10 +122,8 @@ class Ours:
 
         def make(case: Case, inputs: Inputs) -> Call:
             def call(inputs: Inputs) -> Outputs:
-                function = getattr(r1kernels, self.op)
-                return _named(
-                    self.result, function(*inputs.of(self.names), **self.options(case, inputs), **more)
-                )
+                options = {**self.options(case, inputs), **more}
+                return _named(self.result, getattr(r1kernels, self.op)(*inputs.of(self.names), **options))
 
             return call
 
@@ -132,9 +131,8 @@ class Ours:
 
     def forced(self, device: str) -> tuple[Peer, ...]:
         """On a GPU, where several backends serve an op: each of them by name."""
-        names = [
-            name for name in backends.registered(self.op) if name in ("cuda", "triton") and device == "cuda"
-        ]
+        several = ("cuda", "triton") if device == "cuda" else ()
+        names = (name for name in backends.registered(self.op) if name in several)
         return tuple(self.peer(f"{name} backend", backend=name) for name in names)
 
     def backend(self, case: Case, inputs: Inputs) -> str:
@@ -161,21 +159,20 @@ class Op:
         return inputs.require_grad(), exact
 
     def peers_on(self, device: str, compiles: bool = True, ours: bool = False) -> tuple[Peer, ...]:
-        """The implementations, and on a GPU each backend of ours by name too; only those that need no compilation, or are
-        ours."""
+        """The implementations, and on a GPU each backend of ours by name too; those that need no compilation, or ours alone."""
         every = (*self.peers, *self.ours.forced(device))
-        return tuple(
-            peer for peer in every if (compiles or not peer.compiles) and (peer.kind == "ours" or not ours)
-        )
+        known = (peer for peer in every if compiles or not peer.compiles)
+        return tuple(peer for peer in known if peer.kind == "ours" or not ours)
 
 
-def plain(
-    of: Callable[[Case], Callable[..., Any]], names: str, result: Result, *ours: Peer
-) -> tuple[Peer, ...]:
+Function = Callable[..., Any]
+
+
+def plain(of: Callable[[Case], Function], names: str, result: Result, *ours: Peer) -> tuple[Peer, ...]:
     """A function of tensors in plain PyTorch, around ours: eager, and under torch.compile with static shapes, as its users get
     the fastest code."""
 
-    def make(wrap: Callable[..., Any]) -> Callable[[Case, Inputs], Call]:
+    def make(wrap: Callable[[Function], Function]) -> Make:
         def made(case: Case, inputs: Inputs) -> Call:
             function = wrap(of(case))
             return lambda inputs: _named(result, function(*inputs.of(names)))

@@ -109,17 +109,8 @@ def rows(runs: list[dict[str, Any]]) -> list[list[str]]:
 
 def levels(record: Mapping[str, Any]) -> Table:
     """A row per split and checkpoint that was asked many times; each cell what it is in all runs."""
-    head = (
-        "split",
-        "checkpoint",
-        "problems",
-        "greedy",
-        "at temperature 1",
-        "pass@8",
-        "pass@32",
-        "tokens of a response",
-    )
-    found = Table("Levels", head)
+    shown = ("greedy", "at temperature 1", "pass@8", "pass@32", "tokens of a response")
+    found = Table("Levels", ("split", "checkpoint", "problems", *shown))
     for split in SPLITS:
         for checkpoint, first in record["runs"][0][split].items():
             marks = [run[split][checkpoint] for run in record["runs"]]
@@ -128,9 +119,9 @@ def levels(record: Mapping[str, Any]) -> Table:
             shares = [
                 [one["greedy"], one["accuracy"], one["reach"]["8"], one["reach"]["32"]] for one in marks
             ]
-            shown = [of_runs(map(percent, each)) for each in zip(*shares, strict=True)]
+            cells = [of_runs(map(percent, each)) for each in zip(*shares, strict=True)]
             lengths = of_runs(f"{one['length']:.0f}" for one in marks)
-            found.rows.append([split, checkpoint, str(first["problems"]), *shown, lengths])
+            found.rows.append([split, checkpoint, str(first["problems"]), *cells, lengths])
     return found
 
 

@@ -122,11 +122,8 @@ def _against_the_best(run: Run, one: Measured, phase: str) -> list[str]:
     own, seconds = one.ours[0], one.ours[0].median(phase)
     if seconds is None:
         return [*_names(one), Cell(_state(own), "failed"), *[MISSING] * (len(HEADLINE) - 4)]
-    floor, peer, at_first = (
-        run.ceilings.floors(one.case).get(phase),
-        one.best(phase),
-        one.best(phase, first=True),
-    )
+    floor = run.ceilings.floors(one.case).get(phase)
+    peer, at_first = one.best(phase), one.best(phase, first=True)
     ratio = peer.over_ours(phase) if peer else None
     first = at_first.over_ours(phase, first=True) if at_first and phase in at_first.first else None
     lost = ratio is not None and ratio < 1

@@ -214,11 +214,7 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
     )
     found = Table("Rollouts", ("what", *(peer["peer"] for peer in record["cases"][0]["peers"])), note=note)
     for one in record["cases"]:
-        shown = (
-            f"{statistics.median(peer['tokens_per_second']):,.0f}"
-            if peer["tokens_per_second"]
-            else peer.get("reason", "")
-            for peer in one["peers"]
-        )
+        rates = [peer["tokens_per_second"] or peer.get("reason", "") for peer in one["peers"]]
+        shown = (each if isinstance(each, str) else f"{statistics.median(each):,.0f}" for each in rates)
         found.rows.append([one["title"], *shown])
     return [found]

@@ -261,11 +261,8 @@ def table(chip: Chip = H200) -> Table:
         )
         rows.append([f"`{mark.case.op}`", mark.case.shape, mark.phase, mark.words, goal, seconds,
                      f"{most.name}: {most.binding}", "-" if took is None else f"{1e3 * took:.3g}"])  # fmt: skip
-    return Table(
-        "Roofline",
-        ("op", "shape", "phase", "mark", "mark, ms", predicted, "what binds", "measured, ms"),
-        rows,
-    )
+    head = ("op", "shape", "phase", "mark", "mark, ms", predicted, "what binds", "measured, ms")
+    return Table("Roofline", head, rows)
 
 
 def main() -> None:

@@ -160,7 +160,11 @@ def _vocabulary(recipe: Recipe) -> int:
 def estimate(recipe: Recipe) -> list[Estimate]:
     """One row a stage of the recipe, a row a student for the distillation."""
     adapted = parameters(recipe)
-    whole = parameters(replace(recipe, model=replace(recipe.model, lora=Lora())))
+    whole = (
+        parameters(replace(recipe, model=replace(recipe.model, lora=Lora())))
+        if recipe.model.lora.rank
+        else adapted
+    )
     rows = []
     for stage in plan(recipe):
         model = whole if stage == "base" else adapted
