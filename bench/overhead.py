@@ -7,16 +7,22 @@ whose processes take turns with those of this one.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+
+import r1kernels
+from r1kernels import examples
 
 LEADING = {
     "grpo_loss": 1, "linear_grpo_loss": 2, "linear_divergence": 2, "linear_topk_divergence": 2, "topk_divergence": 1,
@@ -33,11 +39,6 @@ Times = dict[str, dict[str, float]]
 
 def calls(batches: int, only: Sequence[str] = ()) -> Times:
     """Op -> phase -> seconds of a call, the shortest of so many batches; "forward" records for a backward. Of all ops, or some."""
-    import torch
-
-    import r1kernels
-    from r1kernels import examples
-
     torch.set_num_threads(1)
     found: Times = {}
     for op, (args, kwargs) in examples.calls("cpu").items():
@@ -46,47 +47,30 @@ def calls(batches: int, only: Sequence[str] = ()) -> Times:
         leading = args[: LEADING.get(op, len(args))]
         leaves = [one.requires_grad_() for one in leading if torch.is_tensor(one) and one.is_floating_point()]
         forward = partial(getattr(r1kernels, op), *args, **kwargs)
-
-        def first(forward: Callable[[], Any] = forward) -> Any:
-            result = forward()
-            while isinstance(result, tuple):
-                result = result[0]
-            return result
-
         with torch.no_grad():
             found[op] = {"inference": _shortest(forward, batches)}
-        result = first()
+        result = _first(forward())
         if result is not None and result.requires_grad:
-            above = torch.ones_like(result)
-            both = partial(lambda first, *given: torch.autograd.grad(first(), *given), first, leaves, above)
-            found[op] |= {
-                "forward": _shortest(forward, batches),
-                "forward+backward": _shortest(both, batches),
-            }
+            both = partial(_both, forward, leaves, torch.ones_like(result))
+            found[op]["forward"] = _shortest(forward, batches)
+            found[op]["forward+backward"] = _shortest(both, batches)
     return found
 
 
+def _first(result: Any) -> Any:
+    return _first(result[0]) if isinstance(result, tuple) else result
+
+
+def _both(forward: Callable[[], Any], leaves: list[Tensor], above: Tensor) -> None:
+    torch.autograd.grad(_first(forward()), leaves, above)
+
+
 def _shortest(call: Callable[[], object], batches: int) -> float:
-    """Seconds of a call in the shortest of so many batches."""
-    clock = time.thread_time
-    for _ in range(20):
-        call()
-    begin = clock()
-    call()
-    count = max(int(BATCH_SECONDS / max(clock() - begin, 1e-7)), 1)
-    shortest = float("inf")
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        for _ in range(batches):
-            begin = clock()
-            for _ in range(count):
-                call()
-            shortest = min(shortest, (clock() - begin) / count)
-    finally:
-        if collects:
-            gc.enable()
-    return shortest
+    """Seconds of a call in the shortest of so many batches, while nothing is collected."""
+    timer = timeit.Timer(call, timer=time.thread_time)
+    timer.timeit(20)
+    count = max(int(BATCH_SECONDS / max(timer.timeit(1), 1e-7)), 1)
+    return min(timer.repeat(batches, count)) / count
 
 
 def in_turns(folders: list[Path], rounds: int, batches: int, only: Sequence[str] = ()) -> list[Times]:
