@@ -1,7 +1,7 @@
 # make run and make test set up everything that they need in .venv; only python3 (3.11 or newer), a C++20 compiler and
 # make are taken from the machine. An nvcc is used where there is a GPU to compile for.
 PYTHON ?= python3
-PYTEST_ARGS ?= -n auto --dist loadgroup
+PYTEST_ARGS ?= -n auto
 VENV := .venv
 VLLM := .venv-vllm
 PY := $(VENV)/bin/python

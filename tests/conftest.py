@@ -1,6 +1,7 @@
 """What holds for every test: one thread (two on a busy machine run many times slower) and repeatable examples."""
 
 import contextlib
+import functools
 import gc
 import os
 
@@ -22,15 +23,21 @@ with contextlib.suppress(ModuleNotFoundError):
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(config, items):
-    """With --dist loadgroup the tests that share a fixture of their module run in one process, which makes it once."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        fixtures = [found[-1] for found in item._fixtureinfo.name2fixturedefs.values()]
-        if any(one.scope == "module" and one.baseid.endswith(item.path.name) for one in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """The tests of a file whose fixtures are made once for all of them run in one process; the others as they come."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    @functools.cache
+    def shares(path):
+        return 'scope="module"' in (config.rootpath / path).read_text(encoding="utf-8")
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.partition("::")[0]
+            return path if shares(path) else nodeid
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)
