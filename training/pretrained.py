@@ -5,6 +5,8 @@ transformers expands to float32). A name such as Qwen/Qwen2.5-0.5B is looked up 
 downloaded where it is not there.
 """
 
+import copy
+import functools
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -77,10 +79,14 @@ def pretrained_config(spec: str, key: str = "model.pretrained") -> Any:
         UserError: a package or the folder is missing, or the config cannot be read.
     """
     if spec == SMOLLM2:
-        path = smollm2_file()
-        _require_gguf()
-        return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return copy.deepcopy(_config_in(smollm2_file()))
     return load_config(pretrained_folder(spec, key, CONFIG_FILES))
+
+
+@functools.cache  # a GGUF file holds its vocabulary before its sizes: seconds to read
+def _config_in(file: Path) -> Any:
+    _require_gguf()
+    return transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def check_pretrained(spec: str, key: str) -> None:
