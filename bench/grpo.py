@@ -102,8 +102,8 @@ def _loss(
 
 def _head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *others: Tensor) -> Any:
     """others: old and reference log-probs, advantages, mask."""
-    *given, mask = others
-    return _loss(log_softmax(F.linear(hidden, weight), targets), *given, None, mask)
+    old, ref, advantages, mask = others
+    return _loss(log_softmax(F.linear(hidden, weight), targets), old, ref, advantages, None, mask)
 
 
 # --- exact ---

@@ -17,21 +17,7 @@ import r1kernels
 
 from .cases import Case, lengths
 from .numerics import Exact, of_head, softmax_rows, spread
-from .peers import (
-    OURS,
-    TRAINING,
-    Call,
-    Draw,
-    Inputs,
-    Make,
-    Op,
-    Ours,
-    Outputs,
-    Peer,
-    Unavailable,
-    plain,
-    theirs,
-)
+from .peers import OURS, TRAINING, Call, Draw, Inputs, Op, Ours, Outputs, Peer, Unavailable, plain, theirs
 
 _CHECKED_ROWS = 256
 TRL_CHUNK = 32768  # what TRL's trainers pass
@@ -225,7 +211,7 @@ def _cce(filter_eps: str | None) -> Callable[[Any, Inputs, Case], Outputs]:
     return lambda cce, inputs, case: {"loss": cce.linear_cross_entropy(*head(inputs), filter_eps=filter_eps)}
 
 
-def _torch_linear(chunked: bool) -> Make:
+def _torch_linear(chunked: bool) -> Callable[[Case, Inputs], Call]:
     def make(case: Case, inputs: Inputs) -> Call:
         function = getattr(F, "linear_cross_entropy", None)
         if function is None:

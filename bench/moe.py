@@ -17,22 +17,7 @@ from torch import Tensor
 
 from .cases import GROUPS, GROUPS_PER_TOKEN, SCALE, Case
 from .numerics import Exact, spread
-from .peers import (
-    EAGER,
-    OURS,
-    Call,
-    Draw,
-    Inputs,
-    Make,
-    Op,
-    Ours,
-    Outputs,
-    Peer,
-    Unavailable,
-    needs,
-    plain,
-    theirs,
-)
+from .peers import EAGER, OURS, Call, Draw, Inputs, Op, Ours, Outputs, Peer, Unavailable, needs, plain, theirs
 
 CHECKED_EXPERTS = 16
 EXPERTS_OF = "hidden,indices,weights,gate_up,down"
@@ -215,7 +200,7 @@ def _by_expert(inputs: Inputs) -> Outputs:
 # --- others ---
 
 
-def transformers_experts(implementation: str) -> Make:
+def transformers_experts(implementation: str) -> Callable[[Case, Inputs], Call]:
     """The experts module of Qwen3-MoE by one of transformers' implementations."""
 
     def make(case: Case, inputs: Inputs) -> Call:
@@ -273,7 +258,7 @@ def _liger(module: Any, inputs: Inputs, case: Case) -> Outputs:
     return {"out": module.LigerFusedMoEFunction.apply(hidden, gate_up, down, indices.int(), weights)}
 
 
-def _formed(make: Make) -> Make:
+def _formed(make: Callable[[Case, Inputs], Any]) -> Callable[[Case, Inputs], Call]:
     """An implementation of moe_experts behind W + c B A, which it multiplies with."""
 
     def made(case: Case, inputs: Inputs) -> Call:
