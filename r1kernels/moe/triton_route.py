@@ -5,8 +5,8 @@ choice compares their keys: integers in the order of the floats, NaN above every
 token.
 
 Most GPUs have few units for float64: one for 64 of float32. So float32 makes the choice wherever it tells what the scores
-would, and float64 is left for the experts that are chosen, for those too close to each other, for sums over all, and for
-sqrt(softplus).
+would, and float64 is left for the experts that are chosen, for those too close to each other, and for what float32 cannot
+stand for: sqrt(softplus), and a softmax with a bias or with groups that are chosen by two scores.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -22,6 +22,9 @@ SOFTMAX = tl.constexpr(1)
 LOGITS_APART = tl.constexpr(2.0**-20)  # see needed_apart
 SIGMOIDS_APART = tl.constexpr(2.0**-19)
 LOGITS_RANGE = tl.constexpr(60.0)
+LOG2_E = tl.constexpr(1.44269502162933349609375)  # and the rest of it
+REST_OF_LOG2_E = tl.constexpr(1.925963033500511e-8)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -63,7 +66,7 @@ def route_kernel(
             if NORMALIZE:
                 defined = softmax_defined(logit)
             else:
-                largest, inverse = softmax_sums_of_tile(logit)
+                largest, _terms, inverse = narrow_softmax_sums(tl.reshape(logit, (GROUPS * MEMBERS,)))
         if replayed is None:
             chosen, known = slot * 0, False
             if CANDIDATES > 0:
@@ -78,7 +81,7 @@ def route_kernel(
             if known == 0:
                 selection = logit
                 if not BY_LOGITS:
-                    selection = scores_of_tile(logit, largest, inverse, SCORE, NORMALIZE)
+                    selection = scores_of_tile(logit, SCORE)
                 keys = tl.where(real, key_of(with_bias(selection, bias, expert, real)), NOT_ELIGIBLE)
                 keys, _ = keep_best_groups(keys, n_group, topk_group, size, TWO_BEST)
                 chosen = choose(keys, expert, slot, top_k)
@@ -141,11 +144,11 @@ def route_backward_kernel(
         share = sum_of_chosen(scale * w * (grad - tl.sum(grad * w, axis=0)), chosen, slot, expert, top_k)
     else:
         # dl_e = c p_e (sum_{k chose e} g_k - sum_k g_k p_k)
-        every = tl.load(row + expert, mask=expert < experts, other=float("-inf")).to(tl.float64)
-        largest, inverse = softmax_sums(every)
+        every = tl.load(row + expert, mask=expert < experts, other=float("-inf")).to(tl.float32)
+        largest, terms, inverse = narrow_softmax_sums(every)
         p = tl.where(inside, tl.exp(logit - largest) * inverse, 0.0)
         share = sum_of_chosen(grad, chosen, slot, expert, top_k) - tl.sum(grad * p, axis=0)
-        share = scale * share * (tl.exp(every - largest) * inverse)
+        share = scale * share * (terms * inverse)
     place = grad_logits + token * experts + expert
     tl.store(place, share.to(tl.float32).to(grad_logits.dtype.element_ty), mask=expert < experts)
 
@@ -163,9 +166,16 @@ def softmax_sums(logit):
 
 
 @triton.jit
-def softmax_sums_of_tile(logit):
-    """The same of a tile of float32."""
-    return softmax_sums(tl.reshape(logit.to(tl.float64), (logit.numel,)))
+def narrow_softmax_sums(logit):
+    """The largest logit, e^(l - largest), and 1 / their sum, from float32 logits and exponentials of float32."""
+    largest = tl.max(logit, axis=0)
+    distance = logit - largest
+    distance = tl.where(distance < -200.0, -200.0, distance)  # -inf too; NaN stays
+    # e^d = 2^(h + r): what h loses, many equal terms would lose alike
+    high = distance * LOG2_E
+    rest = tl.fma(distance, LOG2_E, -high) + distance * REST_OF_LOG2_E
+    terms = (tl.exp2(high) * (1.0 + rest * LN_2)).to(tl.float64)
+    return largest.to(tl.float64), terms, 1.0 / tl.sum(terms, axis=0)
 
 
 @triton.jit
@@ -176,11 +186,12 @@ def softmax_defined(logit):
 
 
 @triton.jit
-def scores_of_tile(logit, largest, inverse, SCORE: tl.constexpr, NORMALIZE: tl.constexpr):
-    """Scores of a tile of float32; the sums of a softmax are given unless it is to be NORMALIZEd over the chosen."""
-    if SCORE == SOFTMAX and NORMALIZE:
-        largest, inverse = softmax_sums_of_tile(logit)
-    return score_of(logit.to(tl.float64), largest, inverse, SCORE)
+def scores_of_tile(logit, SCORE: tl.constexpr):
+    """Of all experts."""
+    wide, largest, inverse = logit.to(tl.float64), 0.0, 0.0
+    if SCORE == SOFTMAX:
+        largest, inverse = softmax_sums(tl.reshape(wide, (wide.numel,)))
+    return score_of(wide, largest, inverse, SCORE)
 
 
 @triton.jit
@@ -278,14 +289,16 @@ def keep_best_groups(keys, n_group, topk_group, size, TWO_BEST: tl.constexpr):
         group_keys = tl.where((size > 1) & (group < n_group), of_two, group_keys)
     kept = group < 0
     following = tl.max(group_keys, axis=0)
-    last = following
+    first, last = following, following
     for _ in range(topk_group):
         last = following
         best = tl.min(tl.where(group_keys == last, group, GROUPS), axis=0)
         kept = kept | (group == best)
         group_keys = tl.where(group == best, NOT_ELIGIBLE, group_keys)
         following = tl.max(group_keys, axis=0)
-    lead = tl.where(following == NOT_ELIGIBLE, float("inf"), value_of(last) - value_of(following))
+    lead = value_of(last) - value_of(following)
+    lead = tl.where(value_of(first) - value_of(last) <= LOGITS_RANGE, lead, 0.0)
+    lead = tl.where(following == NOT_ELIGIBLE, float("inf"), lead)
     return tl.where(kept[:, None], keys, NOT_ELIGIBLE), lead
 
 

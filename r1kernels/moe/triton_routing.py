@@ -98,9 +98,8 @@ def route_backward(call: routing.RouteBackwardCall) -> Tensor:
 def _candidates(call: routing.RouteCall, size: int) -> int:
     """How many experts float32 may leave for the choice; 0 where it cannot stand for what experts are chosen by."""
     choice, most = call.choice, max(2 * _power_of_two(call.top_k), FEWEST_CANDIDATES)
-    by_values = call.score == SIGMOID or (
-        call.score == SOFTMAX and choice.bias is None and choice.n_group == 1
-    )
+    of_logits = choice.bias is None and (choice.n_group == 1 or not choice.two_best)
+    by_values = call.score == SIGMOID or (call.score == SOFTMAX and of_logits)
     return most if by_values and not choice.by_logits and choice.indices is None and most <= size else 0
 
 

@@ -58,6 +58,12 @@ MODELS = {  # E experts, and how many exponentials of float64 a token may cost: 
     "deepseek-v3": (256, 16, {"top_k": 8, "score": "sigmoid", "n_group": 8, "topk_group": 4, "bias": True}),
     "sigmoid": (128, 16, {"top_k": 8, "score": "sigmoid"}),
     "qwen3": (128, 16, {"top_k": 8, "score": "softmax"}),
+    "olmoe": (64, 16, {"top_k": 8, "score": "softmax", "normalize": False}),
+    "deepseek-v2": (
+        160,
+        16,
+        {"top_k": 6, "score": "softmax", "n_group": 8, "topk_group": 3, "normalize": False},
+    ),
 }
 
 
@@ -74,9 +80,12 @@ def test_float64_is_for_the_experts_that_are_chosen(monkeypatch, model):
         return exp(self, x)
 
     monkeypatch.setattr(builder, "create_exp", counting)
-    logits = normal(4, experts)
-    _, indices, _ = public_on("triton", r1kernels.route, logits, **options)
+    logits = normal(4, experts).requires_grad_()
+    weights, indices, _ = public_on("triton", r1kernels.route, logits, **options)
     assert 0 < sum(wide) <= 4 * most
+    wide.clear()
+    torch.autograd.grad(weights.sum(), logits)
+    assert 0 < sum(wide) <= 2 * 4 * most
     assert torch.equal(indices, public_route(logits, **options, backend="reference").indices)
 
 
