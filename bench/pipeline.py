@@ -1,11 +1,12 @@
 """The marks of whole pipeline runs of one recipe.
 
-python -m training run tiny --run runs/tiny-2 seed=2 parallel.processes=2
-python -m training run tiny --run runs/tiny-3 seed=3 parallel.processes=2
-python -m bench pipeline runs/tiny-2 runs/tiny-3 --out bench/results/cpu/tiny.json
+python -m training run tiny --run runs/tiny-4 seed=4
+python -m training run tiny --run runs/tiny-5 seed=5
+python -m bench pipeline runs/tiny-4 runs/tiny-5 --out bench/results/cpu/tiny.json
 
-The controls start from the base model of a run, in runs/tiny:
+The controls start from the base model of a run that stands in runs/tiny, and have its seed:
 
+python -m training run tiny --run runs/tiny seed=4
 python -m training run tiny-controls --run runs/controls seed=4
 python -m bench pipeline runs/controls --out bench/results/cpu/tiny-controls.json
 """
