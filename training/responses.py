@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 # Checkpoints that know the R1-Zero template; all later ones answer the plain chat prompt.
 ZERO_PROMPT = ("base", "zero")
 BATCH_SIZE = 256  # sequences in flight
+APART = (
+    2**18
+)  # tokens of the longest call that ranks make apart: one that has no more to do waits for the others' last ones
 
 
 @dataclass
@@ -192,18 +195,24 @@ def draw(
 
 
 def draw_each(calls: Sequence[Mapping[str, Any]], **same: Any) -> list[list[Completion]]:
-    """`draw` with each of the `calls`, its arguments beside `same`. Ranks make whole calls where these divide evenly: a call of
-    half the problems takes more than half the time."""
+    """`draw` with each of the `calls`, its arguments beside `same`. Ranks make whole calls where these are short and divide evenly:
+    of a short call, half the problems take more than half the time."""
 
     def made(call: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[Completion]]:
         told: list[tuple[str, str]] = []
         with notices.listening(lambda kind, text: told.append((kind, text))):
             return told, draw(**call, **same)
 
-    weights = [float(len(call["asked"]) * {**same, **call}["samples"]) for call in calls]
-    if all(call["source"].rollout.engine == "transformers" for call in calls):
-        found = ranks.apart(made, calls, weights)
-    else:  # a server that rank 0 alone speaks to
+    tokens = [
+        float(len(call["asked"]) * how["samples"] * how["max_new_tokens"])
+        for call in calls
+        for how in [{**same, **call}]
+    ]
+    # rank 0 alone speaks to a server
+    in_process = all(call["source"].rollout.engine == "transformers" for call in calls)
+    if in_process and max(tokens, default=0.0) <= APART:
+        found = ranks.apart(made, calls, tokens)
+    else:
         found = [made(call) for call in calls]
     for told, _ in found:
         for kind, text in told:

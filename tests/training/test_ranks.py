@@ -410,24 +410,35 @@ def test_what_two_ranks_exchange(tmp_path):
     assert [own for _, _, own in found] == [[5, 5], [5, 5, 5]]
 
 
-def calls_apart(folder):
-    """Responses of three calls, two of which are as much as the third; what is warned of, and the pieces that are kept."""
+def calls_apart(folder, monkeypatch):
+    """Responses of three calls, two of which are as much as the third; what is warned of, and the pieces that are kept; how many
+    ranks made a call, and that where it is too long to be made apart."""
     at = context(folder, None)
     source = Source("zero", build_model(SIZES, TOKENIZER, 0), TOKENIZER, "hash", prompts.chat)
     calls = [{"source": source, "asked": PROBLEMS, "samples": samples} for samples in (2, 4, 2)]
-    heard = []
+    heard, worlds = [], set()
+    draw, how = responses.draw, {"temperature": 1.0, "max_new_tokens": 6, "seed_parts": (0,), "batch_size": 4}
+
+    def noted(**call):
+        worlds.add(ranks.world())
+        return draw(**call)
+
+    monkeypatch.setattr(responses, "draw", noted)
     with notices.listening(lambda kind, text: heard.append(text)):
-        drawn = responses.draw_each(
-            calls, context=at, temperature=1.0, max_new_tokens=6, seed_parts=(0,), batch_size=4
-        )
-    ranks.gather(None)  # both have kept what they drew
-    return drawn, heard, sorted(each.name for each in at.stage.piece("").iterdir())
+        drawn = responses.draw_each(calls, context=at, **how)
+    pieces = sorted(each.name for each in at.stage.piece("").iterdir())
+    apart = worlds.copy()
+    worlds.clear()
+    monkeypatch.setattr(responses, "APART", 60)  # the second call may be of 72 tokens
+    responses.draw_each(calls, context=None, **how)
+    return (drawn, heard, pieces), (apart, worlds)
 
 
-def test_calls_that_ranks_make_apart_are_those_of_one(tmp_path):
-    alone = calls_apart(tmp_path / "one")
-    two = on_ranks(2, lambda: calls_apart(tmp_path / "two"), tmp_path / "meeting")
-    assert two == [alone, alone]
+def test_calls_that_ranks_make_apart_are_those_of_one(tmp_path, monkeypatch):
+    two = on_ranks(2, lambda: calls_apart(tmp_path / "two", monkeypatch), tmp_path / "meeting")
+    alone, _ = calls_apart(tmp_path / "one", monkeypatch)
+    assert [found for found, _ in two] == [alone, alone]
+    assert [made_by for _, made_by in two] == [({1}, {2})] * 2
     drawn, heard, pieces = alone
     assert [len(each) for each in drawn] == [6, 12, 6] and drawn[0] == drawn[2]
     assert len(heard) == 1 and "did not end within 6 tokens" in heard[0]
