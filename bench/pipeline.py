@@ -27,6 +27,7 @@ from training.report import students
 from training.report.marks import MARKS, marks_of
 from training.run_dir import RunDir
 
+from . import results
 from .table import Table
 
 MODELS = (
@@ -66,7 +67,9 @@ def collect(folder: Path) -> dict[str, Any]:
         **{split: {name: kept(row) for name, row in marks_of(run_dir, split).items()} for split in SPLITS},
         "students": [student._asdict() for student in students.learnt(run_dir)],
         "rewarded": rewarded(run_dir, recipe),
-        "final_metrics": {name: record["metrics"] for name, record in done.items() if name != "evaluate"},
+        "final_metrics": {
+            name: final(record["metrics"], recipe) for name, record in done.items() if name != "evaluate"
+        },
         "stage_seconds": {name: round(record["stage_seconds"], 1) for name, record in done.items()},
         "total_seconds": round(sum(record["stage_seconds"] for record in done.values()), 1),
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in done.values()),
@@ -78,6 +81,15 @@ def rewarded(run_dir: RunDir, recipe: Recipe) -> int:
     """How many responses R1-Zero was rewarded for as right, over all its steps."""
     rows = run_dir.stage("zero").metrics()
     return round(sum(row.get("accuracy", 0.0) for row in rows) * recipe.zero.prompts * recipe.zero.group_size)
+
+
+def final(metrics: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The last metrics of a stage, four digits of each; those of students are kept with the students."""
+    return {
+        key: results.short(value) if isinstance(value, float) else value
+        for key, value in metrics.items()
+        if key.split("/")[0] not in recipe.distill.students
+    }
 
 
 def kept(row: Mapping[str, Any]) -> dict[str, Any]:
