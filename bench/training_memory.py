@@ -41,13 +41,14 @@ CASES = [
     *((rank, recomputes, "adamw") for rank in (0, 16) for recomputes in (False, True)),
     (0, False, "adamw_8bit"),
 ]
-QUESTION = "1 plus 2 plus 3 plus 4 plus"
+QUESTION = " plus ".join(str(number) for number in range(90))
+MICRO_BATCH = 330  # tokens: the question once, and two responses
 
 
 def recipe_of(rank: int, recomputes: bool, optimizer: str) -> Recipe:
-    """The settings of a case: four responses of 32 tokens to a question, two in a minibatch, which is a micro-batch."""
+    """The settings of a case: four responses of 32 tokens to a long question, two in a minibatch, which is a micro-batch."""
     sizes = {"steps": 1, "prompts": 1, "group_size": 4, "minibatches": 2, "max_new_tokens": 32}
-    zero = {**sizes, "micro_batch_tokens": 96, "optimizer": optimizer}
+    zero = {**sizes, "micro_batch_tokens": MICRO_BATCH, "optimizer": optimizer}
     model = {"lora": {"rank": rank}}
     return make(
         {"stages": ["base", "zero"], "gradient_checkpointing": recomputes, "model": model, "zero": zero}
@@ -57,18 +58,33 @@ def recipe_of(rank: int, recomputes: bool, optimizer: str) -> Recipe:
 def case(sizes: Mapping[str, Any], rank: int, recomputes: bool, optimizer: str) -> dict[str, Any]:
     """A step in this process, and what the dry run says of it."""
     recipe = recipe_of(rank, recomputes, optimizer)
-    tokenizer = build_tokenizer()
-    config = Qwen2Config(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    tokenizer, config = build_tokenizer(), _config(sizes)
     with stage(recipe, recipe.zero) as context, placed(recipe), Peak(torch.device("cpu")) as peak:
         torch.manual_seed(0)
         policy = adapted(prepare(Qwen2ForCausalLM(config)), context, recipe.model.lora)
         grpo.train(policy, tokenizer, _problems, prompts.chat, _reward, recipe.zero, context)
         read = [row["length"] for row in context.stage.metrics()]
-    prompt = len(tokenizer.encode(prompts.plain(prompts.chat(_problems(0)[0]))))
-    held, step = estimate.grpo_memory(estimate.count(config, recipe.model.lora), recipe.zero, recipe, prompt)
-    said = round(held + (step or 0))
     found = {"rank": rank, "gradient_checkpointing": recomputes, "optimizer": optimizer}
-    return {**found, "peak_bytes": peak.bytes, "dry_run_bytes": said, "response_tokens": read}
+    tokens = {"question_tokens": question_tokens(), "response_tokens": read}
+    dry_run = said(sizes, rank, recomputes, optimizer)
+    return {**found, "peak_bytes": peak.bytes, "dry_run_bytes": dry_run, **tokens}
+
+
+def said(sizes: Mapping[str, Any], rank: int, recomputes: bool, optimizer: str) -> int:
+    """What the dry run says of a case: bytes that are held, and that a step takes beside them."""
+    recipe = recipe_of(rank, recomputes, optimizer)
+    model = estimate.count(_config(sizes), recipe.model.lora)
+    held, step, _ = estimate.grpo_memory(model, recipe.zero, recipe, question_tokens())
+    return round(held + (step or 0))
+
+
+def question_tokens() -> int:
+    """Tokens of the prompt."""
+    return len(build_tokenizer().encode(prompts.plain(prompts.chat(_problems(0)[0]))))
+
+
+def _config(sizes: Mapping[str, Any]) -> Qwen2Config:
+    return Qwen2Config(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
 def parameters(sizes: Mapping[str, Any]) -> int:
@@ -91,12 +107,15 @@ def _reward(step: int, samples: list[Sample]) -> list[Scored]:
 def measure(tiny: bool = False) -> dict[str, Any]:
     """Every case, each in a process of its own; tiny: does it work at all."""
     sizes = TINY if tiny else SIZES
-    cases = []
-    for one in CASES:
-        words = [json.dumps([sizes, *one])]
-        done = subprocess.run([sys.executable, "-m", __name__, *words], stdout=subprocess.PIPE, check=True)
-        cases.append(json.loads(done.stdout.splitlines()[-1]))
-    return {"sizes": sizes, "cases": cases}
+    return {"sizes": sizes, "cases": [alone(sizes, *one) for one in CASES]}
+
+
+def alone(sizes: Mapping[str, Any], rank: int, recomputes: bool, optimizer: str) -> dict[str, Any]:
+    """A case in a process of its own: one that has run for long holds freed memory, which a step takes before it grows."""
+    words = [json.dumps([sizes, rank, recomputes, optimizer])]
+    done = subprocess.run([sys.executable, "-m", __name__, *words], stdout=subprocess.PIPE, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def tables(record: Mapping[str, Any]) -> list[Table]:

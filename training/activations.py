@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -13,13 +14,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from r1kernels.integrations import transformers as integration
+from r1kernels.integrations.prefix_tree import build
 from r1kernels.integrations.transformers_experts import gate_of
+from r1kernels.integrations.transformers_prefix_attention import packed
 from training import adapters
 from training.model import has_experts
 from training.sections import Lora
 
 DEPTH = 6  # layers that are run: more than the dense ones before the experts of a mixture
-BYTES = 4  # hidden states are float32
 
 
 class _Kept:
@@ -41,7 +43,15 @@ class _Kept:
 
 
 def kept_bytes(
-    config: PretrainedConfig, rows: int, length: int, *, lora: Lora, recomputes: bool
+    config: PretrainedConfig,
+    rows: int,
+    length: int,
+    *,
+    lora: Lora,
+    recomputes: bool,
+    tree: bool = False,
+    dtype: torch.dtype = torch.float32,
+    divided: bool = False,
 ) -> int | None:
     """Bytes kept between the forward and the backward pass over `rows` sequences of `length` tokens, up to the head.
 
@@ -49,17 +59,19 @@ def kept_bytes(
 
     Args:
         recomputes: with gradient checkpointing, the inputs of all layers and what the largest of them keeps.
+        tree: in the attention of shared prefixes, which keeps what fused kernels do; else in that of transformers for a CPU.
+        dtype: of matrix products (autocast); copies of weights in it are kept too.
+        divided: the weights come in `dtype`, gathered from the processes that divide the model, and are not kept.
 
     Returns:
         None where the model cannot be run without memory: what it does depends on values.
     """
-    depth, key = (
-        config.get_text_config().num_hidden_layers,
-        (config.to_json_string(), rows, length, repr(lora)),
-    )
+    depth = config.get_text_config().num_hidden_layers
+    sizes = rows, length, lora, tree, dtype, divided
+    key = config.to_json_string(), *map(repr, sizes)
     if key not in _COUNTED:
         try:
-            _COUNTED[key] = _count(config, rows, length, lora)
+            _COUNTED[key] = _count(config, *sizes)
         except Exception:  # of many types, by what the model does
             _COUNTED[key] = 0, []
     whole, layers = _COUNTED[key]
@@ -69,7 +81,8 @@ def kept_bytes(
     whole, of_layers = whole + further * layers[-1], sum(layers) + further * layers[-1]
     if not recomputes:
         return whole
-    inputs = depth * rows * length * config.get_text_config().hidden_size * BYTES
+    own = dtype if divided else torch.float32  # of hidden states between layers
+    inputs = depth * rows * length * config.get_text_config().hidden_size * own.itemsize
     return whole - of_layers + inputs + max(layers)
 
 
@@ -78,7 +91,15 @@ _COUNTED: dict[
 ] = {}  # stages of a recipe have passes of the same sizes
 
 
-def _count(config: PretrainedConfig, rows: int, length: int, lora: Lora) -> tuple[int, list[int]]:
+def _count(
+    config: PretrainedConfig,
+    rows: int,
+    length: int,
+    lora: Lora,
+    tree: bool,
+    dtype: torch.dtype,
+    divided: bool,
+) -> tuple[int, list[int]]:
     """Bytes kept by all of the first layers, and by each of them."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(_shallow(config)).eval()
@@ -89,13 +110,19 @@ def _count(config: PretrainedConfig, rows: int, length: int, lora: Lora) -> tupl
                 gate_of(module)  # found on numbers, of which there are none below
     if lora.rank:
         adapters.attach(model, lora, 0)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        _put_on_cpu(model, dtype if divided else torch.float32)
+    alone = build([[row] * length for row in range(rows)], [1] * rows)
     # transformers looks at positions for packed texts: of tensors without numbers it makes masks that no real pass has
     with (
-        FakeTensorMode(),
+        packed(model, alone) if tree else nullcontext(),
+        mode,
         mock.patch(f"{masking_utils.__name__}.find_packed_sequence_indices", return_value=None),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False),
     ):
-        _put_on_cpu(model)
-        return _pass(model, torch.zeros(rows, length, dtype=torch.int64))
+        shape = (1, rows * length) if tree else (rows, length)
+        return _pass(model, torch.zeros(shape, dtype=torch.int64))
 
 
 def _shallow(config: PretrainedConfig) -> PretrainedConfig:
@@ -109,8 +136,8 @@ def _shallow(config: PretrainedConfig) -> PretrainedConfig:
     return shallow
 
 
-def _put_on_cpu(model: nn.Module) -> None:
-    """Parameters and buffers without memory take those of the mode's tensors for a CPU, whose kernels keep what they keep."""
+def _put_on_cpu(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters, in `dtype`, and buffers without memory become tensors of the mode for a CPU, whose kernels keep what they keep."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -118,7 +145,8 @@ def _put_on_cpu(model: nn.Module) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    new: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    own = dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
+                    new: Tensor = torch.empty(tensor.shape, dtype=own, device="cpu")
                     if isinstance(tensor, nn.Parameter):
                         new = nn.Parameter(new, tensor.requires_grad)
                     made[id(tensor)] = new

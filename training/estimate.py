@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from r1kernels.integrations.transformers import prefix_tree
 from r1kernels.logprob.head import SAVED_BYTES
@@ -63,8 +64,15 @@ class Parameters:
     sizes: tuple[
         int, ...
     ]  # of the tensors that have gradients and moments: all of them, or those of adapters
-    adapted: bool  # they are those of adapters
+    layer: int  # weights of the largest layer
+    ends: int  # weights outside of all layers: embeddings, head, last norm
+    lora: Lora  # of the adapters; those of rank 0 are none
     config: PretrainedConfig
+
+    @property
+    def adapted(self) -> bool:
+        """Adapters are trained in place of all weights."""
+        return bool(self.lora.rank)
 
     @property
     def trained(self) -> int:
@@ -91,8 +99,8 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One stage: what it does, tokens, operations, bytes for weights, gradients, moments and reference, and at the peak of a
-    step beside them (None: not known)."""
+    """One stage: what it does, tokens, operations, weights of its model, bytes for weights, gradients, moments and reference, and
+    at the peak of a step beside them (None: not known), in one process and in each of several that divide the model."""
 
     stage: str
     parents: list[str]
@@ -101,8 +109,10 @@ class Estimate:
     trained_tokens: float
     sampling_flops: float
     training_flops: float
+    weights: int
     memory_bytes: float
     step_bytes: float | None = 0.0
+    divided_step_bytes: float | None = 0.0
 
     def hours(self, device: Device) -> float:
         """Hours on one `device`."""
@@ -135,10 +145,14 @@ def count(config: PretrainedConfig, lora: Lora | None = None) -> Parameters:
     if hasattr(text, "qk_nope_head_dim"):
         query_key, value = text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
     width = text.num_hidden_layers * text.num_attention_heads * (query_key + value)
-    if lora is not None and lora.rank:
+    lora = lora or Lora()
+    if lora.rank:
         adapters.attach(model, lora, 0)
     sizes = tuple(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Parameters(total, total - unused, width, sizes, adapters.has(model), config)
+    found = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in found]
+    ends = sum(parameter.numel() for parameter in model.parameters()) - sum(layers)
+    return Parameters(total, total - unused, width, sizes, max(layers, default=0), ends, lora, config)
 
 
 def parameters(recipe: Recipe) -> Parameters:
@@ -223,7 +237,7 @@ def _sampling(
 ) -> Estimate:
     length = length_of(config.max_new_tokens)
     flops = responses * length * model.forward(length / 2)
-    return Estimate(stage, parents, work, responses * length, 0, flops, 0, model.total * BYTES)
+    return Estimate(stage, parents, work, responses * length, 0, flops, 0, model.total, model.total * BYTES)
 
 
 @dataclass(frozen=True)
@@ -292,15 +306,26 @@ def _grpo(
         work += f", {short(read)} tokens a pass"
         work += f" for {short(repeated)}" if read < repeated else ""
     memory = grpo_memory(model, config, recipe, prompt)
-    return Estimate(stage, parents, work, tokens, tokens, sampling, training, *memory)
+    return Estimate(stage, parents, work, tokens, tokens, sampling, training, model.total, *memory)
 
 
-def grpo_memory(model: Parameters, config: Grpo, recipe: Recipe, prompt: float) -> tuple[float, float | None]:
-    """Bytes that GRPO holds from step to step, and those that a step takes beside them at its peak; prompt: tokens of one."""
-    longest = max([config.max_new_tokens, *config.max_new_tokens_from.values()])
-    tokens = config.micro_batch_tokens
+def grpo_memory(
+    model: Parameters, config: Grpo, recipe: Recipe, prompt: float
+) -> tuple[float, float | None, float | None]:
+    """Bytes that GRPO holds from step to step, and those that a step takes beside them at its peak, as in Estimate; prompt:
+    tokens of one."""
+    longest = round(prompt) + max([config.max_new_tokens, *config.max_new_tokens_from.values()])
     held = _held(model, config.optimizer, reference=bool(config.kl_coef) and not model.adapted)
-    return held, _step_bytes(model, recipe, config.optimizer, tokens, min(round(prompt) + longest, tokens))
+    peak = _Peak(
+        model,
+        recipe,
+        config.optimizer,
+        config.micro_batch_tokens,
+        longest,
+        round(prompt),
+        recipe.shared_prefix,
+    )
+    return held, peak.bytes(), peak.bytes(divided=True)
 
 
 def _held(model: Parameters, optimizer: str, reference: bool = False) -> float:
@@ -309,39 +334,66 @@ def _held(model: Parameters, optimizer: str, reference: bool = False) -> float:
     return BYTES * (frozen + 2 * model.trained + reference * model.total) + model.moments(optimizer)
 
 
-def _step_bytes(model: Parameters, recipe: Recipe, optimizer: str, tokens: int, length: int) -> float | None:
-    """Bytes that a step takes beside those: what autograd keeps of a micro-batch and logits of the head, or temporaries of the
-    optimizer, and one gradient before it is added to the others."""
-    kept = kept_bytes(
-        model.config,
-        max(1, tokens // length),
-        length,
-        lora=recipe.model.lora if model.adapted else Lora(),
-        recomputes=recipe.gradient_checkpointing,
-    )
-    if kept is None:
-        return None
-    head = min(BYTES * tokens * model.config.get_text_config().vocab_size, SAVED_BYTES)
-    return BYTES * max(model.sizes) + max(kept + head, model.temporaries(optimizer))
+@dataclass(frozen=True)
+class _Peak:
+    """A step at its peak: the fullest micro-batch is of `tokens`, or one text of the longest where that is more."""
+
+    model: Parameters
+    recipe: Recipe
+    optimizer: str
+    tokens: int
+    longest: int
+    prompt: int = 0  # tokens of the text that are not learnt
+    tree: bool = False
+
+    def bytes(self, divided: bool = False) -> float | None:
+        """What autograd keeps of a micro-batch and logits of the head, or temporaries of the optimizer, and one gradient before it
+        is added to the others; None: not known.
+
+        divided: of one of the processes that divide the model, which has at once the weights of two layers, this and the next, the
+        gradient of one, and both of what stands outside of layers.
+        """
+        model, half = self.model, self.recipe.dtype == "bfloat16"
+        # a tree keeps so much per token, whatever its branches
+        rows = 1 if self.tree else max(1, self.tokens // self.longest)
+        length = max(self.tokens, self.longest) if self.tree else self.longest
+        kept = kept_bytes(
+            model.config,
+            rows,
+            length,
+            lora=model.lora,
+            recomputes=self.recipe.gradient_checkpointing,
+            tree=self.tree or self.recipe.device == "cuda",
+            dtype=torch.bfloat16 if half else torch.float32,
+            divided=divided,
+        )
+        if kept is None:
+            return None
+        learnt = rows * length - self.prompt
+        head = min(BYTES * learnt * model.config.get_text_config().vocab_size, SAVED_BYTES)
+        if divided:
+            return (2 if half else BYTES) * (3 * model.layer + 2 * model.ends) + kept + head
+        return BYTES * max(model.sizes) + max(kept + head, model.temporaries(self.optimizer))
 
 
 def _next_token(
     stage: str, parents: list[str], config: NextToken, recipe: Recipe, model: Parameters
 ) -> Estimate:
     if stage == "base" and recipe.model.pretrained:
-        return Estimate(stage, parents, "taken as it is", 0, 0, 0, 0, model.total * BYTES)
+        return Estimate(stage, parents, "taken as it is", 0, 0, 0, 0, model.total, model.total * BYTES)
     if config.steps:
         documents, work = config.steps * config.batch_size, f"{_count(config.steps)} steps"
     else:
         documents, work = config.epochs * _documents(recipe, stage), f"{config.epochs} epochs"
-    length = length_of(config.max_length or DOCUMENT_TOKENS)
+    longest = config.max_length or DOCUMENT_TOKENS
+    length = length_of(longest)
     tokens = documents * length
     flops = 3 * tokens * model.forward(length / 2)
     work += f" of {config.batch_size} documents"
     memory = _held(model, config.optimizer)
-    most = config.micro_batch_tokens
-    step = _step_bytes(model, recipe, config.optimizer, most, min(round(length), most))
-    return Estimate(stage, parents, work, 0, tokens, 0, flops, memory, step)
+    peak = _Peak(model, recipe, config.optimizer, config.micro_batch_tokens, longest)
+    steps = peak.bytes(), peak.bytes(divided=True)
+    return Estimate(stage, parents, work, 0, tokens, 0, flops, model.total, memory, *steps)
 
 
 def _documents(recipe: Recipe, stage: str) -> int:
@@ -388,6 +440,10 @@ def _distillation(recipe: Recipe, model: Parameters, parents: list[str]) -> Iter
             flops += tokens * model.forward(length / 2)
             memory += model.total * BYTES
         sampled = tokens if method == "on_policy" else 0
-        yield Estimate(
-            f"  {name}", [], work, sampled, tokens, sampled * sizes.forward(length / 2), flops, memory
+        sampling = sampled * sizes.forward(length / 2)
+        peak = _Peak(
+            sizes, recipe, student.optimizer, student.micro_batch_tokens, student.max_length or longest
         )
+        steps = peak.bytes(), peak.bytes(divided=True)
+        row = f"  {name}", [], work, sampled, tokens, sampling, flops, sizes.total, memory, *steps
+        yield Estimate(*row)

@@ -15,6 +15,7 @@ from training.parallel import launch
 from training.pipeline import plan
 from training.recipe import Grpo, NextToken, Recipe
 
+MANY = 1024  # processes that divide a model, at most
 HALF = 2  # bytes of a gathered weight in bfloat16
 LINKS = {"cpu": 1e9, "cuda": 50e9}  # bytes a second that a process sends: a loopback; 400 Gbit/s per GPU
 
@@ -93,17 +94,35 @@ def shares(
             continue
         steps, work = _work(config, row, layout)
         step_bytes = sent(model.total, model.trained, work, layout, gathered)
-        copy = model.total * BYTES if layout.shard > 1 else 0
         found.append(
             Share(
                 stage,
-                row.memory_bytes / layout.shard + copy + (row.step_bytes or 0),
+                held(row, layout.shard),
                 step_bytes,
                 row.hours(device) / layout.processes,
                 steps * step_bytes / link / 3600,
             )
         )
     return found
+
+
+def held(row: Estimate, shard: int) -> float:
+    """Bytes at the peak of a step in one of the `shard` processes that divide a model, which has an undivided copy beside its part."""
+    if shard == 1:
+        return row.memory_bytes + (row.step_bytes or 0)
+    copy = BYTES * row.weights
+    return (row.memory_bytes / shard + (row.divided_step_bytes or 0) if row.training_flops else 0) + copy
+
+
+def fitting(rows: Sequence[Estimate], most: int) -> int | None:
+    """The fewest processes, a power of two, that can divide the models so that no stage takes more than `most` bytes in one of
+    them; None: not MANY either."""
+    shard = 1
+    while max(held(row, shard) for row in rows) > most:
+        if shard == MANY:
+            return None
+        shard *= 2
+    return shard
 
 
 def _work(config: Grpo | NextToken, row: Estimate, layout: Layout) -> tuple[float, Work]:

@@ -1,8 +1,18 @@
 """`run --dry-run`: the plan of a recipe, its stage graph, memory and cost."""
 
 from training.engines.describe import describe
-from training.estimate import BYTES, CPU, GPU, LENGTH_SHARE, Device, Parameters, estimate, parameters
-from training.exchange import LINKS, Layout, Share, layout_of, shares
+from training.estimate import (
+    BYTES,
+    CPU,
+    GPU,
+    LENGTH_SHARE,
+    Device,
+    Estimate,
+    Parameters,
+    estimate,
+    parameters,
+)
+from training.exchange import LINKS, MANY, Layout, Share, fitting, held, layout_of, shares
 from training.files import readable_bytes
 from training.format import align, short
 from training.pipeline import STAGES, parents_of, plan
@@ -53,12 +63,12 @@ def text(recipe: Recipe) -> str:
     ]
     lines += align([header, *body])
     hours = sum(row.hours(device) for row in rows)
-    memory = max(row.memory_bytes + (row.step_bytes or 0) for row in rows)
     lines += [
         "",
-        f"largest stage: {readable_bytes(memory)}: memory for weights, gradients, optimizer moments and reference, and what a "
-        "step takes beside them (activations of a micro-batch, one gradient); caches of rollouts are not counted"
-        + (f"; at least {-(-memory // GPU_BYTES):.0f} GPUs of 80 GiB" if memory > GPU_BYTES else ""),
+        f"largest stage: {readable_bytes(max(held(row, 1) for row in rows))}: memory for weights, gradients, optimizer moments and reference, "
+        "and what a step takes beside them (activations of a micro-batch or of the longest text, one gradient); caches of rollouts "
+        "are not counted",
+        *_fitting(rows),
         f"in all: about {hours:,.{0 if hours > 100 else 2}f} {device.name}"
         + (
             f", {hours * device.dollars_per_hour:,.0f} dollars at {device.dollars_per_hour:g} an hour"
@@ -77,6 +87,22 @@ def text(recipe: Recipe) -> str:
         lines += ["", *_processes(shares(recipe, model, rows, layout, device), layout, device)]
     lines += [f"warning: {remark}" for remark in remarks(recipe)]
     return "\n".join(lines)
+
+
+def _fitting(rows: list[Estimate]) -> list[str]:
+    """How many GPUs have to divide the models of a recipe that one of them does not hold, or what is in the way."""
+    shard = fitting(rows, GPU_BYTES)
+    if shard == 1:
+        return []
+    if shard:
+        return [f"on GPUs of 80 GiB: parallel.processes={shard} parallel.shard={shard}, or more processes"]
+    row = max(rows, key=lambda row: held(row, MANY))
+    return [
+        f"on GPUs of 80 GiB: not even {MANY:,} that divide it: in {row.stage.strip()} each has {readable_bytes(held(row, MANY))}, of "
+        f"which {readable_bytes(BYTES * row.weights)} are the undivided copy that draws the responses and "
+        f"{readable_bytes(row.divided_step_bytes or 0)} what a step takes (less of that by gradient_checkpointing, shorter texts, "
+        "smaller micro_batch_tokens)"
+    ]
 
 
 def _processes(found: list[Share], layout: Layout, device: Device) -> list[str]:

@@ -4,8 +4,9 @@ are computed.
 The templates are those of GSM-Symbolic (arXiv 2410.05229) in many languages, by the package multilingual-gsm-symbolic. They are
 split by template: what is asked in the test is a template that no language of the training split has shown.
 
-The package would list all numbers that the conditions of a template allow, out of up to ten million, before it draws some. Here
-numbers are drawn until the conditions hold, keyed by seed, language and template: likewise each allowed set is equally likely.
+The package would list all numbers that the conditions of a template allow, out of up to ten million, and all choices of five among
+sixty names, before it draws some. Here numbers are drawn until the conditions hold, and names one choice at a time, keyed by
+seed, language and template: likewise each of those that are allowed is equally likely.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cache
 from random import Random
+from types import ModuleType
 from typing import Any
 
 from training import answers, optional, seeding
@@ -99,6 +101,12 @@ CODES = dict(
 DRAWS = 1_000_000  # of the numbers of one instance; a template that then has none has no more instances
 
 
+@cache
+def _languages(package: ModuleType) -> tuple[str, ...]:
+    """Codes that a package has templates of, all of which it reads to tell."""
+    return tuple(package.available_languages())
+
+
 class GsmSymbolicTask:
     """Instances of the templates in some languages.
 
@@ -112,14 +120,14 @@ class GsmSymbolicTask:
     def __init__(self, languages: str, instances: int = 10, seed: int = 0, test_share: float = 0.1) -> None:
         install = "--no-deps --ignore-requires-python multilingual-gsm-symbolic, which needs pydantic"
         package = optional.load("multilingual_gsm_symbolic", f"task gsm_symbolic:{languages}", install)
-        known = package.available_languages()
+        known = _languages(package)
         self._codes = {tag.strip(): CODES.get(tag.strip(), tag.strip()) for tag in languages.split(",")}
         for tag, code in self._codes.items():
             if code not in known:
                 raise unknown(
                     "language of gsm_symbolic",
                     tag,
-                    [tag for tag in CODES if CODES[tag] in known] + list(known),
+                    [tag for tag in CODES if CODES[tag] in known] + [*known],
                 )
         if isinstance(instances, bool) or not isinstance(instances, int) or instances < 1:
             raise UserError(
@@ -176,11 +184,17 @@ class GsmSymbolicTask:
         rng = Random(seeding.key(self._seed, "gsm_symbolic", code, template.id_shuffled))
         words = self._package.load_replacements(code)
         lines = list(template._get_all_possible_assignments(template.constrained_lines, words).values())
-        others = template._precompute_unconstrained(words)
+
+        def sample(items: list[Any], count: int = 1) -> list[Any]:
+            """One of the choices of `count` items, in their order, in the place of all; of single items all."""
+            places = sorted(rng.sample(range(len(items)), count)) if count > 1 else []
+            return [tuple(items[place] for place in places)] if places else items
+
         for _ in range(self._instances):
             numbers = self._allowed(template, lines, rng)
             if numbers is None:
                 return
+            others = template._precompute_unconstrained(words | {"sample": sample})
             yield template._generate_question(words, rng, [numbers], others)
 
     def _allowed(
