@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.memory import counting_saved
 from r1kernels.integrations import transformers as integration
+from r1kernels.integrations.transformers_prefix_attention import packed
 from tests.support.own_models import write_folder
 from training import adapters
 from training.activations import DEPTH, kept_bytes
@@ -50,6 +51,47 @@ def test_what_is_counted_is_what_is_kept(folder, family, lora):
     found = kept_bytes(config, 3, 20, lora=lora, recomputes=False)
     assert found == pytest.approx(really_kept(own, 3, 20, lora), rel=0.02)
     assert kept_bytes(config, 3, 20, lora=lora, recomputes=True) < found
+
+
+@pytest.mark.parametrize("family", ["qwen2", "deepseek_v3"])
+def test_the_attention_of_shared_prefixes_keeps_what_is_counted(folder, family):
+    own = folder(family)
+    model = AutoModelForCausalLM.from_pretrained(own)
+    if has_experts(model):
+        integration.patch(model)
+    tree = integration.prefix_tree([[1]], [[2] * 59])
+    with packed(model, tree), counting_saved([*model.parameters()]) as saved:
+        model.base_model(input_ids=tree.input_ids.unsqueeze(0), use_cache=False)
+    found = kept_bytes(AutoConfig.from_pretrained(own), 1, 60, lora=Lora(), recomputes=False, tree=True)
+    assert found == pytest.approx(saved.bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_passes_in_bfloat16_keep_copies_of_weights_unless_these_are_gathered(folder, divided):
+    own = folder("qwen2")
+    model = AutoModelForCausalLM.from_pretrained(own, dtype=torch.bfloat16 if divided else torch.float32)
+    with (
+        torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+        counting_saved([*model.parameters()]) as saved,
+    ):
+        model.base_model(input_ids=torch.zeros(3, 20, dtype=torch.int64), use_cache=False)
+    config, options = AutoConfig.from_pretrained(own), {"lora": Lora(), "recomputes": False}
+    found = kept_bytes(config, 3, 20, dtype=torch.bfloat16, divided=divided, **options)
+    assert found == pytest.approx(saved.bytes, rel=0.02)
+
+
+def test_a_response_that_is_longer_than_a_micro_batch_is_a_pass_of_its_own(folder):
+    words = [f"model.pretrained={folder('qwen2')}", "stages=[base, zero]", "zero.micro_batch_tokens=64"]
+    words += ["zero.prompts=2", "zero.group_size=2", "zero.examples=[]"]
+    (short, long) = (
+        next(
+            row
+            for row in estimate(load("smoke", [*words, f"zero.max_new_tokens={longest}"]))
+            if row.stage == "zero"
+        )
+        for longest in (8, 1000)
+    )
+    assert long.step_bytes > 5 * short.step_bytes
 
 
 def test_layers_beyond_those_that_are_run_are_like_the_last(folder):

@@ -3,9 +3,11 @@
 import pytest
 
 from training.cli import plan
-from training.estimate import CPU, estimate, parameters
-from training.exchange import Layout, Work, sent, shares
+from training.estimate import CPU, Estimate, estimate, parameters
+from training.exchange import Layout, Work, fitting, held, sent, shares
+from training.model import build_model
 from training.recipe import load
+from training.tokenizer import build_tokenizer
 
 
 def test_whole_models_send_their_gradients_around_a_ring():
@@ -33,7 +35,37 @@ def test_a_dry_run_says_what_each_process_holds_sends_and_computes():
     assert zero.hours == pytest.approx(whole["zero"].hours(CPU) / 2)
     assert zero.memory_bytes == whole["zero"].memory_bytes + whole["zero"].step_bytes
     own = whole["zero"].memory_bytes / 4 + 4 * model.total
-    assert four["zero"].memory_bytes == pytest.approx(own + whole["zero"].step_bytes)
+    assert four["zero"].memory_bytes == pytest.approx(own + whole["zero"].divided_step_bytes)
+
+
+def test_a_divided_model_gathers_two_layers_and_holds_the_gradient_of_one():
+    """Beside what the passes keep, in 4 bytes; embeddings and head stay for a whole pass, with their gradient."""
+    recipe = load("tiny", ["device=cpu"])
+    model, (zero,) = parameters(recipe), [row for row in estimate(recipe) if row.stage == "zero"]
+    real = build_model(recipe.model, build_tokenizer(), seed=0)
+    layers = [sum(each.numel() for each in layer.parameters()) for layer in real.model.layers]
+    outside = sum(each.numel() for each in real.parameters()) - sum(layers)
+    kept = zero.step_bytes - 4 * max(each.numel() for each in real.parameters())
+    assert zero.divided_step_bytes == kept + 4 * (3 * max(layers) + 2 * outside)
+    assert model.ends == outside
+
+
+def test_the_fewest_processes_that_hold_every_stage_and_what_is_in_the_way():
+    zero = Estimate("zero", [], "", 0, 0, 0, 1.0, 10, 160, step_bytes=50, divided_step_bytes=30)
+    drawn = Estimate("rejection", [], "", 0, 0, 0, 0.0, 10, 40)
+    assert [held(zero, shard) for shard in (1, 2, 4)] == [210, 80 + 40 + 30, 40 + 40 + 30]
+    assert held(drawn, 4) == 40  # what draws is not divided
+    assert fitting([zero, drawn], 210) == 1
+    assert fitting([zero, drawn], 110) == 4
+    assert fitting([zero, drawn], 70) is None  # the copy and a step alone are that much
+
+
+def test_a_dry_run_says_what_no_number_of_gpus_holds():
+    one = plan.text(load("deepseek-r1"))
+    assert (
+        "not even 1,024 that divide it: in zero each has 2.6 TiB, of which 2.4 TiB are the undivided copy"
+        in one
+    )
 
 
 def test_the_dry_run_of_one_process_speaks_of_no_others():
