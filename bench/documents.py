@@ -70,7 +70,17 @@ def divergences() -> str:
     return "\n\n".join(report.case_table(run, one).markdown(3) for one in cases)
 
 
-COMMANDS = ("saved", "prefix", "mixtures", "suite", "rollout", "truncation", "distillation", "ranks")
+COMMANDS = (
+    "saved",
+    "prefix",
+    "training_memory",
+    "mixtures",
+    "suite",
+    "rollout",
+    "truncation",
+    "distillation",
+    "ranks",
+)
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "ops": lambda: report.ops(_run()).markdown(),
     "every case": every_case,

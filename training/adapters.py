@@ -63,9 +63,19 @@ def attach(model: nn.Module, lora: Lora, key: int, setting: str = "model.lora") 
         try:
             peft.inject_adapter_in_model(config, model, NAME)
         except ValueError as error:
-            raise UserError(f"{setting}: {str(error).splitlines()[0]}") from None
+            said = str(error).splitlines()[0].partition(". Please")[0]
+            there = f": it has {', '.join(_matrices(model))}" if lora.targets else ""
+            raise UserError(f"{setting}: {said}{there}") from None
     if scores:
         model.get_submodule(HEAD).requires_grad_(True)
+
+
+def _matrices(model: nn.Module) -> list[str]:
+    """Names of layers that are a matrix."""
+    layers = [
+        name for name, each in model.named_modules() if getattr(getattr(each, "weight", None), "ndim", 0) == 2
+    ]
+    return sorted({name.rpartition(".")[2] for name in layers})
 
 
 def _expert_weights(model: nn.Module) -> list[str]:

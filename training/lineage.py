@@ -13,6 +13,8 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "r1kernels",
+    "peft",
+    "bitsandbytes",
     "math-verify",
     "stopwordsiso",
 )

@@ -91,7 +91,7 @@ def test_the_card_tells_lineage_marks_and_files(run, tmp_path):
     assert "traces.jsonl (" in card.text and "SFT on my model" in card.text
     settings = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
     assert settings["sft1"]["batch_size"] == 4 and settings["lora"]["rank"] == 2
-    assert "transformers " in card.text.split("## Versions")[1]
+    assert all(f"{name} " in card.text.split("## Versions")[1] for name in ("transformers", "peft"))
 
 
 @pytest.mark.parametrize(
@@ -110,3 +110,10 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, tmp_path, monkeypatch, ca
     assert main(["export", "--run", str(run), *words]) == 2
     assert text in capsys.readouterr().err
     assert [each.name for each in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_size_that_is_none_is_refused_before_anything_is_written(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "--run", str(run), "sft1", str(tmp_path / "out"), "--shard-size", "2XB"])
+    assert "as in 500MB, got '2XB'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

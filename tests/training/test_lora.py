@@ -398,7 +398,7 @@ def test_settings_that_do_not_go_together_are_one_line(words, text):
 @pytest.mark.parametrize(
     ("lora", "text"),
     [
-        (Lora(rank=2, targets=["w_proj"]), "model.lora: .*w_proj"),
+        (Lora(rank=2, targets=["w_proj"]), "model.lora: .*w_proj.*it has .*q_proj"),
         (Lora(rank=2, targets=["q_proj", "lm_head"]), "lm_head|adapter"),
         (Lora(rank=2, experts=True), "model.lora.experts: expected a mixture"),
     ],

@@ -132,7 +132,10 @@ def test_evaluate_asks_every_row_of_a_file_with_other_names_too(brought, capsys)
             ["grpo", "--model", "own", "--data", "q.jsonl", "temperature=0"],
             "zero.temperature: expected more than 0, got 0",
         ),
-        (["grpo", "--model", "own", "--data", "q.jsonl", "stepz=0"], "unknown key 'stepz'"),
+        (
+            ["grpo", "--model", "own", "--data", "q.jsonl", "stepz=0"],
+            "unknown key 'stepz': did you mean 'steps'",
+        ),
         (["evaluate", "--model", "own"], "expected --model FOLDER with --data FILE"),
         (["evaluate", "--model", "own", "--data", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (

@@ -270,6 +270,7 @@ def test_the_same_line_twice_counts_once(tmp_path):
         ('{"question": "a", "answer": ', "Expecting value"),
         ('{"question": "a", "answer": NaN}', "NaN is not JSON"),
         ('["question"]', "expected a JSON object, got list"),
+        ("question,answer", "expected a JSON object, one per line: Expecting value"),
         ('{"answer": "5"}', "field 'question': expected text, it is missing"),
         ('{"question": 7, "answer": "5"}', "field 'question': expected text, got 7"),
         ('{"question": "a"}', "one of the fields 'answer' and 'reference'"),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from training.config import field_types
+from training.config import field_types, unknown
 from training.errors import UserError
 from training.recipe import Recipe
 from training.run_dir import RunDir
@@ -56,8 +56,10 @@ def between(kind: type, least: float, most: float = math.inf) -> Callable[[str],
 def with_stage(word: str, stage: str) -> str:
     """A key=value word in which the stage may be left out: lr=1e-5 of zero is zero.lr=1e-5."""
     first = re.split("[.=]", word)[0]
-    known = first in field_types(Recipe) or first not in field_types(field_types(Recipe)[stage])
-    return word if known else f"{stage}.{word}"
+    shared, own = field_types(Recipe), field_types(field_types(Recipe)[stage])
+    if "=" in word and first not in shared and first not in own:
+        raise unknown("key", first, [*shared, *own])
+    return word if first in shared or first not in own else f"{stage}.{word}"
 
 
 def task_of(data: str) -> str:

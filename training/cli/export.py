@@ -1,6 +1,7 @@
 """`export`: a checkpoint of a run as a folder to give away, with its model card."""
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     )
     parser.add_argument(
         "--shard-size",
+        type=_size,
         default="5GB",
         metavar="SIZE",
         help="largest file of weights, as in 500MB (default: 5GB)",
@@ -40,6 +42,14 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         help="the adapters of a stage with model.lora in PEFT's layout, not the model with them merged",
     )
     parser.set_defaults(run_command=run_command)
+
+
+def _size(word: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", word):
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of KB, MB, GB or TB, as in 500MB, got {word!r}"
+        )
+    return word
 
 
 def run_command(arguments: argparse.Namespace) -> None:

@@ -30,9 +30,12 @@ def json_lines(path: str | Path) -> list[tuple[int, bytes]]:
 
 def json_object(line: bytes) -> dict[str, Any]:
     """The object of one line; ValueError where it is none."""
-    row = json.loads(line.decode("utf-8"), parse_constant=_refuse)
+    try:
+        row = json.loads(line.decode("utf-8"), parse_constant=_refuse)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected a JSON object, one per line: {error}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}: one object per line")
     return row
 
 
