@@ -445,5 +445,5 @@ def _distillation(recipe: Recipe, model: Parameters, parents: list[str]) -> Iter
             sizes, recipe, student.optimizer, student.micro_batch_tokens, student.max_length or longest
         )
         steps = peak.bytes(), peak.bytes(divided=True)
-        row = f"  {name}", [], work, sampled, tokens, sampling, flops, sizes.total, memory, *steps
-        yield Estimate(*row)
+        own = sizes.total, memory, *steps
+        yield Estimate(f"  {name}", [], work, sampled, tokens, sampling, flops, *own)
