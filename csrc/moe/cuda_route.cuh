@@ -4,8 +4,11 @@
 // choice compares their keys: integers in the order of the floats, NaN above everything. Expert e lies in lane e % 32.
 //
 // Most GPUs have few units for float64: one for 64 of float32. So float32 makes the choice wherever it tells what the scores
-// would, and float64 is left for the experts that are chosen, for those too close to each other, and for sums over all.
+// would, and float64 is left for the experts that are chosen, for those too close to each other, and for what float32 cannot
+// stand for: sqrt(softplus), and a softmax with a bias or with groups that are chosen by two scores.
 #pragma once
+
+#include <type_traits>
 
 #include "common/block_reduce.cuh"
 #include "common/elements.cuh"
@@ -57,14 +60,17 @@ __device__ inline SoftmaxSums softmax_defined(int64_t count, At at) {
     return {most, undefined ? NAN : 1.0};
 }
 
-// Of some logits of a token; at(i) is the logit i < count.
-template <class At>
+// Of some logits of a token; at(i) is the logit i < count. Float: what the exponentials are computed in.
+template <class Float = double, class At>
 __device__ inline SoftmaxSums softmax_sums(int64_t count, At at) {
     float most = -INFINITY;
     for (int64_t i = lane_id(); i < count; i += kWarpSize) most = fmaxf(most, at(i));  // NaN comes into the sum
-    const double largest = warp_reduce(most, [](float a, float b) { return fmaxf(a, b); });
+    const Float largest = warp_reduce(most, [](float a, float b) { return fmaxf(a, b); });
     double sum = 0;
-    for (int64_t i = lane_id(); i < count; i += kWarpSize) sum += exp(at(i) - largest);
+    for (int64_t i = lane_id(); i < count; i += kWarpSize) {
+        const Float distance = at(i) - largest;
+        sum += std::is_same_v<Float, float> ? expf(distance) : exp(distance);
+    }
     return {largest, 1.0 / warp_sum(sum)};
 }
 
@@ -81,11 +87,17 @@ struct Row {
     }
     __device__ float score(double logit) const { return static_cast<float>(wide_score(logit)); }
 
-    // Where the weights are a softmax over the chosen, no more of the sums over all is asked than whether they exist.
-    __device__ void sum_up(const R1kernelsRoute& call, bool wanted) {
+    // For the scores that choose.
+    __device__ void sum_up_for_choice(const R1kernelsRoute& call) {
+        if (kind != Score::softmax || call.by_logits) return;
+        sums = softmax_sums(call.experts, [&](int64_t expert) { return logit(expert); });
+    }
+
+    // For the weights: where they are a softmax over the chosen, no more is asked than whether that over all exists.
+    __device__ void sum_up_for_weights(const R1kernelsRoute& call) {
         if (kind != Score::softmax) return;
         const auto at = [&](int64_t expert) { return logit(expert); };
-        sums = wanted ? softmax_sums(call.experts, at) : softmax_defined(call.experts, at);
+        sums = call.normalize ? softmax_defined(call.experts, at) : softmax_sums<float>(call.experts, at);
     }
 };
 
@@ -165,7 +177,10 @@ __device__ inline Best best_group(const int* groups, int n_group) {
     return warp_best(mine);
 }
 
-// Makes the experts outside of the best groups not eligible; returns by how much the last group kept leads the others.
+constexpr float kRange = 60.0f;
+
+// Makes the experts outside of the best groups not eligible; returns by how much the last group kept leads the others, or 0
+// where it is further than kRange behind the first.
 // `groups` is memory for n_group integers of this warp alone.
 template <int kOfLane>
 __device__ inline float keep_best_groups(const R1kernelsRoute& call, Keys<kOfLane>& selection, int* groups) {
@@ -174,6 +189,7 @@ __device__ inline float keep_best_groups(const R1kernelsRoute& call, Keys<kOfLan
         const int key = group_key(call, selection, group * size, (group + 1) * size);
         if (lane_id() == group % kWarpSize) groups[group] = key;
     }
+    const Best first = best_group(groups, n_group);
     Best last;
     for (int64_t kept = 0; kept < call.topk_group; ++kept) {
         last = best_group(groups, n_group);
@@ -187,7 +203,8 @@ __device__ inline float keep_best_groups(const R1kernelsRoute& call, Keys<kOfLan
         if (expert < call.experts && groups[expert / size] != kNotEligible) selection.keys[i] = kNotEligible;
     }
     __syncwarp();  // the next token's keys come to the same place
-    return next.key == kNotEligible ? INFINITY : value_of(last.key) - value_of(next.key);
+    if (next.key == kNotEligible) return INFINITY;
+    return value_of(first.key) - value_of(last.key) <= kRange ? value_of(last.key) - value_of(next.key) : 0.0f;
 }
 
 // The keys of value(expert), by way of `memory`, E integers of this warp alone, so that values are computed in a loop.
@@ -231,13 +248,13 @@ __device__ inline void choose(const R1kernelsRoute& call, Keys<kOfLane> selectio
 // A softmax keeps the order of the logits: e^(l - l') is the ratio of two scores, so that logits 2^-20 apart have float32
 // scores that differ, and equal logits equal ones, as long as the scores are no subnormals: e^-60 / E is none. A sigmoid in
 // float32 is off by 2^-22, and with B the largest |bias| both sums p + bias are rounded by (1 + B) 2^-24 at most.
-constexpr float kLogitsApart = 0x1p-20f, kRange = 60.0f;
+constexpr float kLogitsApart = 0x1p-20f;
 
 __device__ inline float sigmoid_narrow(float logit) { return 1.0f / (1.0f + expf(-logit)); }
 
 __device__ inline bool by_narrow_values(const R1kernelsRoute& call) {
     if (call.by_logits) return false;  // they are float32 as it is
-    if (call.score == Score::softmax) return call.bias == nullptr && call.n_group == 1;
+    if (call.score == Score::softmax) return call.bias == nullptr && (call.n_group == 1 || !call.two_best);
     return call.score == Score::sigmoid;
 }
 
@@ -371,13 +388,14 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks(kOfLane))
         if constexpr (kOfLane <= kMostOfLaneByValues) {
             known = by_narrow_values(call) && choose_by_values<kOfLane>(call, row, memory, chosen);
         }
-        row.sum_up(call, !call.normalize || !(known || call.by_logits));
         if (!known) {
+            row.sum_up_for_choice(call);
             Keys<kOfLane> selection =
                 keys_of<kOfLane>(call, memory, [&](int expert) { return selection_of(call, row, expert); });
             if (call.n_group > 1) keep_best_groups(call, selection, memory);
             choose(call, selection, chosen);
         }
+        row.sum_up_for_weights(call);
         weigh(call, row, chosen, weights + token * call.top_k, counts);
     }
 }
@@ -387,7 +405,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks(1))
     replay_kernel(R1kernelsRoute call, float* weights, int64_t* indices, int32_t* counts) {
     for (int64_t token = first_token(); token < call.tokens; token += all_warps_of_grid()) {
         Row<Scalar> row = {static_cast<const Scalar*>(call.logits) + token * call.experts, call.score, {}};
-        row.sum_up(call, !call.normalize);
+        row.sum_up_for_weights(call);
         int64_t* chosen = indices + token * call.top_k;
         for (int64_t k = lane_id(); k < call.top_k; k += kWarpSize) chosen[k] = call.replayed[token * call.top_k + k];
         weigh(call, row, chosen, weights + token * call.top_k, counts);

@@ -98,7 +98,8 @@ __device__ inline void softmax_backward(const R1kernelsRoute& call, const Row<Sc
     }
     const double mean = warp_sum(weighted);
     for (int64_t expert = lane_id(); expert < call.experts; expert += kWarpSize) {
-        const double grad = -call.scale * mean * row.wide_score(row.logit(expert));
+        const double share = expf(row.logit(expert) - static_cast<float>(row.sums.largest)) * row.sums.inverse;
+        const double grad = -call.scale * mean * share;
         to[expert] = from_float<Scalar>(static_cast<float>(grad));
     }
     __syncwarp();
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks(1))
         } else if (call.normalize) {
             chosen_softmax_backward(call, row, choice, to);
         } else {
-            row.sums = softmax_sums(call.experts, [&](int64_t expert) { return row.logit(expert); });
+            row.sum_up_for_weights(call);
             softmax_backward(call, row, choice, to);
         }
     }

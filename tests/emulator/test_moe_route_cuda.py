@@ -70,6 +70,12 @@ MODELS = {  # E experts, and how many exponentials of float64 a token may cost: 
     "deepseek-v3": (256, 16, {"top_k": 8, "score": "sigmoid", "n_group": 8, "topk_group": 4, "bias": True}),
     "sigmoid": (128, 16, {"top_k": 8, "score": "sigmoid"}),
     "qwen3": (128, 16, {"top_k": 8, "score": "softmax"}),
+    "olmoe": (64, 16, {"top_k": 8, "score": "softmax", "normalize": False}),
+    "deepseek-v2": (
+        160,
+        16,
+        {"top_k": 6, "score": "softmax", "n_group": 8, "topk_group": 3, "normalize": False},
+    ),
 }
 
 
@@ -78,10 +84,12 @@ def test_float64_is_for_the_experts_that_are_chosen(backend, module, model):
     """GPUs of consumers compute one value of float64 in the time of 64 of float32."""
     experts, most, options = MODELS[model]
     options = options | {"bias": normal(experts, seed=1) / 10 if "bias" in options else None}
-    logits = normal(40, experts)
+    logits = normal(40, experts).requires_grad_()
     module.wide_exps()
-    _, indices, _ = public_on(backend, r1kernels.route, logits, **options)
-    assert module.wide_exps() <= 40 * (most + 2)  # a pair that is too close has to be looked at again
+    weights, indices, _ = public_on(backend, r1kernels.route, logits, **options)
+    assert 0 < module.wide_exps() <= 40 * (most + 2)  # a pair that is too close has to be looked at again
+    torch.autograd.grad(weights.sum(), logits)
+    assert 0 < module.wide_exps() <= 40 * 5 * options["top_k"]
     _, expected, _ = r1kernels.route(logits, **options, backend="reference")
     assert torch.equal(indices, expected)
 
