@@ -2,7 +2,8 @@
 
 python -m tests.support.machine_code [SOURCE ...]      of these alone, such as csrc/moe/cuda_sm80_route.cu or triton
 
-Every CUDA kernel, for sm_90 or sm_90a, and of Triton's the tiles of many rows in bfloat16. "products": wgmma instructions;
+Every CUDA kernel, for sm_90 or sm_90a, and of Triton's ("triton") the tiles of many rows in bfloat16, and ("triton-others") the
+router, the order of experts, GRPO, kept sets and divergences, at one call of each. "products": wgmma instructions;
 "serialised": those behind which the next one waits for the end; "epilogue": instructions behind the last product, a
 consumer's where producers have code of their own.
 """
@@ -59,16 +60,16 @@ def toolchain() -> dict[str, str]:
 
 
 def sources() -> list[str]:
-    """What kernels are compiled from: the .cu files, and "triton"."""
+    """What kernels are compiled from: the .cu files, and what Triton compiles."""
     found = sorted((ROOT / "csrc").glob("*/cuda_sm*.cu"))
-    return [*(str(path.relative_to(ROOT)) for path in found), "triton"]
+    return [*(str(path.relative_to(ROOT)) for path in found), *TRITON]
 
 
 def kernels(source: str) -> dict[str, dict[str, Any]]:
     """Name -> what it needs and holds, of every kernel of a source."""
     with tempfile.TemporaryDirectory() as folder:
-        if source == "triton":
-            return of_triton(Path(folder))
+        if source in TRITON:
+            return needs_of(TRITON[source](), Path(folder))
         return of_cuda(ROOT / source, Path(folder))
 
 
@@ -96,7 +97,7 @@ def of_cuda(source: Path, folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def of_triton(folder: Path) -> dict[str, dict[str, Any]]:
+def of_products() -> list[Any]:
     """The kernels with products that a forward and a backward of experts and of the head launch, and those of the rows."""
     from r1kernels.moe import tuning
     from tests.triton import test_linear_logprobs_ahead_of_time as head
@@ -118,7 +119,37 @@ def of_triton(folder: Path) -> dict[str, dict[str, Any]]:
             rows.backward(logits, rows.rows_of(4096), row, row)
     finally:
         tuning.tile = chosen
-    compiled += head.compile_kernel(CAPABILITY, "plain", None)[0]
+    return [*compiled, *head.compile_kernel(CAPABILITY, "plain", None)[0]]
+
+
+def of_others() -> list[Any]:
+    """The kernels without large products."""
+    from r1kernels.moe import triton_sort
+    from tests.triton import test_grpo_ahead_of_time as grpo
+    from tests.triton import test_kept_products_ahead_of_time as kept
+    from tests.triton import test_linear_divergence_ahead_of_time as divergence
+    from tests.triton import test_moe_route_ahead_of_time as router
+
+    from . import offline_triton
+
+    with offline_triton.compile_only(CAPABILITY) as compiled:
+        for one in router.ROUTERS[:3]:
+            router.launch(*one)
+        for rows in (300, 5000):
+            triton_sort.sort_rows(torch.zeros(rows, dtype=torch.int64), 256, torch.int64)
+        grpo.launch(*grpo.CALLS[0])
+        kept.launch(torch.bfloat16, 896)
+        divergence.launch(4096, 0)
+    return list(compiled)
+
+
+TRITON = {"triton": of_products, "triton-others": of_others}
+
+
+def needs_of(compiled: list[Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> what each of Triton's compiled kernels needs."""
+    from . import offline_triton
+
     found: dict[str, dict[str, Any]] = {}
     for kernel in compiled:
         needs = offline_triton.resources(kernel, folder)
