@@ -208,7 +208,8 @@ def length_of(longest: int) -> float:
 def _responses(recipe: Recipe, stage: str) -> int:
     """Responses that a stage samples."""
     if stage == "cold_start":
-        return 3 * _asked(recipe, "train", recipe.cold_start.prompts) * recipe.cold_start.samples
+        config = recipe.cold_start
+        return len(config.routes) * _asked(recipe, "train", config.prompts) * config.samples
     if stage == "rejection":
         return _asked(recipe, "train", recipe.rejection.prompts) * recipe.rejection.samples
     config = recipe.evaluate
@@ -407,7 +408,8 @@ def _documents(recipe: Recipe, stage: str) -> int:
         return _mix(recipe)
     if stage == "distill":
         mixed = "rejection" in recipe.stages
-        return config.samples * (_mix(recipe) if mixed else len(problems(recipe, "train", KINDS)))
+        asked = _mix(recipe) if mixed else len(problems(recipe, "train", KINDS))
+        return int(config.samples * min(asked, config.prompts or asked))
     return int(config.prompts * config.samples * len(config.samples_from))
 
 

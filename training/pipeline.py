@@ -90,7 +90,10 @@ _BY_NAME = {
     "rl_all": _stage("rl_all", "GRPO over all scenarios", _rl_all),
     "distill": _stage("distill", "distillation to dense students", _distill),
     "cold_start": _stage(
-        "cold_start", "cold-start data by three routes", lambda recipe: ("base", "zero"), "data"
+        "cold_start",
+        "cold-start data",
+        lambda recipe: tuple(dict.fromkeys(recipe.cold_start.routes.values())),
+        "data",
     ),
     "rejection": _stage(
         "rejection",

@@ -63,11 +63,17 @@ def load_source(stage: str, path: Path, recipe: Recipe, style: str | None = None
     """
     own = style_of(stage, recipe)
     noted = {**own, "prompt": style} if style else checkpoint.read_style(path) or own
-    prompt = prompts.style(**_arguments(noted))
     model, tokenizer = load(path)
     made = checkpoint.checkpoint_hash(path)
     return Source(
-        stage, model, tokenizer, made, prompt, noted["prompt"], recipe.response_format, recipe.rollout
+        stage,
+        model,
+        tokenizer,
+        made,
+        prompter(noted),
+        noted["prompt"],
+        recipe.response_format,
+        recipe.rollout,
     )
 
 
@@ -128,12 +134,12 @@ def style_of(stage: str, recipe: Recipe) -> dict[str, Any]:
 
 def prompt_of(stage: str, recipe: Recipe) -> Prompter:
     """The prompt that the checkpoint of a stage answers."""
-    return prompts.style(**_arguments(style_of(stage, recipe)))
+    return prompter(style_of(stage, recipe))
 
 
-def _arguments(noted: Mapping[str, Any]) -> dict[str, Any]:
-    """A prompt as it is noted, as arguments of `prompts.style`."""
-    return {"name": noted["prompt"], **{key: value for key, value in noted.items() if key != "prompt"}}
+def prompter(noted: Mapping[str, Any]) -> Prompter:
+    """A prompt as it is noted in a checkpoint's folder."""
+    return prompts.style(**{"name" if key == "prompt" else key: value for key, value in noted.items()})
 
 
 def fitting(

@@ -319,8 +319,12 @@ class Zero(Grpo):
 
 @dataclass
 class ColdStart(Sampling):
-    """Long chain-of-thought data by three routes."""
+    """Long chain-of-thought data by up to three routes."""
 
+    routes: dict[Literal["few_shot", "reflect", "refine"], Literal["base", "zero"]] = field(
+        default_factory=lambda: {"few_shot": "base", "reflect": "base", "refine": "zero"},
+        metadata=about("route -> the stage whose checkpoint answers", filled=True),
+    )
     prompts: int = setting(512, "problems of a route", minimum=1)
     samples: int = setting(4, "responses to a problem", minimum=1)
     examples: int = setting(2, "worked examples in a few-shot prompt", minimum=1)
@@ -500,6 +504,7 @@ class Distill(Sampling):
         "",
         "a file of traces (training.traces), with stored log-probs or without, instead of the teacher's responses",
     )
+    prompts: int = setting(0, "problems that the teacher is asked; 0: all", minimum=0)
     samples: int = setting(4, "responses to a prompt", minimum=1)
     filters: list[str] = field(
         default_factory=lambda: ["wrong_by_rule", "mixed_language", "repetition", "bad_format", "unfinished"],

@@ -1,9 +1,10 @@
-"""cold_start: long chain-of-thought data by three routes, kept where it is right, readable and in one language.
+"""cold_start: long chain-of-thought data by several routes, kept where it is right, readable and in one language.
 
-few_shot: the base model continues worked examples: those of the task in the special-token form, or else those of zero. reflect: the base model is asked to reflect
-and verify. refine: outputs of zero, which mix languages: words that the task's dictionary has are translated into the language
-of the question. Every response is sampled; named rules (training/refine.py) put it into the special-token form, and where they
-change it the row keeps what was sampled as `before`.
+few_shot: the model continues worked examples, those of the task in the language of the question or else those of zero. reflect: the
+model is asked to reflect and verify. refine: the model answers its own prompt; zero mixes languages there, and words that the task's
+dictionary has are translated into the language of the question. The first two are the base model's and the last is zero's, where the
+recipe does not say otherwise. Every response is sampled; named rules (training/refine.py) put it into the special-token form, and
+where they change it the row keeps what was sampled as `before`.
 """
 
 from __future__ import annotations
@@ -25,24 +26,22 @@ from training.tasks.problem import Problem, Task, Translator
 
 EXAMPLES = 3  # rejected responses shown for each filter and route
 
-# Route -> the stage whose checkpoint answers.
-ROUTES = {"few_shot": "base", "reflect": "base", "refine": "zero"}
-
 
 def run(context: StageContext) -> dict[str, Any]:
     """Sample, refine, filter; writes data.jsonl and rejected.jsonl. Metrics: asked, kept and rejections of every route."""
     filters.check_names(context.config.filters)
+    routes = context.config.routes
     tasks = responses.tasks(context.recipe)
     sources = {
         stage: responses.load_source(stage, context.inputs[stage].path / "checkpoint", context.recipe)
-        for stage in ("base", "zero")
+        for stage in dict.fromkeys(routes.values())
     }
     metrics: dict[str, Any] = {}
     kept_rows: list[dict[str, Any]] = []
     refused: Counter[str] = Counter()
     rejected_rows: list[dict[str, Any]] = []
-    with context.progress.bar(len(ROUTES), 0, context.name) as bar:
-        for route, stage in ROUTES.items():
+    with context.progress.bar(len(routes), 0, context.name) as bar:
+        for route, stage in routes.items():
             drawn = _draw(context, route, sources[stage], tasks)
             kept, rejected, rejections = _select(context, route, drawn, sources[stage], tasks)
             kept_rows += kept
@@ -54,12 +53,12 @@ def run(context: StageContext) -> dict[str, Any]:
             if not kept:
                 context.progress.say(f"{context.name}: nothing of the route {route} passed the filters")
     if not kept_rows:
-        asked = sum(metrics[f"{route}/asked"] for route in ROUTES)
+        asked = sum(metrics[f"{route}/asked"] for route in routes)
         raise UserError(nothing_kept(context.name, asked, refused))
     context.stage.write_data("data.jsonl", kept_rows)
     context.stage.write_data("rejected.jsonl", rejected_rows)
     context.stage.log(step=0, **metrics)
-    return {"asked": sum(metrics[f"{route}/asked"] for route in ROUTES), "kept": len(kept_rows), **metrics}
+    return {"asked": sum(metrics[f"{route}/asked"] for route in routes), "kept": len(kept_rows), **metrics}
 
 
 def _draw(context: StageContext, route: str, source: Source, tasks: dict[str, Task]) -> list[Completion]:

@@ -1,6 +1,6 @@
 """distill: the teacher answers the SFT prompts again, and small dense students learn from what passes the filters.
 
-No RL. Reasoning responses have to be right by the rule, the others helpful by the oracle. A file of traces may stand in for the
+No RL. Teacher and students answer the prompt that the teacher was trained with. Reasoning responses have to be right by the rule, the others helpful by the oracle. A file of traces may stand in for the
 teacher. A student learns the responses (sft), the teacher's distribution of them (logits), or its distribution of what the student
 answers itself to the same prompts (on_policy), and in the last case as many tokens as it would of the responses.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from training import checkpoint, filters, policy, prompts, responses, rewards, student, traces
+from training import checkpoint, filters, policy, responses, rewards, student, traces
 from training.context import StageContext
 from training.document import Document
 from training.encoder import Encoder
@@ -67,9 +67,8 @@ def run(context: StageContext) -> dict[str, Any]:
         else:
             metrics = next_token.train(model, tokenizer, documents, sizes, part, token_loss=loss)
         folder = _folder(context, name)
-        style = responses.style_of(context.name, context.recipe)
         began = str(_folder(context, sizes.start)) if sizes.start else sizes.pretrained
-        policy.save(model, tokenizer, folder, began, style)
+        policy.save(model, tokenizer, folder, began, _style(context))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         accuracy = _accuracy(context, name, folder)
         return {**metrics, "method": method, "parameters": parameters, "accuracy": accuracy}
@@ -121,9 +120,10 @@ def _loss(
 
 def _asked(context: StageContext, model: Any, tokenizer: Any) -> list[Prompt]:
     """The prompts that the teacher was asked, those that the student can read."""
+    prompt = responses.prompter(_style(context))
     problems = _prompts(context, ("reasoning", "helpful", "unsafe"))
-    fit = responses.fitting(model, tokenizer, problems, prompts.chat)
-    return [Prompt(problem, prompts.chat(problem)) for problem in fit]
+    fit = responses.fitting(model, tokenizer, problems, prompt)
+    return [Prompt(problem, prompt(problem)) for problem in fit]
 
 
 def _tokenizer_and_positions(context: StageContext) -> tuple[Any, int]:
@@ -148,7 +148,8 @@ def _taught(context: StageContext) -> tuple[list[Document], dict[str, Any]]:
         context.stage.write_data("data.jsonl", selection.kept)
     by_id = responses.by_id(responses.problems(context.recipe, "train", ("reasoning", "helpful", "unsafe")))
     rows = context.stage.read_data("data.jsonl")
-    documents = [Document(row["response_text"], prompts.chat(by_id[row["problem_id"]])) for row in rows]
+    prompt = responses.prompter(_style(context))
+    documents = [Document(row["response_text"], prompt(by_id[row["problem_id"]])) for row in rows]
     return documents, context.stage.read_data("counts.jsonl")[0]
 
 
@@ -177,12 +178,22 @@ def _teach(context: StageContext) -> Selection:
 
 
 def _prompts(context: StageContext, kinds: tuple[str, ...]) -> list[Problem]:
-    """The problems of the SFT mix, or all training problems where no mix was made."""
-    pool = responses.problems(context.recipe, "train", kinds)
-    if "rejection" not in context.inputs:
-        return pool
-    asked = {row["problem_id"] for row in context.inputs["rejection"].read_data("data.jsonl")}
-    return [each for each in pool if each.id in asked]
+    """The problems of the SFT mix, or all training problems where no mix was made; of these as many as the recipe says."""
+    pool = responses.problems(context.recipe, "train", ("reasoning", "helpful", "unsafe"))
+    if "rejection" in context.inputs:
+        mixed = {row["problem_id"] for row in context.inputs["rejection"].read_data("data.jsonl")}
+        pool = [each for each in pool if each.id in mixed]
+    if context.config.prompts:
+        pool = responses.choose(pool, context.config.prompts, context.recipe.seed, context.name, "problems")
+    return [each for each in pool if each.kind in kinds]
+
+
+def _style(context: StageContext) -> dict[str, Any]:
+    """The prompt of teacher and students, as it is noted in folders: the teacher's, and that of a file of traces."""
+    recipe, start = context.recipe, start_of(context.recipe, context.name)
+    if context.config.data or not start:
+        return responses.style_of(context.name, recipe)
+    return checkpoint.read_style(context.checkpoint(start)) or responses.style_of(start, recipe)
 
 
 def _accuracy(context: StageContext, name: str, folder: Any) -> float | None:

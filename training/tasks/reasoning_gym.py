@@ -22,7 +22,7 @@ class ReasoningGymTask:
     name: of the data set. size: problems made, train and test together. seed: of the problems; the same seed makes
     the same problems. harder: settings of the harder level over those of the others; without them it is empty.
     wordings: language -> the words that stand there in place of the English ones up to the question's first colon; every
-    problem is then asked in all languages, in one split.
+    problem is then asked in all languages, in one split. examples: language -> worked examples, [question, response] each.
     config: settings of the data set, such as max_terms.
 
     Raises:
@@ -36,6 +36,7 @@ class ReasoningGymTask:
         seed: int = 0,
         harder: Mapping[str, Any] | None = None,
         wordings: Mapping[str, str] | None = None,
+        examples: Mapping[str, Sequence[Sequence[str]]] | None = None,
         **config: Any,
     ) -> None:
         try:
@@ -55,6 +56,20 @@ class ReasoningGymTask:
         self.name = f"reasoning_gym:{name}"
         self._size, self._seed = size, seed
         self._wordings = dict(wordings or {})
+        for language, shown in (examples or {}).items():
+            for example in shown:
+                if (
+                    isinstance(example, str)
+                    or len(example) != 2
+                    or not all(isinstance(part, str) for part in example)
+                ):
+                    raise UserError(
+                        f"reasoning_gym:{name}: examples.{language}: expected [question, response] each, got {example!r}"
+                    )
+        self._examples = {
+            language: [(question, response) for question, response in shown]
+            for language, shown in (examples or {}).items()
+        }
         self._dataset = self._create(name, config)
         self._harder = self._create(name, {**config, **harder}) if harder else None
 
@@ -76,8 +91,8 @@ class ReasoningGymTask:
         return any(self._dataset.score_answer(each, problem.meta["entry"]) == 1.0 for each in spellings)
 
     def worked_examples(self, language: str) -> list[tuple[str, str]]:
-        """None: the package has no reasoning to show."""
-        return []
+        """Those of `examples`: the package itself has no reasoning to show."""
+        return list(self._examples.get(language, ()))
 
     @cached_property
     def _problems(self) -> list[Problem]:
