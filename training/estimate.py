@@ -302,7 +302,7 @@ def _grpo(
         training += fixed * (whole * model.forward(prompt / 2) + of_responses)
         training += 3 * (update * model.forward(prompt / 2) + of_responses)
     work = f"{_count(config.steps)} rollouts of {_count(outputs)} in {config.minibatches} minibatches"
-    if asked.tokens:
+    if asked.tokens and config.steps:
         repeated = group * asked.tokens + outputs * length
         work += f", {short(read)} tokens a pass"
         work += f" for {short(repeated)}" if read < repeated else ""
