@@ -71,7 +71,7 @@ def test_the_time_of_a_step_is_that_of_the_median_step():
 
 def test_a_curve_is_a_mean_over_the_last_steps(monkeypatch):
     monkeypatch.setattr(smollm2, "WINDOW", 2)
-    rows = [{"accuracy": value, "format": 1.0} for value in (0.0, 1.0, 0.5)]
+    rows = [{"accuracy": value, "reward/accuracy": value} for value in (0.0, 1.0, 0.5)]
     assert smollm2.curve(rows)["right"] == {"0": 0.0, "1": 0.5, "2": 0.75}
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tests.support.own_models import write_folder
 from training import pipeline, prompts, student, traces
 from training.check import check
-from training.checkpoint import load_model
+from training.checkpoint import load_model, read_style, save_model
 from training.context import StageContext
 from training.document import Document, Stored
 from training.errors import UserError
@@ -252,6 +252,27 @@ def test_a_run_with_all_three_methods_reports_them_at_equal_tokens(brought, tmp_
     for each in students.learnt(run_dir):
         rows = [row for row in run_dir.stage("distill").metrics() if row["part"] == each.name]
         assert each.seconds > 0 and len(rows) == each.steps and rows[-1]["learnt"] == each.tokens
+
+
+def test_students_answer_the_prompt_that_their_teacher_was_trained_with(brought, tmp_path):
+    """Here that of R1-Zero with worked examples, by every method; and as many problems are asked as the recipe says."""
+    model, tokenizer = load_model(brought[0])
+    noted = {"prompt": "zero", "examples": [["What is 1 plus 1?", "2"]], "response_format": "answer_tags"}
+    save_model(model, tokenizer, tmp_path / "zero", style=noted)
+    sizes = {"pretrained": str(brought[0]), "steps": 1, "batch_size": 4, "lr": 0.0, "lr_end": 0.0}
+    given = {name: {**sizes, "method": name} for name in ("sft", "logits", "on_policy")}
+    given = {name.replace("_", ""): values for name, values in given.items()}
+    recipe = recipe_of(brought, teacher=str(tmp_path / "zero"), students=given, prompts=5)
+    run_dir = RunDir(tmp_path / "run")
+    pipeline.run(recipe, run_dir, progress=Progress(quiet=True))
+    rows = run_dir.stage("distill").read_data("data.jsonl")
+    assert len({row["problem_id"] for row in rows}) == 5 and estimate(recipe)[0].work == "5 responses"
+    assert all(" 1 plus 1" in tokenizer.decode(row["prompt_ids"]) for row in rows)
+    for name in given:
+        assert read_style(run_dir.stage("distill").path / f"checkpoint-{name}") == noted
+    # with equal weights both distributions are one, if both models read the same prompt
+    losses = {row["part"]: row["loss"] for row in run_dir.stage("distill").metrics()}
+    assert losses["sft"] > 0.1 > 1e-4 > abs(losses["logits"]) and abs(losses["onpolicy"]) < 1e-4
 
 
 def test_a_student_goes_on_from_another_one(brought, tmp_path):

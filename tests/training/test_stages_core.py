@@ -6,6 +6,7 @@ from tests.support.finished import is_done
 from training import pipeline, responses
 from training.checkpoint import checkpoint_hash, load_model
 from training.errors import UserError
+from training.estimate import estimate
 from training.progress import Progress
 from training.recipe import load
 from training.refine import refine
@@ -70,6 +71,24 @@ def test_all_three_routes_find_something(run):
     for route in ("few_shot", "reflect", "refine"):
         assert metrics[f"{route}/asked"] == 80  # 40 problems, two samples each
         assert metrics[f"{route}/kept"] == sum(row["route"] == route for row in rows(run, "cold_start")) > 0
+
+
+def test_a_cold_start_takes_the_routes_that_the_recipe_names(run, tmp_path):
+    """Here worked examples before zero's checkpoint alone."""
+    start = run.stage("zero").path / "checkpoint"
+    words = [
+        f"zero.start={start}",
+        "zero.steps=0",
+        "stages=[zero, cold_start]",
+        "cold_start.routes={few_shot: zero}",
+    ]
+    recipe = load("smoke", [*SMALL, *words])
+    few = RunDir(tmp_path / "few")
+    pipeline.run(recipe, few, progress=Progress(quiet=True))
+    metrics = few.stage("cold_start").record()["metrics"]
+    assert metrics["asked"] == metrics["few_shot/asked"] == 80 and "reflect/asked" not in metrics
+    assert {(row["route"], row["stage"]) for row in rows(few, "cold_start")} == {("few_shot", "zero")}
+    assert estimate(recipe)[-1].work == "80 responses"
 
 
 def test_cold_start_data_are_right_readable_and_say_where_they_come_from(run):

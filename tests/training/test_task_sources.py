@@ -54,6 +54,16 @@ def test_reasoning_gym_asks_in_the_languages_that_it_has_words_for():
     assert numbers["train"] and numbers["test"] and not numbers["train"] & numbers["test"]
 
 
+def test_reasoning_gym_shows_the_worked_examples_that_a_recipe_gives_it():
+    pytest.importorskip("reasoning_gym")
+    shown = {"de": [["Was ist 1 + 1 =", "2"]]}
+    task = get_task("reasoning_gym:chain_sum", size=5, examples=shown)
+    assert task.worked_examples("de") == [("Was ist 1 + 1 =", "2")] and task.worked_examples("en") == []
+    for wrong in ("1 + 1", ["1 + 1"], ["1 + 1", 2]):
+        with pytest.raises(UserError, match=r"examples.zh: expected \[question, response\] each, got"):
+            get_task("reasoning_gym:chain_sum", size=5, examples={"zh": [wrong]})
+
+
 @pytest.mark.parametrize("name", ["chain_sum", "countdown", "spell_backward", "fraction_simplification"])
 def test_only_the_full_score_is_right(name):
     reasoning_gym = pytest.importorskip("reasoning_gym")
