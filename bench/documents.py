@@ -100,9 +100,6 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "smollm2 operators": lambda: smollm2.operators("zero"),
     "smollm2 languages": lambda: f"{smollm2.languages()}.",
     "smollm2 language marks": lambda: smollm2.marks_table(smollm2.load("languages")).markdown(),
-    "smollm2 students": lambda: smollm2.students_table(
-        smollm2.load("student"), smollm2.load("zero")
-    ).markdown(),
     "smollm2 time": lambda: f"On one CPU core it takes {smollm2.times(smollm2.metrics('zero', 'zero'))}.",
 }
 
