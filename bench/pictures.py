@@ -163,9 +163,9 @@ def draw_stages(numbers: Numbers, axes: Axes) -> None:
 
 def draw_learning(numbers: Numbers, axes: Axes) -> None:
     shown = {name: {step: 100 * value for step, value in values.items()} for name, values in numbers.items()}
-    _lines(shown, axes, (OURS, OTHERS[2]), "SmolLM2-135M on training problems, in %")
+    _lines(shown, axes, (OURS, OTHERS[2], OTHERS[0])[: len(shown)], "SmolLM2-135M on training problems, in %")
     axes.set_ylim(0, 104)
-    axes.set_xlabel(f"step of R1-Zero, means of {smollm2.WINDOW} steps")
+    axes.set_xlabel(f"step of GRPO, means of {smollm2.WINDOW} steps")
 
 
 def svg(draw: Callable[..., None], numbers: Any, size: tuple[float, float] = (5.6, 3.5)) -> str:
@@ -205,6 +205,11 @@ def fitting(root: Path) -> dict[Path, Drawn]:
         "error": (draw_errors, errors(results.committed("precision")), (5.6, 5.2)),
         "truncation": (draw_ratios, ratios(results.committed("truncation")), (5.6, 3.5)),
         "smollm2": (draw_learning, smollm2.curve(smollm2.metrics("zero", "zero")), (5.6, 3.5)),
+        "smollm2-languages": (
+            draw_learning,
+            smollm2.curve(smollm2.metrics("languages", "rl_reasoning")),
+            (5.6, 3.5),
+        ),
         "stages": (draw_stages, stages(results.committed("tiny")), (7.0, 3.5)),
     }
     return {root / f"docs/pictures/{name}.svg": drawn for name, drawn in found.items()}

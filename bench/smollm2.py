@@ -3,8 +3,10 @@
 python -m training run smollm2
 python -m bench smollm2 runs/smollm2 zero
 
-keeps the recipe, record.json (marks, times, versions), metrics.jsonl of every stage of GRPO, the best and the worst response of every step and the report in
-bench/results/cpu/smollm2/zero; `python -m training run bench/results/cpu/smollm2/zero/recipe.yaml` does the same run again.
+keeps the recipe, record.json (marks, times, versions), metrics.jsonl of every stage that learns after base, the best and the worst
+response of every step of GRPO and the report in bench/results/cpu/smollm2/zero;
+`python -m training run bench/results/cpu/smollm2/zero/recipe.yaml` does the same run again. Likewise smollm2-languages, whose folder is
+languages.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from statistics import fmean, median
 from typing import Any
 
 from training import files
+from training.evaluation import wilson
 from training.format import percent
-from training.recipe import Grpo
+from training.recipe import Grpo, NextToken
 from training.report import write_report
 from training.report.marks import evaluation_rows
 from training.run_dir import RunDir
@@ -29,6 +32,11 @@ from .table import Table
 FOLDER = Path(__file__).parent / "results/cpu/smollm2"
 LANGUAGES = {"all": "all", "en": "English", "de": "German", "zh": "Chinese"}
 WINDOW = 10  # steps of a mean in the picture
+SHOWN = {
+    "accuracy": "right",
+    "format": "in the form that is asked for",
+    "language_consistency": "words in the question's language",
+}
 
 
 def collect(run: Path, folder: Path) -> None:
@@ -41,8 +49,10 @@ def collect(run: Path, folder: Path) -> None:
     record = {"machine": found["machine"], **found_of_run, "marks": evaluation_rows(run_dir)}
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / "record.json", record)
-    stages = [name for name in recipe.stages if isinstance(getattr(recipe, name), Grpo)]
-    steps = [{"stage": name, **row} for name in stages for row in run_dir.stage(name).metrics()]
+    later = [name for name in recipe.stages if name != "base"]
+    learn = [name for name in later if isinstance(getattr(recipe, name), (Grpo, NextToken))]
+    stages = [name for name in learn if isinstance(getattr(recipe, name), Grpo)]
+    steps = [{"stage": name, **row} for name in learn for row in run_dir.stage(name).metrics()]
     files.write_jsonl(folder / "metrics.jsonl", steps)
     shown = [
         {"stage": name, **row} for name in (*stages, "evaluate") for row in run_dir.stage(name).samples()
@@ -76,12 +86,19 @@ def marks_table(record: Mapping[str, Any]) -> Table:
         ],
         f"greedy, n = {shown[0]['greedy_problems']}": [_share(row, "greedy", "greedy") for row in shown],
         "format": [percent(row["format"]) for row in shown],
-        "words in the language": [percent(row["language_consistency"]) for row in shown],
+        "words in the language": [_consistency(row) for row in shown],
         "tokens": [f"{row['length']:.1f}" for row in shown],
     }
     if not several:
         del columns["questions"], columns["words in the language"]
     return Table("Checkpoints", list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
+
+
+def _consistency(row: Mapping[str, Any]) -> str:
+    """With the interval of so many responses that are in their language or not; those between would only narrow it."""
+    share, count = row["language_consistency"], row["problems"]
+    low, high = wilson(round(share * count), count)
+    return f"{percent(share)} ({percent(low)} to {percent(high)})"
 
 
 def _share(row: Mapping[str, Any], key: str, interval: str) -> str:
@@ -107,6 +124,28 @@ def sentence(name: str) -> str:
         f"SmolLM2-135M-Instruct {once} right at temperature 1 and {greedy} greedy, on {after['problems']} sums and differences of two "
         "numbers that it was not trained on"
     )
+
+
+def languages() -> str:
+    """What GRPO with the language reward did in each language, in one sentence."""
+    record, steps = load("languages"), len(metrics("languages", "rl_reasoning"))
+    before, after = (
+        {
+            row["language"]: row
+            for row in record["marks"]
+            if (row["checkpoint"], row["split"]) == (name, "test")
+        }
+        for name in ("sft1", "rl_reasoning")
+    )
+    found = []
+    for key, title in list(LANGUAGES.items())[1:]:
+        right, held = (
+            f"{percent(before[key][mark])} to {percent(after[key][mark])} %"
+            for mark in ("accuracy", "language_consistency")
+        )
+        found.append(f"in {title} from {right} right, and from {held} of the words in the language")
+    minutes = record["stage_seconds"]["rl_reasoning"] / 60
+    return f"{steps} steps of GRPO with the language reward ({minutes:.0f} minutes on a busy machine) take it {'; '.join(found)}"
 
 
 def times(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -141,9 +180,9 @@ def operators(name: str) -> str:
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """What is shown -> step -> mean over the last WINDOW steps."""
+    """What is shown, of what is rewarded -> step -> mean over the last WINDOW steps."""
     found: dict[str, dict[str, float]] = {}
-    for name, title in (("accuracy", "right"), ("format", "in the form that is asked for")):
+    for name, title in ((name, title) for name, title in SHOWN.items() if f"reward/{name}" in rows[0]):
         values = [row[name] for row in rows]
         windows = (values[max(0, step + 1 - WINDOW) : step + 1] for step in range(len(values)))
         found[title] = {str(step): round(fmean(window), 4) for step, window in enumerate(windows)}
