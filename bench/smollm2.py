@@ -74,23 +74,24 @@ def metrics(name: str, stage: str) -> list[dict[str, Any]]:
 
 
 def marks_table(record: Mapping[str, Any]) -> Table:
-    """A row per checkpoint and language, shares with their 95 % Wilson intervals."""
+    """A row per checkpoint and language, shares with their 95 % Wilson intervals; of several languages without the few greedy ones."""
     marks = [row for row in record["marks"] if row["split"] == "test"]
     several = len({row["language"] for row in marks} - {"all"}) > 1
     shown = [row for row in marks if several or row["language"] == "all"]
+    greedy = f"greedy, n = {shown[0]['greedy_problems']}"
     columns = {
         "checkpoint": [row["checkpoint"] for row in shown],
         "questions": [f"{LANGUAGES[row['language']]} ({row['problems']})" for row in shown],
         f"right at temperature 1, n = {shown[0]['problems']}": [
             _share(row, "accuracy", "wilson") for row in shown
         ],
-        f"greedy, n = {shown[0]['greedy_problems']}": [_share(row, "greedy", "greedy") for row in shown],
+        greedy: [_share(row, "greedy", "greedy") for row in shown],
         "format": [percent(row["format"]) for row in shown],
         "words in the language": [_consistency(row) for row in shown],
         "tokens": [f"{row['length']:.1f}" for row in shown],
     }
-    if not several:
-        del columns["questions"], columns["words in the language"]
+    for title in (greedy,) if several else ("questions", "words in the language"):
+        del columns[title]
     return Table("Checkpoints", list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
 
 
@@ -161,20 +162,33 @@ def times(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{whole:.1f} s a step (medians): {parts}"
 
 
-def operators(name: str) -> str:
-    """How many of the responses that are kept of the last half of R1-Zero are right, by operator, and how sure the policy was."""
-    rows = metrics(name, "zero")
-    half = len(rows) // 2
+def by_operator(name: str, stage: str) -> str:
+    """How many of the responses that are kept of the last half of a stage of GRPO are right."""
+    steps = len(metrics(name, stage))
     kept = files.read_jsonl(FOLDER / name / "samples.jsonl")
-    shown = [row for row in kept if row["stage"] == "zero" and row["step"] >= half]
+    shown = [row for row in kept if row["stage"] == stage and row["step"] >= steps // 2]
     counts = []
     for sign, noun in (("+", "sums"), ("-", "differences")):
         right = [row["rewards"]["accuracy"] == 1 for row in shown if f" {sign} " in row["question"]]
         counts.append(f"{sum(right)} of {len(right)} on {noun}")
+    last = steps - steps // 2
+    return f"of the best and the worst responses of the last {last} steps {' and '.join(counts)} are right"
+
+
+def cold_start() -> str:
+    """What the cold start in three languages kept, and what refused the rest, in one sentence."""
+    found = load("languages")["final_metrics"]["cold_start"]
+    refused = {key.rpartition("/")[2]: count for key, count in found.items() if "/rejected/" in key and count}
+    reasons = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in refused.items())
+    return f"Of {found['asked']} responses the cold start kept {found['kept']} (refused, some for two reasons: {reasons})"
+
+
+def operators(name: str) -> str:
+    """How many of the responses that are kept of the last half of R1-Zero are right, by operator, and how sure the policy was."""
+    rows = metrics(name, "zero")
     entropy = [row["entropy"] for row in rows if "entropy" in row]
     return (
-        f"Sums are learnt and differences hardly: of the best and the worst responses of the last {len(rows) - half} steps "
-        f"{' and '.join(counts)} are right. Entropy falls from {entropy[0]:.1f} to {entropy[4]:.2f} nats within five steps, and from "
+        f"Sums are learnt and differences hardly: {by_operator(name, 'zero')}. Entropy falls from {entropy[0]:.1f} to {entropy[4]:.2f} nats within five steps, and from "
         f"step {WINDOW} on {percent(fmean(row['kept'] for row in rows[WINDOW:]))} % of the groups have a spread to learn from."
     )
 

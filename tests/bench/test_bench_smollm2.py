@@ -1,5 +1,7 @@
 """What is said of SmolLM2 is what its committed runs hold, and R1-Zero taught it something."""
 
+import pytest
+
 from bench import smollm2
 from training import files, pipeline
 from training.progress import Progress
@@ -37,6 +39,7 @@ def test_several_languages_have_a_row_each():
     table = smollm2.marks_table(
         {"marks": [marks(), marks(language="zh", problems=170), marks(language="en")]}
     )
+    assert "greedy" not in str(table.head) and table.rows[1][-2] == "50.0 (42.6 to 57.4)"
     assert [row[1] for row in table.rows] == ["all (512)", "Chinese (170)", "English (512)"]
 
 
@@ -49,10 +52,36 @@ def test_r1_zero_taught_the_pretrained_model_something():
     assert before["wilson_high"] < after["wilson_low"] and before["greedy_high"] < after["greedy_low"]
 
 
-def test_the_committed_run_is_that_of_the_recipe():
-    made, recipe = to_dict(load(smollm2.FOLDER / "zero/recipe.yaml")), to_dict(load("smollm2"))
-    for key in ("task", "task_options", "dtype", "seed", "zero", "evaluate"):
-        assert made[key] == recipe[key], key
+def test_the_language_reward_keeps_the_language_of_the_question():
+    """In at least 40 steps, on at least 256 problems of each language; R1-Zero, which was not rewarded for it, mixed them."""
+    of = {
+        (row["checkpoint"], row["language"]): row
+        for row in smollm2.load("languages")["marks"]
+        if row["split"] == "test"
+    }
+    assert len(smollm2.metrics("languages", "rl_reasoning")) >= 40
+    for language in ("en", "de", "zh"):
+        before, after = of["sft1", language], of["rl_reasoning", language]
+        assert min(before["problems"], after["problems"]) >= 256
+        assert before["language_consistency"] <= after["language_consistency"] > 0.95
+    assert of["zero", "all"]["language_consistency"] < 0.5
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("zero", "smollm2"), ("languages", "smollm2-languages")])
+def test_the_committed_run_is_that_of_the_recipe(name, recipe):
+    made, wanted = to_dict(load(smollm2.FOLDER / name / "recipe.yaml")), to_dict(load(recipe))
+    for key in (
+        "task",
+        "task_options",
+        "dtype",
+        "seed",
+        "cold_start",
+        "sft1",
+        "rl_reasoning",
+        "zero",
+        "evaluate",
+    ):
+        assert made[key] == wanted[key], key
 
 
 def test_committed_files_are_small_and_name_no_path():
