@@ -99,10 +99,9 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "smollm2 marks": lambda: smollm2.marks_table(smollm2.load("zero")).markdown(),
     "smollm2 operators": lambda: smollm2.operators("zero"),
     "smollm2 languages": lambda: f"{smollm2.languages()}.",
+    "smollm2 language reward": lambda: f"{smollm2.language_reward()}.",
     "smollm2 cold start": lambda: f"{smollm2.cold_start()}.",
-    "smollm2 language operators": lambda: (
-        f"In GRPO as well, {smollm2.by_operator('languages', 'rl_reasoning')}."
-    ),
+    "smollm2 language operators": lambda: f"{smollm2.no_more_right()}.",
     "smollm2 language marks": lambda: smollm2.marks_table(smollm2.load("languages")).markdown(),
     "smollm2 time": lambda: f"On one CPU core it takes {smollm2.times(smollm2.metrics('zero', 'zero'))}.",
 }

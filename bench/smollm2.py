@@ -25,7 +25,7 @@ from training.report import write_report
 from training.report.marks import evaluation_rows
 from training.run_dir import RunDir
 
-from . import pipeline
+from . import pipeline, results
 from .step import PARTS
 from .table import Table
 
@@ -47,8 +47,7 @@ def collect(run: Path, folder: Path) -> None:
     left_out = ("test", "harder", "hardest", "students")  # the marks are all of them
     found_of_run = {key: value for key, value in found["runs"][0].items() if key not in left_out}
     record = {"machine": found["machine"], **found_of_run, "marks": evaluation_rows(run_dir)}
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / "record.json", record)
+    results.save(folder / "record.json", record)
     later = [name for name in recipe.stages if name != "base"]
     learn = [name for name in later if isinstance(getattr(recipe, name), (Grpo, NextToken))]
     stages = [name for name in learn if isinstance(getattr(recipe, name), Grpo)]
@@ -173,6 +172,33 @@ def by_operator(name: str, stage: str) -> str:
         counts.append(f"{sum(right)} of {len(right)} on {noun}")
     last = steps - steps // 2
     return f"of the best and the worst responses of the last {last} steps {' and '.join(counts)} are right"
+
+
+def language_reward() -> str:
+    """What GRPO with the language reward did over all languages, in one sentence."""
+    record = load("languages")
+    before, after = marks(record, "sft1"), marks(record, "rl_reasoning")
+    held, form, right = (
+        f"from {percent(before[key])} to {percent(after[key])} %"
+        for key in ("language_consistency", "format", "accuracy")
+    )
+    return (
+        f"{len(metrics('languages', 'rl_reasoning'))} steps of GRPO with the language reward take the words in the question's language {held} "
+        f"and well-formed responses {form}; right ones stay, {right}, on {after['problems']} held-out problems"
+    )
+
+
+def no_more_right() -> str:
+    """What GRPO in three languages had to learn from, in one sentence."""
+    rows = metrics("languages", "rl_reasoning")
+    first, last = (
+        (fmean(row["entropy"] for row in part), fmean(row["kept"] for row in part))
+        for part in (rows[:WINDOW], rows[-WINDOW:])
+    )
+    return (
+        f"Between the first and the last {WINDOW} steps entropy falls from {first[0]:.2f} to {last[0]:.2f} nats and the share of groups "
+        f"with a spread from {percent(first[1])} to {percent(last[1])} %; {by_operator('languages', 'rl_reasoning')}"
+    )
 
 
 def cold_start() -> str:
