@@ -98,7 +98,6 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "smollm2": lambda: f"{smollm2.sentence('zero')}.",
     "smollm2 marks": lambda: smollm2.marks_table(smollm2.load("zero")).markdown(),
     "smollm2 operators": lambda: smollm2.operators("zero"),
-    "smollm2 languages": lambda: f"{smollm2.languages()}.",
     "smollm2 language reward": lambda: f"{smollm2.language_reward()}.",
     "smollm2 cold start": lambda: f"{smollm2.cold_start()}.",
     "smollm2 language operators": lambda: f"{smollm2.no_more_right()}.",

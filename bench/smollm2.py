@@ -126,28 +126,6 @@ def sentence(name: str) -> str:
     )
 
 
-def languages() -> str:
-    """What GRPO with the language reward did in each language, in one sentence."""
-    record, steps = load("languages"), len(metrics("languages", "rl_reasoning"))
-    before, after = (
-        {
-            row["language"]: row
-            for row in record["marks"]
-            if (row["checkpoint"], row["split"]) == (name, "test")
-        }
-        for name in ("sft1", "rl_reasoning")
-    )
-    found = []
-    for key, title in list(LANGUAGES.items())[1:]:
-        right, held = (
-            f"{percent(before[key][mark])} to {percent(after[key][mark])} %"
-            for mark in ("accuracy", "language_consistency")
-        )
-        found.append(f"in {title} from {right} right, and from {held} of the words in the language")
-    minutes = record["stage_seconds"]["rl_reasoning"] / 60
-    return f"{steps} steps of GRPO with the language reward ({minutes:.0f} minutes on a busy machine) take it {'; '.join(found)}"
-
-
 def times(rows: Sequence[Mapping[str, Any]]) -> str:
     """Where the time of a step went, as medians, in words."""
     spent = {part: [row.get(f"{part}_seconds", 0.0) for row in rows] for part in PARTS}
@@ -179,12 +157,12 @@ def language_reward() -> str:
     record = load("languages")
     before, after = marks(record, "sft1"), marks(record, "rl_reasoning")
     held, form, right = (
-        f"from {percent(before[key])} to {percent(after[key])} %"
-        for key in ("language_consistency", "format", "accuracy")
+        (percent(before[key]), percent(after[key])) for key in ("language_consistency", "format", "accuracy")
     )
     return (
-        f"{len(metrics('languages', 'rl_reasoning'))} steps of GRPO with the language reward take the words in the question's language {held} "
-        f"and well-formed responses {form}; right ones stay, {right}, on {after['problems']} held-out problems"
+        f"{len(metrics('languages', 'rl_reasoning'))} steps of GRPO with the language reward take the words in the question's language "
+        f"from {held[0]} to {held[1]} % and well-formed responses from {form[0]} to {form[1]} %, on {after['problems']} held-out "
+        f"problems; right are {right[0]} % before and {right[1]} % after"
     )
 
 
