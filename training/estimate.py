@@ -208,8 +208,8 @@ def length_of(longest: int) -> float:
 def _responses(recipe: Recipe, stage: str) -> int:
     """Responses that a stage samples."""
     if stage == "cold_start":
-        config = recipe.cold_start
-        return len(config.routes) * _asked(recipe, "train", config.prompts) * config.samples
+        routes = len(recipe.cold_start.routes)
+        return routes * _asked(recipe, "train", recipe.cold_start.prompts) * recipe.cold_start.samples
     if stage == "rejection":
         return _asked(recipe, "train", recipe.rejection.prompts) * recipe.rejection.samples
     config = recipe.evaluate
