@@ -69,9 +69,9 @@ def _add_arguments(parser: argparse.ArgumentParser, function: Callable[..., obje
         if NoneType in typing.get_args(kind):
             kind = typing.get_args(kind)[0]
         form, parts = typing.get_origin(kind), typing.get_args(kind)
-        settings: dict[str, Any] = (
-            {"choices": parts} if form is typing.Literal else {"type": (*parts, kind)[0]}
-        )
+        settings: dict[str, Any] = {"type": parts[0] if parts else kind}
+        if form is typing.Literal:
+            settings = {"choices": parts}
         if parameter.default is parameter.empty:
             parser.add_argument(name, nargs="+" if form is Sequence else None, **settings)
         elif kind is bool:
