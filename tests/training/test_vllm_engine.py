@@ -328,24 +328,24 @@ def test_an_engine_that_dies_behind_its_server():
 def test_a_slow_server_and_nothing_of_it_goes_on():
     with StandIn() as stand_in:
         engine = reached(stand_in)
-        stand_in.slow, engine._service.timeout = 3.0, 0.2
+        stand_in.slow, engine._service.timeout = 60.0, 0.2
         began = time.monotonic()
         with pytest.raises(
             EngineError, match=r"did not answer /inference/v1/generate within 0.2 s \(rollout.timeout\)"
         ):
             engine.sample(requests(), WAYS[0])
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 50
 
 
 def test_ctrl_c_breaks_off_what_is_under_way():
     with StandIn() as stand_in:
         engine = reached(stand_in)
-        stand_in.slow = 3.0
+        stand_in.slow = 60.0
         began = time.monotonic()
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             engine.sample(requests(), WAYS[0])
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 50
 
 
 def test_an_update_that_was_cut_off_leaves_no_paused_server():
