@@ -102,7 +102,7 @@ def group_advantages(call: advantages.AdvantagesCall) -> Tensor:
                 SCALE=SCALES[call.scale],
                 LEAVE_ONE_OUT=call.leave_one_out,
                 OTHERS=kernels.OTHERS,
-                num_warps=LAUNCH["num_warps"],
+                **LAUNCH,
             )
     return result
 

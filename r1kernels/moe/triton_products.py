@@ -94,6 +94,7 @@ class Rows:
                     TAIL=self.tail,
                     EXPERTS=experts,
                     TILES=tiles,
+                    enable_fp_fusion=True,
                 )
             self._schedules[tile_rows] = schedule
         return self._schedules[tile_rows]
@@ -105,7 +106,8 @@ def ascending(offsets: Tensor, count: int) -> Tensor:
 
     bounds, experts = torch.empty_like(offsets), offsets.shape[0] - 1
     with torch.cuda.device_of(offsets):
-        kernels.ascend_kernel[(1,)](offsets, bounds, count, experts, EXPERTS=1 << experts.bit_length())
+        size = 1 << experts.bit_length()
+        kernels.ascend_kernel[(1,)](offsets, bounds, count, experts, EXPERTS=size, enable_fp_fusion=True)
     return bounds
 
 
@@ -197,7 +199,7 @@ def clear_rest(matrix: Tensor, rows: Rows) -> None:
         return
     with torch.cuda.device_of(matrix):
         kernels.clear_rest_kernel[(-(-rows.count // CLEARED[0]),)](
-            matrix, rows.offsets, rows.count, matrix.shape[1], rows.experts, *CLEARED
+            matrix, rows.offsets, rows.count, matrix.shape[1], rows.experts, *CLEARED, enable_fp_fusion=True
         )
 
 
@@ -251,7 +253,15 @@ def down_backward_into(
         )
         if d_weights is not None:
             triton_combine.sum_parts_kernel[(-(-rows.count // SUMMED_ROWS),)](
-                parts, inverse, rows.offsets, d_weights, rows.count, blocks, rows.experts, SIZE=SUMMED_ROWS
+                parts,
+                inverse,
+                rows.offsets,
+                d_weights,
+                rows.count,
+                blocks,
+                rows.experts,
+                SIZE=SUMMED_ROWS,
+                enable_fp_fusion=True,
             )
 
 
@@ -304,6 +314,7 @@ def combine(values: Tensor, inverse: Tensor, weights: Tensor | None, rows: Rows,
             TOP_K=rows.count // tokens,
             COLUMNS=COMBINED_COLUMNS,
             UNIT=unit,
+            enable_fp_fusion=True,
         )
     return out
 
@@ -349,4 +360,5 @@ def _shape(tile: tuning.Tile, unit: int) -> dict[str, Any]:
         "UNIT": unit,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        "enable_fp_fusion": True,
     }
