@@ -39,7 +39,7 @@ def faults(tmp_path, *words, recipe="tiny"):
 
 
 # They need what is not installed everywhere, or another run.
-OTHERS = ("deepseek-r1", "smollm2", "smollm2-languages", "tiny-controls")
+OTHERS = ("deepseek-r1", "smollm2", "smollm2-languages", "smollm2-student", "tiny-controls")
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name not in OTHERS])
@@ -56,6 +56,23 @@ def test_the_controls_of_tiny_start_from_its_base(tmp_path, monkeypatch):
         check(recipe)
     save_model(build_model(load("tiny").model, build_tokenizer(), 0), build_tokenizer(), tmp_path / starts)
     assert check(recipe) == []
+
+
+@pytest.mark.parametrize("name", ["smollm2-languages", "smollm2-student"])
+def test_what_goes_on_from_r1_zero_of_smollm2_starts_from_its_run(name, tmp_path, monkeypatch):
+    pytest.importorskip("reasoning_gym")
+    recipe = load(name)
+    recipe.task_options[recipe.task[0]]["size"] = 300
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="or the folder of a checkpoint, got 'runs/smollm2/"):
+        check(recipe)
+    for stage in ("base", "zero"):
+        save_model(
+            build_model(load("tiny").model, build_tokenizer(), 0),
+            build_tokenizer(),
+            tmp_path / f"runs/smollm2/{stage}/checkpoint",
+        )
+    assert all("asks" in note for note in check(recipe))  # fewer problems than the recipe has
 
 
 @pytest.mark.parametrize(
