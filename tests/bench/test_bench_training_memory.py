@@ -1,8 +1,8 @@
-"""The bench of training memory runs."""
+"""The bench of training memory runs, and what it found lies near what the dry run says."""
 
 import pytest
 
-from bench import training_memory
+from bench import results, training_memory
 
 
 @pytest.mark.parametrize(("rank", "recomputes", "optimizer"), training_memory.CASES)
@@ -20,3 +20,17 @@ def test_a_case_measures_a_step_and_what_the_dry_run_says(rank, recomputes, opti
 def test_a_process_of_its_own_measures_a_peak():
     found = training_memory.alone(training_memory.TINY, 16, True, "adamw")
     assert found["peak_bytes"] is None or found["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize("case", training_memory.CASES)
+def test_the_committed_peaks_lie_near_what_the_dry_run_says(case):
+    record = results.committed("training_memory")
+    assert record["sizes"] == training_memory.SIZES
+    (found,) = [
+        each
+        for each in record["cases"]
+        if (each["rank"], each["gradient_checkpointing"], each["optimizer"]) == case
+    ]
+    said = training_memory.said(training_memory.SIZES, *case)
+    assert found["dry_run_bytes"] == pytest.approx(said, rel=0.02)
+    assert said == pytest.approx(found["peak_bytes"], rel=training_memory.ALLOWED)
