@@ -120,8 +120,8 @@ def alone(
 ) -> dict[str, Any]:
     """A case in a process of its own: one that has run for long holds freed memory, which a step takes before it grows.
 
-    exact: freed tensors go back to the system at once, so that the peak is that of tensors; else they stay in glibc's heap, which
-        does not use the holes of aligned blocks again (glibc bug 14581).
+    exact: freed tensors go back to the system at once, so that the peak is that of tensors; else glibc's heap keeps
+        what it likes of them.
     """
     words = [json.dumps([sizes, rank, recomputes, optimizer])]
     environment = {**os.environ, **(EXACT if exact else {})}
