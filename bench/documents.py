@@ -102,6 +102,9 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "smollm2 cold start": lambda: f"{smollm2.cold_start()}.",
     "smollm2 language operators": lambda: f"{smollm2.no_more_right()}.",
     "smollm2 language marks": lambda: smollm2.marks_table(smollm2.load("languages")).markdown(),
+    "smollm2 students": lambda: smollm2.students_table(
+        smollm2.load("student"), smollm2.load("zero")
+    ).markdown(),
     "smollm2 time": lambda: f"On one CPU core it takes {smollm2.times(smollm2.metrics('zero', 'zero'))}.",
 }
 

@@ -6,7 +6,7 @@ python -m bench smollm2 runs/smollm2 zero
 keeps the recipe, record.json (marks, times, versions), metrics.jsonl of every stage that learns after base, the best and the worst
 response of every step of GRPO and the report in bench/results/cpu/smollm2/zero;
 `python -m training run bench/results/cpu/smollm2/zero/recipe.yaml` does the same run again. Likewise smollm2-languages, whose folder is
-languages.
+languages, and smollm2-student, whose folder is student.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def collect(run: Path, folder: Path) -> None:
     run_dir = RunDir(run)
     recipe = run_dir.read_recipe()
     found = pipeline.measure([run])
-    left_out = ("test", "harder", "hardest", "students")  # the marks are all of them
+    left_out = ("test", "harder", "hardest")  # the marks are all of them
     found_of_run = {key: value for key, value in found["runs"][0].items() if key not in left_out}
     record = {"machine": found["machine"], **found_of_run, "marks": evaluation_rows(run_dir)}
     results.save(folder / "record.json", record)
@@ -92,6 +92,22 @@ def marks_table(record: Mapping[str, Any]) -> Table:
     for title in (greedy,) if several else ("questions", "words in the language"):
         del columns[title]
     return Table("Checkpoints", list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
+
+
+def students_table(record: Mapping[str, Any], of: Mapping[str, Any]) -> Table:
+    """A row per student of a run; above them what they begin as and their teacher, of the run `of`."""
+    rows = [["nothing, as it begins", "", "", *_of_student(marks(of, "base"))]]
+    for each in record["students"]:
+        spent = f"{each['tokens']:,}", f"{each['seconds']:.0f}"
+        rows.append([each["method"], *spent, *_of_student(marks(record, f"distill-{each['name']}"))])
+    rows.append(["the teacher", "", "", *_of_student(marks(of, "zero"))])
+    problems = marks(of, "zero")["problems"]
+    head = ("learns by", "tokens", "seconds", f"right at temperature 1, n = {problems}", "format", "length")
+    return Table("Students", head, rows)
+
+
+def _of_student(row: Mapping[str, Any]) -> list[str]:
+    return [_share(row, "accuracy", "wilson"), percent(row["format"]), f"{row['length']:.1f}"]
 
 
 def _consistency(row: Mapping[str, Any]) -> str:

@@ -334,7 +334,7 @@ def test_a_slow_server_and_nothing_of_it_goes_on():
             EngineError, match=r"did not answer /inference/v1/generate within 0.2 s \(rollout.timeout\)"
         ):
             engine.sample(requests(), WAYS[0])
-        assert time.monotonic() - began < 50
+        assert time.monotonic() - began < 20
 
 
 def test_ctrl_c_breaks_off_what_is_under_way():
@@ -345,7 +345,7 @@ def test_ctrl_c_breaks_off_what_is_under_way():
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             engine.sample(requests(), WAYS[0])
-        assert time.monotonic() - began < 50
+        assert time.monotonic() - began < 20
 
 
 def test_an_update_that_was_cut_off_leaves_no_paused_server():
