@@ -65,7 +65,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "seed": recipe.seed,
         "threads": recipe.threads,
         **{split: {name: kept(row) for name, row in marks_of(run_dir, split).items()} for split in SPLITS},
-        "students": [student._asdict() for student in students.learnt(run_dir)],
+        "students": [four_digits(student._asdict()) for student in students.learnt(run_dir)],
         "rewarded": rewarded(run_dir, recipe),
         "final_metrics": {
             name: final(record["metrics"], recipe) for name, record in done.items() if name != "evaluate"
@@ -85,11 +85,12 @@ def rewarded(run_dir: RunDir, recipe: Recipe) -> int:
 
 def final(metrics: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """The last metrics of a stage, four digits of each; those of students are kept with the students."""
-    return {
-        key: results.short(value) if isinstance(value, float) else value
-        for key, value in metrics.items()
-        if key.split("/")[0] not in recipe.distill.students
-    }
+    of_stage = {key: v for key, v in metrics.items() if key.split("/")[0] not in recipe.distill.students}
+    return four_digits(of_stage)
+
+
+def four_digits(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: results.short(value) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def kept(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 from training import files
 from training.evaluation import wilson
 from training.format import percent
-from training.recipe import Grpo, NextToken
+from training.recipe import Distill, Grpo, NextToken
 from training.report import write_report
 from training.report.marks import evaluation_rows
 from training.run_dir import RunDir
@@ -46,10 +46,10 @@ def collect(run: Path, folder: Path) -> None:
     found = pipeline.measure([run])
     left_out = ("test", "harder", "hardest")  # the marks are all of them
     found_of_run = {key: value for key, value in found["runs"][0].items() if key not in left_out}
-    record = {"machine": found["machine"], **found_of_run, "marks": evaluation_rows(run_dir)}
+    record = {"machine": found["machine"], **found_of_run, "marks": kept(evaluation_rows(run_dir))}
     results.save(folder / "record.json", record)
     later = [name for name in recipe.stages if name != "base"]
-    learn = [name for name in later if isinstance(getattr(recipe, name), (Grpo, NextToken))]
+    learn = [name for name in later if isinstance(getattr(recipe, name), (Grpo, NextToken, Distill))]
     stages = [name for name in learn if isinstance(getattr(recipe, name), Grpo)]
     steps = [{"stage": name, **row} for name in learn for row in run_dir.stage(name).metrics()]
     files.write_jsonl(folder / "metrics.jsonl", steps)
@@ -59,6 +59,12 @@ def collect(run: Path, folder: Path) -> None:
     files.write_jsonl(folder / "samples.jsonl", shown)
     shutil.copyfile(run / "recipe.yaml", folder / "recipe.yaml")
     write_report(run_dir, folder / "report.html")
+
+
+def kept(marks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Four digits of each mark, and where all problems are in one language, once."""
+    several = len({row["language"] for row in marks}) > 2
+    return [pipeline.four_digits(row) for row in marks if several or row["language"] == "all"]
 
 
 def load(name: str) -> dict[str, Any]:

@@ -67,7 +67,23 @@ def test_the_language_reward_keeps_the_language_of_the_question():
     assert of["zero", "all"]["language_consistency"] < 0.5
 
 
-@pytest.mark.parametrize(("name", "recipe"), [("zero", "smollm2"), ("languages", "smollm2-languages")])
+def test_students_of_the_pretrained_model_learn_what_r1_zero_taught_their_teacher():
+    """By each method, at equal tokens: intervals above that of the model they begin as, and not below the teacher's."""
+    record, of = smollm2.load("student"), smollm2.load("zero")
+    base, teacher = smollm2.marks(of, "base"), smollm2.marks(of, "zero")
+    assert {each["method"] for each in record["students"]} == {"sft", "logits", "on_policy"}
+    learnt = [each["tokens"] for each in record["students"]]
+    assert max(learnt) < 1.05 * min(learnt)
+    for each in record["students"]:
+        row = smollm2.marks(record, f"distill-{each['name']}")
+        assert row["problems"] >= 512 and row["wilson_low"] > base["wilson_high"]
+        assert row["wilson_high"] > teacher["wilson_low"]
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("zero", "smollm2"), ("languages", "smollm2-languages"), ("student", "smollm2-student")],
+)
 def test_the_committed_run_is_that_of_the_recipe(name, recipe):
     made, wanted = to_dict(load(smollm2.FOLDER / name / "recipe.yaml")), to_dict(load(recipe))
     for key in (
@@ -79,6 +95,7 @@ def test_the_committed_run_is_that_of_the_recipe(name, recipe):
         "sft1",
         "rl_reasoning",
         "zero",
+        "distill",
         "evaluate",
     ):
         assert made[key] == wanted[key], key
