@@ -62,9 +62,13 @@ def collect(run: Path, folder: Path) -> None:
 
 
 def kept(marks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Four digits of each mark, and where all problems are in one language, once."""
+    """Six places of each mark, which a table rounds again, and where all problems are in one language, once."""
     several = len({row["language"] for row in marks}) > 2
-    return [pipeline.four_digits(row) for row in marks if several or row["language"] == "all"]
+    return [
+        {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
+        for row in marks
+        if several or row["language"] == "all"
+    ]
 
 
 def load(name: str) -> dict[str, Any]:
