@@ -201,8 +201,8 @@ def draw(
 
 
 def draw_each(calls: Sequence[Mapping[str, Any]], **same: Any) -> list[list[Completion]]:
-    """`draw` with each of the `calls`, its arguments beside `same`. Ranks make whole calls where these are short and divide evenly:
-    of a short call, half the problems take more than half the time."""
+    """`draw` with each of the `calls`, no two of them alike, its arguments beside `same`. Ranks make whole calls where these are
+    short and divide evenly: of a short call, half the problems take more than half the time."""
 
     def made(call: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[Completion]]:
         told: list[tuple[str, str]] = []

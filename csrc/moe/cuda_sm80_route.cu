@@ -97,10 +97,11 @@ __device__ inline void softmax_backward(const R1kernelsRoute& call, const Row<Sc
         if (choice.is_expert(k)) weighted += choice.grads[k] * row.wide_score(row.logit(choice.chosen[k]));
     }
     const double mean = warp_sum(weighted);
+    const float factor = static_cast<float>(-call.scale * mean * row.sums.inverse);
+    const float largest = static_cast<float>(row.sums.largest);
+#pragma unroll 2  // all four at once would spill on sm_120
     for (int64_t expert = lane_id(); expert < call.experts; expert += kWarpSize) {
-        const double share = expf(row.logit(expert) - static_cast<float>(row.sums.largest)) * row.sums.inverse;
-        const double grad = -call.scale * mean * share;
-        to[expert] = from_float<Scalar>(static_cast<float>(grad));
+        to[expert] = from_float<Scalar>(factor * expf(row.logit(expert) - largest));
     }
     __syncwarp();
     scatter(
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kRouteThreads, route_blocks(1))
         } else if (call.normalize) {
             chosen_softmax_backward(call, row, choice, to);
         } else {
-            row.sum_up_for_weights(call);
+            row.sums = softmax_sums<float>(call.experts, [&](int64_t expert) { return row.logit(expert); });
             softmax_backward(call, row, choice, to);
         }
     }

@@ -415,7 +415,8 @@ def calls_apart(folder, monkeypatch):
     ranks made a call, and that where it is too long to be made apart."""
     at = context(folder, None)
     source = Source("zero", build_model(SIZES, TOKENIZER, 0), TOKENIZER, "hash", prompts.chat)
-    calls = [{"source": source, "asked": PROBLEMS, "samples": samples} for samples in (2, 4, 2)]
+    asked = ((PROBLEMS, 2), (PROBLEMS, 4), (PROBLEMS[::-1], 2))
+    calls = [{"source": source, "asked": problems, "samples": samples} for problems, samples in asked]
     heard, worlds = [], set()
     draw, how = responses.draw, {"temperature": 1.0, "max_new_tokens": 6, "seed_parts": (0,), "batch_size": 4}
 
@@ -440,9 +441,9 @@ def test_calls_that_ranks_make_apart_are_those_of_one(tmp_path, monkeypatch):
     assert [found for found, _ in two] == [alone, alone]
     assert [made_by for _, made_by in two] == [({1}, {2})] * 2
     drawn, heard, pieces = alone
-    assert [len(each) for each in drawn] == [6, 12, 6] and drawn[0] == drawn[2]
+    assert [len(each) for each in drawn] == [6, 12, 6]
     assert len(heard) == 1 and "did not end within 6 tokens" in heard[0]
-    assert len(pieces) == 2  # equal calls have one name
+    assert len(pieces) == 3
 
 
 def test_one_process_exchanges_nothing():
