@@ -86,9 +86,8 @@ def kept_bytes(
     return whole - of_layers + inputs + max(layers)
 
 
-_COUNTED: dict[
-    tuple[object, ...], tuple[int, list[int]]
-] = {}  # stages of a recipe have passes of the same sizes
+# stages of a recipe have passes of the same sizes
+_COUNTED: dict[tuple[object, ...], tuple[int, list[int]]] = {}
 
 
 def _count(

@@ -248,8 +248,8 @@ def update_bias(
     """Move the selection bias of every router towards an even load (``update_router_bias``); once per optimizer step.
 
     Where torch.distributed is initialised the load is summed over the ranks of ``group`` (default: all), so every rank
-    must call it, unless it is ``summed`` already. The biases are buffers: whatever copies weights to a reference model or a rollout engine must copy
-    buffers too.
+    must call it, unless it is ``summed`` already. The biases are buffers: whatever copies weights to a reference model or a
+    rollout engine must copy buffers too.
 
     Raises:
         ValueError: the model is not patched or no router has a selection bias; also what ``update_router_bias`` raises.
@@ -293,7 +293,8 @@ def replay_routing(
     """Route as recorded, with live weights, in the forwards of a ``with`` block.
 
     The expert choices are those of ``routing``, in its order; their weights, and so all gradients, come from the live logits, or,
-    for a pass that scores, are the recorded ones, without gradient. Tokens without a record are routed live. Under activation checkpointing the backward belongs into the block too.
+    for a pass that scores, are the recorded ones, without gradient. Tokens without a record are routed live. Under activation
+    checkpointing the backward belongs into the block too.
 
     Args:
         model: a patched model with as many routers as the recorded one.

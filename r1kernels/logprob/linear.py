@@ -71,8 +71,8 @@ def linear_logprobs(
             hidden states hold.
         chunk_size: tokens per chunk; None chooses from V and a memory budget.
         save_logits: keep the logits for the backward (True, faster) or recompute them chunk by chunk (False, less memory);
-            None chooses by a memory budget, a sixteenth of a GPU's memory and 256 MiB on a CPU. Where hidden alone needs a gradient, and of logp alone, kernels do neither
-            (False, None): the forward works out d logp / d hidden too.
+            None chooses by a memory budget, a sixteenth of a GPU's memory and 256 MiB on a CPU. Where hidden alone needs a
+            gradient, and of logp alone, kernels do neither (False, None): the forward works out d logp / d hidden too.
         batch_invariant: logp and entropy of a token are bitwise the same for any N, order and ``chunk_size``.
         group: a process group over which the vocabulary is sharded: ``weight`` and ``bias`` are this rank's rows, in rank
             order; everything else is the same on every rank, and so are the results and the gradient of ``hidden``. Every

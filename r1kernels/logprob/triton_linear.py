@@ -22,7 +22,8 @@ def forward(call: LinearCall) -> tiles.RowResults | None:
     """(logp, entropy, stats, extra) without a tile of logits in memory; None where tiles serve the call better.
 
     float32 has no tensor core that keeps its digits, and rows that are no multiple of 16 bytes would have to be copied:
-    both come here for batch invariance alone, float32 not where the GEMMs of its backward are TF32. The tile shape depends on the tokens only where they may change the last bits.
+    both come here for batch invariance alone, float32 not where the GEMMs of its backward are TF32. The tile shape depends on the
+    tokens only where they may change the last bits.
     """
     hidden, rows = call.hidden, call.rows
     if not call.batch_invariant and (hidden.dtype == torch.float32 or _odd(hidden)):

@@ -11,8 +11,8 @@ and, where the statistics of ``linear_logprobs`` are wanted,
     Q' = sum of e^(2 (x - M/T)) over all but one largest
     L  = sum of z                          P = the first place of a largest z
 
-Exponents are powers of 2: ``rate`` = log2(e) / T turns a difference of logits into bits. How two sets merge and the derivatives stand above the code in csrc/logprob/cuda.cuh. Q' merges as S' does, with w^2 for w.
-NaN enters S' and stays there.
+Exponents are powers of 2: ``rate`` = log2(e) / T turns a difference of logits into bits. How two sets merge and the derivatives
+stand above the code in csrc/logprob/cuda.cuh. Q' merges as S' does, with w^2 for w. NaN enters S' and stays there.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -118,8 +118,8 @@ def moe_experts(
     are cast as F.linear casts them. An expert without tokens gets a zero gradient. Deterministic, except that the
     reference, traced or on CUDA, adds weight gradients up with atomics unless
     ``torch.use_deterministic_algorithms(True)``. On cuda a token's result does not depend on the other tokens. Elsewhere
-    its last bits may, without ``batch_invariant``: the kernel follows from how many rows an expert has (cpu: at most 24 or more of them; triton: from
-    the mean over the experts), and torch's matrix products, which the reference uses, from their size.
+    its last bits may, without ``batch_invariant``: the kernel follows from how many rows an expert has (cpu: at most 24 or more
+    of them; triton: from the mean over the experts), and torch's matrix products, which the reference uses, from their size.
 
     Source: SwiGLU experts as in Mixtral, DeepSeek-V3, Qwen3-MoE; the layout of transformers' expert modules.
     """

@@ -1,8 +1,8 @@
 """What the Triton backend of the experts launches: grouped products, and what is fused with them.
 
 Triton is imported at the first launch, never before. T tokens, H hidden size, I intermediate size, E experts, K experts per
-token, S = T * K routed rows; N inputs and M outputs of a product, R rank of a low-rank addition. Nothing here depends on values: grids and buffers follow
-from shapes, and what an expert has is read on the device.
+token, S = T * K routed rows; N inputs and M outputs of a product, R rank of a low-rank addition. Nothing here depends on values:
+grids and buffers follow from shapes, and what an expert has is read on the device.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ recipe = load("smoke", [
     "base.steps=60", "base.batch_size=32", "zero.steps=2", "cold_start.prompts=32",
     "cold_start.batch_size=8", "cold_start.filters=[]", "rl_reasoning.steps=2",
     "judge.prompts=24", "rejection.prompts=48", "rejection.batch_size=16", "rejection.filters=[]",
-    "reward_models.prompts=24", "reward_models.unsafe_samples=2", "rl_all.steps=2", "distill.batch_size=8", "distill.filters=[]", "evaluate.problems=8",
-    "evaluate.k_problems=4", "evaluate.batch_size=32", "evaluate.splits=[test]",
+    "reward_models.prompts=24", "reward_models.unsafe_samples=2", "rl_all.steps=2", "distill.batch_size=8", "distill.filters=[]",
+    "evaluate.problems=8", "evaluate.k_problems=4", "evaluate.batch_size=32", "evaluate.splits=[test]",
 ])
 check(recipe)  # reads the tasks once for all children
 

@@ -1,8 +1,9 @@
 """distill: the teacher answers the SFT prompts again, and small dense students learn from what passes the filters.
 
-No RL. Teacher and students answer the prompt that the teacher was trained with. Reasoning responses have to be right by the rule, the others helpful by the oracle. A file of traces may stand in for the
-teacher. A student learns the responses (sft), the teacher's distribution of them (logits), or its distribution of what the student
-answers itself to the same prompts (on_policy), and in the last case as many tokens as it would of the responses.
+No RL. Teacher and students answer the prompt that the teacher was trained with. Reasoning responses have to be right by the rule,
+the others helpful by the oracle. A file of traces may stand in for the teacher. A student learns the responses (sft), the
+teacher's distribution of them (logits), or its distribution of what the student answers itself to the same prompts (on_policy),
+and in the last case as many tokens as it would of the responses.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """evaluate: the marks of every checkpoint that answers questions, on held-out problems and on a harder level.
 
 The marks of the report are taken at `temperature` with one sample a problem; beside them stand pass@1 (mean of k), pass@k
-and maj@k at T 0.6 and top-p 0.95, and greedy accuracy. Where the recipe says so, pass@k at `temperature` up to a large k shows what sampling reaches. Helpful and harmless are judged by the tasks' oracle.
+and maj@k at T 0.6 and top-p 0.95, and greedy accuracy. Where the recipe says so, pass@k at `temperature` up to a large k shows
+what sampling reaches. Helpful and harmless are judged by the tasks' oracle.
 """
 
 from __future__ import annotations
