@@ -337,6 +337,15 @@ def test_a_slow_server_and_nothing_of_it_goes_on():
         assert time.monotonic() - began < 20
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as at a terminal: a shell starts what runs in the background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_breaks_off_what_is_under_way():
     with StandIn() as stand_in:
         engine = reached(stand_in)
