@@ -96,11 +96,15 @@ def four_digits(row: Mapping[str, Any]) -> dict[str, Any]:
 def kept(row: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of the marks of a checkpoint: four digits, and pass@k where k is a power of two; not whose marks they are."""
     marks = {key: value for key, value in row.items() if key not in ("checkpoint", "split", "language")}
-    found = {key: round(value, 4) if isinstance(value, float) else value for key, value in marks.items()}
+    found = rounded(marks, 4)
     if "reach" in row:
         powers = {str(2**power) for power in range(10)}
         found["reach"] = {k: round(share, 4) for k, share in row["reach"].items() if k in powers}
     return found
+
+
+def rounded(row: Mapping[str, Any], places: int) -> dict[str, Any]:
+    return {key: round(value, places) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def measure(runs: Sequence[Path]) -> dict[str, Any]:

@@ -64,11 +64,7 @@ def collect(run: Path, folder: Path) -> None:
 def kept(marks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Six places of each mark, which a table rounds again, and where all problems are in one language, once."""
     several = len({row["language"] for row in marks}) > 2
-    return [
-        {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
-        for row in marks
-        if several or row["language"] == "all"
-    ]
+    return [pipeline.rounded(row, 6) for row in marks if several or row["language"] == "all"]
 
 
 def load(name: str) -> dict[str, Any]:
