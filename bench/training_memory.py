@@ -91,7 +91,7 @@ def _config(sizes: Mapping[str, Any]) -> Qwen2Config:
 
 def parameters(sizes: Mapping[str, Any]) -> int:
     """Weights of a model of these sizes."""
-    return estimate.count(Qwen2Config(**sizes)).total
+    return estimate.count(_config(sizes)).total
 
 
 def _problems(step: int) -> list[Problem]:

@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 # Checkpoints that know the R1-Zero template; all later ones answer the plain chat prompt.
 ZERO_PROMPT = ("base", "zero")
 BATCH_SIZE = 256  # sequences in flight
-APART = (
-    2**18
-)  # tokens of the longest call that ranks make apart: one that has no more to do waits for the others' last ones
+# tokens of the longest call that ranks make apart: one that has no more to do waits for the others' last ones
+APART = 2**18
 
 
 @dataclass
