@@ -14,13 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "logprob": ("token_logprobs", "linear_logprobs", "grouped_logprobs", "linear_grouped_logprobs", "kept_logprobs",
-                "topk_divergence", "linear_topk_divergence", "linear_divergence"),
-    "grpo": ("grpo_loss", "linear_grpo_loss"),
-    "moe": ("moe_experts", "lora_experts", "grouped_gemm", "route", "router_logits"),
-    "step": ("grpo_step",),
-}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # DeepSeek-V3's router
 GROUPS, GROUPS_PER_TOKEN, SCALE = 8, 4, 2.5
@@ -55,10 +48,6 @@ class Case:
     model: str = ""
 
     @property
-    def family(self) -> str:
-        return next(name for name, ops in FAMILIES.items() if self.op in ops)
-
-    @property
     def shape(self) -> str:
         """ "N 2048, V 32768" """
         return ", ".join(f"{name} {size}" for name, size in self.sizes.items())
@@ -77,15 +66,12 @@ class Case:
         return self.torch_dtype.itemsize
 
     def work(self) -> dict[str, Work]:
-        """The work of the phases "forward" and "backward"; empty for a whole step of the trainer."""
-        return dict(zip(("forward", "backward"), WORK[self.op](self), strict=True)) if self.op in WORK else {}
-
-    def works(self) -> dict[str, Work]:
-        """The work of all phases."""
-        found = self.work()
-        if found:
-            found |= {"inference": found["forward"], "forward+backward": found["forward"] + found["backward"]}
-        return found
+        """The work of each phase; empty for a whole step of the trainer."""
+        if self.op not in WORK:
+            return {}
+        forward, backward = WORK[self.op](self)
+        both = forward + backward
+        return {"forward": forward, "backward": backward, "inference": forward, "forward+backward": both}
 
     def need_bytes(self) -> float:
         """About how much memory the case takes, which decides whether it fits the machine.

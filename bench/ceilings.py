@@ -48,12 +48,11 @@ class Ceilings:
 
     def floors(self, case: Case) -> dict[str, tuple[float, str]]:
         """Phase -> (seconds, bound); forward+backward is the sum, bound by the larger part; nothing of a whole step."""
-        works = case.work()
-        if not works:
-            return {}
-        forward, backward = (self.floor(works[phase], case.dtype) for phase in ("forward", "backward"))
-        both = (forward[0] + backward[0], max(forward, backward)[1])
-        return {"forward": forward, "backward": backward, "inference": forward, "forward+backward": both}
+        found = {phase: self.floor(work, case.dtype) for phase, work in case.work().items()}
+        if found:
+            forward, backward = found["forward"], found["backward"]
+            found["forward+backward"] = (forward[0] + backward[0], max(forward, backward)[1])
+        return found
 
 
 def measure(device: torch.device, rounds: int = 5) -> Ceilings:

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import logprob
 from .cases import Case
 from .numerics import Exact, of_head, of_logits
-from .peers import Call, Draw, Inputs, Op, Ours, Peer, needs, plain, theirs
+from .peers import Call, Draw, Inputs, Op, Ours, Peer, Plain, needs, theirs
 
 BETA = 0.5
 _TRL_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": BETA}  # TRL's names of the kinds
@@ -171,8 +171,8 @@ _OURS = Ours(
 _OURS_TOPK = Ours("topk_divergence", "logits,ids,logp", "divergence")
 _OURS_LINEAR_TOPK = Ours("linear_topk_divergence", "hidden,weight,ids,logp", "divergence")
 DIVERGENCE = (
-    *plain(_textbook, _FOUR, "divergence",
-           _OURS.peer("slopes saved", save_logits=True), _OURS.peer("logits recomputed", save_logits=False)),
+    *Plain(_textbook, _FOUR, "divergence").around(
+        _OURS.peer("slopes saved", save_logits=True), _OURS.peer("logits recomputed", save_logits=False)),
     theirs("TRL, chunked", "trl", "trl.kernels.chunked_divergence", lambda trl, x, case: {
         "divergence": trl.ChunkedDivergenceFunction.apply(
             x["hidden"], x["weight"], None, x["teacher_hidden"], x["teacher_weight"], None, _TRL_BETA[case.layout])[0]}),
@@ -180,9 +180,11 @@ DIVERGENCE = (
     logprob.bare_gemms("four bare GEMMs"),
     logprob.bare_gemms("six bare GEMMs", recompute=True),
 )  # fmt: skip
-TOPK = plain(lambda case: _topk, "logits,ids,logp", "divergence", _OURS_TOPK.peer())
+TOPK = Plain(lambda case: _topk, "logits,ids,logp", "divergence").around(_OURS_TOPK.peer())
 LINEAR_TOPK = (
-    *plain(lambda case: _linear_topk, "hidden,weight,ids,logp", "divergence", _OURS_LINEAR_TOPK.peer()),
+    *Plain(lambda case: _linear_topk, "hidden,weight,ids,logp", "divergence").around(
+        _OURS_LINEAR_TOPK.peer()
+    ),
     logprob.bare_gemms("three bare GEMMs"),
 )
 OPS = {

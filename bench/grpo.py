@@ -7,7 +7,6 @@ coefficient 0.04, mean over the tokens of each completion and then over completi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +18,9 @@ from torch import Tensor
 from .cases import Case, lengths
 from .logprob import bare_gemms, linear_exact, linear_inputs, log_softmax, trl_logp
 from .numerics import Exact
-from .peers import Call, Draw, Inputs, Op, Ours, Outputs, Peer, Unavailable, needs, plain, theirs
+from .peers import Call, Draw, Inputs, Op, Ours, Outputs, Peer, Plain, Unavailable, needs, theirs
 
 CLIP, KL = 0.2, 0.04
-_POLICY = "logp,old_logp,ref_logp,advantages,entropy,where"
-_HEAD = "hidden,weight,targets,old_logp,ref_logp,advantages,mask"
 
 
 # --- inputs ---
@@ -67,7 +64,7 @@ def head_inputs(case: Case, device: torch.device) -> Inputs:
     return Inputs(tensors, head.leaves, loss.upstream)
 
 
-# --- plain PyTorch: eager, torch.compile and, in float64, the exact result ---
+# --- plain PyTorch ---
 
 
 def _loss(
@@ -109,29 +106,17 @@ def _head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *others: Tensor)
 # --- exact ---
 
 
-def loss_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
-    """The formulas in float64, differentiated by autograd."""
-    logp, *others = (_double(value) for value in inputs.of(_POLICY))
-    loss, _ = _loss(logp.requires_grad_(), *others)
-    (gradient,) = torch.autograd.grad(loss, logp)
-    return {"loss": Exact(loss.detach()), "d logp": Exact(gradient)}
-
-
 def head_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
     """The loss on exact log-probs; then, by the chain rule, that of the head."""
     none = inputs["targets"].new_zeros(inputs["targets"].numel())
     logp = linear_exact(case, replace(inputs, upstream={"logp": none}))["logp"].values.view(
         inputs["targets"].shape
     )
-    old, ref, advantages = (_double(value) for value in inputs.of("old_logp,ref_logp,advantages"))
+    old, ref, advantages = (value.double() for value in inputs.of("old_logp,ref_logp,advantages"))
     loss, _ = _loss(logp.requires_grad_(), old, ref, advantages, None, inputs["mask"])
     (above,) = torch.autograd.grad(loss, logp)
     found = linear_exact(case, replace(inputs, upstream={"logp": above.flatten()}))
     return {"loss": Exact(loss.detach()), "d hidden": found["d hidden"], "d weight": found["d weight"]}
-
-
-def _double(value: Tensor) -> Tensor:
-    return value.detach().double() if value.is_floating_point() else value
 
 
 # --- others ---
@@ -218,21 +203,24 @@ def _options(case: Case, inputs: Inputs) -> dict[str, Any]:
     return {"kl_coef": KL} | {name: inputs[name] for name in names if name in inputs.tensors}
 
 
-_only_loss: Callable[[Any], Outputs] = lambda found: {"loss": found.loss}  # noqa: E731
-_OURS = Ours("grpo_loss", "logp,old_logp,advantages,mask", _only_loss, _options)
-_OURS_HEAD = Ours("linear_grpo_loss", "hidden,weight,targets,old_logp,advantages,mask", _only_loss, _options)
+_OURS = Ours("grpo_loss", "logp,old_logp,advantages,mask", "loss", _options)
+_OURS_HEAD = Ours("linear_grpo_loss", "hidden,weight,targets,old_logp,advantages,mask", "loss", _options)
+_PLAIN = Plain(lambda case: _loss, "logp,old_logp,ref_logp,advantages,entropy,where", "loss")
+_PLAIN_HEAD = Plain(
+    lambda case: _head_loss, "hidden,weight,targets,old_logp,ref_logp,advantages,mask", "loss"
+)
 LOSS = (
-    *plain(lambda case: _loss, _POLICY, "loss", _OURS.peer()),
+    *_PLAIN.around(_OURS.peer()),
     theirs("TRL", "trl", "trl.trainer.grpo_trainer", _trl),
     theirs("Liger", "liger-kernel", "liger_kernel.chunked_loss.grpo_loss", _liger),
 )
 HEAD = (
-    *plain(lambda case: _head_loss, _HEAD, "loss", _OURS_HEAD.peer()),
+    *_PLAIN_HEAD.around(_OURS_HEAD.peer()),
     theirs("TRL, chunked, and eager loss", "trl", "trl.kernels", _trl_head),
     Peer("Liger, fused", _liger_head, package="liger-kernel", compiles=True),
     bare_gemms("three bare GEMMs"),
 )
 OPS = {
-    "grpo_loss": Op(_OURS, loss_inputs, loss_exact, LOSS),
+    "grpo_loss": Op(_OURS, loss_inputs, _PLAIN.exact, LOSS),
     "linear_grpo_loss": Op(_OURS_HEAD, head_inputs, head_exact, HEAD),
 }

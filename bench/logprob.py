@@ -16,8 +16,8 @@ from torch import Tensor
 import r1kernels
 
 from .cases import Case, lengths
-from .numerics import Exact, of_head, softmax_rows, spread
-from .peers import OURS, TRAINING, Call, Draw, Inputs, Op, Ours, Outputs, Peer, Unavailable, plain, theirs
+from .numerics import Exact, of_head, softmax_rows, spread, wide
+from .peers import OURS, TRAINING, Call, Draw, Inputs, Op, Ours, Outputs, Peer, Plain, Unavailable, theirs
 
 _CHECKED_ROWS = 256
 TRL_CHUNK = 32768  # what TRL's trainers pass
@@ -153,8 +153,7 @@ def linear_grouped_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
 
 
 def log_softmax(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return F.log_softmax(wide(logits), dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def _with_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,28 +289,24 @@ def _grouped_options(case: Case, inputs: Inputs) -> dict[str, Any]:
     return {layout: inputs[layout], "group_size": case.sizes["G"]}
 
 
-def _logp(found: Any) -> Outputs:
-    return {"logp": found.logp}
-
-
 _TOKEN = Ours(
     "token_logprobs", "logits,targets", "logp,entropy", lambda case, inputs: {"return_entropy": True}
 )
 _LINEAR = Ours("linear_logprobs", "hidden,weight,targets", "logp")
 _KEPT = Ours("linear_logprobs", "hidden,weight,targets", "logp", _kept_options)
-_GROUPED = Ours("grouped_logprobs", "logits,targets", _logp, _grouped_options)
-_LINEAR_GROUPED = Ours("linear_grouped_logprobs", "hidden,weight,targets", _logp, _grouped_options)
+_GROUPED = Ours("grouped_logprobs", "logits,targets", "logp", _grouped_options)
+_LINEAR_GROUPED = Ours("linear_grouped_logprobs", "hidden,weight,targets", "logp", _grouped_options)
 _IN_PLACE = replace(_TOKEN.peer("in place", inplace_backward=True), prepare=_overwritable, phases=TRAINING)
 
 
 _THREE = bare_gemms("three bare GEMMs")
 TOKEN = (
-    *plain(lambda case: _with_entropy, "logits,targets", "logp,entropy", _TOKEN.peer(), _IN_PLACE),
+    *Plain(lambda case: _with_entropy, "logits,targets", "logp,entropy").around(_TOKEN.peer(), _IN_PLACE),
     theirs("TRL", "trl", "trl.trainer.utils", _trl_token),
 )
 LINEAR = (
-    *plain(lambda case: _linear, "hidden,weight,targets", "logp",
-           _LINEAR.peer("logits saved", save_logits=True), _LINEAR.peer("logits recomputed", save_logits=False)),
+    *Plain(lambda case: _linear, "hidden,weight,targets", "logp").around(
+        _LINEAR.peer("logits saved", save_logits=True), _LINEAR.peer("logits recomputed", save_logits=False)),
     Peer("F.linear_cross_entropy", _torch_linear(chunked=False)),
     Peer("F.linear_cross_entropy, chunked", _torch_linear(chunked=True)),
     theirs("TRL, chunked", "trl", "trl.kernels", lambda trl, x, case: {"logp": trl_logp(trl, *head(x))}),
@@ -328,14 +323,16 @@ LINEAR = (
     bare_gemms("four bare GEMMs", recompute=True),
 )  # fmt: skip
 KEPT = (
-    *plain(lambda case: _masked, "hidden,weight,targets,ids", "logp", _KEPT.peer(),
-           Peer(f"{OURS}, whole head", _whole_head, kind="ours", package=OURS)),
+    *Plain(lambda case: _masked, "hidden,weight,targets,ids", "logp").around(
+        _KEPT.peer(), Peer(f"{OURS}, whole head", _whole_head, kind="ours", package=OURS)
+    ),
     bare_gemms("three bare GEMMs of the whole head"),
-)  # fmt: skip
-GROUPED = plain(lambda case: _packed_sums if case.layout == "packed" else _sums, "logits,targets,mask,cu_seqlens", "logp",
-                _GROUPED.peer())  # fmt: skip
+)
+GROUPED = Plain(
+    lambda case: _packed_sums if case.layout == "packed" else _sums, "logits,targets,mask,cu_seqlens", "logp"
+).around(_GROUPED.peer())
 LINEAR_GROUPED = (
-    *plain(lambda case: _linear_sums, "hidden,weight,targets,mask", "logp", _LINEAR_GROUPED.peer()),
+    *Plain(lambda case: _linear_sums, "hidden,weight,targets,mask", "logp").around(_LINEAR_GROUPED.peer()),
     _THREE,
 )
 OPS = {

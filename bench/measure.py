@@ -128,9 +128,9 @@ def _first_call(case: Case, peer: Peer, row: Row, inputs: Inputs, exact: dict[st
         with memory.Peak(device) as peak:
             with memory.counting_saved(list(inputs.of("weight,teacher_weight,gate_up,down"))) as saved:
                 outputs = call(ready)
-            gradients = timing.differentiate(outputs, ready)
+            gradients = ready.gradients(outputs)
         row.peak_bytes, row.saved_bytes = peak.bytes, saved.bytes
-        row.errors = dict(timing.errors(op, outputs, gradients, exact))
+        row.errors = dict(op.errors({**outputs, **gradients}, exact))
         if not row.errors:
             raise Unavailable("it gives no result that can be compared")
         if "inference" in peer.phases:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cases import GROUPS, GROUPS_PER_TOKEN, SCALE, Case
-from .numerics import Exact, spread
-from .peers import EAGER, OURS, Call, Draw, Inputs, Op, Ours, Outputs, Peer, Unavailable, needs, plain, theirs
+from .numerics import Exact, spread, wide
+from .peers import EAGER, OURS, Call, Draw, Inputs, Op, Ours, Outputs, Peer, Plain, Unavailable, needs, theirs
 
 CHECKED_EXPERTS = 16
 EXPERTS_OF = "hidden,indices,weights,gate_up,down"
@@ -125,42 +125,15 @@ def _with_factors(inputs: Inputs, expert: int, factors: list[Tensor]) -> tuple[T
 
 
 def route_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
-    """The router in float64; weights as a dense (T, E), so that the order of the chosen does not matter."""
-    logits = inputs["logits"].detach().double().requires_grad_()
-    weights, indices = _router(case)(logits, inputs["bias"].double())
-    assert inputs.upstream_of is not None
-    above = inputs.upstream_of({"indices": indices})["weights"]
-    (gradient,) = torch.autograd.grad(weights, logits, above.double())
-    dense = dense_weights({"weights": weights, "indices": indices, "d logits": gradient})
-    return {name: Exact(value.detach()) for name, value in dense.items()}
+    """Weights as a dense (T, E), so that the order of the chosen does not matter."""
+    found = {name: exact.values for name, exact in _PLAIN_ROUTE.exact(case, inputs).items()}
+    return {name: Exact(value) for name, value in dense_weights(found).items()}
 
 
 def dense_weights(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights (T, K) at their experts (T, E)."""
     weights = torch.zeros_like(found["d logits"], dtype=found["weights"].dtype)
     return {"weights": weights.scatter(1, found["indices"], found["weights"]), "d logits": found["d logits"]}
-
-
-def gemm_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
-    """Expert by expert; the gradients of up to CHECKED_EXPERTS matrices."""
-    checked = spread(case.sizes["E"], CHECKED_EXPERTS, inputs["x"].device)
-    x, weight, above = (
-        one.detach().double() for one in (inputs["x"], inputs["weight"], inputs.upstream["out"])
-    )
-    rows = [slice(*bounds) for bounds in inputs["offsets"].unfold(0, 2, 1).tolist()]
-    return {
-        "out": Exact(torch.cat([x[some] @ matrix.T for some, matrix in zip(rows, weight, strict=True)])),
-        "d x": Exact(torch.cat([above[some] @ matrix for some, matrix in zip(rows, weight, strict=True)])),
-        "d weight": Exact(torch.stack([above[rows[e]].T @ x[rows[e]] for e in checked.tolist()]), checked),
-    }
-
-
-def gate_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
-    """In float64."""
-    hidden, weight = (one.detach().double() for one in inputs.of("hidden,weight"))
-    above = inputs.upstream["logits"].double()
-    found = {"logits": hidden @ weight.T, "d hidden": above @ weight, "d weight": above.T @ hidden}
-    return {name: Exact(value) for name, value in found.items()}
 
 
 # --- plain PyTorch ---
@@ -189,12 +162,12 @@ def _router(case: Case) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _wide_linear(hidden: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(hidden.float(), weight.float())
+    return F.linear(wide(hidden), wide(weight))
 
 
-def _by_expert(inputs: Inputs) -> Outputs:
-    rows = inputs["x"].split(inputs["offsets"].diff().tolist())
-    return {"out": torch.cat([F.linear(some, one) for some, one in zip(rows, inputs["weight"], strict=True)])}
+def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    rows = x.split(offsets.diff().tolist())
+    return torch.cat([F.linear(some, one) for some, one in zip(rows, weight, strict=True)])
 
 
 # --- others ---
@@ -304,15 +277,14 @@ def _lora_options(case: Case, inputs: Inputs) -> dict[str, Any]:
     return {"lora": (*(inputs[name] for name in FACTORS), LORA_SCALE)}
 
 
-def _routed(found: Any) -> Outputs:
-    return {"weights": found.weights, "indices": found.indices}
-
-
 _EXPERTS = Ours("moe_experts", EXPERTS_OF, "out")
 _LORA = Ours("moe_experts", EXPERTS_OF, "out", _lora_options)
-_ROUTE = Ours("route", "logits", _routed, _route_options)
+_ROUTE = Ours("route", "logits", "weights,indices", _route_options)
 _GEMM = Ours("grouped_gemm", "x,weight,offsets", "out")
 _GATE = Ours("router_logits", "hidden,weight", "logits")
+_PLAIN_ROUTE = Plain(_router, "logits,bias", "weights,indices")
+_PLAIN_GEMM = Plain(lambda case: _by_expert, "x,weight,offsets", "out")
+_PLAIN_GATE = Plain(lambda case: _wide_linear, "hidden,weight", "logits")
 _DENSE = Peer("dense GEMMs of the same FLOPs", _dense_gemms, kind="floor")
 EXPERTS = (
     Peer(EAGER, transformers_experts("eager"), package="transformers"),
@@ -334,22 +306,21 @@ LORA = (
     _DENSE,
 )
 ROUTE = (
-    *plain(_router, "logits,bias", "weights,indices", _ROUTE.peer()),
+    *_PLAIN_ROUTE.around(_ROUTE.peer()),
     Peer("transformers", _transformers_route, package="transformers"),
 )
 GEMM = (
-    Peer(EAGER, lambda case, inputs: _by_expert),
+    _PLAIN_GEMM.peer(),
     _GEMM.peer(),
     Peer(
         "F.grouped_mm",
         lambda case, inputs: lambda x: {"out": F.grouped_mm(x["x"], x["weight"].mT, offs=x["offsets"][1:])},
     ),
 )
-GATE = plain(lambda case: _wide_linear, "hidden,weight", "logits", _GATE.peer())
 OPS = {
     "moe_experts": Op(_EXPERTS, expert_inputs, expert_exact, EXPERTS),
     "lora_experts": Op(_LORA, lora_inputs, expert_exact, LORA),
     "route": Op(_ROUTE, route_inputs, route_exact, ROUTE, dense_weights),
-    "grouped_gemm": Op(_GEMM, gemm_inputs, gemm_exact, GEMM),
-    "router_logits": Op(_GATE, gate_inputs, gate_exact, GATE),
+    "grouped_gemm": Op(_GEMM, gemm_inputs, _PLAIN_GEMM.exact, GEMM),
+    "router_logits": Op(_GATE, gate_inputs, _PLAIN_GATE.exact, _PLAIN_GATE.around(_GATE.peer())),
 }

@@ -22,6 +22,11 @@ class Exact(NamedTuple):
     places: Tensor | None = None
 
 
+def wide(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def error(found: Tensor, exact: Exact) -> float:
     """The largest difference over the largest exact value; infinite where NaN or infinities stand in other places."""
     part = found.detach()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,7 @@ import r1kernels
 from r1kernels import backends
 
 from .cases import Case
-from .numerics import Exact
+from .numerics import Exact, error
 
 OURS, EAGER, COMPILED = "r1kernels", "eager PyTorch", "torch.compile"
 TRAINING = ("forward", "backward", "forward+backward")
@@ -25,6 +26,9 @@ PHASES = ("inference", *TRAINING)
 
 class Unavailable(Exception):
     """An implementation that is not installed here or cannot run this case; the message says why."""
+
+
+Outputs = Mapping[str, Tensor]
 
 
 @dataclass
@@ -52,6 +56,18 @@ class Inputs:
             self.tensors[leaf].requires_grad_()
         return self
 
+    def above(self, outputs: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs that have a gradient from above, and those gradients."""
+        given = self.upstream if self.upstream_of is None else self.upstream_of(outputs)
+        names = [name for name in given if name in outputs]
+        return [outputs[name] for name in names], [given[name].reshape(outputs[name].shape) for name in names]
+
+    def gradients(self, outputs: Outputs, above: Any = None) -> dict[str, Tensor]:
+        """Those of the leaves, "d hidden" and so on, from those of the outputs."""
+        results, gradients = above or self.above(outputs)
+        found = torch.autograd.grad(results, [self[leaf] for leaf in self.leaves], gradients)
+        return {f"d {leaf}": gradient for leaf, gradient in zip(self.leaves, found, strict=True)}
+
 
 class Draw:
     """Random tensors, the same in every run."""
@@ -69,12 +85,8 @@ class Draw:
         return torch.randint(high, shape, generator=self.generator, device=self.device)
 
 
-Outputs = Mapping[str, Tensor]
 Call = Callable[[Inputs], Outputs]
 Make = Callable[[Case, Inputs], Any]
-Result = (
-    str | Callable[[Any], Outputs]
-)  # names of what a function gives, separated by commas, or what makes them
 
 
 @dataclass(frozen=True)
@@ -101,11 +113,9 @@ class Peer:
         return inputs if self.prepare is None else self.prepare(inputs)
 
 
-def _named(result: Result, found: Any) -> Outputs:
-    if callable(result):
-        return result(found)
-    values = found if isinstance(found, tuple) else (found,)
-    return dict(zip(result.split(","), values, strict=False))
+def _named(names: str, found: Any) -> Outputs:
+    """What a function gives, by names that are separated by commas; the rest of it has none."""
+    return dict(zip(names.split(","), found if isinstance(found, tuple) else (found,), strict=False))
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,7 @@ class Ours:
 
     op: str
     names: str
-    result: Result
+    results: str
     options: Callable[[Case, Inputs], dict[str, Any]] = lambda case, inputs: {}
 
     def peer(self, label: str = "", **more: Any) -> Peer:
@@ -123,7 +133,7 @@ class Ours:
         def make(case: Case, inputs: Inputs) -> Call:
             def call(inputs: Inputs) -> Outputs:
                 options = {**self.options(case, inputs), **more}
-                return _named(self.result, getattr(r1kernels, self.op)(*inputs.of(self.names), **options))
+                return _named(self.results, getattr(r1kernels, self.op)(*inputs.of(self.names), **options))
 
             return call
 
@@ -158,6 +168,11 @@ class Op:
         exact = self.exact(case, inputs)
         return inputs.require_grad(), exact
 
+    def errors(self, found: dict[str, Tensor], exact: Mapping[str, Exact]) -> dict[str, float]:
+        """Of results and gradients, by name."""
+        comparable = self.comparable(found)
+        return {name: error(value, exact[name]) for name, value in comparable.items() if name in exact}
+
     def peers_on(self, device: str, compiles: bool = True, ours: bool = False) -> tuple[Peer, ...]:
         """The implementations, and on a GPU each backend of ours by name too; those that need no compilation, or ours alone."""
         every = (*self.peers, *self.ours.forced(device))
@@ -165,22 +180,36 @@ class Op:
         return tuple(peer for peer in known if peer.kind == "ours" or not ours)
 
 
-Function = Callable[..., Any]
+@dataclass(frozen=True)
+class Plain:
+    """A function of tensors in plain PyTorch: eager, under torch.compile and, in float64, the exact results."""
 
+    of: Callable[[Case], Callable[..., Any]]
+    names: str
+    results: str
 
-def plain(of: Callable[[Case], Function], names: str, result: Result, *ours: Peer) -> tuple[Peer, ...]:
-    """A function of tensors in plain PyTorch, around ours: eager, and under torch.compile with static shapes, as its users get
-    the fastest code."""
+    def peer(
+        self, name: str = EAGER, wrap: Callable[..., Any] = lambda function: function, **more: Any
+    ) -> Peer:
+        def make(case: Case, inputs: Inputs) -> Call:
+            function = wrap(self.of(case))
+            return lambda inputs: _named(self.results, function(*inputs.of(self.names)))
 
-    def make(wrap: Callable[[Function], Function]) -> Make:
-        def made(case: Case, inputs: Inputs) -> Call:
-            function = wrap(of(case))
-            return lambda inputs: _named(result, function(*inputs.of(names)))
+        return Peer(name, make, **more)
 
-        return made
+    def around(self, *ours: Peer) -> tuple[Peer, ...]:
+        """Eager, ours, and under torch.compile with static shapes, as its users get the fastest code."""
+        compiled = self.peer(COMPILED, partial(torch.compile, dynamic=False), compiles=True)
+        return self.peer(), *ours, compiled
 
-    compiled = make(lambda function: torch.compile(function, dynamic=False))
-    return Peer(EAGER, make(lambda function: function)), *ours, Peer(COMPILED, compiled, compiles=True)
+    def exact(self, case: Case, inputs: Inputs) -> dict[str, Exact]:
+        """Differentiated by autograd."""
+        tensors = {name: value.detach() for name, value in inputs.tensors.items()}
+        wide = {name: value.double() for name, value in tensors.items() if value.is_floating_point()}
+        double = replace(inputs, tensors=tensors | wide).require_grad()
+        outputs = self.peer().make(case, double)(double)
+        found = {**outputs, **double.gradients(outputs)}
+        return {name: Exact(value.detach()) for name, value in found.items()}
 
 
 def theirs(

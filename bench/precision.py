@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import divergence, logprob, results, timing
-from . import measure as measuring
+from . import divergence, logprob, results
 from .cases import DTYPES, Case
-from .numerics import error
+from .measure import release
 from .peers import Draw, Inputs, Op, Unavailable
 from .table import Cell, Table, small
 
@@ -81,22 +80,16 @@ OPS: Mapping[str, tuple[Op, Callable[[torch.dtype, int], Inputs]]] = {
 
 def measure() -> dict[str, Any]:
     """Errors of every implementation that runs here, for each dtype and lead."""
-    rows: dict[tuple[str, str, str], dict[str, list[float | None]]] = {}
-    for name, (op, inputs_of) in OPS.items():
-        for dtype in DTYPES:
-            for lead in LEADS:
-                inputs = inputs_of(DTYPES[dtype], lead)
-                case = Case(name.partition(", ")[0], "cpu", dtype, SIZES, name.partition(", ")[2])
-                for peer, errors in _errors(case, op, inputs).items():
-                    row = rows.setdefault((name, peer, dtype), {})
-                    for quantity, value in errors.items():
-                        row.setdefault(quantity, []).append(results.short(value))
-            measuring.release()
-    found = [
-        {**dict(zip(("op", "peer", "dtype"), names, strict=True)), "errors": each}
-        for names, each in rows.items()
-    ]
-    return {"sizes": SIZES, "leads": LEADS, "rows": found}
+    rows = []
+    for (name, (op, inputs_of)), (dtype, of_torch) in product(OPS.items(), DTYPES.items()):
+        op_name, _, kind = name.partition(", ")
+        case = Case(op_name, "cpu", dtype, SIZES, kind)
+        found = [_errors(case, op, inputs_of(of_torch, lead)) for lead in LEADS]
+        for peer, errors in found[0].items():
+            of_leads = {key: [results.short(each[peer][key]) for each in found] for key in errors}
+            rows.append({"op": name, "peer": peer, "dtype": dtype, "errors": of_leads})
+        release()
+    return {"sizes": SIZES, "leads": LEADS, "rows": rows}
 
 
 def _errors(case: Case, op: Op, inputs: Inputs) -> dict[str, dict[str, float]]:
@@ -109,13 +102,13 @@ def _errors(case: Case, op: Op, inputs: Inputs) -> dict[str, dict[str, float]]:
             outputs = peer.make(case, inputs)(inputs)
         except Unavailable:
             continue
-        gradients = timing.differentiate(outputs, inputs)
+        errors = op.errors({**outputs, **inputs.gradients(outputs)}, exact)
+        slopes = max(value for name, value in errors.items() if name.startswith("d "))
+        shown = {name: value for name, value in errors.items() if name in QUANTITIES}
         # a mean over tokens hides what each of them is off by: it is shown only of those that give a divergence in no other form
-        errors = {name: error(value, exact[name]) for name, value in outputs.items() if name != "loss"}
-        if case.op == "linear_divergence" and not errors:
-            errors["mean divergence"] = error(outputs["loss"], exact["loss"])
-        errors["gradient"] = max(error(value, exact[name]) for name, value in gradients.items())
-        found[peer.name] = errors
+        if case.op == "linear_divergence" and not shown:
+            shown = {"mean divergence": errors["loss"]}
+        found[peer.name] = {**shown, "gradient": slopes}
     return found
 
 

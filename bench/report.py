@@ -179,7 +179,7 @@ def _of_floor(run: Run, one: Measured, row: Row, phase: str) -> str:
     floor, bound = run.ceilings.floors(one.case)[phase]
     text = f"{100 * floor / seconds:.0f} % {bound}"
     if bound == "exp":
-        text += f" ({100 * one.case.works()[phase].bytes / run.ceilings.bytes_per_second / seconds:.0f} %)"
+        text += f" ({100 * one.case.work()[phase].bytes / run.ceilings.bytes_per_second / seconds:.0f} %)"
     return text
 
 

@@ -46,7 +46,7 @@ def _mark(name: str, phase: str, words: str, seconds: Callable[[Case, Ceilings],
 
 
 def flops(case: Case, phase: str) -> float:
-    return case.works()[phase].flops
+    return case.work()[phase].flops
 
 
 def _at(phase: str, rate: float) -> Callable[[Case, Ceilings], float]:

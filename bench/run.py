@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 
 from . import ceilings, measure, noise, report, results, step
-from .cases import CASES, FAMILIES, Case, tiny
+from .cases import CASES, Case, tiny
 from .environment import environment
+from .families import FAMILIES
 from .measure import Effort
 from .peers import Unavailable
 from .results import Measured, Row, Run
@@ -48,12 +49,13 @@ class Plan:
 
     def cases(self) -> tuple[list[Case], list[tuple[Case, str]]]:
         """Cases to run, the quick ones first, and those that are not run with the reason."""
-        known = {*FAMILIES, *(op for ops in FAMILIES.values() for op in ops)}
-        if unknown := ", ".join(sorted(set(self.only) - known)):
-            raise SystemExit(f"--only: expected names out of {', '.join(sorted(known))}, got {unknown}")
+        named = {op: {op} for ops in FAMILIES.values() for op in ops} | FAMILIES
+        if unknown := ", ".join(sorted(set(self.only) - named.keys())):
+            raise SystemExit(f"--only: expected names out of {', '.join(sorted(named))}, got {unknown}")
+        wanted = {op for name in self.only or FAMILIES for op in named[name]}
         run, left = [], []
         for case in tiny(self.device) if self.tiny else CASES:
-            if self.only and case.family not in self.only and case.op not in self.only:
+            if case.op not in wanted:
                 continue
             if case.device != self.device:
                 left.append((case, OTHER_DEVICE[self.device]))

@@ -73,29 +73,6 @@ class Tester:
         return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-class Outcomes(unittest.TestResult):
-    """test -> "passed", "skipped", or the last line of what it failed with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, str] = {}
-
-    def addSuccess(self, test: Any) -> None:
-        self.found.setdefault(test._testMethodName, "passed")
-
-    def addSkip(self, test: Any, reason: str) -> None:
-        self.found[test._testMethodName] = "skipped"
-
-    def addFailure(self, test: Any, err: Any) -> None:
-        self.found[test._testMethodName] = (str(err[1]).strip().splitlines() or [err[0].__name__])[-1][:200]
-
-    addError = addFailure
-
-    def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
-        if err is not None:
-            self.addFailure(test, err)
-
-
 def common_tests(folder: Path) -> Any:
     """transformers' test_modeling_common.py, imported from the folder."""
     package = types.ModuleType(PACKAGE)
@@ -131,7 +108,7 @@ def every_model_patched() -> Iterator[list[str]]:
 
 
 def run(common: Any, family: str) -> dict[str, str]:
-    """The outcomes of the tests of a family."""
+    """Test of a family -> "passed", "skipped", or the last line of what it failed with."""
 
     def set_up(self: Any) -> None:
         transformers.set_seed(0)
@@ -142,11 +119,17 @@ def run(common: Any, family: str) -> dict[str, str]:
     # some are expanded into several, with a number behind the name
     chosen = tuple(f"test_{name}" for name in TESTS.split())
     names = [name for name in unittest.TestLoader().getTestCaseNames(case) if name.startswith(chosen)]
-    suite, found = unittest.TestSuite(map(case, names)), Outcomes()
+    suite, result = unittest.TestSuite(map(case, names)), unittest.TestResult()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        suite.run(found)
-    return found.found
+        suite.run(result)
+    said = dict.fromkeys(names, "passed")
+    for tests in (result.skipped, result.failures, result.errors):
+        for test, text in tests:
+            whole: Any = getattr(test, "test_case", test)  # of a part of a test
+            last = text.strip().splitlines()[-1][:200]
+            said[whole._testMethodName] = "skipped" if tests is result.skipped else last
+    return said
 
 
 def compare(common: Any, family: str) -> dict[str, Any]:

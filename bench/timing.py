@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .numerics import Exact, error
-from .peers import Inputs, Op, Outputs
+from .peers import Inputs, Outputs
 
 Phases = dict[str, float]
 # kernels shorter than this are launched slower than they run: they are timed as replays of a graph
@@ -55,36 +53,14 @@ def repeated(function: Callable[[], object], device: torch.device, times: int, c
     return clock.seconds()
 
 
-def upstream(outputs: Outputs, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs that have a gradient from above, and those gradients."""
-    given = inputs.upstream if inputs.upstream_of is None else inputs.upstream_of(outputs)
-    names = [name for name in given if name in outputs]
-    return [outputs[name] for name in names], [given[name].reshape(outputs[name].shape) for name in names]
-
-
-def differentiate(outputs: Outputs, inputs: Inputs, above: Any = None) -> dict[str, Tensor]:
-    """The gradients of the leaves, "d hidden" and so on, from those of the outputs."""
-    results, gradients = above or upstream(outputs, inputs)
-    found = torch.autograd.grad(results, [inputs[leaf] for leaf in inputs.leaves], gradients)
-    return {f"d {leaf}": gradient for leaf, gradient in zip(inputs.leaves, found, strict=True)}
-
-
-def errors(
-    op: Op, outputs: Outputs, gradients: Mapping[str, Tensor], exact: Mapping[str, Exact]
-) -> dict[str, float]:
-    """Of the results of a call and of its gradients, by name."""
-    found = op.comparable({**outputs, **gradients})
-    return {name: error(value, exact[name]) for name, value in found.items() if name in exact}
-
-
 def train(call: Callable[[Inputs], Outputs], inputs: Inputs, clock: Clock) -> Phases:
     """One forward that records and its backward."""
     clock.mark()
     outputs = call(inputs)
     clock.mark()
-    above = upstream(outputs, inputs)
+    above = inputs.above(outputs)
     clock.mark()
-    gradients = differentiate(outputs, inputs, above)
+    gradients = inputs.gradients(outputs, above)
     clock.mark()
     forward, _, backward = clock.seconds()
     # what autograd kept is given back here, outside of the clock
@@ -130,7 +106,7 @@ class Replayed:
         self._graphs: dict[str, Any] = {}
 
         def both(inputs: Inputs) -> object:
-            return differentiate(call(inputs), inputs)
+            return inputs.gradients(call(inputs))
 
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
