@@ -14,39 +14,52 @@ from typing import Any
 
 from . import results
 
-# each is a module of bench, whose function main or, where its tables are written, measure has the arguments of the command
+# folder of bench -> module, whose function main or, where its tables are written, measure has the arguments of the command
 COMMANDS = {
-    "run": "measure, write results as JSON, and report",
-    "report": "results as one HTML page and as Markdown, beside the JSON",
-    "compare": "what became faster or slower",
-    "precision": "errors against float64, also where one logit leads",
-    "saved": "bytes that experts keep for the backward, at the shapes of models",
-    "mixtures": "every mixture of transformers, patched against its own code",
-    "suite": "transformers' own tests of its mixtures, without and with the patch",
-    "prefix": "a GRPO step with shared prefixes, without, and in TRL",
-    "rollout": "tokens a second of the trainer's sampler, beside transformers' own ways",
-    "training_memory": "peak of a GRPO step, beside what the dry run says",
-    "distillation": "students of a finished run of tiny, by text, logits and on policy",
-    "ranks": "the stages of a run of one process, and each of them done again in several",
-    "truncation": "importance ratios of GRPO under top-p sampling, without kept sets and with them",
-    "pipeline": "the marks of whole pipeline runs",
-    "smollm2": "keep what a finished run of SmolLM2 learnt",
-    "overhead": "what a call of each op costs beside its work",
-    "guard": "are the CPU kernels slower than the committed baseline",
-    "roofline": "what the kernels for GPUs should take, by counting",
-    "sanitize": "every op on every backend, for compute-sanitizer",
-    "lease": "what a first machine with a GPU is asked beside tests and benchmarks",
-    "documents": "write the tables and pictures of README and docs",
+    "": {
+        "run": "measure, write results as JSON, and report",
+        "report": "results as one HTML page and as Markdown, beside the JSON",
+        "compare": "what became faster or slower",
+        "guard": "are the CPU kernels slower than the committed baseline",
+        "documents": "write the tables and pictures of README and docs",
+    },
+    ".studies": {
+        "precision": "errors against float64, also where one logit leads",
+        "saved": "bytes that experts keep for the backward, at the shapes of models",
+        "overhead": "what a call of each op costs beside its work",
+        "mixtures": "every mixture of transformers, patched against its own code",
+        "suite": "transformers' own tests of its mixtures, without and with the patch",
+        "prefix": "a GRPO step with shared prefixes, without, and in TRL",
+        "rollout": "tokens a second of the trainer's sampler, beside transformers' own ways",
+        "truncation": "importance ratios of GRPO under top-p sampling, without kept sets and with them",
+        "training_memory": "peak of a GRPO step, beside what the dry run says",
+        "pipeline": "the marks of whole pipeline runs",
+        "distillation": "students of a finished run of tiny, by text, logits and on policy",
+        "ranks": "the stages of a run of one process, and each of them done again in several",
+        "smollm2": "keep what a finished run of SmolLM2 learnt",
+    },
+    ".gpu": {
+        "roofline": "what the kernels for GPUs should take, by counting",
+        "sanitize": "every op on every backend, for compute-sanitizer",
+        "lease": "what a first machine with a GPU is asked beside tests and benchmarks",
+    },
 }
+
+
+def module_of(command: str) -> Any:
+    """The module of a command; some need much: only what is asked for is imported."""
+    (folder,) = (folder for folder, known in COMMANDS.items() if command in known)
+    return importlib.import_module(f"bench{folder}.{command}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    known = "\n".join(f"{name:<16} {text}" for name, text in COMMANDS.items())
-    chosen = _parser("python -m bench", f"{__doc__}\n\n{known}")
-    chosen.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    texts = {name: text for known in COMMANDS.values() for name, text in known.items()}
+    shown = "\n".join(f"{name:<16} {text}" for name, text in texts.items())
+    chosen = _parser("python -m bench", f"{__doc__}\n\n{shown}")
+    chosen.add_argument("command", choices=texts, metavar="COMMAND")
     name = chosen.parse_args(words[:1]).command
-    module = importlib.import_module(f"bench.{name}")  # some need much: only what is asked for
+    module = module_of(name)
     parser = _parser(f"python -m bench {name}", module.__doc__)
     if not hasattr(module, "tables"):
         _add_arguments(parser, module.main)

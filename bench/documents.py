@@ -16,7 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import pictures, pipeline, precision, report, results, roofline, smollm2
+from . import pictures, report, results
+from .gpu import roofline
+from .studies import pipeline, precision, smollm2
 from .table import Table
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +44,7 @@ def every_case() -> str:
 
 def of_command(module: str, name: str) -> str:
     """The tables of a command, from its committed results."""
-    tables: list[Table] = importlib.import_module(f"bench.{module}").tables(results.committed(name))
+    tables: list[Table] = importlib.import_module(f"bench.studies.{module}").tables(results.committed(name))
     return "\n\n".join(table.markdown() for table in tables)
 
 

@@ -22,10 +22,11 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from . import results, smollm2
+from . import results
 from .ceilings import BOUNDS
 from .peers import COMPILED, EAGER
 from .results import Run
+from .studies import smollm2
 
 INK, GRID = "#7a818c", "#9aa1ae55"
 OURS, OTHERS = "#2f7de0", ("#d9730d", "#8a4fc7", "#18896b")

@@ -12,11 +12,12 @@ from pathlib import Path
 import training.report
 from training.format import duration
 
-from . import noise, saved
+from . import noise
 from .compare import changes
 from .peers import PHASES
 from .results import FOLDER, Measured, Row, Run, committed, load
 from .step import PARTS
+from .studies import saved
 from .table import MISSING, Cell, Sentences, Table, milliseconds, rate, size, small, times
 from .turns import SECONDS
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from bench import pipeline
+from bench.studies import pipeline
 from training.report import students
 
 ROOT = Path(__file__).parents[1]

@@ -5,19 +5,9 @@ import json
 import pytest
 import torch
 
-from bench import (
-    distillation,
-    documents,
-    guard,
-    numerics,
-    pictures,
-    pipeline,
-    precision,
-    ranks,
-    results,
-    truncation,
-)
+from bench import documents, guard, numerics, pictures, results
 from bench.peers import EAGER
+from bench.studies import distillation, pipeline, precision, ranks, truncation
 from training.recipe import load
 from training.run_dir import RunDir
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import run, sanitize
+from bench import run
 from bench.__main__ import main
 from bench.ceilings import Ceilings
-from bench.roofline import MARKS
+from bench.gpu import sanitize
+from bench.gpu.roofline import MARKS
 
 ROOT = Path(__file__).parents[2]
 H200 = Ceilings(4.3e12, {"bfloat16": 790e12, "float32": 50e12}, 1e13)

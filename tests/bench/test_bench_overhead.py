@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import overhead
+from bench.studies import overhead
 from r1kernels import backends
 
 

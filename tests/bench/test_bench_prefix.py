@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import prefix
 from bench.__main__ import main
+from bench.studies import prefix
 
 SHAPE = prefix.TINY[0]
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from bench import ceilings, rollout
+from bench import ceilings
+from bench.studies import rollout
 from training.recipe import load
 
 

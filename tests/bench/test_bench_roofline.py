@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import roofline
-from bench.roofline import H200, MARKS, Launch, flops
+from bench.gpu import roofline
+from bench.gpu.roofline import H200, MARKS, Launch, flops
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from bench import documents, memory, moe, saved
+from bench import documents, memory, moe
 from bench.cases import MODELS, Case
+from bench.studies import saved
 from bench.table import mark
 
 PEERS = {peer.name: peer for peer in moe.EXPERTS}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import smollm2
+from bench.studies import smollm2
 from training import files, pipeline
 from training.progress import Progress
 from training.recipe import load, to_dict

@@ -2,7 +2,8 @@
 
 import pytest
 
-from bench import results, training_memory
+from bench import results
+from bench.studies import training_memory
 
 
 @pytest.mark.parametrize(("rank", "recomputes", "optimizer"), training_memory.CASES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import mixtures
+from bench.studies import mixtures
 from r1kernels.integrations import transformers as r1
 
 # One of each kind: the bias comes from the block, 3-d hidden states, logits with a bias, a soft cap, a factor, groups, softmax

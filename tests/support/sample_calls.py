@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 import r1kernels
-from bench.overhead import LEADING
+from bench.studies.overhead import LEADING
 from r1kernels import examples
 
 

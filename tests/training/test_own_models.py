@@ -9,7 +9,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench import mixtures
+from bench.studies import mixtures
 from r1kernels.integrations import transformers as integration
 from tests.support.own_models import FAMILIES, edit_json, write_folder
 from training import notices, prompts, responses, reward_model

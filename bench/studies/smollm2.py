@@ -25,11 +25,12 @@ from training.report import write_report
 from training.report.marks import evaluation_rows
 from training.run_dir import RunDir
 
-from . import pipeline, results
-from .step import PARTS
-from .table import Table
+from .. import results
+from ..step import PARTS
+from ..table import Table
+from . import pipeline
 
-FOLDER = Path(__file__).parent / "results/cpu/smollm2"
+FOLDER = results.FOLDER / "cpu/smollm2"
 LANGUAGES = {"all": "all", "en": "English", "de": "German", "zh": "Chinese"}
 WINDOW = 10  # steps of a mean in the picture
 SHOWN = {

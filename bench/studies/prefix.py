@@ -22,11 +22,11 @@ from torch import Tensor
 import r1kernels
 from r1kernels.integrations import transformers as r1
 
-from . import memory, results
-from .measure import load_average
-from .peers import Unavailable, needs
-from .table import Cell, Table, size, times
-from .timing import Clock
+from .. import memory, results
+from ..measure import load_average
+from ..peers import Unavailable, needs
+from ..table import Cell, Table, size, times
+from ..timing import Clock
 
 SHARED, REPEATED = "r1kernels, shared prefixes", "r1kernels, each sequence for itself"
 TRL, TRL_SHARED = "TRL", "TRL, patch(prefix=True)"

@@ -18,11 +18,11 @@ from torch import Tensor
 import r1kernels
 from r1kernels import backends, devices, extension
 
-from . import moe, timing
-from .cases import Case
-from .ceilings import copy_rate
-from .numerics import CAP, error
-from .peers import Inputs
+from .. import moe, timing
+from ..cases import Case
+from ..ceilings import copy_rate
+from ..numerics import CAP, error
+from ..peers import Inputs
 
 SHAPE = {"T": 4096, "H": 512, "I": 256, "E": 8, "K": 2}
 LARGE = {"T": 8192, "H": 2048, "I": 768, "E": 128, "K": 8}

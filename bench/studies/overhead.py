@@ -30,7 +30,7 @@ LEADING = {
 }  # fmt: skip
 """How many of the first arguments of a sample call have a gradient, where not all floating-point ones have."""
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PHASES = ("inference", "forward", "forward+backward")
 BATCH_SECONDS = 2e-3
 
@@ -102,7 +102,7 @@ def measure(only: Sequence[str] = (), against: Path | None = None, rounds: int =
 
 def tables(record: dict[str, Any]) -> list[Any]:
     """A row per op; in brackets the difference to the other checkout."""
-    from .table import Table
+    from ..table import Table
 
     rows = []
     for op, seconds in record["seconds"].items():

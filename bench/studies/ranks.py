@@ -30,8 +30,8 @@ from training.recipe import Recipe
 from training.run_dir import RunDir
 from training.tokenizer import build_tokenizer
 
+from ..table import Table
 from . import pipeline
-from .table import Table
 
 STEPS = 20  # of a process that measures what the machine allows
 WARM = 3

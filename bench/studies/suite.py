@@ -2,7 +2,7 @@
 
 tests is the folder tests/ of the source distribution of the transformers that is installed (``pip download --no-deps --no-binary
 transformers transformers==VERSION``); nothing of it is kept. Its ModelTesterMixin runs over the tiny model of each family
-(bench/mixtures.py), once as it is and once with every model patched before its first forward. A test must end in both as in one.
+(mixtures.py), once as it is and once with every model patched before its first forward. A test must end in both as in one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import transformers
 
 from r1kernels.integrations import transformers as integration
 
+from ..table import Cell, Table
 from . import mixtures
-from .table import Cell, Table
 
 PACKAGE = "tests_of_transformers"
 # What the source distribution leaves out, and the name that a test file takes from it.

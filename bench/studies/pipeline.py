@@ -27,8 +27,8 @@ from training.report import students
 from training.report.marks import MARKS, marks_of
 from training.run_dir import RunDir
 
-from . import results
-from .table import Table
+from .. import results
+from ..table import Table
 
 MODELS = (
     ("judge (against the rule)", "judge", "agreement"),

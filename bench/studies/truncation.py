@@ -22,7 +22,7 @@ from training.progress import Progress
 from training.recipe import load
 from training.run_dir import RunDir
 
-from .table import Table
+from ..table import Table
 
 STEPS, TOP_P = 40, 0.9
 WITHOUT, WITH = "without kept sets", "with kept sets"

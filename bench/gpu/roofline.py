@@ -16,11 +16,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .cases import CASES, Case
-from .ceilings import Ceilings
-from .peers import OURS
-from .results import FOLDER, load
-from .table import Table
+from ..cases import CASES, Case
+from ..ceilings import Ceilings
+from ..peers import OURS
+from ..results import FOLDER, load
+from ..table import Table
 
 STATE = "uncalibrated: predicted by counting, no GPU has run it"
 

@@ -22,7 +22,7 @@ from r1kernels.integrations.transformers_experts import computed_by
 from r1kernels.integrations.transformers_match import Match
 from r1kernels.integrations.transformers_routers import Block, find_blocks
 
-from .table import Cell, Table
+from ..table import Cell, Table
 
 DECORATOR = "@use_experts_implementation"
 # Mixtures whose experts do not go through transformers' experts interface.

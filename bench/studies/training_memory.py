@@ -27,9 +27,9 @@ from training.rewards import Reward, Sample, Scored
 from training.tasks.problem import Problem
 from training.tokenizer import build_tokenizer
 
-from .memory import Peak
-from .step import stage
-from .table import Cell, Table
+from ..memory import Peak
+from ..step import stage
+from ..table import Cell, Table
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 ALLOWED = 0.15  # share by which the peak may differ from the dry run's number

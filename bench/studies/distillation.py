@@ -20,7 +20,7 @@ from training.report.students import seconds
 from training.run_dir import RunDir, StageDir
 from training.stages import distill
 
-from .table import Table
+from ..table import Table
 
 METHODS = ("sft", "logits", "on_policy")
 EPOCHS, START, MORE = 5, 12, 6

@@ -25,10 +25,10 @@ from training.model import build_model
 from training.recipe import load
 from training.tokenizer import build_tokenizer
 
-from . import ceilings, results
-from .cases import Work
-from .measure import first_line, load_average
-from .table import Table, milliseconds
+from .. import ceilings, results
+from ..cases import Work
+from ..measure import first_line, load_average
+from ..table import Table, milliseconds
 
 OURS = "r1kernels' trainer"
 EQUAL_LENGTHS = "transformers' cache, prompts of one length at a time"

@@ -1,0 +1,1 @@
+"""One question each: ``measure`` answers it with a record, ``tables`` shows what a record holds."""
