@@ -5,6 +5,7 @@ and manifest.json holds the SHA-256 of every file, which `load_model` verifies.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def save_model(model: Any, tokenizer: Any, path: Path, style: Mapping[str, Any] 
     """
     with files.replacing(path) as temporary:
         temporary.mkdir()
-        model.save_pretrained(temporary, state_dict=_narrowed(model), max_shard_size=SHARD)
+        with _written_by_this_rank(model):
+            model.save_pretrained(temporary, state_dict=_narrowed(model), max_shard_size=SHARD)
         kept = getattr(model, "kept_dtype", None)
         if kept is not None:  # transformers notes the dtype of the float32 weights
             config = files.read_json(temporary / "config.json")
@@ -55,6 +57,16 @@ def save_model(model: Any, tokenizer: Any, path: Path, style: Mapping[str, Any] 
         if style is not None:
             files.write_json(temporary / STYLE, dict(style))
         files.write_json(temporary / MANIFEST, files.folder_hashes(temporary))
+
+
+@contextmanager
+def _written_by_this_rank(model: Any) -> Iterator[None]:
+    """Inside the block `save_pretrained` writes: by itself transformers does so on rank 0 alone, which may be busy otherwise."""
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
+    try:
+        yield
+    finally:
+        del model.should_save_on_this_rank
 
 
 def widen(model: Any) -> None:

@@ -9,7 +9,7 @@ a backward pass, and attention over half the context. Log-prob passes of GRPO re
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -422,30 +422,53 @@ def _distillation(recipe: Recipe, model: Parameters, parents: list[str]) -> Iter
     documents = _documents(recipe, "distill")
     drawn = 0 if recipe.distill.data else documents
     yield _sampling("distill", parents, f"{_count(drawn)} responses", drawn, recipe.distill, model)
-    # a student from random weights has the teacher's tokenizer
+    for name, student in recipe.distill.students.items():
+        sizes, tokens, sampled, training, sampling = of_student(recipe, name, documents, model)
+        work = f"{_count(student.steps)} steps" if student.steps else f"{student.epochs} epochs"
+        work = f"student of {short(sizes.total)} parameters, {work}, {recipe.distill.method_of(name)}"
+        memory = _held(sizes, student.optimizer)
+        if _reads_teacher(recipe, name):
+            memory += model.total * BYTES
+        longest = student.max_length or _longest_trace(recipe)
+        peak = _Peak(sizes, recipe, student.optimizer, student.micro_batch_tokens, longest)
+        steps = peak.bytes(), peak.bytes(divided=True)
+        yield Estimate(
+            f"  {name}", [], work, sampled, tokens, sampling, training, sizes.total, memory, *steps
+        )
+
+
+class OfStudent(NamedTuple):
+    """What a student is and takes: its parameters, tokens that it learns and samples, and operations of both."""
+
+    sizes: Parameters
+    trained_tokens: float
+    sampled_tokens: float
+    training_flops: float
+    sampling_flops: float
+
+
+def of_student(recipe: Recipe, name: str, documents: int, teacher: Parameters) -> OfStudent:
+    """What a student of the distillation takes. documents: that pass the filters, or are in a file."""
+    student, first = recipe.distill.students[name], recipe.distill.beginning_of(name)
+    # one from random weights has the teacher's tokenizer
     spec = recipe.model.pretrained if recipe.model.sizes == "folder" else ""
     vocabulary = pretrained_config(spec).get_text_config().vocab_size if spec else _vocabulary(recipe)
-    for name, student in recipe.distill.students.items():
-        first = recipe.distill.beginning_of(name)
-        in_folder = first.pretrained and recipe.model.sizes == "folder"
-        config = pretrained_config(first.pretrained) if in_folder else config_of(first, vocabulary)
-        sizes = count(config, student.lora)
-        longest = DOCUMENT_TOKENS if recipe.distill.data else recipe.distill.max_new_tokens
-        length = length_of(student.max_length or longest)
-        tokens = (student.steps * student.batch_size or student.epochs * documents) * length
-        flops = 3 * tokens * sizes.forward(length / 2)
-        work = f"{_count(student.steps)} steps" if student.steps else f"{student.epochs} epochs"
-        method = recipe.distill.method_of(name)
-        work = f"student of {short(sizes.total)} parameters, {work}, {method}"
-        memory = _held(sizes, student.optimizer)
-        if method != "sft" and recipe.distill.teacher:  # it reads what the student learns
-            flops += tokens * model.forward(length / 2)
-            memory += model.total * BYTES
-        sampled = tokens if method == "on_policy" else 0
-        sampling = sampled * sizes.forward(length / 2)
-        peak = _Peak(
-            sizes, recipe, student.optimizer, student.micro_batch_tokens, student.max_length or longest
-        )
-        steps = peak.bytes(), peak.bytes(divided=True)
-        own = sizes.total, memory, *steps
-        yield Estimate(f"  {name}", [], work, sampled, tokens, sampling, flops, *own)
+    in_folder = first.pretrained and recipe.model.sizes == "folder"
+    config = pretrained_config(first.pretrained) if in_folder else config_of(first, vocabulary)
+    sizes = count(config, student.lora)
+    length = length_of(student.max_length or _longest_trace(recipe))
+    tokens = (student.steps * student.batch_size or student.epochs * documents) * length
+    training = 3 * tokens * sizes.forward(length / 2)
+    if _reads_teacher(recipe, name):
+        training += tokens * teacher.forward(length / 2)
+    sampled = tokens if recipe.distill.method_of(name) == "on_policy" else 0
+    return OfStudent(sizes, tokens, sampled, training, sampled * sizes.forward(length / 2))
+
+
+def _reads_teacher(recipe: Recipe, name: str) -> bool:
+    """Whether the teacher reads what the student learns."""
+    return bool(recipe.distill.method_of(name) != "sft" and recipe.distill.teacher)
+
+
+def _longest_trace(recipe: Recipe) -> int:
+    return DOCUMENT_TOKENS if recipe.distill.data else recipe.distill.max_new_tokens

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_listener: ContextVar[Callable[[str, str], None] | None] = ContextVar("listener", default=None)
+_listener: ContextVar[Callable[[str, str], object] | None] = ContextVar("listener", default=None)
 
 
 def warn(kind: str, text: str) -> None:
@@ -21,7 +21,7 @@ def warn(kind: str, text: str) -> None:
 
 
 @contextmanager
-def listening(hear: Callable[[str, str], None]) -> Iterator[None]:
+def listening(hear: Callable[[str, str], object]) -> Iterator[None]:
     """Inside the block, `hear` gets kind and text of the first warning of each kind."""
     seen: set[str] = set()
 

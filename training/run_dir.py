@@ -9,6 +9,7 @@
                   state.json, state-<0 or 1>/                the resume point, while the stage runs
                   sinks.json     ids of the stage's runs in other libraries  (training.sinks), where there are sinks
                   pieces/        responses drawn so far      (training.pieces), while the stage runs
+                  parts/<part>/  files of a model under way  (training.parts), of a stage that trains several
                   checkpoint*/, *.jsonl ...                  what the stage makes: its outputs
                   lineage.json   parents, hashes, settings, versions
                   done.json      written last: hashes of the outputs, final metrics
@@ -41,6 +42,7 @@ PROFILE = "profile.txt"
 _WARNINGS = "warnings.jsonl"
 _TENSOR_FOLDERS = ("state-0", "state-1")  # taken in turn, so that one is always whole
 _PIECES = "pieces"
+_PARTS = "parts"
 # what a person was asked and said; see training.cli.review
 REVIEW_FILES = (
     "unreviewed.jsonl",
@@ -53,6 +55,7 @@ _BOOKKEEPING = (
     PROFILE,
     _WARNINGS,
     _PIECES,
+    _PARTS,
     sinks.IDS,
     "started.json",
     "state.json",
@@ -97,13 +100,13 @@ class StageDir:
 
     def log(self, **metrics: Any) -> None:
         """Appends one line to metrics.jsonl, and gives it to the sinks of the run."""
-        self._append("metrics.jsonl", [metrics])
+        self.append("metrics.jsonl", [metrics])
         if ranks.main():
             sinks.send(metrics)
 
     def add_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows to samples.jsonl."""
-        self._append("samples.jsonl", rows)
+        self.append("samples.jsonl", rows)
 
     def add_warning(self, kind: str, text: str) -> bool:
         """Keeps a warning in warnings.jsonl, once for its kind; False where it was there, from before a kill too."""
@@ -113,7 +116,8 @@ class StageDir:
         files.write_jsonl(self.path / _WARNINGS, [*rows, {"kind": kind, "text": text}])
         return True
 
-    def _append(self, name: str, rows: Iterable[Any]) -> None:
+    def append(self, name: str, rows: Iterable[Any]) -> None:
+        """Appends rows to a file of lines."""
         if not ranks.main():
             return
         path = self.path / name
@@ -129,6 +133,10 @@ class StageDir:
         """The path of a file that is kept until the stage is done, for a run that goes on."""
         return self.path / _PIECES / name
 
+    def folder_of(self, part: str) -> Path:
+        """The folder of a part of the stage while it is under way."""
+        return self.path / _PARTS / part
+
     def has_data(self, name: str) -> bool:
         """Whether a data file of this stage is there."""
         return ranks.once(self.data(name).is_file)
@@ -142,16 +150,16 @@ class StageDir:
     # What others read
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; empty where there is none."""
-        return self._rows("metrics.jsonl")
+        """The rows of metrics.jsonl, behind them those of parts under way; empty where there is none."""
+        return self._of_all_parts("metrics.jsonl")
 
     def samples(self) -> list[dict[str, Any]]:
-        """The rows of samples.jsonl; empty where there is none."""
-        return self._rows("samples.jsonl")
+        """The rows of samples.jsonl, behind them those of parts under way; empty where there is none."""
+        return self._of_all_parts("samples.jsonl")
 
     def warnings(self) -> list[dict[str, str]]:
         """Kind and text of every warning, oldest first."""
-        return self._rows(_WARNINGS)
+        return self.rows(_WARNINGS)
 
     def read_data(self, name: str) -> list[dict[str, Any]]:
         """The rows of a data file.
@@ -163,7 +171,12 @@ class StageDir:
             raise UserError(f"{self.data(name)} is missing: stage {self.name} has not made it")
         return files.read_jsonl(self.data(name))
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
+    def _of_all_parts(self, name: str) -> list[dict[str, Any]]:
+        parts = [StageDir(folder).rows(name) for folder in sorted((self.path / _PARTS).glob("*"))]
+        return [*self.rows(name), *(row for rows in parts for row in rows)]
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a file of lines, which may be growing; empty where there is none."""
         path = self.path / name
         return files.read_jsonl(path, growing=True) if path.is_file() else []
 
@@ -297,9 +310,9 @@ class StageDir:
 
     @property
     def _goes_on(self) -> bool:
-        """Whether there is a resume point or a piece."""
-        pieces = self.path / _PIECES
-        return (self.path / "state.json").is_file() or (pieces.is_dir() and any(pieces.iterdir()))
+        """Whether there is a resume point, a piece or a part."""
+        kept = [self.path / "state.json", *(self.path / _PIECES).glob("*"), *(self.path / _PARTS).glob("*")]
+        return any(path.exists() for path in kept)
 
     def started(self) -> dict[str, Any] | None:
         """Settings and input hashes of work that can go on and is not done; None otherwise."""
@@ -344,7 +357,7 @@ class StageDir:
 
     def tidy(self) -> None:
         """Removes what a stage under way could go on from; a kill right after its last step may have left it."""
-        for name in ("state.json", *_TENSOR_FOLDERS, _PIECES):
+        for name in ("state.json", *_TENSOR_FOLDERS, _PIECES, _PARTS):
             files.remove(self.path / name)
 
     def seal(self) -> None:

@@ -190,7 +190,7 @@ def test_smoke_on_two_ranks_killed_here_and_there_ends_with_the_same_numbers(tmp
     assert "2 processes" in out and out.count("the report is") == 1
     run = tmp_path / "killed"
     kills = {"base": (1, "metrics.jsonl", 120), "zero": (0, "metrics.jsonl", 3), "cold_start": (1, "started.json", 1),
-             "judge": (0, "metrics.jsonl", 10), "rl_all": (1, "metrics.jsonl", 3), "distill": (0, "metrics.jsonl", 8)}  # fmt: skip
+             "judge": (0, "metrics.jsonl", 10), "rl_all": (1, "metrics.jsonl", 3), "distill": (0, "parts/qwen2/metrics.jsonl", 8)}  # fmt: skip
     for stage, (rank, file, count) in kills.items():
         process = begin(command(run, two))
         due = functools.partial(lambda path, count: lines(path) >= count, run / stage / file, count)

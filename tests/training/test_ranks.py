@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from r1kernels.grpo.reductions import REDUCTIONS
 from tests.support.ranks import on_ranks
 from tests.training.test_loops import share_of_even_ids, without_times
-from training import adapters, notices, prompts, responses, reward_model, student
+from training import adapters, checkpoint, files, notices, prompts, responses, reward_model, student
 from training.context import StageContext
 from training.document import Document
 from training.engines import EngineError, Output, Request, SamplingParams
@@ -444,6 +444,77 @@ def test_calls_that_ranks_make_apart_are_those_of_one(tmp_path, monkeypatch):
     assert [len(each) for each in drawn] == [6, 12, 6]
     assert len(heard) == 1 and "did not end within 6 tokens" in heard[0]
     assert len(pieces) == 3
+
+
+def students(folder, operations=(3.0, 2.0), stop_at=None):
+    """Two students of a stage, what they are warned of and where they are saved: metrics, lines, warnings, hashes, and the parts
+    that were begun here; None where one ends at `stop_at`, a part and a step, and the other rank with it."""
+    at, began = context(folder, replace(STEP, steps=4, save_every=2)), []
+
+    def work(part, name):
+        log = part.stage.log
+
+        def until(**row):
+            log(**row)
+            if (name, row["step"]) == stop_at:
+                raise Stop
+
+        part.stage.log = until
+        began.append(name)
+        model = tied()
+        metrics = next_token.train(model, TOKENIZER, ANSWERS, at.config, part)
+        part.stage.add_samples([{"text": name}])
+        notices.warn(f"kind {name}", f"{name} warned")
+        checkpoint.save_model(model, TOKENIZER, folder / name)
+        return without_times([metrics])[0] | {"world": ranks.world()}
+
+    try:
+        with notices.listening(at.stage.add_warning):
+            found = run_parts(at, ["a", "b"], work, dict(zip("ab", operations, strict=True)).get)
+    except (Stop, RuntimeError):  # what gloo raises where the other rank has ended
+        return None
+    written = [files.folder_hashes(folder / name) for name in "ab"]
+    lines = [without_times(at.stage.metrics()), at.stage.samples(), at.stage.warnings()]
+    return found, lines, written, began
+
+
+def test_parts_that_ranks_do_apart_are_those_of_one(tmp_path):
+    two = on_ranks(2, lambda: students(tmp_path / "two"), tmp_path / "meeting")
+    *alone, began = students(tmp_path / "one")
+    assert began == ["a", "b"] and sorted(name for *_, began in two for name in began) == ["a", "b"]
+    assert [list(found) for *found, _ in two] == [alone, alone]
+    _, (rows, samples, warned), written = alone
+    assert [(row["part"], row["step"]) for row in rows] == [
+        (name, step) for name in "ab" for step in range(4)
+    ]
+    assert [row["text"] for row in samples] == ["a", "b"]
+    assert [row["text"] for row in warned] == ["a warned", "b warned"]
+    assert all("model.safetensors" in each for each in written) and not (tmp_path / "two/parts/a").exists()
+
+
+@pytest.mark.parametrize("operations", [(3.0, 1.0), (2.0**43, 2.0**43)])
+def test_parts_of_which_one_is_too_large_are_done_together(tmp_path, operations):
+    two = on_ranks(2, lambda: students(tmp_path / "two", operations), tmp_path / "meeting")
+    assert [began for *_, began in two] == [["a", "b"]] * 2
+    assert all(metrics[name]["world"] == 2 for metrics, *_ in two for name in "ab")
+
+
+@pytest.mark.parametrize("again", [1, 2])
+def test_parts_that_were_cut_off_apart_go_on(tmp_path, again):
+    """One has ended, the other is behind its resume point of step 2."""
+
+    def cut():
+        return students(tmp_path / "run", stop_at=("b", 3))
+
+    def ended():
+        return (tmp_path / "run/parts/a/ended.json").is_file()
+
+    assert on_ranks(2, cut, tmp_path / "meeting") == [None, None] and ended()
+    work = lambda: students(tmp_path / "run")  # noqa: E731
+    found = [work()] if again == 1 else on_ranks(2, work, tmp_path / "meeting again")
+    *alone, _ = students(tmp_path / "one")
+    assert [list(each) for *each, _ in found] == [alone] * again
+    assert [name for *_, began in found for name in began] == ["b"]
 
 
 def test_one_process_exchanges_nothing():

@@ -167,14 +167,21 @@ def spread(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> li
     return [each for part in gather(list(work(items[own.start : own.stop]))) for each in part]
 
 
-def apart(work: Callable[[T], R], items: Sequence[T], weights: Sequence[float]) -> list[R]:
-    """`work` of each item, in order; its results can be pickled. Ranks do whole items, each by itself as one process would,
-    the next that is left and heaviest, where the weights divide evenly; else all do one item after the other together.
-    """
+def even(weights: Sequence[float], uneven: float) -> bool:
+    """Whether no rank gets more than `uneven` times an equal part of items of these weights, none of which is divided."""
     loads = [0.0] * world()
     for weight in sorted(weights, reverse=True):
         heapq.heapreplace(loads, loads[0] + weight)
-    if world() == 1 or max(loads) > UNEVEN * sum(loads) / world():
+    return max(loads) <= uneven * sum(loads) / world()
+
+
+def apart(
+    work: Callable[[T], R], items: Sequence[T], weights: Sequence[float], uneven: float = UNEVEN
+) -> list[R]:
+    """`work` of each item, in order; its results can be pickled. Ranks do whole items, each by itself as one process would,
+    the next that is left and heaviest, where the weights are `even`; else all do one item after the other together.
+    """
+    if world() == 1 or not even(weights, uneven):
         return [work(each) for each in items]
     order = sorted(range(len(items)), key=lambda index: -weights[index])
     queue, done = f"r1kernels/apart/{next(_queues)}", {}

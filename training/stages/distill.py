@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from training import checkpoint, filters, policy, responses, rewards, student, traces
+from training import checkpoint, estimate, filters, policy, responses, rewards, student, traces
 from training.context import StageContext
 from training.document import Document
 from training.encoder import Encoder
@@ -74,12 +74,27 @@ def run(context: StageContext) -> dict[str, Any]:
         accuracy = _accuracy(context, name, folder)
         return {**metrics, "method": method, "parameters": parameters, "accuracy": accuracy}
 
-    trained = run_parts(context, list(config.students), train)
+    def operations(name: str) -> float:
+        teacher = estimate.parameters(context.recipe)
+        takes = estimate.of_student(context.recipe, name, len(documents), teacher)
+        return takes.training_flops + takes.sampling_flops
+
+    trained: dict[str, dict[str, Any]] = {}
+    for names in _in_turn(config):
+        trained = run_parts(context, names, train, operations)
     return {
         **counts,
         "kept": len(documents),
-        **{f"{name}/{key}": value for name, metrics in trained.items() for key, value in metrics.items()},
+        **{f"{name}/{key}": value for name in config.students for key, value in trained[name].items()},
     }
+
+
+def _in_turn(config: Distill) -> list[list[str]]:
+    """The students in lists, each of those that go on from one of the list before, or in the first from none."""
+    after: dict[str, int] = {}
+    for name, sizes in config.students.items():
+        after[name] = after[sizes.start] + 1 if sizes.start else 0
+    return [[name for name in after if after[name] == turn] for turn in sorted(set(after.values()))]
 
 
 def _folder(context: StageContext, name: str) -> Path:

@@ -6,9 +6,10 @@ Both learn from responses that checkpoints really gave to training problems, lab
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from training import notices, policy, preferences, responses, reward_model
+from training import estimate, notices, policy, preferences, responses, reward_model
 from training.context import StageContext
 from training.model import load
 from training.parts import run_parts
@@ -28,15 +29,21 @@ def run(context: StageContext) -> dict[str, Any]:
     for name, split in SPLITS.items():
         if not context.stage.has_data(name):
             context.stage.write_data(name, _collect(context, split))
-    start = context.checkpoint(context.config.start)
+    start, config = context.checkpoint(context.config.start), context.config
+    data_of = functools.cache(lambda name: [_data(context, file, name) for file in SPLITS])
+
+    def operations(name: str) -> float:
+        count = config.steps * config.batch_size or config.epochs * len(data_of(name)[0])
+        length = estimate.length_of(config.max_new_tokens)
+        return 3 * count * length * estimate.parameters(context.recipe).forward(length / 2)
 
     def train(part: StageContext, name: str) -> dict[str, Any]:
         language_model, tokenizer = load(start)
         model = reward_model.from_language_model(language_model)
         policy.adapted(model, part, context.recipe.model.lora)
-        data, held_out = (_data(context, file, name) for file in SPLITS)
+        data, held_out = data_of(name)
         if data:
-            metrics = reward_model.train(model, tokenizer, data, context.config, part)
+            metrics = reward_model.train(model, tokenizer, data, config, part)
         else:
             metrics = {"steps": 0}
             notices.warn(
@@ -55,7 +62,7 @@ def run(context: StageContext) -> dict[str, Any]:
         }
 
     fed = [name for name, kind in MODELS.items() if responses.problems(context.recipe, "train", (kind,))]
-    metrics = run_parts(context, fed, train)
+    metrics = run_parts(context, fed, train, operations)
     return {f"{name}/{key}": value for name, found in metrics.items() for key, value in found.items()}
 
 
