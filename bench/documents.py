@@ -14,10 +14,10 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from . import pictures, report, results
 from .gpu import roofline
+from .results import committed
 from .studies import pipeline, precision, smollm2
 from .table import Table
 
@@ -31,6 +31,10 @@ def _run() -> results.Run:
     return results.load(results.FOLDER / "cpu/ops.json")
 
 
+def shown(*tables: Table, level: int = 0) -> str:
+    return "\n\n".join(table.markdown(level) for table in tables)
+
+
 def every_case() -> str:
     """The headline table of all cases."""
     run = _run()
@@ -38,75 +42,52 @@ def every_case() -> str:
     lists = {"Where we are not the best": report.not_best, "Cases whose rounds do not repeat": report.noisy}
     for title, make in lists.items():
         if lines := make(run):
-            parts.append(f"{title}:\n\n" + "\n".join(f"- {line}" for line in lines))
+            parts.append(f"{title}:\n\n{shown(Table(title, (), lines))}")
     return "\n\n".join(parts)
 
 
-def of_command(module: str, name: str) -> str:
-    """The tables of a command, from its committed results."""
-    tables: list[Table] = importlib.import_module(f"bench.studies.{module}").tables(results.committed(name))
-    return "\n\n".join(table.markdown() for table in tables)
-
-
-def of_tiny(make: Callable[[Mapping[str, Any]], Table]) -> str:
-    """A table of the committed runs of `tiny`."""
-    return make(results.committed("tiny")).markdown()
-
-
-def controls() -> str:
-    """R1-Zero of a committed run of `tiny` beside its controls."""
-    return pipeline.controls(results.committed("tiny"), results.committed("tiny-controls")).markdown()
+def of_study(name: str) -> str:
+    """The tables of a study, from its committed results."""
+    return shown(*importlib.import_module(f"bench.studies.{name}").tables(committed(name)))
 
 
 def errors(of_divergences: bool) -> str:
     """The tables of ``python -m bench precision``, of divergences or of log-probs."""
-    tables = precision.tables(results.committed("precision"))
-    shown = [table for table in tables if table.title.startswith("linear_divergence") == of_divergences]
-    return "\n\n".join(table.markdown(3) for table in shown)
+    tables = precision.tables(committed("precision"))
+    chosen = (one for one in tables if one.title.startswith("linear_divergence") == of_divergences)
+    return shown(*chosen, level=3)
 
 
 def divergences() -> str:
     """Times, errors and memory of everyone, case by case."""
     run = _run()
-    cases = [one for one in run.cases if one.case.op == "linear_divergence"]
-    return "\n\n".join(report.case_table(run, one).markdown(3) for one in cases)
+    cases = (one for one in run.cases if one.case.op == "linear_divergence")
+    return shown(*(report.case_table(run, one) for one in cases), level=3)
 
 
-COMMANDS = (
-    "saved",
-    "prefix",
-    "training_memory",
-    "mixtures",
-    "suite",
-    "rollout",
-    "truncation",
-    "distillation",
-    "ranks",
-)
+STUDIES = "saved prefix training_memory mixtures suite rollout truncation distillation ranks"
 BLOCKS: Mapping[str, Callable[[], str]] = {
-    "ops": lambda: report.ops(_run()).markdown(),
+    "ops": lambda: shown(report.ops(_run())),
     "every case": every_case,
-    "inference": lambda: report.inference(_run()).markdown(),
-    "floors": lambda: report.floors(_run()).markdown(),
-    "roofline": lambda: roofline.table().markdown(),
+    "inference": lambda: shown(report.inference(_run())),
+    "floors": lambda: shown(report.floors(_run())),
+    "roofline": lambda: shown(roofline.table()),
     "precision": partial(errors, False),
     "precision of divergences": partial(errors, True),
     "divergences": divergences,
-    "pipeline": partial(of_command, "pipeline", "tiny"),
-    "levels": partial(of_tiny, pipeline.levels),
-    "methods": partial(of_tiny, pipeline.methods),
-    "controls": controls,
-    **{name: partial(of_command, name, name) for name in COMMANDS},
+    "pipeline": lambda: shown(*pipeline.tables(committed("tiny"))),
+    "levels": lambda: shown(pipeline.levels(committed("tiny"))),
+    "methods": lambda: shown(pipeline.methods(committed("tiny"))),
+    "controls": lambda: shown(pipeline.controls(committed("tiny"), committed("tiny-controls"))),
+    **{name: partial(of_study, name) for name in STUDIES.split()},
     "smollm2": lambda: f"{smollm2.sentence('zero')}.",
-    "smollm2 marks": lambda: smollm2.marks_table(smollm2.load("zero")).markdown(),
+    "smollm2 marks": lambda: shown(smollm2.marks_table(smollm2.load("zero"))),
     "smollm2 operators": lambda: smollm2.operators("zero"),
     "smollm2 language reward": lambda: f"{smollm2.language_reward()}.",
     "smollm2 cold start": lambda: f"{smollm2.cold_start()}.",
     "smollm2 language operators": lambda: f"{smollm2.no_more_right()}.",
-    "smollm2 language marks": lambda: smollm2.marks_table(smollm2.load("languages")).markdown(),
-    "smollm2 students": lambda: smollm2.students_table(
-        smollm2.load("student"), smollm2.load("zero")
-    ).markdown(),
+    "smollm2 language marks": lambda: shown(smollm2.marks_table(smollm2.load("languages"))),
+    "smollm2 students": lambda: shown(smollm2.students_table(smollm2.load("student"), smollm2.load("zero"))),
     "smollm2 time": lambda: f"On one CPU core it takes {smollm2.times(smollm2.metrics('zero', 'zero'))}.",
 }
 

@@ -18,7 +18,7 @@ from .peers import PHASES
 from .results import FOLDER, Measured, Row, Run, committed, load
 from .step import PARTS
 from .studies import saved
-from .table import MISSING, Cell, Sentences, Table, milliseconds, rate, size, small, times
+from .table import MISSING, Cell, Table, milliseconds, rate, size, small, times
 from .turns import SECONDS
 
 NOT_ON_A_GPU = "Not measured on a GPU: these numbers are of a CPU. The shapes for GPUs are in the list of what was not run."
@@ -222,7 +222,7 @@ def case_table(run: Run, one: Measured) -> Table:
     if several:
         turns = (f"{row.peer} {row.calls[main]}" for row in one.rows if main in row.calls)
         note += f" Calls a turn, {main}: {', '.join(turns)}."
-    return Table(one.title, head, rows, note)
+    return Table(one.title, head, rows, note, level=3)
 
 
 def _time(one: Measured, row: Row, phase: str) -> str:
@@ -261,32 +261,30 @@ def environment(run: Run) -> Table:
 
 # --- the whole ---
 
-Body = str | Table | Sentences  # str: a picture
 
-
-def sections(run: Run, before: Run | None) -> Iterator[tuple[str, int, Body]]:
-    """Title, level and body of what the report holds, pictures first; some may be empty."""
-    yield "FAILED", 2, Sentences(failures(run))
+def sections(run: Run, before: Run | None) -> Iterator[Table]:
+    """What the report holds, pictures first; some may be empty."""
+    yield Table("FAILED", (), failures(run))
     if importlib.util.find_spec("matplotlib"):
         from . import pictures
 
-        yield "Time of others over ours", 2, pictures.svg(pictures.draw_speed, pictures.speed(run), (7, 5.5))
-        yield "How far from the floor", 2, pictures.svg(pictures.draw_floors, pictures.floors(run), (7, 7))
-    yield "Headline", 2, headline(run)
-    yield "Where we are not the best", 2, Sentences(not_best(run))
-    yield "Cases whose rounds do not repeat", 2, Sentences(noisy(run))
-    yield "Inference", 2, inference(run)
-    yield "Floors", 2, floors(run)
+        speed, floor = pictures.speed(run), pictures.floors(run)
+        yield Table("Time of others over ours", picture=pictures.svg(pictures.draw_speed, speed, (7, 5.5)))
+        yield Table("How far from the floor", picture=pictures.svg(pictures.draw_floors, floor, (7, 7)))
+    yield headline(run)
+    yield Table("Where we are not the best", (), not_best(run))
+    yield Table("Cases whose rounds do not repeat", (), noisy(run))
+    yield inference(run)
+    yield floors(run)
     for op in dict.fromkeys(one.case.op for one in run.cases):
-        yield op, 2, Sentences(["Every implementation, case by case."])
-        for one in (one for one in run.cases if one.case.op == op):
-            yield one.title, 3, case_table(run, one)
+        yield Table(op, note="Every implementation, case by case.")
+        yield from (case_table(run, one) for one in run.cases if one.case.op == op)
     if run.environment["device"] == "cpu":
-        yield "Saved for the backward", 2, saved.tables(committed("saved"))[0]
+        yield saved.tables(committed("saved"))[0]
     if before:
-        yield "Changes", 2, changes(before, run)
-    yield "Not run", 2, Table("Not run", ("case", "reason"), list(run.not_run.items()))
-    yield "Environment", 2, environment(run)
+        yield changes(before, run)
+    yield Table("Not run", ("case", "reason"), list(run.not_run.items()))
+    yield environment(run)
 
 
 def _warnings(run: Run) -> list[str]:
@@ -295,10 +293,8 @@ def _warnings(run: Run) -> list[str]:
 
 def document(run: Run, before: Run | None = None) -> str:
     """The report as Markdown, without its pictures."""
-    parts = [f"# Benchmarks on {run.device}", *_warnings(run)]
-    for title, level, body in sections(run, before):
-        if not isinstance(body, str) and body.rows:
-            parts += [f"{'#' * level} {title}", body.markdown()]
+    shown = (table for table in sections(run, before) if not table.empty and not table.picture)
+    parts = [f"# Benchmarks on {run.device}", *_warnings(run), *(one.markdown(one.level) for one in shown)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -318,12 +314,10 @@ def page(run: Run, before: Run | None = None) -> str:
     title = escape(f"r1kernels: benchmarks on {run.device}")
     warned = (re.sub(r"\*\*(.*?)\*\*", r"<strong>\1</strong>", escape(text)) for text in _warnings(run))
     parts = [f"<h1>{title}</h1>", *(f"<p>{text}</p>" for text in warned)]
-    for name, level, body in sections(run, before):
-        shown = body if isinstance(body, str) else body.html() if body.rows else ""
-        if shown and level == 3:
-            parts.append(f"<details><summary>{escape(name)}</summary>{shown}</details>")
-        elif shown:
-            parts.append(f"<h2>{escape(name)}</h2>{shown}")
+    for table in (table for table in sections(run, before) if not table.empty):
+        name, shown = escape(table.title), table.html()
+        folded = f"<details><summary>{name}</summary>{shown}</details>"
+        parts.append(folded if table.level == 3 else f"<h2>{name}</h2>{shown}")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -36,7 +36,11 @@ def committed(name: str) -> dict[str, Any]:
 
 def short(value: float) -> float | None:
     """Four digits, which is more than a clock repeats; None for what JSON cannot hold."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+    return _digits(value) if math.isfinite(value) else None
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def save(path: Path, found: Mapping[str, Any]) -> None:
@@ -76,7 +80,7 @@ def paired(ways: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -
     for _ in range(rounds):
         for name, way in ways.items():
             for part, value in way().items():
-                found[name].setdefault(part, []).extend(_short(value))
+                found[name].setdefault(part, []).append(_digits(value))
     return found
 
 
@@ -140,23 +144,18 @@ def settle(rows: Sequence[Row]) -> None:
     for row in timed:
         for phase, rounds in row.rounds.items():
             quartiles = statistics.quantiles(rounds, method="inclusive") if len(rounds) > 1 else rounds * 3
-            row.seconds[phase] = _short(min(rounds), *quartiles)
+            row.seconds[phase] = [_digits(value) for value in (min(rounds), *quartiles)]
             if ours and phase in ours.rounds:
                 row.ratio[phase] = _paired(rounds, ours.rounds[phase])
                 if any(phase in other.firsts for other in timed):
                     # the only call of a turn is its first
                     found, own = (one.firsts.get(phase, one.rounds[phase]) for one in (row, ours))
-                    row.first[phase] = _short(statistics.median(found), _paired(found, own))
+                    row.first[phase] = [_digits(statistics.median(found)), _paired(found, own)]
         row.calls = {mode: calls for mode, calls in row.calls.items() if calls > 1}
 
 
 def _paired(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    (found,) = _short(statistics.median(a / max(b, 1e-9) for a, b in zip(theirs, ours, strict=False)))
-    return found
-
-
-def _short(*values: float) -> list[float]:
-    return [float(f"{value:.4g}") for value in values]
+    return _digits(statistics.median(a / max(b, 1e-9) for a, b in zip(theirs, ours, strict=False)))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What documents, pages and terminals show: tables of text and lists of sentences, and how numbers read in them."""
+"""What documents, pages and terminals show: tables, lists and pictures, and how numbers read in them."""
 
 from __future__ import annotations
 
@@ -29,46 +29,48 @@ MISSING = Cell("-", "muted")
 
 @dataclass
 class Table:
-    """title: its heading. head: names of the columns. rows: of texts. note: a sentence above it."""
+    """title: its heading. head: names of the columns; without any, rows are sentences. rows: of texts. note: a sentence above.
+
+    picture: SVG, which stands in the place of rows and in pages alone. level: of its heading; pages fold those of 3.
+    """
 
     title: str
-    head: Sequence[str]
+    head: Sequence[str] = ()
     rows: list[Any] = field(default_factory=list)
     note: str = ""
+    picture: str = ""
+    level: int = 2
 
     @property
     def failed(self) -> bool:
         return any(mark(cell) == "failed" for row in self.rows for cell in row)
 
+    @property
+    def empty(self) -> bool:
+        return not self.rows and not self.picture and (bool(self.head) or not self.note)
+
     def markdown(self, level: int = 0) -> str:
         """Heading of this level (0: none), note and rows; what failed is bold, and so is what is best."""
         heading = f"{'#' * level} {self.title}" if level else ""
-        rows = [[name or " " for name in self.head], *(map(_bold, row) for row in self.rows)]
-        lines = [f"| {' | '.join(row)} |" for row in rows]
-        lines.insert(1, "|---" * len(self.head) + "|")
-        return "\n\n".join(filter(None, (heading, self.note, "\n".join(lines) if self.head else "")))
+        lines = [f"- {line}" for line in self.rows]
+        if self.head:
+            rows = [[name or " " for name in self.head], *(map(_bold, row) for row in self.rows)]
+            lines = [f"| {' | '.join(row)} |" for row in rows]
+            lines.insert(1, "|---" * len(self.head) + "|")
+        return "\n\n".join(filter(None, (heading, self.note, "\n".join(lines))))
 
     def html(self) -> str:
+        """Everything but the heading."""
+        note = f'<p class="note">{escape(self.note)}</p>' if self.note else ""
+        if not self.head:
+            lines = "".join(f"<li>{escape(line)}</li>" for line in self.rows)
+            return note + self.picture + (f"<ul>{lines}</ul>" if lines else "")
         head = "".join(f"<th>{escape(name)}</th>" for name in self.head)
         cells = (
             "".join(f'<td class="{mark(cell)}">{escape(cell)}</td>' for cell in row) for row in self.rows
         )
         body = "".join(f"<tr>{row}</tr>" for row in cells)
-        table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        return f'<p class="note">{escape(self.note)}</p>{table}'
-
-
-@dataclass
-class Sentences:
-    """A list."""
-
-    rows: list[str]
-
-    def markdown(self) -> str:
-        return "\n".join(f"- {line}" for line in self.rows)
-
-    def html(self) -> str:
-        return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in self.rows)}</ul>"
+        return f'{note}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _bold(cell: str) -> str:

@@ -10,7 +10,7 @@ T tokens, H hidden, I intermediate size, E experts, K experts per token; N token
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from torch import Tensor
 import r1kernels
 from r1kernels import backends, devices, extension
 
-from .. import moe, timing
+from .. import timing
 from ..cases import Case
 from ..ceilings import copy_rate
-from ..numerics import CAP, error
+from ..families import OPS
+from ..numerics import CAP
 from ..peers import Inputs
 
 SHAPE = {"T": 4096, "H": 512, "I": 256, "E": 8, "K": 2}
@@ -36,33 +37,30 @@ def main(
     return answers[what](torch.device(device))
 
 
-def _experts(device: torch.device, shape: dict[str, int]) -> tuple[Case, Inputs]:
-    case = Case("moe_experts", device.type, "bfloat16", shape if device.type == "cuda" else TINY)
-    return case, moe.expert_inputs(case, device)
+def _experts(device: torch.device, shape: dict[str, int]) -> Case:
+    return Case("moe_experts", device.type, "bfloat16", shape if device.type == "cuda" else TINY)
 
 
-def _both_ways(inputs: Inputs, backend: str) -> dict[str, Tensor]:
-    out = r1kernels.moe_experts(*inputs.require_grad().of(moe.EXPERTS_OF), backend=backend)
+def _both_ways(case: Case, inputs: Inputs, **options: Any) -> dict[str, Tensor]:
+    out = OPS["moe_experts"].ours.peer(**options).make(case, inputs)(inputs)["out"]
     return {"out": out.detach(), **inputs.gradients({"out": out})}
 
 
 def experts(device: torch.device) -> int:
     """1 where a result or a gradient is further from float64 than bfloat16 may be, or its bits move."""
-    case, inputs = _experts(device, SHAPE)
-    exact = moe.expert_exact(case, inputs)
+    case, op = _experts(device, SHAPE), OPS["moe_experts"]
+    inputs, exact = op.problem(case, device)
     failed = 0
     for name in backends.registered("moe_experts"):
         if name == "reference" or device.type != devices.SERVED[name][0]:
             continue
-        first, second = (_both_ways(inputs, name) for _ in range(2))
-        errors = [error(first[result], exact[result]) for result in exact]
+        first, second = (_both_ways(case, inputs, backend=name) for _ in range(2))
+        errors = op.errors(first, exact).values()
         same = all(torch.equal(first[result], second[result]) for result in first)
         good = max(errors) <= CAP[torch.bfloat16] and same
         failed += not good
-        words = ", ".join(f"{one:.1e}" for one in errors)
-        print(
-            f"{'ok' if good else 'FAILED'} experts {name}: errors {words}, {'same' if same else 'OTHER'} bits"
-        )
+        words = f"errors {', '.join(f'{one:.1e}' for one in errors)}, {'same' if same else 'OTHER'} bits"
+        print(f"{'ok' if good else 'FAILED'} experts {name}: {words}")
     return int(failed > 0)
 
 
@@ -82,7 +80,9 @@ def products(device: torch.device) -> int:
 
 
 def profiled(device: torch.device) -> int:
-    _both_ways(_experts(device, LARGE)[1], "cuda" if device.type == "cuda" else "cpu")
+    case = _experts(device, LARGE)
+    inputs = OPS["moe_experts"].inputs(case, device).require_grad()
+    _both_ways(case, inputs, backend=device.type)
     n, v = (4096, 151936) if device.type == "cuda" else (8, 64)
     logits = torch.randn(n, v, device=device, dtype=torch.bfloat16)
     r1kernels.token_logprobs(logits, torch.zeros(n, dtype=torch.int64, device=device), return_entropy=True)

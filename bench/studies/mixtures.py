@@ -88,13 +88,35 @@ def files() -> dict[str, str]:
 
 
 def model_class(family: str) -> Any:
-    """The class of the model that stands for a family."""
-    return _model_class(importlib.import_module(files()[family]))
+    """The model of a family that has experts and the fewest other parts: without images and sound where there is one."""
+    module = importlib.import_module(files()[family])
+    models: list[Any] = [
+        one
+        for name, one in vars(module).items()
+        if inspect.isclass(one)
+        and issubclass(one, transformers.PreTrainedModel)
+        and one.__module__ == module.__name__
+        and getattr(one, "config_class", None) is not None
+        and not any(word in name for word in ("Vision", "Audio", "PreTrained"))
+    ]
+    endings = ("ForCausalLM", "ForTokenClassification", "TextModel", "ForConditionalGeneration", "Model")
+
+    def rank(one: Any) -> tuple[bool, int]:
+        place = next((n for n, end in enumerate(endings) if one.__name__.endswith(end)), len(endings))
+        return bool(getattr(one.config_class, "sub_configs", None)), place
+
+    return min((one for one in models if rank(one)[1] < len(endings)), key=rank)
 
 
 def tiny_config(family: str) -> Any:
     """Its config in small."""
-    return _config(model_class(family).config_class, OWN.get(family, {}))
+    config_class = model_class(family).config_class
+    known = set(getattr(config_class, "attribute_map", None) or {})
+    for one in config_class.__mro__:
+        known |= {*getattr(one, "__annotations__", {}), *inspect.signature(one.__init__).parameters}
+    return config_class(
+        **{name: value for name, value in SIZES.items() if name in known} | OWN.get(family, {})
+    )
 
 
 def build(family: str) -> Any:
@@ -164,33 +186,6 @@ def _served_parameters(block: Block) -> list[str]:
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-6))
-
-
-def _model_class(module: Any) -> Any:
-    """The model of a module that has experts and the fewest other parts: without images and sound where there is one."""
-    models: list[Any] = [
-        one
-        for name, one in vars(module).items()
-        if inspect.isclass(one)
-        and issubclass(one, transformers.PreTrainedModel)
-        and one.__module__ == module.__name__
-        and getattr(one, "config_class", None) is not None
-        and not any(word in name for word in ("Vision", "Audio", "PreTrained"))
-    ]
-    endings = ("ForCausalLM", "ForTokenClassification", "TextModel", "ForConditionalGeneration", "Model")
-
-    def rank(one: Any) -> tuple[bool, int]:
-        place = next((n for n, end in enumerate(endings) if one.__name__.endswith(end)), len(endings))
-        return bool(getattr(one.config_class, "sub_configs", None)), place
-
-    return min((one for one in models if rank(one)[1] < len(endings)), key=rank)
-
-
-def _config(config_class: Any, own: dict[str, Any]) -> Any:
-    known = set(getattr(config_class, "attribute_map", None) or {})
-    for one in config_class.__mro__:
-        known |= {*getattr(one, "__annotations__", {}), *inspect.signature(one.__init__).parameters}
-    return config_class(**{name: value for name, value in SIZES.items() if name in known} | own)
 
 
 def measure(only: Sequence[str] = ()) -> dict[str, Any]:

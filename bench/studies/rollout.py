@@ -129,12 +129,12 @@ def compare(sizes: Sizes) -> list[dict[str, Any]]:
 
 def case(title: str, ways: Mapping[str, Draw], rounds: int) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {name: {"peer": name, "tokens_per_second": []} for name in ways}
+    timed = {}
 
     def rate(way: Draw) -> dict[str, float]:
         began = time.perf_counter()
         return {"rate": way() / (time.perf_counter() - began)}
 
-    timed = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, way in ways.items():
