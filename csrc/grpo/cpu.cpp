@@ -253,7 +253,11 @@ void backward(const R1kernelsGrpo& call, float factor, const float* grad_of_rati
         const float shared = grad_of_ratio == nullptr ? 0.0f : grad_of_ratio[item.sequence];
         for_vectors(item, [&](int64_t t, auto count) {
             Floats value = load_values(grad, t, count);
-            if (grad_of_ratio != nullptr) value += counted_tokens(call, t, count) ? all(shared) : Floats{};
+            if (grad_of_ratio != nullptr) {
+                Ints in_ratio = counted_tokens(call, t, count);
+                if (call.logp != nullptr) in_ratio &= load_values(call.logp, t, count) != all(-kInfinity);
+                value += in_ratio ? all(shared) : Floats{};
+            }
             store_values(to, t, count, value * factor);
         });
     }

@@ -29,7 +29,8 @@ struct GrpoKernels {
     // Loss, metrics and grad_of_ratio.
     void (*finish)(const R1kernelsGrpo& call, void* workspace, int64_t items);
 
-    // to = factor * grad + factor * mask * grad_of_ratio (null: 0) for the tokens of the items of [begin, end).
+    // to = factor * grad + factor * mask * grad_of_ratio (null: 0) for the tokens of the items of [begin, end); the ratio has no
+    // gradient in a logp (null: none is) of -inf.
     void (*backward)(const R1kernelsGrpo& call, float factor, const float* grad_of_ratio, const float* grad, float* to,
                      int64_t begin, int64_t end);
 };

@@ -33,6 +33,11 @@ __device__ inline bool is_counted(const R1kernelsGrpo& call, int64_t token) {
     }
 }
 
+// Whether the ratio of its sequence has a gradient in a token's log-prob; logp may be null.
+__device__ inline bool is_in_ratio(const R1kernelsGrpo& call, int64_t token) {
+    return is_counted(call, token) && (call.logp == nullptr || call.logp[token] != -INFINITY);
+}
+
 // The sequence of a token that lies in one.
 __device__ inline int64_t sequence_at(const R1kernelsGrpo& call, int64_t token) {
     if (call.cu_seqlens == nullptr) return token / call.width;
@@ -202,7 +207,7 @@ __global__ void __launch_bounds__(kThreads)
         const bool inside = t >= first && t < end;
         if (grad_logp != nullptr) {
             float value = inside ? grad_logp[t] : 0.0f;
-            if (inside && grad_of_ratio != nullptr && is_counted(call, t)) value += grad_of_ratio[sequence_at(call, t)];
+            if (inside && grad_of_ratio != nullptr && is_in_ratio(call, t)) value += grad_of_ratio[sequence_at(call, t)];
             to_logp[t] = factor * value;
         }
         if (grad_entropy != nullptr) to_entropy[t] = inside ? factor * grad_entropy[t] : 0.0f;

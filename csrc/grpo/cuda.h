@@ -19,7 +19,8 @@ size_t r1kernels_grpo_loss_cuda_workspace(const R1kernelsGrpo* call);
 // are needed.
 int r1kernels_grpo_loss_cuda(const R1kernelsGrpo* call, void* workspace, void* stream);
 
-// The gradients that the forward wrote (null: not asked for), times *grad_loss; grad_of_ratio is null for token ratios.
+// The gradients that the forward wrote (null: not asked for), times *grad_loss; grad_of_ratio is null for token ratios, and
+// has no gradient in a call->logp (null: none is) of -inf.
 int r1kernels_grpo_loss_cuda_backward(const R1kernelsGrpo* call, const float* grad_loss, const float* grad_of_ratio,
                                       const float* grad_logp, const float* grad_entropy, float* to_logp,
                                       float* to_entropy, void* stream);

@@ -16,8 +16,10 @@ void run(const R1kernelsGrpo& call, const Tensor& logp) {
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& grad_logp, const Tensor& grad_of_ratio,
-                                    const Tensor& grad_entropy, const Tensor& mask, const Optional& cu_seqlens) {
-    const R1kernelsGrpo call = layout_of(mask, cu_seqlens);
+                                    const Tensor& grad_entropy, const Tensor& mask, const Optional& cu_seqlens,
+                                    const Optional& logp) {
+    R1kernelsGrpo call = layout_of(mask, cu_seqlens);
+    call.logp = floats("logp", logp, call.tokens, mask);
     const CudaHost host(mask);
     const float* of_ratio =
         grad_of_ratio.numel() > 0 ? floats("grad_of_ratio", grad_of_ratio, call.sequences, mask) : nullptr;

@@ -230,6 +230,7 @@ class BackwardCall(NamedTuple):
     grad_entropy: Tensor
     mask: Contiguous
     cu_seqlens: Contiguous | None
+    logp: Float32 | None  # with grad_of_ratio alone: a log-prob of -inf gets none of it
 
 
 def shapes(call: KernelCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -255,21 +256,20 @@ BACKWARD = Kernel("grpo_loss", BackwardCall, backward_shapes, suffix="_backward"
 
 def _save(call: KernelCall, results: tuple[Tensor, ...]) -> Any:
     _, _, *grads = results
-    mask, logp = call.tokens.mask, call.tokens.logp
-    if call.logp_gradient and RATIOS[call.ratio] != "token":
-        # the ratio of a sequence has no gradient in a log-prob of -inf
-        mask = torch.where(logp == -torch.inf, torch.zeros_like(mask), mask)
-    return (*grads, mask, call.tokens.cu_seqlens), None
+    return (*grads, call.tokens.mask, call.tokens.cu_seqlens), None
 
 
 def _gradients(
     backend: str, inputs: Any, saved: Any, _: Any, grads: Any, needs: Any
 ) -> tuple[Tensor, Tensor]:
     """The loss is a scalar: the forward wrote the gradients for an upstream gradient of 1, which scales them here."""
-    grad_logp, grad_of_ratio, grad_entropy, _, _ = saved
+    grad_logp, grad_of_ratio, grad_entropy, mask, cu_seqlens = saved
     if _are_final(grads[0], grad_of_ratio):
         return grad_logp, grad_entropy
-    return BACKWARD(backend, BackwardCall(grads[0], *saved))
+    logp = inputs[0] if grad_of_ratio.numel() > 0 else None
+    return BACKWARD(
+        backend, BackwardCall(grads[0], grad_logp, grad_of_ratio, grad_entropy, mask, cu_seqlens, logp)
+    )
 
 
 # unknown to torch: kept, so that nothing is handed out twice

@@ -64,7 +64,7 @@ def loss_backward(call: loss.BackwardCall) -> tuple[Tensor, Tensor]:
     """In one launch."""
     from . import triton_kernels, triton_sums
 
-    grad_loss, *grads, mask, cu_seqlens = call
+    grad_loss, *grads, mask, cu_seqlens, logp = call
     results = loss.backward_shapes(call)
     *sizes, slots = _sizes(mask, cu_seqlens)
     if slots > 0:
@@ -74,6 +74,7 @@ def loss_backward(call: loss.BackwardCall) -> tuple[Tensor, Tensor]:
                 *map(_none_if_empty, grads),
                 mask,
                 cu_seqlens,
+                logp,
                 *results,
                 *sizes,
                 triton_sums.Call(**TILES),

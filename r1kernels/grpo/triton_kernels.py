@@ -289,6 +289,7 @@ def backward_kernel(
     grad_entropy,  # or None
     mask,
     cu_seqlens,
+    logp,  # or None
     scaled_grad_logp,
     scaled_grad_entropy,
     tokens: tl.int64,
@@ -303,8 +304,10 @@ def backward_kernel(
     if grad_logp is not None:
         grad = load(grad_logp, at, owned)
         if grad_of_ratio is not None:
-            counted = tl.load(mask + at, mask=inside, other=0) != 0
-            grad += tl.where(counted, tl.load(grad_of_ratio + sequence), 0.0)
+            in_ratio = tl.load(mask + at, mask=inside, other=0) != 0
+            if logp is not None:
+                in_ratio &= load(logp, at, inside) != -float("inf")
+            grad += tl.where(in_ratio, tl.load(grad_of_ratio + sequence), 0.0)
         tl.store(scaled_grad_logp + at, upstream * grad, mask=owned)
     if grad_entropy is not None:
         tl.store(scaled_grad_entropy + at, upstream * load(grad_entropy, at, owned), mask=owned)

@@ -54,16 +54,17 @@ class EmulatedOps:
         assert self.module.forward(fields | {"workspace": workspace.data_ptr()}) == 0
         return outputs
 
-    def backward(self, grad_loss, grad_logp, grad_of_ratio, grad_entropy, mask, cu_seqlens):
+    def backward(self, grad_loss, grad_logp, grad_of_ratio, grad_entropy, mask, cu_seqlens, logp):
         results = torch.full_like(grad_logp, torch.nan), torch.full_like(grad_entropy, torch.nan)
         absent = (
-            "old_logp ref_logp advantages policy_weights entropy entropy_weights weights total logp loss metrics "
+            "old_logp ref_logp advantages policy_weights entropy entropy_weights weights total loss metrics "
             "advantages_per_token policy_weights_per_token variant ratio kl count"
         )
         fields = self.layout(mask, cu_seqlens) | dict.fromkeys(absent.split(), 0)
         numbers = torch.zeros(len(Numbers._fields))
         fields |= {
             "numbers": address(numbers),
+            "logp": address(logp),
             "grad_logp": address(grad_logp),
             "grad_of_ratio": address(grad_of_ratio),
             "grad_entropy": address(grad_entropy),

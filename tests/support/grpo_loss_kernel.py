@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1kernels.grpo import grpo_loss
 from tests.support.forced import public_on
@@ -21,6 +22,22 @@ TERMS += [("vespo", None), ("gmpo", None), ("reinforce", None)]
 ESTIMATORS = ("k1", "abs", "k2", "k3", "k3_plus", "unbiased")
 REDUCTIONS = ("sequence", "token", "constant", "sequence-sum")
 GARBAGE = (torch.nan, torch.inf, -torch.inf)
+
+
+# upstream gradients, views, and the number that a backward on the CPU looks at
+OF_THE_TEST = {"aten::mul", "aten::ones_like", "aten::detach", "aten::unsqueeze", "aten::_local_scalar_dense"}
+
+
+class Ops(TorchDispatchMode):
+    """Notes the names of the ops that torch runs inside it, but not those within an op."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name().partition(".")[0])
+        return function(*args, **(kwargs or {}))
 
 
 def on_backend(backend, logp, old_logp, advantages, mask, **keywords):
@@ -324,6 +341,22 @@ class GrpoLossKernel:
         arguments = (value.to(self.device) for value in (logp, old, advantages, mask))
         output = on_backend(backend, *arguments)
         assert output.loss.isnan() and output.metrics["ratio/max"].isnan()
+
+    @pytest.mark.parametrize("ratio", ["token", "sequence"])
+    def test_a_loss_and_its_gradient_are_one_op_each(self, backend, ratio):
+        """On a GPU the launch of another would take as long as the kernel of a small batch."""
+        arguments, keywords = random_call(16)
+        arguments = [value.to(self.device) for value in arguments]
+        tensors = {name: keywords[name].to(self.device) for name in ("ref_logp", "entropy")}
+        ops = Ops()
+        with ops:
+            gradients(
+                lambda *v, **o: on_backend(backend, *v, **o), arguments, keywords | tensors | {"ratio": ratio}
+            )
+        assert [name for name in ops.names if name not in OF_THE_TEST] == [
+            f"r1kernels::grpo_loss_{backend}",
+            f"r1kernels::grpo_loss_{backend}_backward",
+        ]
 
     def test_as_many_packed_tokens_as_sequences(self, backend):
         """Advantages (N,) with N = B are one per sequence, policy weights (N,) one per token."""

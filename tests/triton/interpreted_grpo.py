@@ -114,7 +114,9 @@ def test_boundaries_that_do_not_fit_reach_nothing_outside():
             numbers,
         )
         loss, metrics, grad, shares, nothing = ops.grpo_loss_triton(*arguments, None, 0, 1, 0, 0, True, False)
-        grad, _ = ops.grpo_loss_triton_backward(loss * 0 + 1, grad, shares, nothing, mask, cu_seqlens)
+        grad, _ = ops.grpo_loss_triton_backward(
+            loss * 0 + 1, grad, shares, nothing, mask, cu_seqlens, arguments[0]
+        )
         counted = torch.zeros_like(mask)
         counted[inside[0] : inside[1]] = True
         assert metrics[NAMES.index("num_tokens")] == counted.sum()
@@ -130,7 +132,7 @@ def test_the_ops_keep_their_schemas(entropy):
     arguments += (keywords["entropy"] if entropy else None, None, None, None, numbers, None, 0, 1, 3, 1, True)
     torch.library.opcheck(ops.grpo_loss_triton.default, (*arguments, entropy), test_utils=SCHEMA)
     _, _, *grads = ops.grpo_loss_triton(*arguments, entropy)
-    backward = (torch.ones(()), *grads, mask, None)
+    backward = (torch.ones(()), *grads, mask, None, None)
     torch.library.opcheck(ops.grpo_loss_triton_backward.default, backward, test_utils=SCHEMA)
     rewards = torch.tensor([1.0, 2.0, 3.0, 5.0])
     call = (rewards, 2, None, None, 0, torch.tensor(1e-4), False)

@@ -62,7 +62,8 @@ def launch(variant, ratio, kl, count, packed, sequences=3, length=700, factor=1.
         entropy_gradient=True,
     )
     _, _, *grads = backend.loss_forward(call)
-    backend.loss_backward(BackwardCall(torch.ones(()), *grads, mask, cu_seqlens))
+    logp = tokens if ratio != "token" else None
+    backend.loss_backward(BackwardCall(torch.ones(()), *grads, mask, cu_seqlens, logp))
 
 
 def assert_light(compiled, folder, capability):
