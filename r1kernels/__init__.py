@@ -1,5 +1,6 @@
 """r1kernels: kernels for training reasoning models, on CPUs and GPUs, exact and deterministic."""
 
+from .attention import DecodeLayout, SharedPrefix, decode_attention
 from .backends import BackendError, explain, set_backend, set_strict, use_backend
 from .checks import debug_checks
 from .grpo import (
@@ -40,10 +41,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "DecodeLayout",
     "GRPOOutput",
     "GroupedLogprobs",
     "Routing",
+    "SharedPrefix",
     "debug_checks",
+    "decode_attention",
     "explain",
     "group_advantages",
     "grouped_gemm",

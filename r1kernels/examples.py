@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .attention import DecodeLayout, SharedPrefix
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -30,7 +32,16 @@ def calls(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dic
     offsets = torch.arange(0, N + 1, N // 2, device=device)
     teacher_ids = torch.stack((targets, (targets + 1) % V), dim=-1)
     teacher_logp = torch.full(teacher_ids.shape, -1.0, device=device)
+    drawn = torch.ones(N, dtype=torch.int64, device=device)
+    prompts = SharedPrefix.of([row // T for row in range(N)], [2] * N, device)
     return {
+        "decode_attention": (
+            (normal(N, 4, H), normal(N, 2, H), normal(N, 2, H), (normal(N, 2, T, H), normal(N, 2, T, H))),
+            {
+                "layout": DecodeLayout(drawn, 1, [prompts]),
+                "prefixes": [(normal(B, 2, T, H), normal(B, 2, T, H))],
+            },
+        ),
         "token_logprobs": ((normal(B, T, V), targets), {"return_entropy": True}),
         "linear_logprobs": ((normal(B, T, H), normal(V, H), targets), {"return_entropy": True}),
         "linear_divergence": (

@@ -41,7 +41,9 @@ _KEYS = {"cpu": ("CPU",), "cuda": ("CUDA",), "triton": ("CUDA", "CPU")}
 _TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
-    Written: "Tensor(a!)",
+    Written: "Tensor({}!)",
+    list[Tensor]: "Tensor[]",
+    list[int]: "int[]",
     Size: "SymInt",
     int: "int",
     float: "float",
@@ -96,8 +98,10 @@ class Fields:
     def schema(self) -> str:
         """The argument list of a torch op."""
         return ", ".join(
-            f"{_TYPES[of]} {name}" + (f"={self.defaults[name]}" if name in self.defaults else "")
-            for name, of in self.types.items()
+            # of tensors that are written to none is another: each has a letter of its own
+            f"{_TYPES[of].format(chr(ord('a') + place))} {name}"
+            + (f"={self.defaults[name]}" if name in self.defaults else "")
+            for place, (name, of) in enumerate(self.types.items())
         )
 
     def of(self, call: Any) -> tuple[Any, ...]:
@@ -134,8 +138,8 @@ class Kernel:
 
     Args:
         name: of the op; ``suffix`` follows the name of the backend.
-        arguments: a NamedTuple annotated with Tensor, Contiguous, Float32, Int32, one of these | None, Written, Size, int, float,
-            bool, bool | None, another such NamedTuple, or OUTSIDE.
+        arguments: a NamedTuple annotated with Tensor, Contiguous, Float32, Int32, one of these | None, Written, list[Tensor],
+            Size, int, list[int], float, bool, bool | None, another such NamedTuple, or OUTSIDE.
         shapes: (call) -> the results uninitialised: a tensor, a tuple of tensors or lists of tensors, or None, and annotated as that.
     """
 

@@ -26,7 +26,8 @@ MOE = [
     "test_route_choice.py",
     "test_route_cpu.py",
 ]
-# of the log-probs all, of the experts what follows; not what the reference gives, which has no instruction sets
+ATTENTION = ["test_decode_attention.py", "test_decode_cpu.py"]
+# of the log-probs and of attention all, of the experts what follows; not what the reference gives, which has no instruction sets
 LEFT_OUT = "opcheck or compiled or reference or cuda or triton"
 OF_EXPERTS = (
     "as_exact_as_eager or gates or long_sums or choice_among_many or hopeless or infinite "
@@ -48,6 +49,7 @@ def test_every_instruction_set(isa):
     command += ["-k", f"not ({LEFT_OUT}) and (not ({of_experts}) or {OF_EXPERTS})"]
     command += [f"{__file__}::test_the_chosen_one_runs"]
     command += [*(f"{HERE}/logprob/{name}" for name in LOGPROB), *(f"{HERE}/moe/{name}" for name in MOE)]
+    command += [f"{HERE}/attention/{name}" for name in ATTENTION]
     run = subprocess.run(
         command, env={**os.environ, CHOSEN: isa}, cwd=HERE.parent, capture_output=True, text=True
     )

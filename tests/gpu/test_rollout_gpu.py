@@ -53,7 +53,7 @@ def test_no_step_waits_for_the_device(monkeypatch, params):
     step = engine_module._Flight._step
 
     def guarded(flight):
-        torch.cuda.set_sync_debug_mode("error" if flight.reads else "default")
+        torch.cuda.set_sync_debug_mode("error" if flight.prefixes else "default")
         try:
             step(flight)
         finally:

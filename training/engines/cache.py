@@ -4,8 +4,7 @@ Responses form a tree of three levels: the head that all prompts begin with, the
 A node's keys and values are computed and kept once, and its rows read them together. The model is transformers' own: it
 runs over the tokens of many rows in one sequence of length T, and asks this file for its attention.
 
-B rows in flight, N nodes of a level, W rows of a node at most, L tokens, Hq and Hk heads of queries and keys, G = Hq / Hk,
-D and Dv their widths.
+B rows in flight, N nodes of a level, L tokens, Hq and Hk heads of queries and keys, G = Hq / Hk, D and Dv their widths.
 """
 
 from __future__ import annotations
@@ -19,6 +18,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from r1kernels import DecodeLayout, decode_attention
+from r1kernels.attention.reference import softmax
 
 NAME = "r1kernels_rollout"  # of the attention in transformers' interface
 
@@ -134,116 +136,30 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
     scores = grouped @ key.unsqueeze(1).transpose(-1, -2)
     bias = torch.zeros(visible.shape, device=query.device).masked_fill(~visible, -torch.inf)
     sinks = None if rule.sinks is None else rule.sinks.view(len(key), -1, 1, 1)
-    return (_softmax(scores, bias, rule, sinks).to(value.dtype) @ value.unsqueeze(1)).flatten(0, 1)
-
-
-def _softmax(scores: Tensor, bias: Tensor, rule: Rule, sinks: Tensor | None) -> Tensor:
-    """Softmax over the last dimension in float32: scores times the factor, their cap, a bias, and the score for nothing."""
-    scores = scores.float() * rule.scaling
-    if rule.softcap is not None:
-        scores = torch.tanh(scores / rule.softcap) * rule.softcap
-    scores = scores + bias
-    if sinks is None:
-        return scores.softmax(dim=-1)
-    column = sinks.to(scores).expand(*scores.shape[:-1], 1)
-    return torch.cat((scores, column), dim=-1).softmax(dim=-1)[..., :-1]
-
-
-class Share:
-    """Which node of a level each of B rows reads. width: W, rows of a node at most.
-
-    place (B,): row -> node * W + its number among the node's rows; None where that is the row itself.
-    """
-
-    def __init__(self, nodes: Sequence[int], device: torch.device) -> None:
-        """nodes: of every row."""
-        rows_of: dict[int, int] = {}
-        numbers = []
-        for node in nodes:
-            numbers.append(rows_of.get(node, 0))
-            rows_of[node] = numbers[-1] + 1
-        self.nodes = max(nodes) + 1
-        self.width = max(numbers) + 1
-        places = [node * self.width + number for node, number in zip(nodes, numbers, strict=True)]
-        in_order = places == list(range(self.nodes * self.width))
-        self.place = None if in_order else torch.tensor(places, device=device)
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """(B, Hk, G, X) by row -> (N, Hk, W * G, X) by node; 0 where a node has fewer rows."""
-        by_node = rows
-        if self.place is not None:
-            by_node = rows.new_zeros((self.nodes * self.width, *rows.shape[1:]))
-            by_node[self.place] = rows
-        if self.width == 1:
-            return by_node
-        return by_node.unflatten(0, (self.nodes, self.width)).transpose(1, 2).flatten(2, 3)
-
-    def scatter(self, by_node: Tensor) -> Tensor:
-        """(N, Hk, W * G, X) by node -> (B, Hk, G, X) by row: the inverse of `gather`."""
-        rows = by_node
-        if self.width > 1:
-            rows = by_node.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)
-        return rows if self.place is None else rows[self.place]
-
-
-@dataclass
-class Read:
-    """What B rows read of a level: its first `tokens` tokens, of which row b sees those where `visible` (B, tokens), or all;
-    position: of each token in the text of row b, (B, tokens) or (tokens,)."""
-
-    level: Level
-    share: Share
-    tokens: int
-    position: Tensor
-    visible: Tensor | None
+    weights = softmax(scores, bias, rule.scaling, rule.softcap or 0.0, sinks)
+    return (weights.to(value.dtype) @ value.unsqueeze(1)).flatten(0, 1)
 
 
 class TokenPass:
-    """Reads one token of each of B rows, at their `positions` (B,); it becomes token `at` (B,) of the row's own node."""
+    """Reads one token of each of B rows; it becomes token `layout.lengths[b]` of the row's own node."""
 
-    def __init__(self, reads: Sequence[Read], positions: Tensor, at: Tensor) -> None:
-        """reads: the last one is the rows' own level, where row b is node b."""
-        self.reads, self.positions, self.at = reads, positions, at
-        self.rows = torch.arange(len(at), device=at.device)
-        self._biases: dict[int | None, Tensor] = {}
+    def __init__(self, own: Level, shared: Sequence[Level], layout: DecodeLayout) -> None:
+        """shared: what a row reads before its own node, as the layout says."""
+        self.own, self.shared, self.layout = own, shared, layout
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-        own_key, own_value = self.reads[-1].level.of(layer, key.unsqueeze(0), value.unsqueeze(0))
-        own_key[self.rows, :, self.at] = key.transpose(0, 1)
-        own_value[self.rows, :, self.at] = value.transpose(0, 1)
-        grouped = query.transpose(0, 1).unflatten(1, (key.shape[0], -1))  # (B, Hk, G, D)
-        scores = []
-        for read in self.reads:
-            keys = read.level.layers[layer][0][: read.share.nodes, :, : read.tokens]
-            scores.append(read.share.scatter(read.share.gather(grouped) @ keys.transpose(-1, -2)))
-        sinks = None if rule.sinks is None else rule.sinks.view(key.shape[0], -1, 1)
-        weights = _softmax(torch.cat(scores, dim=-1), self._bias(rule.window), rule, sinks).to(value.dtype)
-        out: Tensor | None = None
-        for read, part in zip(
-            self.reads, weights.split([read.tokens for read in self.reads], -1), strict=True
-        ):
-            values = read.level.layers[layer][1][: read.share.nodes, :, : read.tokens]
-            found = read.share.scatter(read.share.gather(part) @ values)
-            out = found if out is None else out + found
-        assert out is not None
-        return out.flatten(1, 2)
-
-    def _bias(self, window: int | None) -> Tensor:
-        """(B, 1, 1, all tokens read): 0 where a row sees a token, -inf elsewhere; the same in every layer of a window."""
-        if window not in self._biases:
-            parts = []
-            for read in self.reads:
-                seen = read.visible
-                if window is not None:
-                    near = self.positions.unsqueeze(1) - read.position < window
-                    seen = near if seen is None else seen & near
-                if seen is None:
-                    seen = torch.ones((len(self.rows), read.tokens), dtype=torch.bool, device=self.at.device)
-                parts.append(seen)
-            hidden = ~torch.cat(parts, dim=1)
-            bias = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf)
-            self._biases[window] = bias[:, None, None]
-        return self._biases[window]
+        return decode_attention(
+            query.transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
+            self.own.of(layer, key.unsqueeze(0), value.unsqueeze(0)),
+            self.layout,
+            [level.layers[layer] for level in self.shared],
+            scale=rule.scaling,
+            window=rule.window,
+            softcap=rule.softcap,
+            sinks=rule.sinks,
+        )
 
 
 _current: ContextVar[Pass] = ContextVar("pass")

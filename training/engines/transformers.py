@@ -9,7 +9,7 @@ packed passes without padding, each once, and what all begin with once in all (t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -18,24 +18,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from r1kernels import devices
+from r1kernels import DecodeLayout, SharedPrefix, devices
 from r1kernels.integrations import transformers as integration
 from r1kernels.integrations.prefix_tree import common_length
 from r1kernels.integrations.routing_record import RoutingRecord
 from training import notices
 from training.encoder import Encoder
 from training.engines import Kept, Output, Request, SamplingParams, equal_lengths
-from training.engines.cache import (
-    Level,
-    Pass,
-    PromptPass,
-    Read,
-    Segment,
-    Share,
-    TokenPass,
-    attention,
-    forward,
-)
+from training.engines.cache import Level, Pass, PromptPass, Segment, TokenPass, attention, forward
 from training.engines.choice import choose_tokens, uniforms
 from training.model import is_patched
 
@@ -117,6 +107,7 @@ def _served(model: PreTrainedModel) -> bool:
 _SERVED: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
+@torch.no_grad()
 def _reason(model: PreTrainedModel) -> str:
     """Why the passes of this engine cannot serve a model; "" where they can.
 
@@ -166,12 +157,12 @@ class _Prompt:
 
 @dataclass
 class _Row:
-    """A response in flight. drawn: its tokens so far, or more of them where it has ended and no one has looked yet; kept: what
-    each of them was drawn from."""
+    """A response in flight. since: the steps that were taken before its first token; kept: what each of its tokens was drawn
+    from."""
 
     request: int
     prompt: _Prompt
-    drawn: int = 0
+    since: int
     kept: list[Tensor] = field(default_factory=list)
 
 
@@ -216,8 +207,8 @@ class _Flight:
         self.unseen_sets: list[tuple[int, Tensor]] = []
         self.stops = torch.tensor(params.stop_ids, dtype=torch.int64, device=self.device)
         self.outputs: dict[int, Output] = {}
-        self.reads: list[Read] = []  # of head and prompts, until rows come or go
-        self.alone = Share([0], self.device)  # of the rows' own nodes
+        self.steps = 0
+        self.prefixes: list[SharedPrefix] = []  # what rows read of head and prompts, until some come or go
 
     def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -273,7 +264,7 @@ class _Flight:
                 self.nodes.append(prompt)
                 fresh.append(prompt)
             while prompt.waiting and len(self.rows) < self.slots:
-                self.rows.append(_Row(prompt.waiting.popleft(), prompt))
+                self.rows.append(_Row(prompt.waiting.popleft(), prompt, self.steps))
                 prompt.rows += 1
             if not prompt.waiting:
                 self.queue.popleft()
@@ -294,7 +285,7 @@ class _Flight:
         for row in new:
             if not row.prompt.waiting:
                 row.prompt.logits = None
-        self.reads = []
+        self.prefixes = []
 
     def _read(self, prompts: list[_Prompt]) -> None:
         """Reads prompts, several in a pass."""
@@ -325,39 +316,30 @@ class _Flight:
     def _step(self) -> None:
         """Reads the last token of every row, and draws the next one."""
         n = len(self.rows)
-        if not self.reads:
-            self.reads, self.alone = self._shared_reads(), Share(range(n), self.device)
-        longest = max(row.drawn for row in self.rows)
+        if not self.prefixes:
+            self.prefixes = self._shared_prefixes()
+        longest = self._longest(self.rows)
         # A row that has ended reads its last token again and again until someone looks: nothing of it changes.
         at = self.count[:n] - 1
         self.own.make_room(self.slots, min(max(longest, FIRST_ROOM), self.tokens.shape[1]))
-        places = torch.arange(longest, device=self.device)
-        own = Read(
-            self.own,
-            self.alone,
-            longest,
-            self.start[:n, None] + places,
-            places <= at[:, None],
-        )
-        positions = self.start[:n] + at
+        levels = [self.head, self.shared] if self.head_ids else [self.shared]
+        current = TokenPass(self.own, levels, DecodeLayout(at, longest - 1, self.prefixes))
         ids = self.tokens[:n].gather(1, at[:, None]).squeeze(1)
-        logits = forward(self.model, TokenPass([*self.reads, own], positions, at), ids, positions)
+        logits = forward(self.model, current, ids, self.start[:n] + at)
         self._keep_routing(self._recorded(), at, longest)
         self._draw(slice(0, n), logits)
+        self.steps += 1
 
-    def _shared_reads(self) -> list[Read]:
+    def _longest(self, rows: Iterable[_Row]) -> int:
+        """The most tokens that a response has; more where it has ended and no one has looked yet."""
+        return min(self.steps - min(row.since for row in rows) + 1, self.tokens.shape[1])
+
+    def _shared_prefixes(self) -> list[SharedPrefix]:
         """What the rows in flight read of the head and of their prompts."""
-        reads = []
-        offset = len(self.head_ids)
-        if offset:
-            share = Share([0] * len(self.rows), self.device)
-            reads.append(Read(self.head, share, offset, torch.arange(offset, device=self.device), None))
-        lengths = [len(row.prompt.ids) for row in self.rows]
-        places = torch.arange(max(lengths), device=self.device)
-        alike = min(lengths) == max(lengths)
-        visible = None if alike else places < torch.tensor(lengths, device=self.device)[:, None]
-        share = Share([row.prompt.node for row in self.rows], self.device)
-        return [*reads, Read(self.shared, share, max(lengths), offset + places, visible)]
+        n, head = len(self.rows), len(self.head_ids)
+        prompts = [row.prompt for row in self.rows]
+        own = SharedPrefix.of([p.node for p in prompts], [len(p.ids) for p in prompts], self.device)
+        return [SharedPrefix.of([0] * n, [head] * n, self.device), own] if head else [own]
 
     def _draw(self, here: slice, logits: Tensor) -> None:
         """Chooses the next token of the rows `here` from logits (rows, V)."""
@@ -376,8 +358,6 @@ class _Flight:
         count = count + (~done).long()
         self.count[here] = count
         self.done[here] = done | torch.isin(chosen, self.stops) | (count >= self.limit[here])
-        for row in self.rows[here]:
-            row.drawn = min(row.drawn + 1, self.requests[row.request].max_new_tokens)
 
     def _keep_routing(self, routing: Tensor | None, at: Tensor, longest: int) -> None:
         """Keeps the experts (layers, rows, K) of the tokens `at` of the rows in flight."""
@@ -433,14 +413,14 @@ class _Flight:
         if sources:
             for held in (self.tokens, self.logp, self.uniform, self.count, self.limit, self.done, self.start):
                 held[targets] = held[sources]
-            self.own.move(sources, targets, max(self.rows[slot].drawn for slot in sources))
+            self.own.move(sources, targets, self._longest(self.rows[slot] for slot in sources))
             if self.routing is not None:
                 self.routing[targets] = self.routing[sources]
             for source, target in zip(sources, targets, strict=True):
                 self.rows[target] = self.rows[source]
         del self.rows[stay:]
         self._drop_nodes()
-        self.reads = []
+        self.prefixes = []
 
     def _routing_of(self, row: _Row, response: Tensor | None) -> Tensor | None:
         """(layers, tokens, K) of head, prompt and `response` (tokens, layers, K)."""
