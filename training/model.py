@@ -23,7 +23,6 @@ from r1kernels.integrations.transformers import ExpertLoad
 from r1kernels.integrations.transformers_prefix import check_model
 from training import adapters, checkpoint, notices, seeding
 from training.errors import UserError
-from training.parallel import ranks
 from training.placement import current_device, current_experts, recomputes
 from training.recipe import Model
 
@@ -232,8 +231,8 @@ def is_patched(model: nn.Module) -> bool:
 
 
 class StepLoad:
-    """Tokens of every expert in one optimizer step, over all its micro-batches, and once `sum_with` is called over all ranks;
-    nothing where no router is patched."""
+    """Tokens of every expert in one optimizer step, over all its micro-batches, and once `be` is called over all ranks; nothing
+    where no router is patched."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -249,17 +248,19 @@ class StepLoad:
         with integration.collect_load(self.model, self.load, counts) as self.load:
             yield
 
-    def sum_with(self, number: float) -> float:
-        """Adds the counts of all ranks up and, in the same exchange, a number, whose sum it returns."""
-        if ranks.world() == 1 or not is_patched(self.model):
-            return ranks.sum_number(number)
+    @property
+    def counts(self) -> Tensor:
+        """The counts, flat."""
+        if not is_patched(self.model):
+            return torch.zeros(0)
         with integration.collect_load(self.model, self.load) as self.load:
             pass  # a rank without a batch has counted nothing yet
-        counts = self.load.counts
-        together = torch.cat([torch.tensor([number], dtype=torch.float64), counts.flatten().cpu()])
-        total, summed = ranks.sum_tensor(together).split([1, counts.numel()])
-        self.load.counts = summed.to(counts).view_as(counts)
-        return float(total)
+        return self.load.counts.flatten()
+
+    def be(self, counts: Tensor) -> None:
+        """Takes the counts of all ranks, as `counts` has them, for its own."""
+        if self.load is not None:
+            self.load.counts = counts.to(self.load.counts).view_as(self.load.counts)
 
     def update_bias(self, rate: float) -> None:
         """Moves the bias of every router that has one a step of `rate` towards an even load; once an optimizer step.

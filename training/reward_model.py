@@ -183,15 +183,15 @@ def train(
                 for i in _batch(len(data), config.batch_size, step, (context.recipe.seed, context.name))
             ]
             with seeding.torch_seed(context.recipe.seed, context.name, "dropout", step, *ranks.own_key()):
-                value = _backward(learner, read, batch, encoder.pad_id, config.micro_batch_tokens)
+                part = _backward(learner, read, batch, encoder.pad_id, config.micro_batch_tokens)
             lr = learning_rate(
                 step, steps, lr=config.lr, lr_end=config.lr_end, schedule="cosine", warmup=config.warmup
             )
-            norm, _ = optimizer.step(value, lr)
-            metrics = {"loss": value, "lr": lr, "grad_norm": norm, "skipped": optimizer.skipped}
+            loss, norm, _ = optimizer.step(part, lr, unsaved_seconds=context.stage.unsaved_seconds)
+            metrics = {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": optimizer.skipped}
             context.stage.log(step=step, **metrics)
             bar.advance(loss=metrics["loss"])
-            if save_due(step + 1, steps, config.save_every, context.stage.unsaved_seconds):
+            if save_due(step + 1, steps, config.save_every, optimizer.unsaved_seconds):
                 context.stage.save_state(step + 1, optimizer.tensors(), optimizer.counters())
     bring_up_to_date(model, learner)
     model.eval()
@@ -200,7 +200,7 @@ def train(
 
 
 def _backward(model: PreTrainedModel, read: Reader, batch: Sequence[Labelled], pad: int, most: int) -> float:
-    """The loss of a batch, whose gradient is added in passes of at most `most` padded tokens, a share of it on every rank."""
+    """This rank's part of the loss of a batch, whose gradient is added in passes of at most `most` padded tokens."""
     lengths = [sum(len(read(*item)) for item in _items(each)) for each in batch]
     order = sorted(range(len(batch)), key=lengths.__getitem__)  # little padding on any rank
     own = [order[i] for i in ranks.share([lengths[i] for i in order])]
@@ -210,7 +210,7 @@ def _backward(model: PreTrainedModel, read: Reader, batch: Sequence[Labelled], p
         part = _loss(model, read, labelled, pad) * (len(piece) / len(batch))
         part.backward()
         total += part.item()
-    return ranks.sum_number(total)
+    return total
 
 
 def _items(labelled: Labelled) -> list[tuple[Problem, str]]:

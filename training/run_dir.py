@@ -291,8 +291,8 @@ class StageDir:
 
     @property
     def unsaved_seconds(self) -> float:
-        """Seconds of work that a kill would cost: since the last resume point."""
-        return ranks.of_main(time.monotonic() - self._saved)
+        """Seconds of work that a kill would cost: since the last resume point, by the clock of this rank."""
+        return time.monotonic() - self._saved
 
     # Beginning and end
 

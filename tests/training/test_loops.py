@@ -86,7 +86,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_at_last_fatal():
 
     def step(loss):
         layer.weight.grad = torch.ones_like(layer.weight)
-        return optimizer.step(loss, 0.1)[1]
+        return optimizer.step(loss, 0.1).taken
 
     before = layer.weight.clone()
     assert not step(math.nan) and torch.equal(layer.weight, before)

@@ -367,7 +367,7 @@ def skipped(folder):
     before = layer.weight.clone()
     optimizer = Optimizer(layer, weight_decay=0.0, grad_clip=1.0)
     layer.weight.grad = torch.full_like(before, math.nan if ranks.rank() else 1.0)
-    _, taken = optimizer.step(1.0, 0.1)
+    *_, taken = optimizer.step(1.0, 0.1)
     return taken, optimizer.skipped, torch.equal(before, layer.weight), layer.bias.grad
 
 

@@ -27,7 +27,7 @@ from training.engines import Engine, EngineError
 from training.loops import gap
 from training.loops.off_policy import corrections, staleness
 from training.loops.optim import Optimizer, learning_rate, save_due
-from training.loops.passes import Clock, Passes, max_new_tokens
+from training.loops.passes import Clock, Passes, Update, max_new_tokens
 from training.loops.sample import Completion, Prompt, sample
 from training.loops.watch import Watch
 from training.model import frozen_copy, shares_prefixes
@@ -135,7 +135,7 @@ def train(
             bar.advance(1, **{name: metrics[name] for name in shown})
             if reference is not None and config.reference_every and (step + 1) % config.reference_every == 0:
                 reference.load_state_dict(learner.state_dict())
-            if save_due(step + 1, config.steps, config.save_every, context.stage.unsaved_seconds):
+            if save_due(step + 1, config.steps, config.save_every, optimizer.unsaved_seconds):
                 save(step + 1)
             bring_up_to_date(policy, learner)
     return _final(context.stage.metrics(), config.steps)
@@ -217,11 +217,12 @@ def _step(run: _Run, step: int) -> dict[str, Any]:
         run.shared,
         clock,
         math.inf if metrics["stale"] else gap.limit(context.recipe, policy.device.type),
+        context.stage,
     )
-    old, ref, measured = passes.fixed_logprobs()
+    old, ref, measured, means = passes.fixed_logprobs()
     weights = corrections(completions, old, context.recipe.rollout)
     order = seeding.numpy_rng(*key, "minibatches", step).permutation(len(completions))
-    parts: list[dict[str, float]] = []
+    updates: list[Update] = []
     lr = learning_rate(
         step,
         config.steps,
@@ -233,13 +234,16 @@ def _step(run: _Run, step: int) -> dict[str, Any]:
     for chosen in torch.from_numpy(order).tensor_split(config.minibatches):
         rows = [int(i) for i in chosen if valid[i]]
         if rows:
-            first = not parts and config.old_logprobs == "sampler"
-            parts.append(passes.update(rows, old, ref, weights, lr, measured if first else None))
+            first = not updates and config.old_logprobs == "sampler"
+            updates.append(passes.update(rows, old, ref, weights, lr, measured if first else None))
+    found = ranks.gather((means, updates))
+    told = [Update.told(parts) for parts in zip(*(each for _, each in found), strict=True)]
     return {
         **metrics,
+        **ranks.added(each for each, _ in found),
         **measured,
         "lr": lr,
-        **_mean(parts),
+        **_mean(told),
         "skipped": run.optimizer.skipped,
         **clock.seconds,
         "tokens_per_second": tokens / sum(clock.seconds.values()),

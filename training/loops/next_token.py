@@ -130,7 +130,7 @@ def train(
             metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
             context.stage.log(step=step, **metrics)
             bar.advance(loss=metrics["loss"])
-            if save_due(step + 1, steps, config.save_every, context.stage.unsaved_seconds):
+            if save_due(step + 1, steps, config.save_every, optimizer.unsaved_seconds):
                 counters = {**optimizer.counters(), "learnt": learnt}
                 context.stage.save_state(step + 1, optimizer.tensors(), counters)
     learner.eval()
@@ -169,17 +169,16 @@ def update(
         part = losses.sum() / total
         part.backward()
         loss += float(part.detach())
-    loss = load.sum_with(loss)
     lr = learning_rate(
         step, steps, lr=config.lr, lr_end=config.lr_end, schedule="cosine", warmup=config.warmup
     )
-    norm, taken = optimizer.step(loss, lr)
-    if taken:
+    stepped = optimizer.step(loss, lr, load, context.stage.unsaved_seconds)
+    if stepped.taken:
         load.update_bias(config.bias_rate)
     return {
-        "loss": loss,
+        "loss": stepped.loss,
         "lr": lr,
-        "grad_norm": norm,
+        "grad_norm": stepped.norm,
         "tokens": sum(len(row.ids) for row in rows),
         "expert_load": load.max_over_mean(),
         "skipped": optimizer.skipped,

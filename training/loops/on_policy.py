@@ -84,7 +84,7 @@ def train(
             context.stage.log(step=step, **metrics)
             bar.advance(loss=metrics["loss"])
             step += 1
-            if save_due(step, step + 1, config.save_every, context.stage.unsaved_seconds):
+            if save_due(step, step + 1, config.save_every, optimizer.unsaved_seconds):
                 context.stage.save_state(
                     step, optimizer.tensors(), {**optimizer.counters(), "learnt": learnt}
                 )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from training import checkpoint, optional
 from training.errors import UserError
+from training.model import StepLoad
 from training.parallel import ranks
 from training.parallel.shard import is_divided, whole
 from training.run_dir import State
@@ -33,6 +34,14 @@ def learning_rate(
     return lr_end + (lr - lr_end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+class Stepped(NamedTuple):
+    """An optimizer step: loss and norm of the gradient, of all ranks, and whether the step was taken."""
+
+    loss: float
+    norm: float
+    taken: bool
+
+
 class Optimizer:
     """AdamW with clipping that skips a step whose loss or gradient is not finite, and stops after some in a row."""
 
@@ -43,6 +52,7 @@ class Optimizer:
         self.model = model
         self.grad_clip = grad_clip
         self.skipped = 0
+        self.unsaved_seconds = 0.0  # of rank 0 at the latest step, the same on all ranks
         self.bad_in_a_row = 0
         matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
         vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
@@ -59,16 +69,23 @@ class Optimizer:
             bitsandbytes = optional.load("bitsandbytes", "optimizer: adamw_8bit")
             self.adamw = bitsandbytes.optim.AdamW8bit(groups, **settings)
 
-    def step(self, loss: float, lr: float) -> tuple[float, bool]:
-        """Applies the gradients that are there, added up over the ranks. Returns (their norm, whether the step was taken).
+    def step(
+        self, loss: float, lr: float, load: StepLoad | None = None, unsaved_seconds: float = 0.0
+    ) -> Stepped:
+        """Applies the gradients that are there, added up over the ranks: in one exchange with the loss, the load of the experts and
+        what tells all of them when a resume point is due.
 
-        loss: of all ranks.
+        Args:
+            loss: this rank's part.
+            load: of this rank; it becomes that of all.
+            unsaved_seconds: since the last resume point, see `unsaved_seconds` of the optimizer.
 
         Raises:
             UserError: the loss or the gradient was not finite MAX_BAD_STEPS times in a row.
         """
-        if not is_divided(self.model):  # those of a divided model are sums already
-            ranks.sum_gradients(each for each in self.model.parameters() if each.requires_grad)
+        self.unsaved_seconds = unsaved_seconds
+        if ranks.world() > 1:
+            loss, self.unsaved_seconds = self._exchange(loss, load, unsaved_seconds)
         norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)))
         good = math.isfinite(norm) and math.isfinite(loss)
         if good:
@@ -84,7 +101,21 @@ class Optimizer:
             raise UserError(
                 f"loss or gradient was not a finite number {self.bad_in_a_row} steps in a row: lower the learning rate"
             )
-        return norm, good
+        return Stepped(loss, norm, good)
+
+    def _exchange(self, loss: float, load: StepLoad | None, seconds: float) -> tuple[float, float]:
+        """Adds gradients and load up over the ranks; the sum of the losses, and the seconds of rank 0."""
+        numbers = torch.tensor([loss, seconds if ranks.main() else 0.0])
+        if load is not None:
+            numbers = torch.cat([numbers, load.counts.to(numbers)])
+        if is_divided(self.model):  # its gradients are sums already
+            numbers = ranks.sum_tensor(numbers)
+        else:
+            trained = (each for each in self.model.parameters() if each.requires_grad)
+            numbers = ranks.sum_gradients(trained, numbers)
+        if load is not None:
+            load.be(numbers[2:])
+        return float(numbers[0]), float(numbers[1])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Model and optimizer as tensors, for a resume point."""

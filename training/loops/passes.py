@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from training.model import StepLoad
 from training.parallel import ranks
 from training.parallel.shard import forward
 from training.recipe import Grpo
+from training.run_dir import StageDir
 
 # Name in metrics.jsonl -> name in the metrics of r1kernels.grpo_loss, all means over tokens.
 METRICS = {
@@ -57,6 +59,29 @@ class Clock:
         self._last = now
 
 
+class Update(NamedTuple):
+    """What an optimizer step tells: of all ranks loss, norm of the gradient and load of the experts; of this rank its parts of the
+    means of METRICS, and the largest ratio."""
+
+    loss: float
+    grad_norm: float
+    expert_load: float
+    means: dict[str, float]
+    ratio_max: float
+
+    @staticmethod
+    def told(parts: Sequence[Update]) -> dict[str, float]:
+        """The metrics of a step, from the parts of all ranks."""
+        one = parts[0]
+        return {
+            "loss": one.loss,
+            **ranks.added(each.means for each in parts),
+            "ratio_max": max(each.ratio_max for each in parts),
+            "grad_norm": one.grad_norm,
+            "expert_load": one.expert_load,
+        }
+
+
 @dataclass(frozen=True)
 class Passes:
     """The passes of one step over its completions, of which every rank computes a share."""
@@ -71,6 +96,7 @@ class Passes:
     shared: bool  # a prompt is read once for its completions
     clock: Clock
     max_gap: float  # largest distance of a log-prob of the sampler from the trainer's
+    stage: StageDir
 
     def batches(self, rows: Sequence[int]) -> Iterator[tuple[list[int], Batch | None]]:
         """This rank's of the completions `rows` in batches of config.micro_batch_tokens, each with the numbers of its completions;
@@ -85,9 +111,12 @@ class Passes:
             yield ids, collate(chosen, self.pad, self.policy.device, self.config.replay, self.shared)
 
     @torch.no_grad()
-    def fixed_logprobs(self) -> tuple[list[Tensor], list[Tensor] | None, dict[str, float]]:
-        """Log-probs of every response under the policy that drew it and under the reference; means over the tokens: the entropy
-        and, where the routing of the rollout is replayed, its agreement with that of either model; and `sampler_gap`.
+    def fixed_logprobs(
+        self,
+    ) -> tuple[list[Tensor], list[Tensor] | None, dict[str, float], dict[str, float]]:
+        """Log-probs of every response under the policy that drew it and under the reference; `sampler_gap`; and this rank's parts
+        of means over the tokens: the entropy and, where the routing of the rollout is replayed, its agreement with that of
+        either model.
 
         With old_logprobs: sampler the policy makes no pass: what is measured in it is left to the first update.
 
@@ -96,7 +125,7 @@ class Passes:
         """
         completions, temperature = self.completions, self.config.temperature
         if not completions:
-            return [], None, {}
+            return [], None, {}, {}
         old: dict[int, Tensor] = {}
         ref: dict[int, Tensor] = {}
         tokens = sum(len(c.token_ids) for c in completions)
@@ -120,12 +149,20 @@ class Passes:
                 _add_agreement(means, "replay_agreement_reference", batch, found.agreement, tokens)
                 ref.update(zip(rows, found.logp.split(batch.lengths), strict=True))
                 self.clock.mark("reference_logprob")
-        old, ref, means = ranks.union(old), ranks.union(ref), ranks.sums(means)
+        own = {"old": old, "ref": ref}
+        known = ranks.union({(name, i): each for name, part in own.items() for i, each in part.items()})
+        old, ref = ({i: each for (of, i), each in known.items() if of == name} for name in own)
+        measured: dict[str, float] = {}
         if recomputed:
-            means |= gap.checked(self, old)
+            measured = gap.checked(self, old)
         else:
             old = {i: torch.tensor(c.logp, device=self.policy.device) for i, c in enumerate(completions)}
-        return [old[i] for i in everything], [ref[i] for i in everything] if ref else None, means
+        return (
+            [old[i] for i in everything],
+            [ref[i] for i in everything] if ref else None,
+            measured,
+            means,
+        )
 
     def update(
         self,
@@ -135,7 +172,7 @@ class Passes:
         weights: list[Tensor] | None,
         lr: float,
         told: dict[str, float] | None = None,
-    ) -> dict[str, float]:
+    ) -> Update:
         """One optimizer step on the responses `rows`, in micro-batches whose losses add up to that of the minibatch.
 
         told: where given, entropy and `sampler_gap` of the minibatch are put there before the step is taken.
@@ -186,23 +223,14 @@ class Passes:
             _add_agreement(sums, "replay_agreement", batch, agreement, totals["num_tokens"])
             maxima = max(maxima, measured.get("ratio/max", 0.0))
             self.clock.mark("update")
-        loss = load.sum_with(loss)
-        parts = ranks.gather((sums, maxima))
-        sums, maxima = ranks.added(part for part, _ in parts), max(part for _, part in parts)
         if told is not None and seen is not None:
             entropy = sum(float(each.entropy.sum()) for each in seen) / totals["num_tokens"]
             told |= ranks.sums({"entropy": entropy}) | gap.checked(self, ranks.union(before))
-        norm, taken = self.optimizer.step(loss, lr)
-        if taken:
+        stepped = self.optimizer.step(loss, lr, load, self.stage.unsaved_seconds)
+        if stepped.taken:
             load.update_bias(self.config.bias_rate)
         self.clock.mark("update")
-        return {
-            "loss": loss,
-            **sums,
-            "ratio_max": maxima,
-            "grad_norm": norm,
-            "expert_load": load.max_over_mean(),
-        }
+        return Update(stepped.loss, stepped.norm, load.max_over_mean(), sums, maxima)
 
 
 def _add_agreement(means: dict[str, float], name: str, batch: Batch, agreement: float, tokens: int) -> None:

@@ -110,20 +110,6 @@ def gather(value: T) -> list[T]:
     return found
 
 
-def of_main(number: float) -> float:
-    """The number that rank 0 has."""
-    if world() == 1:
-        return number
-    held = torch.tensor(number, dtype=torch.float64)
-    dist.broadcast(held, src=0)
-    return float(held)
-
-
-def sum_number(number: float) -> float:
-    """The sum of a number over the ranks."""
-    return float(sum_tensor(torch.tensor(number, dtype=torch.float64))) if world() > 1 else number
-
-
 def sums(values: Mapping[str, float]) -> dict[str, float]:
     """Named numbers added up over the ranks; a rank that lacks one adds nothing to it."""
     return added(gather(dict(values)))
@@ -138,13 +124,13 @@ def added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
-def union(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """The numbered tensors of all ranks, each of which has others; they are on the device of this rank's."""
+def union(tensors: Mapping[R, Tensor]) -> dict[R, Tensor]:
+    """The tensors of all ranks, each of which has others, by name; they are on the device of this rank's."""
     if world() == 1:
         return dict(tensors)
     device = next((each.device for each in tensors.values()), None)
-    parts = gather({number: each.cpu().numpy() for number, each in tensors.items()})
-    return {number: torch.from_numpy(each).to(device) for part in parts for number, each in part.items()}
+    parts = gather({name: each.cpu().numpy() for name, each in tensors.items()})
+    return {name: torch.from_numpy(each).to(device) for part in parts for name, each in part.items()}
 
 
 def share(weights: Sequence[float]) -> range:
@@ -214,18 +200,23 @@ def sum_tensor(tensor: Tensor) -> Tensor:
     return total
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds the gradients up over the ranks, in place. A parameter that has none on any rank still has none."""
+def sum_gradients(parameters: Iterable[nn.Parameter], numbers: Tensor) -> Tensor:
+    """Adds the gradients up over the ranks, in place, and returns the sums of `numbers` (N,), float32, which go with the last of
+    them. A parameter that has no gradient on any rank still has none."""
     if world() == 1:
-        return
-    for bucket in _buckets(parameters):
+        return numbers
+    *before, last = _buckets(parameters)
+    for bucket in (*before, last):
         gradients = [each.grad if each.grad is not None else torch.zeros_like(each) for each in bucket]
         there = torch.tensor([each.grad is not None for each in bucket]).to(gradients[0])
-        flat = torch.cat([*(each.reshape(-1) for each in gradients), there])
+        with_them = numbers[: len(numbers) if bucket is last else 0].to(gradients[0])
+        flat = torch.cat([*(each.reshape(-1) for each in gradients), there, with_them])
         dist.all_reduce(flat)
-        *summed, there = flat.split([*(each.numel() for each in bucket), len(bucket)])
+        sizes = [*(each.numel() for each in bucket), len(bucket), len(with_them)]
+        *summed, there, sums = flat.split(sizes)
         for parameter, gradient, count in zip(bucket, summed, there.tolist(), strict=True):
             parameter.grad = gradient.view_as(parameter) if count else None
+    return sums
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
