@@ -9,7 +9,7 @@ import torch
 
 import r1kernels
 
-from .cases import DTYPES, Case, Work
+from .ops.cases import DTYPES, Case, Work
 from .timing import repeated
 
 BOUNDS = ("bandwidth", "GEMM", "exp")

@@ -12,7 +12,7 @@ import torch
 import r1kernels
 from r1kernels import extension
 
-from .peers import version
+from .ops.peers import version
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl")  # fmt: skip
 

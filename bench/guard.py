@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from . import families, measure, results
-from .cases import Case
-from .peers import TRAINING, Inputs, Peer
+from . import measure, results
+from .ops import families
+from .ops.cases import Case
+from .ops.peers import TRAINING, Inputs, Peer
 
 BASELINE = results.FOLDER / "cpu/guard.json"
 # wider than what two runs on one machine differ by

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from . import families, memory, timing, turns
-from .cases import Case
-from .numerics import Exact, allowed
-from .peers import EAGER, Inputs, Peer, Unavailable
+from . import memory, timing, turns
+from .ops import families
+from .ops.cases import Case
+from .ops.numerics import Exact, allowed
+from .ops.peers import EAGER, Inputs, Peer, Unavailable
 from .results import Row, settle
 
 MOST_ROUNDS, FEWEST_ROUNDS = 40, 5

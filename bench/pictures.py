@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 
 from . import results
 from .ceilings import BOUNDS
-from .peers import COMPILED, EAGER
+from .ops.peers import COMPILED, EAGER
 from .results import Run
 from .studies import smollm2
 

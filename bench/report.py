@@ -14,7 +14,7 @@ from training.format import duration
 
 from . import noise
 from .compare import changes
-from .peers import PHASES
+from .ops.peers import PHASES
 from .results import FOLDER, Measured, Row, Run, committed, load
 from .step import PARTS
 from .studies import saved

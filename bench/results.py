@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .cases import Case
 from .ceilings import Ceilings
 from .environment import environment
-from .peers import EAGER
+from .ops.cases import Case
+from .ops.peers import EAGER
 
 SCHEMA = 3
 FOLDER = Path(__file__).parent / "results"

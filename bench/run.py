@@ -15,11 +15,11 @@ from typing import Literal
 import torch
 
 from . import ceilings, measure, noise, report, results, step
-from .cases import CASES, Case, tiny
 from .environment import environment
-from .families import FAMILIES
 from .measure import Effort
-from .peers import Unavailable
+from .ops.cases import CASES, Case, tiny
+from .ops.families import FAMILIES
+from .ops.peers import Unavailable
 from .results import Measured, Row, Run
 
 OUT_OF_TIME = "no time was left"

@@ -33,10 +33,10 @@ from training.tasks.arithmetic import make_problem
 from training.tokenizer import build_tokenizer
 
 from . import memory
-from .cases import Case
 from .measure import Effort, judge
-from .numerics import Exact, error
-from .peers import OURS
+from .ops.cases import Case
+from .ops.numerics import Exact, error
+from .ops.peers import OURS
 from .results import Row, paired, settle
 
 PARTS = ("rollout", "reward", "old_logprob", "reference_logprob", "new_logprob", "update")

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from . import families, step, timing
-from .cases import CASES, Case, tiny
+from . import step, timing
 from .measure import release
-from .numerics import Exact, allowed
-from .peers import Inputs, Peer, Unavailable
+from .ops import families
+from .ops.cases import CASES, Case, tiny
+from .ops.numerics import Exact, allowed
+from .ops.peers import Inputs, Peer, Unavailable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

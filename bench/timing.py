@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .peers import Inputs, Outputs
+from .ops.peers import Inputs, Outputs
 
 Phases = dict[str, float]
 # kernels shorter than this are launched slower than they run: they are timed as replays of a graph

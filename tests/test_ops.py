@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import r1kernels
-from bench.cases import CASES
+from bench.ops.cases import CASES
 from r1kernels import backends, examples, extension
 from tests.support.sample_calls import differentiable_call, first
 

@@ -19,11 +19,11 @@ import r1kernels
 from r1kernels import backends, devices, extension
 
 from .. import timing
-from ..cases import Case
 from ..ceilings import copy_rate
-from ..families import OPS
-from ..numerics import CAP
-from ..peers import Inputs
+from ..ops.cases import Case
+from ..ops.families import OPS
+from ..ops.numerics import CAP
+from ..ops.peers import Inputs
 
 SHAPE = {"T": 4096, "H": 512, "I": 256, "E": 8, "K": 2}
 LARGE = {"T": 8192, "H": 2048, "I": 768, "E": 128, "K": 8}

@@ -16,9 +16,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..cases import CASES, Case
 from ..ceilings import Ceilings
-from ..peers import OURS
+from ..ops.cases import CASES, Case
+from ..ops.peers import OURS
 from ..results import FOLDER, load
 from ..table import Table
 

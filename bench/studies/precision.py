@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import divergence, logprob, results
-from ..cases import DTYPES, Case
+from .. import results
 from ..measure import release
-from ..peers import Draw, Inputs, Op, Unavailable
+from ..ops import divergence, logprob
+from ..ops.cases import DTYPES, Case
+from ..ops.peers import Draw, Inputs, Op, Unavailable
 from ..table import Cell, Table, small
 
 SIZES = {"N": 64, "V": 32768, "H": 512}

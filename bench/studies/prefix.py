@@ -24,7 +24,7 @@ from r1kernels.integrations import transformers as r1
 
 from .. import memory, results
 from ..measure import load_average
-from ..peers import Unavailable, needs
+from ..ops.peers import Unavailable, needs
 from ..table import Cell, Table, size, times
 from ..timing import Clock
 

@@ -26,8 +26,8 @@ from training.recipe import load
 from training.tokenizer import build_tokenizer
 
 from .. import ceilings, results
-from ..cases import Work
 from ..measure import first_line, load_average
+from ..ops.cases import Work
 from ..table import Table, milliseconds
 
 OURS = "r1kernels' trainer"

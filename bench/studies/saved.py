@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensorMode
 
-from .. import memory, moe
-from ..cases import MODELS, Case
-from ..peers import EAGER, OURS, Inputs, Peer
+from .. import memory
+from ..ops import moe
+from ..ops.cases import MODELS, Case
+from ..ops.peers import EAGER, OURS, Inputs, Peer
 from ..table import Cell, Table, size, times
 
 TOKENS = 64

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from bench import families, logprob, measure, noise, run
-from bench.cases import CASES, Case, lengths, tiny
+from bench import measure, noise, run
 from bench.ceilings import Ceilings
 from bench.measure import Effort
-from bench.numerics import allowed
+from bench.ops import families, logprob
+from bench.ops.cases import CASES, Case, lengths, tiny
+from bench.ops.numerics import allowed
 from bench.results import Row
 
 

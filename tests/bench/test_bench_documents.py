@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from bench import documents, guard, numerics, pictures, results
-from bench.peers import EAGER
+from bench import documents, guard, pictures, results
+from bench.ops import numerics
+from bench.ops.peers import EAGER
 from bench.studies import distillation, pipeline, precision, ranks, truncation
 from training.recipe import load
 from training.run_dir import RunDir

@@ -12,10 +12,10 @@ import pytest
 import r1kernels
 from bench import compare, documents, report, results, run
 from bench.__main__ import main
-from bench.cases import Case
 from bench.ceilings import Ceilings
 from bench.environment import environment
 from bench.measure import Effort
+from bench.ops.cases import Case
 from bench.results import Measured, Row, Run
 from bench.table import mark
 
@@ -83,7 +83,7 @@ def test_an_implementation_that_raises_is_shown_with_its_reason(monkeypatch):
     def refuses(*args, **kwargs):
         raise RuntimeError("no kernel for you")
 
-    monkeypatch.setattr("bench.logprob.F.log_softmax", refuses)
+    monkeypatch.setattr("bench.ops.logprob.F.log_softmax", refuses)
     rows = run.rows(TINY, Effort(0.0), lambda text: None, compiles=False)
     eager = next(row for row in rows if row.peer == "eager PyTorch")
     assert (eager.status, eager.reason) == ("unavailable", "RuntimeError: no kernel for you")

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from bench import documents, memory, moe
-from bench.cases import MODELS, Case
+from bench import documents, memory
+from bench.ops import moe
+from bench.ops.cases import MODELS, Case
 from bench.studies import saved
 from bench.table import mark
 

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import families, guard, measure, report, timing, turns
-from bench.cases import Case
+from bench import guard, measure, report, timing, turns
 from bench.ceilings import Ceilings
 from bench.environment import environment
 from bench.measure import Effort
-from bench.numerics import Exact
-from bench.peers import Inputs, Op, Peer
+from bench.ops import families
+from bench.ops.cases import Case
+from bench.ops.numerics import Exact
+from bench.ops.peers import Inputs, Op, Peer
 from bench.results import Measured, Run
 
 CASE = Case("route", "cpu", "float32", {"T": 64, "E": 8, "K": 2})
