@@ -94,7 +94,8 @@ def backward(backend: str, call: kept_rows.SetsBackwardCall) -> Tensor:
         )
         grad = token.BACKWARD(backend, RowsBackwardCall(logits, rows, upstream))
         grads[torch.where(block.valid, block.entries, count)] = grad[0]
-    return grads[:count].clone()
+    # an entry that takes no part stands in the row of its token, which may be NaN
+    return grads[:count].masked_fill(call.sets.tokens < 0, 0.0)
 
 
 for _backend in ("cpu", "cuda", "triton"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .completions import EACH_TOKEN
+from .events import PADDING
 from .kept import EntriesCall, Kept, allowed, entries, with_verdict
 
 if TYPE_CHECKING:
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
 
 
 def among_kept(kept: Kept, rows: Rows) -> tuple[Rows, Tensor]:
-    """(rows whose targets are members of their sets, the verdict on those that were not)"""
+    """(rows whose targets are members of their sets, or PADDING where ignored; the verdict on those that were not)"""
     found = entries(EntriesCall(*kept, rows.targets, rows.ignore_index, rows.vocabulary))
     first = kept.ids[kept.offsets[:-1].clamp(max=kept.ids.shape[0] - 1)].clamp(0, rows.vocabulary - 1)
-    return rows._replace(targets=torch.where(found.verdict == 0, rows.targets, first)), found.verdict
+    targets = torch.where(found.verdict == 0, rows.targets, first)
+    # a member may be ``ignore_index``; one below 0 is an error, not padding
+    targets = torch.where(targets < 0, rows.vocabulary, targets)
+    targets = torch.where(rows.targets == rows.ignore_index, PADDING, targets)
+    return rows._replace(targets=targets, ignore_index=PADDING), found.verdict
 
 
 def of_logits(call: TokenCall, dense: Callable[[TokenCall], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

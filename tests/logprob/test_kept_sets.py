@@ -200,6 +200,54 @@ def test_an_id_that_is_there_twice_counts_once(place, op):
         torch.testing.assert_close(once, again, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("op", ["token", "linear"])
+def test_a_row_without_a_distribution_is_nan_alone(place, op):
+    """With ids that are there twice, too: what takes no part in one row belongs to no other."""
+    backend, device = place
+    (x, w, b), targets, sets = problem()
+    broken, y = 5, targets.to(device)
+    kept = [tensor.to(device) for tensor in in_csr([ids + ids[::-2] for ids in sets])]
+    leaves = on(device, x, w, b) if op == "linear" else on(device, (x @ w.T + b).detach().requires_grad_())
+    leaves[0].detach()[broken] = torch.nan
+    if op == "token":
+        found = token_logprobs(*leaves, y, kept=kept, return_entropy=True, backend=backend)
+    else:
+        found = linear_logprobs(
+            *leaves[:2], y, bias=leaves[2], kept=kept, return_entropy=True, backend=backend
+        )
+    logp, entropy, grad, *of_head = results_and_gradients(*found, leaves)
+    others = torch.arange(N) != broken
+    for value in (logp, entropy, grad):
+        assert value[others].isfinite().all()
+    assert logp[broken].isnan() and entropy[broken].isnan()
+    if backend != "reference":  # which multiplies the rows of the head by all hidden states
+        apart = torch.ones(V, dtype=torch.bool).index_fill(0, torch.tensor(sets[broken]), False)
+        assert all(value[apart].isfinite().all() for value in of_head)
+
+
+@pytest.mark.parametrize("op", ["token", "linear"])
+def test_the_ignored_index_may_be_a_member(place, op):
+    """A target outside its set has the entropy of its set, also where that holds ``ignore_index``."""
+    backend, device = place
+    (x, w, b), targets, sets = problem()
+    ignored, row = 3, 9
+    targets = torch.where(targets == IGNORED, ignored, torch.where(targets == ignored, 4, targets))
+    sets = sets_around(targets, LENGTHS, V)
+    outside = next(v for v in range(V) if v not in (*sets[row], ignored))
+    targets[row], sets[row] = outside, [ignored, *(v for v in sets[row] if v != ignored)]
+    y, kept = targets.to(device), [tensor.to(device) for tensor in in_csr(sets)]
+    options = {"kept": kept, "ignore_index": ignored, "return_entropy": True, "backend": backend}
+    x, w, b = (value.detach().to(device) for value in (x, w, b))
+    logits = x @ w.T + b
+    if op == "token":
+        logp, entropy = token_logprobs(logits, y, **options)
+    else:
+        logp, entropy = linear_logprobs(x, w, y, bias=b, **options)
+    _, expected, _ = of_sets(logits.double().cpu(), sets, targets.masked_fill(targets == ignored, IGNORED))
+    assert logp[row] == -torch.inf
+    torch.testing.assert_close(entropy.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_debug_checks_name_what_is_outside_or_twice():
     (x, w, _), targets, sets = problem()
     r1kernels.debug_checks(True)
