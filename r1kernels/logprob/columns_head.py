@@ -31,7 +31,7 @@ class HeadColumnsCall(NamedTuple):
     ids: Contiguous  # (N, K) int64, each once in a row; below 0: padding
     with_entropy: bool
     chunk_size: Size
-    save_logits: bool  # not under a cap
+    save_logits: bool  # not where logits are ``finished``
     batch_invariant: bool
     shard: Annotated[sharded.Shard | None, OUTSIDE] = None  # that the head is
 
@@ -120,10 +120,15 @@ _recorded = recorded(
 )
 
 
+def finished(rows: Rows) -> bool:
+    """Whether the tile loop makes logits of raw ones itself: -inf stays -inf under neither a cap nor a scale that is not above 0."""
+    return bool(rows.softcap) or rows.logit_scale <= 0
+
+
 def of_hidden(backend: str, call: LinearCall) -> Events:
     """The events of hidden states under a head, on the kernels of a backend; ``save_logits`` is decided."""
     assert call.ids is not None and call.save_logits is not None
-    save_logits = call.save_logits and not call.rows.softcap
+    save_logits = call.save_logits and not finished(call.rows)
     options = (call.with_entropy, call.chunk_size, save_logits, call.batch_invariant, call.shard)
     with autocast.off(call.hidden):
         found = _recorded(backend, HeadColumnsCall(call.hidden, call.weight, call.rows, call.ids, *options))

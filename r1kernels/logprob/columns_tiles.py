@@ -125,7 +125,7 @@ def _part(rows: Rows, block: slice) -> Rows:
 class Tiles:
     """The tiles of a call on hidden states, as the row kernels read them: -inf in the columns of the ids.
 
-    A cap would make a logit of -inf finite. So it is put on here, and the row kernels are told of none.
+    Where logits are ``finished`` here, the row kernels are told of no bias, scale and cap.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Tiles:
     ) -> None:
         self.rows, self.ids = rest_rows(call.ids, call.rows), call.ids
         rows = self.rows
-        if rows.softcap:
+        if columns_head.finished(rows):
             rows = rows._replace(bias=None, logit_scale=1.0, softcap=0.0)
         hidden, weight = call.hidden, call.weight
         tiling = tiles.tiling_of(engine, hidden, weight.shape[0], call.chunk_size, batch_invariant)
@@ -146,15 +146,19 @@ class Tiles:
         return Places.of(self.ids[block], self.rows.first + slab.start, slab.stop - slab.start)
 
     def take_(self, block: slice, slab: slice, tile: Tensor) -> tuple[Tensor, Tensor | float]:
-        """The raw logits with bias of the ids of a block (n, K); d logit / d raw logit (n, v) where the cap is put on here."""
+        """The raw logits with bias of the ids of a block (n, K); d logit / d raw logit, (n, v) or a number, where they are finished here."""
         places, bias = self.places(block, slab), self.rows.bias
         slope: Tensor | float = 1.0
         raw = tile.gather(-1, places.at)
         if bias is not None:
             raw = raw + bias[slab][places.at]
-        if self.rows.softcap:
+        if columns_head.finished(self.rows):
             with_bias = tile if bias is None else tile + bias[slab]
             slope = columns_head.slope(with_bias, self.rows)
+            if isinstance(
+                slope, Tensor
+            ):  # 0 times NaN, which the hidden states of an ignored token may hold, is NaN
+                slope.masked_fill_(~events.has_ids(self.ids[block]).unsqueeze(1), 0.0)
             tile.copy_(columns_head.capped(with_bias, self.rows))
         places.take_(tile)
         return torch.where(places.here, raw, 0.0), slope
@@ -189,7 +193,7 @@ def head_backward(
         _, slope = of_call.take_(block, slab, tile)
 
     def finish(block: slice, slab: slice, gradient: Tensor) -> None:
-        if isinstance(slope, Tensor):
+        if isinstance(slope, Tensor) or slope != 1.0:
             gradient *= slope
         of_call.places(block, slab).put_(gradient, call.grad_columns[block])
 

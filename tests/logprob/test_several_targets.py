@@ -63,6 +63,8 @@ def assert_close(ours, truth, tolerance=1e-5):
         (HEAD | {"temperature": 1.3}, {"chunk_size": 4, "save_logits": False}),
         (HEAD | {"temperature": torch.linspace(0.5, 2, N), "logit_scale": -1.0}, {"save_logits": True}),
         (HEAD, {"batch_invariant": True, "chunk_size": 3, "save_logits": True}),
+        ({"logit_scale": -0.5}, {"save_logits": True}),
+        ({"logit_scale": 0.0}, {"chunk_size": 4, "save_logits": False}),
     ],
     ids=str,
 )
@@ -185,7 +187,8 @@ def test_masked_vocabulary_and_broken_rows(place):
     assert (grad[0, :3] == 0).all() and grad[1, 5] == 0 and (grad[0, 3:5] != 0).all()
 
 
-def test_what_tokens_without_a_target_hold_does_not_matter(place):
+@pytest.mark.parametrize("head", [{}, HEAD])
+def test_what_tokens_without_a_target_hold_does_not_matter(place, head):
     backend, device = place
     leaves, targets = problem(device)
     dirty = leaves[0].detach().clone()
@@ -194,7 +197,7 @@ def test_what_tokens_without_a_target_hold_does_not_matter(place):
     for x in (dirty, leaves[0].detach().clone()):
         inputs = [x.requires_grad_(), *leaves[1:]]
         logp, entropy = linear_logprobs(
-            *inputs[:2], targets, bias=inputs[2], return_entropy=True, backend=backend
+            *inputs[:2], targets, bias=inputs[2], return_entropy=True, backend=backend, **head
         )
         found.append(results_and_gradients(logp, entropy, inputs))
     for mine, other in zip(*found, strict=True):
