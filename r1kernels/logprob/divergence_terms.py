@@ -37,7 +37,7 @@ def terms(log_student: Tensor, log_teacher: Tensor, kind: str, beta: float) -> T
     larger, t, h = _pair(log_student, log_teacher)
     kappa_h = _kappa_of_gap(t, h)
     if kind == "jsd":
-        w = _share_of_smaller(teacher_leads, beta)
+        w = _share_of_smaller(teacher_leads, beta, h)
         found = w * kappa_h - _kappa(w * h)
     else:
         found = torch.where(teacher_leads, _phi(t, h), kappa_h)
@@ -50,7 +50,7 @@ def log_ratios(log_student: Tensor, log_teacher: Tensor, kind: str, beta: float)
         return log_student - log_teacher
     teacher_leads = log_teacher >= log_student
     _, t, h = _pair(log_student, log_teacher)
-    return torch.where(teacher_leads, -t, 0.0) - (_share_of_smaller(teacher_leads, beta) * h).log1p()
+    return torch.where(teacher_leads, -t, 0.0) - (_share_of_smaller(teacher_leads, beta, h) * h).log1p()
 
 
 class Mean(NamedTuple):
@@ -89,9 +89,9 @@ def _pair(log_student: Tensor, log_teacher: Tensor) -> tuple[Tensor, Tensor, Ten
     return torch.maximum(log_student, log_teacher).exp(), t, (-t).expm1()
 
 
-def _share_of_smaller(teacher_leads: Tensor, beta: float) -> Tensor:
-    """w"""
-    return torch.where(teacher_leads, 1 - beta, beta)
+def _share_of_smaller(teacher_leads: Tensor, beta: float, h: Tensor) -> Tensor:
+    """w, in the dtype of h: two numbers alone would be of torch's default dtype."""
+    return torch.where(teacher_leads, h.new_full((), 1 - beta), beta)
 
 
 def _phi(t: Tensor, h: Tensor) -> Tensor:

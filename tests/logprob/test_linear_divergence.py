@@ -82,9 +82,7 @@ def textbook(student, teacher, *, kind, targets, beta=0.5, **options):
     elif kind == "reverse_kl":
         value = kl(q, p)
     else:
-        mean = torch.logsumexp(
-            torch.stack((p + torch.tensor(beta).log(), q + torch.tensor(1 - beta).log())), 0
-        )
+        mean = torch.logaddexp(p + math.log(beta), q + math.log(1 - beta))
         value = beta * kl(p, mean) + (1 - beta) * kl(q, mean)
     return value.masked_fill(targets == -100, 0.0)
 
@@ -165,6 +163,12 @@ def test_several_blocks_of_tokens_and_slabs_of_the_vocabulary(place, dtype):
         ours = values_and_gradients(call, problem.student)
         assert_close(ours[:1], exact[:1])
         assert_close(ours[1:], exact[1:], 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_beta_is_exact_in_float64():
+    student, teacher = torch.randn(2, 4, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = jsd(teacher.log_softmax(-1), student.log_softmax(-1), beta=0.1)
+    torch.testing.assert_close(of_logits(student, teacher, kind="jsd", beta=0.1), exact, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
