@@ -123,8 +123,9 @@ template <bool Entropy, typename T>
 void reduce_block(LogitSums& sums, const T* z, int64_t column, int64_t count, bool extra, double inverse_temperature) {
     const float most = largest_of(z, count), inverse = static_cast<float>(inverse_temperature);
     if (most == -kInfinity) {  // nothing to add, unless a NaN hides in it
-        if (has_nan(z, count)) sums.sum = __builtin_nan("");
-        sums.total = -kInfinity;
+        const bool nan = has_nan(z, count);
+        if (nan) sums.sum = __builtin_nan("");
+        sums.total += nan ? __builtin_nan("") : -kInfinity;
         return;
     }
     if (most > sums.largest) {

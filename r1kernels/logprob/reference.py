@@ -52,8 +52,8 @@ def sums(x: Tensor, with_entropy: bool) -> Tensor:
     shifted = x - largest
     others = shifted.exp().scatter(-1, position, 0.0)
     largest = largest.squeeze(-1)
-    # a logit at +inf has no finite normaliser: its row is NaN, as for log_softmax
-    sum_others = torch.where(largest == torch.inf, torch.nan, others.sum(dim=-1))
+    # a logit at +inf has no finite normaliser: its row is NaN, as for log_softmax; so is that of NaN, if it is the only one too
+    sum_others = torch.where(largest < torch.inf, others.sum(dim=-1), torch.nan)
     sum_others = torch.where(largest == -torch.inf, 0.0, sum_others)
     if not with_entropy:
         return torch.stack((largest, sum_others, torch.zeros_like(sum_others)))

@@ -332,6 +332,10 @@ def test_statistics_that_come_along(place):
     for name in ("log_sum_sq_probs", "mean_logits"):
         assert_close([stats[name]], [expected[name]])
     assert not any(value.requires_grad for value in stats.values()) and logp.requires_grad
+    with torch.no_grad():
+        x[2] = torch.nan
+    _, stats = linear_logprobs(x, weight, targets, stats=("mean_logits",), backend=backend)
+    assert stats["mean_logits"].isnan().nonzero().flatten().tolist() == [2]
 
 
 def test_autocast_casts_as_linear_does(place):

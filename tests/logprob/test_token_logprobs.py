@@ -112,6 +112,14 @@ def test_a_logit_at_plus_infinity_makes_its_row_nan(place):
     assert z.grad[:2].isnan().all() and torch.isfinite(z.grad[2]).all()
 
 
+def test_a_vocabulary_of_one(place):
+    backend, device = place
+    logits = torch.tensor([[3.0], [float("nan")], [float("inf")], [-float("inf")]], device=device)
+    targets = torch.zeros(4, dtype=torch.int64, device=device)
+    for values in token_logprobs(logits, targets, return_entropy=True, backend=backend):
+        assert values[0] == 0 and values[1:].isnan().all()
+
+
 def test_ignored_tokens_give_exact_zeros_whatever_they_hold(place):
     backend, device = place
     logits = torch.randn(4, 33, generator=torch.Generator().manual_seed(2))
