@@ -46,8 +46,13 @@ def route(call: RouteCall) -> tuple[Tensor, Tensor, Tensor]:
             selection = selection if bias is None else selection + bias.to(scores.dtype)
             if n_group > 1:
                 group_score = _sum_of_two_best if two_best else _best
-                selection = _keep_best_groups(selection, n_group, topk_group, group_score)
-            indices = _descending(selection)[:, :top_k].contiguous()
+                dropped = _dropped(selection, n_group, topk_group, group_score)
+                indices = _descending(selection.masked_fill(dropped, -torch.inf))
+                # the eligible ones first, also where they are at -inf
+                indices = indices.gather(1, dropped.gather(1, indices).sort(dim=1, stable=True).indices)
+            else:
+                indices = _descending(selection)
+            indices = indices[:, :top_k].contiguous()
     inside = (indices >= 0) & (indices < experts)
     chosen = indices.clamp(0, experts - 1)
     if softmax and normalize:
@@ -226,14 +231,14 @@ def _sum_of_two_best(grouped: Tensor) -> Tensor:
     return grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
 
 
-def _keep_best_groups(
+def _dropped(
     selection: Tensor, n_group: int, topk_group: int, group_score: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """selection (T, E) with -inf outside the ``topk_group`` best groups of a token."""
+    """(T, E) bool: the experts outside the ``topk_group`` best groups of a token."""
     grouped = selection.unflatten(1, (n_group, -1))
     best = _descending(group_score(grouped))[:, :topk_group]
     dropped = torch.ones_like(grouped[:, :, 0], dtype=torch.bool).scatter_(1, best, False)
-    return grouped.masked_fill(dropped.unsqueeze(-1), -torch.inf).flatten(1)
+    return dropped.unsqueeze(-1).expand(grouped.shape).flatten(1)
 
 
 def gated(

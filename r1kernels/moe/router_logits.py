@@ -45,7 +45,7 @@ def router_logits(
     given = [x.dtype for x in (hidden, weight, bias) if x is not None]
     dtype = torch.float64 if torch.float64 in given else torch.float32
     with autocast.off(hidden):
-        rows = hidden.reshape(-1, size).to(dtype)
+        rows = hidden.reshape(hidden.shape[:-1].numel(), size).to(dtype)
         # all rows are those of one expert, whose matrix has the outputs E
         offsets = torch.arange(2, dtype=torch.int32, device=hidden.device) * rows.shape[0]
         call = experts.GemmCall(rows, weight.to(dtype).unsqueeze(0), offsets, False, True)

@@ -100,7 +100,9 @@ def test_the_gate_under_autocast_compiled_and_of_no_tokens(backend):
     for tokens in (6, 2, 5):
         torch.testing.assert_close(compiled(x[:tokens].clone()), expected[:tokens])
     assert len(graphs) == 1
-    assert router_logits(x[:0], w, backend=backend).shape == (0, 5)
+    for none in (x[:0], x.new_zeros(2, 0, 20)):
+        assert router_logits(none, w, backend=backend).shape == (*none.shape[:-1], 5)
+    assert router_logits(x[:0, :0], w[:, :0]).shape == (0, 5)
 
 
 def test_float64_stays():

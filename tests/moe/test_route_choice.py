@@ -85,6 +85,13 @@ def test_groups_of_one_expert():
     check_choice(normal(20, 8), None, {"top_k": 2, "score": "sigmoid", "n_group": 8, "topk_group": 3})
 
 
+def test_an_eligible_expert_at_minus_infinity_comes_before_those_of_other_groups():
+    logits = normal(6, 8)
+    logits[:, [0, 1, 5, 6]] = -torch.inf
+    options = {"top_k": 4, "score": "sigmoid", "choose_by": "logits", "n_group": 2, "topk_group": 1}
+    check_choice(logits, None, options)
+
+
 @pytest.mark.parametrize("experts", [1, 7, 16, 17, 48, 100, 256, 1000])
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("top_k", [1, 3, 16, 40])
