@@ -28,7 +28,8 @@ def importance_weights(
 
     Args:
         old_logp: o, the trainer's log-probs under the policy that sampled, (B, T), or (N,) with ``cu_seqlens``.
-        sampler_logp: s, as the sampler reported them, likewise; a NaN (not reported) counts as no difference.
+        sampler_logp: s, as the sampler reported them, likewise; a NaN (not reported) counts as no difference, and so does -inf (outside
+            a kept set) where o is -inf too.
         mask: bool or integer, likewise; 0: the token counts as no difference.
         mode: "token_..." weighs tokens, "sequence_..." sequences, by the exponential of the **sum** of o - s; "...truncate"
             moves a weight into [low, high], "...mask" replaces one outside by 0.
@@ -82,7 +83,7 @@ def off_policy_mask(
     Args:
         logp: x, log-probs under the policy being trained, (B, T), or (N,) with ``cu_seqlens``.
         sampler_logp: s, as the sampler reported them, likewise; give the old log-probs where there are none. A NaN counts
-            as no difference.
+            as no difference, and so does -inf where x is -inf too.
         advantages: (B,) or (B, 1), or one per token. A packed (N,) with N = B is read as one per sequence.
         mask: bool or integer, shaped like ``logp``.
         threshold: in nats a token.
@@ -141,5 +142,6 @@ def top_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
 
 
 def _drift(logp: Tensor, other_logp: Tensor) -> Tensor:
-    """``other_logp`` - ``logp`` in float32 without gradient."""
-    return other_logp.detach().float() - logp.detach().float()
+    """``other_logp`` - ``logp`` in float32 without gradient; 0 where both are -inf."""
+    logp, other_logp = logp.detach().float(), other_logp.detach().float()
+    return torch.where(logp == other_logp, 0.0, other_logp - logp)

@@ -44,6 +44,18 @@ def test_sequence_weights_are_products():
     assert weights(mode="sequence_mask", low=0.5).tolist() == [[pytest.approx(4.0)], [0.0]]
 
 
+def test_a_token_that_is_impossible_under_both_is_no_difference():
+    """As in grpo_loss: outside of a kept set both log-probs are -inf."""
+    old, sampler = torch.tensor([[-1.0, -torch.inf, -2.0]]), torch.tensor([[-2.0, -torch.inf, -4.0]])
+    mask, drift = torch.ones(1, 3, dtype=torch.bool), [[1.0, 0.0, 2.0]]
+    by_token = importance_weights(old, sampler, mask, mode="token_truncate")
+    torch.testing.assert_close(by_token, torch.tensor(drift).exp())
+    by_sequence = importance_weights(old, sampler, mask, mode="sequence_mask")
+    torch.testing.assert_close(by_sequence, torch.tensor([[3.0]]).exp())
+    kept = off_policy_mask(sampler, old, torch.tensor([-1.0]), mask, 0.9)
+    assert not kept.item()  # 3 nats over 3 tokens
+
+
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 def test_garbage_in_masked_places_changes_no_weight(batch_of, mode):
     batch = batch_of(seed=40)
