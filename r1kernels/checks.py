@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -64,10 +64,11 @@ def tensor(
 
 
 def choice(name: str, value: Any, choices: Iterable[Any]) -> Any:
-    """Check that ``value`` is one of ``choices``."""
+    """Check that ``value`` is one of ``choices``, which are names."""
     options = tuple(choices)
-    if value not in options:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+    if not isinstance(value, str) or value not in options:
+        shown = repr(value) if isinstance(value, (str, float, int, type(None))) else type(value).__name__
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {shown}")
     return value
 
 
@@ -77,6 +78,8 @@ def integer(name: str, value: Any, minimum: int | None = None) -> int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
         value = int(value)  # NumPy's
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an int that 64 bits hold, got one of {value.bit_length()} bits")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
     return value
@@ -88,8 +91,9 @@ def number(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
         value = float(value)  # NumPy's
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if not -sys.float_info.max <= value <= sys.float_info.max:
+        shown = value if isinstance(value, float) else f"an int of {value.bit_length()} bits"
+        raise ValueError(f"{name}: expected a finite number, got {shown}")
     return value
 
 

@@ -149,7 +149,7 @@ def linear_grpo_loss(
         if visible:
             checks.in_range("targets", layout.keep(targets, 0), 0, vocabulary)
         kept = check_kept(kept, layout.keep(targets, IGNORED), vocabulary, IGNORED)
-    with_entropy = entropy or entropy_coef != 0
+    with_entropy = entropy or objective.entropy_coef != 0
     chunk_size = check_memory(chunk_size)
     call = LinearCall(hidden, head, targets, temperature, chunk_size, group, kept, with_entropy, loss_call)
     return LINEAR_GRPO_LOSS(backend, call)

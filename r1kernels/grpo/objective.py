@@ -112,8 +112,10 @@ def _resolved(has_reference: bool, *values: Any) -> Objective:
     given = {name: value for name, value in possible.items() if value is not None}
     found = _checked(variant, given) if given else _UNLESS_GIVEN[variant]
     kl = _kl_of(objective, has_reference, found["ratio"])
-    checks.number("entropy_coef", objective.entropy_coef)
-    return Objective(variant, **found, kl=kl, kl_coef=objective.kl_coef, entropy_coef=objective.entropy_coef)
+    kl_coef, entropy_coef = (
+        checks.number(name, getattr(objective, name)) for name in ("kl_coef", "entropy_coef")
+    )
+    return Objective(variant, **found, kl=kl, kl_coef=kl_coef, entropy_coef=entropy_coef)
 
 
 _kept = lru_cache(maxsize=64, typed=True)(_resolved)  # most steps have the objective of the step before
@@ -125,7 +127,7 @@ def _checked(variant: str, given: dict[str, Any]) -> dict[str, Any]:
         if name not in DEFAULTS[variant]:
             raise ValueError(f"{name}: not used by variant {variant!r}, got {value!r}")
     specific = {**_UNLESS_GIVEN[variant], **given}
-    specific["ratio"] = checks.choice("ratio", specific["ratio"] or "token", RATIOS)
+    specific["ratio"] = checks.choice("ratio", specific["ratio"], RATIOS)
     for name in ("clip_low", "clip_high"):
         value = specific[name]
         if value is not None and checks.number(name, value) < 0:
@@ -154,7 +156,7 @@ def _checked(variant: str, given: dict[str, Any]) -> dict[str, Any]:
 def _kl_of(objective: Objective, has_reference: bool, ratio: str) -> str | None:
     """The estimator; None without a reference."""
     kl, kl_coef = objective.kl, objective.kl_coef
-    checks.number("kl_coef", kl_coef)
+    kl_coef = checks.number("kl_coef", kl_coef)
     if not has_reference:
         if kl is not None:
             raise ValueError(f"kl: {kl!r} needs ref_logp, got None")

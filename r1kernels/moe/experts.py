@@ -168,7 +168,8 @@ def moe_experts(
 
 def _checked_lora(lora: Any, hidden: Tensor, gate_up: Tensor, down: Tensor) -> Lora:
     if not isinstance(lora, tuple) or len(lora) != 5:
-        raise TypeError(f"lora: expected (A_up, B_up, A_down, B_down, scale) or None, got {lora!r}")
+        shown = f"a tuple of {len(lora)}" if isinstance(lora, tuple) else type(lora).__name__
+        raise TypeError(f"lora: expected a tuple (A_up, B_up, A_down, B_down, scale) or None, got {shown}")
     tensors, scale = lora[:4], checks.number("lora: scale", lora[4])
     for (a_name, b_name), (a, b), weight in zip(
         (LORA_NAMES[:2], LORA_NAMES[2:]), (tensors[:2], tensors[2:]), (gate_up, down), strict=True

@@ -61,6 +61,8 @@ def test_an_argument_is_used_or_refused_by_name(batch_of, variant, name):
             {"reduction": "mean"},
             "reduction: expected one of 'sequence', 'token', 'constant', 'sequence-sum', got 'mean'",
         ),
+        ({"reduction": torch.ones(2)}, "'constant', 'sequence-sum', got Tensor"),
+        ({"ratio": 0}, "ratio: expected one of 'token', 'sequence', 'output', got 0"),
         ({"clip_low": -0.1}, "clip_low: expected at least 0, got -0.1"),
         ({"clip_high": float("nan")}, "clip_high: expected a finite number, got nan"),
         ({"delta": 1.1}, "delta: expected above 1 + clip_high = 1.2"),

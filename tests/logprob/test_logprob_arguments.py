@@ -60,6 +60,7 @@ from r1kernels import (
         ),
         (lambda z, y: ((z, y), {"return_entropy": 1}), TypeError, "return_entropy: expected a bool, got int"),
         (lambda z, y: ((z, y), {"ignore_index": 1.0}), TypeError, "ignore_index: expected an int, got float"),
+        (lambda z, y: ((z, y), {"ignore_index": 2**70}), ValueError, "ignore_index: .* that 64 bits hold"),
         (lambda z, y: ((z, y), {"backend": "tpu"}), ValueError, "backend: expected one of .*, got 'tpu'"),
         (lambda z, y: ((z, y), {"temprature": 1.0}), TypeError, "temprature"),
     ],
@@ -96,6 +97,11 @@ def test_bad_arguments_of_token_logprobs_are_named(arguments, error, text):
         ),
         ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1, got 0"),
         ({"save_logits": 1}, TypeError, "save_logits: expected a bool"),
+        (
+            {"logit_scale": 10**400},
+            ValueError,
+            "logit_scale: expected a finite number, got an int of 1329 bits",
+        ),
     ],
 )
 def test_bad_arguments_of_linear_logprobs_are_named(change, error, text):
@@ -185,5 +191,12 @@ def test_numbers_of_numpy_are_numbers():
         chunk_size=np.int32(2),
     )  # fmt: skip
     torch.testing.assert_close(ours.logp, plain.logp)
+    loss = linear_grpo_loss(
+        x, weight, y, None, torch.ones(1), y >= 0, entropy_coef=np.float32(0.5), clip_low=np.float64(0.1)
+    ).loss
+    torch.testing.assert_close(
+        loss,
+        linear_grpo_loss(x, weight, y, None, torch.ones(1), y >= 0, entropy_coef=0.5, clip_low=0.1).loss,
+    )
     routing = route(x[0], np.int64(2), n_group=np.int32(1), scale=np.float32(1.5))
     torch.testing.assert_close(routing.weights, route(x[0], 2, scale=1.5).weights)
