@@ -15,7 +15,6 @@ extern "C" int r1kernels_cuda_probe(int device) {
     if (const cudaError_t code = cudaSetDevice(device); code != cudaSuccess) return code;
     cudaFuncAttributes attributes;
     const cudaError_t found = cudaFuncGetAttributes(&attributes, r1kernels::probe_kernel);
-    cudaGetLastError();  // the answer is no error of the next launch
     const cudaError_t back = cudaSetDevice(current);
     return found != cudaSuccess ? found : back;
 }

@@ -7,6 +7,7 @@
 
 #include "common/block_reduce.cuh"
 #include "common/math.cuh"
+#include "common/stream_counter.cuh"
 #include "grpo/cuda.h"
 #include "grpo/terms.h"  // after the functions that it is built on
 
@@ -17,7 +18,8 @@ constexpr int kTokensOfThread = 4;
 constexpr int64_t kChunk = kThreads * kTokensOfThread;
 
 struct Workspace {
-    unsigned* finished;           // blocks; 0 before loss_kernel
+    int counter;                  // of the blocks that have finished, that of the stream; kNoCounter: the next is one
+    unsigned* finished;           // 0 before loss_kernel
     SequenceSums* sequence_sums;  // one an item
     LossSums<float>* loss_sums;   // one an item
 };
@@ -137,13 +139,14 @@ struct Merge {
     __device__ LossSums<F> operator()(const LossSums<F>& a, const LossSums<F>& b) const { return merge(a, b); }
 };
 
-// Whether this block is the last of the grid to come here; what the others wrote before is then visible.
+// Whether this block is the last of the grid to come here; what the others wrote before is then visible. The counter is 0
+// before and after.
 __device__ inline bool is_last_block(unsigned* finished) {
     bool* last = reinterpret_cast<bool*>(shared_memory);
     __syncthreads();  // whoever used the shared memory before has read it
     if (threadIdx.x == 0) {
         __threadfence();
-        *last = atomicAdd(finished, 1u) == gridDim.x - 1;
+        *last = atomicInc(finished, gridDim.x - 1) == gridDim.x - 1;
         __threadfence();
     }
     __syncthreads();
@@ -193,7 +196,8 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(R1kernelsGrpo call, Work
         to_units(call, sequence, item.chunk == 0, sums);
         if (threadIdx.x == 0) workspace.loss_sums[blockIdx.x] = sums;
     }
-    if (is_last_block(workspace.finished)) finish_call(call, workspace, items);
+    unsigned* finished = workspace.counter == kNoCounter ? workspace.finished : stream_counters + workspace.counter;
+    if (is_last_block(finished)) finish_call(call, workspace, items);
 }
 
 __global__ void __launch_bounds__(kThreads)

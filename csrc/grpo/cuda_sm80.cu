@@ -11,6 +11,7 @@ constexpr size_t kCounterBytes = 16;  // keeps what follows aligned
 
 Workspace parts_of(void* workspace, int64_t items) {
     Workspace parts;
+    parts.counter = kNoCounter;
     parts.finished = static_cast<unsigned*>(workspace);
     parts.sequence_sums = reinterpret_cast<SequenceSums*>(static_cast<char*>(workspace) + kCounterBytes);
     parts.loss_sums = reinterpret_cast<LossSums<float>*>(parts.sequence_sums + items);
@@ -26,11 +27,11 @@ size_t r1kernels_grpo_loss_cuda_workspace(const R1kernelsGrpo* call) {
 int r1kernels_grpo_loss_cuda(const R1kernelsGrpo* call, void* workspace, void* stream) {
     const int64_t items = r1kernels_grpo_items(*call, kChunk);
     if (items > INT32_MAX) return cudaErrorInvalidValue;
-    const Workspace parts = parts_of(workspace, items);
+    Workspace parts = parts_of(workspace, items);
     int code = cudaSuccess;
     if (r1kernels_grpo_needs_first_pass(*call) && items > 0) {
         code = launch(first_kernel, items, kThreads, block_reduce_bytes<SequenceSums>(kThreads), stream, *call, parts);
-    } else {
+    } else if ((parts.counter = counter_of(stream)) == kNoCounter) {
         code = cudaMemsetAsync(parts.finished, 0, sizeof(unsigned), static_cast<cudaStream_t>(stream));
     }
     if (code != cudaSuccess) return code;

@@ -66,7 +66,7 @@ R1KERNELS_TERM Item item_of(const R1kernelsGrpo& call, int64_t number, int64_t c
     item.chunk = number - first_item(call, item.sequence, chunk);
     item.begin = begin + item.chunk * chunk;
     item.end = item.begin + chunk < end ? item.begin + chunk : end;
-    if (item.begin > item.end) item.begin = item.end;
+    if (item.chunk < 0 || item.begin > item.end) item.begin = item.end;  // before the first boundary, or behind the last
     return item;
 }
 

@@ -1,7 +1,7 @@
 // Launchers of the CUDA kernels of the log-prob ops. Plain C types only: a caller needs neither nvcc nor a CUDA header.
 //
 // Every launcher enqueues on `stream` (a cudaStream_t) of the current device, does not wait for it, and returns
-// cudaGetLastError() as an int: 0 is success. Arguments are trusted: the caller has checked them.
+// a cudaError_t as an int: 0 is success. Arguments are trusted: the caller has checked them.
 #pragma once
 
 #include <cstdint>

@@ -9,6 +9,8 @@ namespace py = pybind11;
 
 namespace {
 
+void* current_stream = nullptr;
+
 template <class Pointer>
 Pointer address(const py::dict& fields, const char* name) {
     return reinterpret_cast<Pointer>(fields[name].cast<uintptr_t>());
@@ -60,14 +62,14 @@ R1kernelsGrpo grpo_call(const py::dict& fields) {
 
 int forward(const py::dict& fields) {
     const R1kernelsGrpo call = grpo_call(fields);
-    return r1kernels_grpo_loss_cuda(&call, address<void*>(fields, "workspace"), nullptr);
+    return r1kernels_grpo_loss_cuda(&call, address<void*>(fields, "workspace"), current_stream);
 }
 
 int backward(const py::dict& fields, uintptr_t grad_loss, uintptr_t to_logp, uintptr_t to_entropy) {
     R1kernelsGrpo call = grpo_call(fields);
     return r1kernels_grpo_loss_cuda_backward(&call, reinterpret_cast<const float*>(grad_loss), call.grad_of_ratio,
                                              call.grad_logp, call.grad_entropy, reinterpret_cast<float*>(to_logp),
-                                             reinterpret_cast<float*>(to_entropy), nullptr);
+                                             reinterpret_cast<float*>(to_entropy), current_stream);
 }
 
 size_t workspace_bytes(const py::dict& fields) {
@@ -93,6 +95,18 @@ int advantages(const py::dict& fields) {
 
 PYBIND11_MODULE(grpo_loss, m) {
     m.def("set_seed", &emulator::set_seed);
+    // streams are numbers; launches and memsets are those since the last question
+    m.def("set_stream", [](uintptr_t stream) { current_stream = reinterpret_cast<void*>(stream); });
+    m.def("set_capture", [](bool on) {
+        emulated_capture = on ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    });
+    m.def("launches_and_memsets", [] {
+        return std::pair{std::exchange(emulated_launches, 0), std::exchange(emulated_memsets, 0)};
+    });
+    m.def("counter_of", [](uintptr_t stream) { return r1kernels::counter_of(reinterpret_cast<void*>(stream)); });
+    m.def("counters", [] {
+        return py::memoryview::from_buffer(r1kernels::stream_counters, {r1kernels::kCountedStreams}, {sizeof(unsigned)});
+    });
     m.def("forward", &forward);
     m.def("backward", &backward);
     m.def("workspace_bytes", &workspace_bytes);

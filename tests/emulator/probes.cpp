@@ -109,5 +109,10 @@ PYBIND11_MODULE(probes, m) {
     def("ballot", ballot);
     m.def("copy_to_an_odd_address", &copy_to_an_odd_address);
     m.def("block_order", &block_order);
+    m.def("launch_after_an_error", [] {
+        float counter = 0, order;
+        emulated_last_error = cudaErrorInvalidValue;
+        return launch(arrival, 1, 32, 0, nullptr, &counter, &order);
+    });
     m.def("launch_too_large", [] { return launch(arrival, 1, 2048, 0, nullptr, nullptr, nullptr); });
 }

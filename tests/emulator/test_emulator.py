@@ -96,3 +96,7 @@ def test_blocks_run_in_an_order_that_follows_the_seed(probes):
 
 def test_a_block_that_no_gpu_takes_is_an_error_code(probes):
     assert probes.launch_too_large() == 9
+
+
+def test_an_error_of_another_call_is_not_that_of_a_launch(probes):
+    assert probes.launch_after_an_error() == 0

@@ -102,6 +102,73 @@ class TestGrpoLossCuda(GrpoLossKernel):
     pass
 
 
+def results_on(module, stream, changes):
+    """Metrics and gradients of a call on a stream, a number; its launches and memsets."""
+    arguments, keywords = random_call(1, 3, 2100)
+    module.set_stream(stream)
+    module.launches_and_memsets()
+    output, grads = gradients(
+        lambda *v, **o: on_backend("cuda", *v, **o), arguments, keywords | changes, upstream=0.5
+    )
+    module.set_stream(0)
+    return (output.metrics.tensor, *grads), module.launches_and_memsets()
+
+
+def assert_same(results, others):
+    assert all(same_bits(one, other) for one, other in zip(results, others, strict=True))
+
+
+WITHOUT_SUMS = {"reduction": "token", "num_tokens": 99.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "launches"), [({}, 2), ({"ratio": "sequence"}, 2), (WITHOUT_SUMS, 1), ({"weights": 1.0}, 1)]
+)
+def test_a_loss_is_one_launch_and_another_before_it_for_sums(module, backend, changes, launches):
+    """The counter of blocks takes none: the last block sets it back."""
+    if "weights" in changes:
+        changes = {"weights": torch.full((3, 2100), 1.0)}
+    first, _ = results_on(module, 0, changes)
+    for _ in range(2):
+        results, asked = results_on(module, 0, changes)
+        assert asked == (launches + 1, 0)  # and the backward
+        assert_same(results, first)
+
+
+def test_streams_count_their_blocks_apart(module, backend):
+    alone, _ = results_on(module, 1, WITHOUT_SUMS)
+    counters = module.counters()
+    counters[module.counter_of(1)] = 2  # blocks have finished of a kernel that runs there
+    others, _ = results_on(module, 2, WITHOUT_SUMS)
+    assert counters[module.counter_of(1)] == 2
+    counters[module.counter_of(1)] = 0
+    assert_same(others, alone)
+
+
+def test_a_graph_counts_in_memory_of_its_own(module, backend):
+    """It may run at the same time as what the stream that captured it does by then."""
+    eager, _ = results_on(module, 1, WITHOUT_SUMS)
+    counters = module.counters()
+    counters[module.counter_of(1)] = 2
+    module.set_capture(True)
+    captured, asked = results_on(module, 1, WITHOUT_SUMS)
+    module.set_capture(False)
+    assert asked == (2, 1) and counters[module.counter_of(1)] == 2
+    counters[module.counter_of(1)] = 0
+    assert_same(captured, eager)
+
+
+def test_streams_without_a_counter_are_served(module, backend):
+    expected, _ = results_on(module, 0, WITHOUT_SUMS)
+    numbers = [module.counter_of(stream) for stream in range(200)]
+    assert numbers == [module.counter_of(stream) for stream in range(200)]
+    having = [number for number in numbers if number >= 0]
+    assert sorted(having) == list(range(len(module.counters())))
+    results, asked = results_on(module, 199, WITHOUT_SUMS)
+    assert numbers[199] < 0 and asked == (2, 1)
+    assert_same(results, expected)
+
+
 @pytest.mark.parametrize("ratio", ["token", "output"])
 def test_no_order_of_threads_or_blocks_moves_a_bit(module, backend, ratio):
     """A missing barrier or fence between the blocks shows as a difference between two orders."""
@@ -131,6 +198,18 @@ def test_wrong_boundaries_read_and_write_nothing_outside(backend, monkeypatch):
         lambda *v, **o: on_backend(backend, *v, **o), (logp, old, advantages, mask), keywords
     )
     assert not grads[0][30:].any() and grads[0][:30].any()
+
+
+def test_tokens_before_the_first_boundary_count_nowhere(backend, monkeypatch):
+    monkeypatch.setattr("r1kernels.checks.values_visible", lambda *tensors: False)
+    logp = -torch.rand(5000, generator=torch.Generator().manual_seed(16))
+    mask = torch.ones(5000, dtype=torch.bool)
+    keywords = {"cu_seqlens": torch.tensor([3000, 4100, 5000])}
+    output, grads = gradients(
+        lambda *v, **o: on_backend(backend, *v, **o), (logp, logp, torch.ones(2), mask), keywords
+    )
+    assert output.metrics["num_tokens"] == 2000
+    assert not grads[0][:3000].any() and grads[0][3000:].all()
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,9 @@ def test_a_side_stream_is_respected(backend):
     assert_same(results, expected)
 
 
-def test_two_streams_at_once_do_not_share_a_counter(backend):
-    calls = [gpu_call(seed, 9001) for seed in range(2)]
+@pytest.mark.parametrize("changes", CALLS, ids=str)
+def test_two_streams_at_once_do_not_share_a_counter(backend, changes):
+    calls = [gpu_call(seed, 9001, **changes) for seed in range(2)]
     expected = [run(backend, *call) for call in calls]
     streams = [torch.cuda.Stream() for _ in calls]
     torch.cuda.synchronize()

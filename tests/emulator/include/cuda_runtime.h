@@ -123,6 +123,11 @@ Value atomicAdd(Value* address, Value value) {
     return atomicExch(address, static_cast<Value>(*address + value));
 }
 
+// Counts up to `last`, behind which comes 0.
+inline unsigned atomicInc(unsigned* address, unsigned last) {
+    return atomicExch(address, *address >= last ? 0 : *address + 1);
+}
+
 template <class Value>
 Value atomicMax(Value* address, Value value) {
     return atomicExch(address, std::max(*address, value));
@@ -156,8 +161,25 @@ inline cudaError_t emulated_last_error = cudaSuccess;
 
 inline cudaError_t cudaGetLastError() { return std::exchange(emulated_last_error, cudaSuccess); }
 
+// What a host has asked the device for.
+inline int emulated_launches = 0, emulated_memsets = 0;
+
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+    ++emulated_memsets;
     memset(memory, value, bytes);
+    return cudaSuccess;
+}
+
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+inline cudaStreamCaptureStatus emulated_capture = cudaStreamCaptureStatusNone;
+
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+    *status = emulated_capture;
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+    *id = reinterpret_cast<uintptr_t>(stream);
     return cudaSuccess;
 }
 
@@ -184,6 +206,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         config->dynamicSmemBytes > emulator::kMaxSharedBytes) {
         return emulated_last_error = cudaErrorInvalidConfiguration;
     }
+    ++emulated_launches;
     dim3 grid = config->gridDim;
     grid.x = std::min(grid.x, emulator::max_blocks);
     emulator::run_grid(grid, block, config->dynamicSmemBytes, [=] { kernel(arguments...); });
