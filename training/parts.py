@@ -17,7 +17,6 @@ from training.run_dir import APPEND_ONLY, PROFILE, StageDir
 
 # operations of the largest part that ranks do apart: one that has no more to do waits for the others' last ones
 APART = 2**42
-FIXED = 0.3  # of the time of a small model's step, what does not shrink with its tokens (docs/scaling.md)
 _ENDED = "ended.json"
 
 
@@ -107,9 +106,8 @@ def run_parts(
 
     left = [name for name in names if name not in finished]
     weights = [operations(name) for name in left] if operations and _may_be_apart(context) else []
-    uneven = 1 + FIXED * (ranks.world() - 1)  # more of an equal part takes longer than all parts together
-    if weights and max(weights) <= APART and ranks.even(weights, uneven):
-        for name, metrics in zip(left, ranks.apart(do_apart, left, weights, uneven), strict=True):
+    if weights and max(weights) <= APART and ranks.even(weights):
+        for name, metrics in zip(left, ranks.apart(do_apart, left, weights), strict=True):
             take(name, metrics)
     else:
         for name in left:

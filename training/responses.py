@@ -7,12 +7,12 @@ becomes a `Sample` for rewards and filters, and the data row that says where a r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from training import checkpoint, engines, notices, prompts, seeding, sources
 from training.context import StageContext
@@ -32,6 +32,9 @@ from training.tasks.problem import Problem, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # Checkpoints that know the R1-Zero template; all later ones answer the plain chat prompt.
 ZERO_PROMPT = ("base", "zero")
@@ -200,29 +203,40 @@ def draw(
 
 
 def draw_each(calls: Sequence[Mapping[str, Any]], **same: Any) -> list[list[Completion]]:
-    """`draw` with each of the `calls`, no two of them alike, its arguments beside `same`. Ranks make whole calls where these are
-    short and divide evenly: of a short call, half the problems take more than half the time."""
-
-    def made(call: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[Completion]]:
-        told: list[tuple[str, str]] = []
-        with notices.listening(lambda kind, text: told.append((kind, text))):
-            return told, draw(**call, **same)
-
+    """`draw` with each of the `calls`, no two of them alike, its arguments beside `same`; see `sampled_apart`."""
     tokens = [
         float(len(call["asked"]) * how["samples"] * how["max_new_tokens"])
         for call in calls
         for how in [{**same, **call}]
     ]
+    rollouts = [call["source"].rollout for call in calls]
+    return sampled_apart(lambda call: draw(**call, **same), calls, tokens, rollouts)
+
+
+def sampled_apart(
+    work: Callable[[T], R], items: Sequence[T], tokens: Sequence[float], rollouts: Iterable[Rollout]
+) -> list[R]:
+    """`work` of each item, in order, which samples at most so many `tokens`. Ranks do whole items where these are short and divide
+    evenly: of a short call, half the problems take more than half the time.
+
+    work: returns what can be pickled. rollouts: of the engines that draw.
+    """
+
+    def heard(item: T) -> tuple[list[tuple[str, str]], R]:
+        told: list[tuple[str, str]] = []
+        with notices.listening(lambda kind, text: told.append((kind, text))):
+            return told, work(item)
+
     # rank 0 alone speaks to a server
-    in_process = all(call["source"].rollout.engine == "transformers" for call in calls)
-    if in_process and max(tokens, default=0.0) <= APART:
-        found = ranks.apart(made, calls, tokens)
-    else:
-        found = [made(call) for call in calls]
+    in_process = all(each.engine == "transformers" for each in rollouts)
+    short = max(tokens, default=0.0) <= APART
+    if ranks.world() == 1 or not (in_process and short and ranks.even(tokens)):
+        return [work(item) for item in items]
+    found = ranks.apart(heard, items, tokens)
     for told, _ in found:
         for kind, text in told:
             notices.warn(kind, text)
-    return [drawn for _, drawn in found]
+    return [result for _, result in found]
 
 
 def as_sample(completion: Completion, response_format: str) -> Sample:

@@ -31,7 +31,8 @@ BUCKET = (
     2**25
 )  # gradients in one sum: those of a small model stand in one, a large one needs no second copy of all
 
-UNEVEN = 1.05  # of an equal part, the most that a rank may have where no item is divided
+# of the time of a small model's pass or decode step, what does not shrink with its tokens (docs/scaling.md)
+FIXED = 0.25
 
 _queues = itertools.count()  # numbers of those of `apart`, the same on all ranks
 _alone = False  # this rank does something by itself
@@ -153,21 +154,19 @@ def spread(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> li
     return [each for part in gather(list(work(items[own.start : own.stop]))) for each in part]
 
 
-def even(weights: Sequence[float], uneven: float) -> bool:
-    """Whether no rank gets more than `uneven` times an equal part of items of these weights, none of which is divided."""
+def even(weights: Sequence[float]) -> bool:
+    """Whether ranks that do whole items of these weights take no longer than if they did all of them together, a part of each."""
     loads = [0.0] * world()
     for weight in sorted(weights, reverse=True):
         heapq.heapreplace(loads, loads[0] + weight)
-    return max(loads) <= uneven * sum(loads) / world()
+    return max(loads) <= (FIXED + (1 - FIXED) / world()) * sum(loads)
 
 
-def apart(
-    work: Callable[[T], R], items: Sequence[T], weights: Sequence[float], uneven: float = UNEVEN
-) -> list[R]:
+def apart(work: Callable[[T], R], items: Sequence[T], weights: Sequence[float]) -> list[R]:
     """`work` of each item, in order; its results can be pickled. Ranks do whole items, each by itself as one process would,
     the next that is left and heaviest, where the weights are `even`; else all do one item after the other together.
     """
-    if world() == 1 or not even(weights, uneven):
+    if world() == 1 or not even(weights):
         return [work(each) for each in items]
     order = sorted(range(len(items)), key=lambda index: -weights[index])
     queue, done = f"r1kernels/apart/{next(_queues)}", {}

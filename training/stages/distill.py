@@ -176,20 +176,26 @@ def _teach(context: StageContext) -> Selection:
     teacher = responses.load_source(name, context.checkpoint(config.teacher), context.recipe)
     tasks = responses.tasks(context.recipe)
     settings = filters.Settings(task=tasks, paragraph_words=context.recipe.rejection.paragraph_words)
+
+    def taught(part: tuple[list[Problem], str]) -> Selection:
+        problems, checked_by = part
+        drawn = _draw(
+            context,
+            teacher,
+            problems,
+            samples=config.samples,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+        )
+        return select(drawn, teacher, seed, config.filters, settings, checked_by=checked_by)
+
+    kinds = {"rule": ("reasoning",), "oracle": ("helpful", "unsafe")}
+    parts = [(problems, by) for by, of in kinds.items() if (problems := _prompts(context, of))]
+    tokens = [float(len(problems) * config.samples * config.max_new_tokens) for problems, _ in parts]
     found = Selection()
-    for kinds, checked_by in ((("reasoning",), "rule"), (("helpful", "unsafe"), "oracle")):
-        problems = _prompts(context, kinds)
-        if problems:
-            drawn = _draw(
-                context,
-                teacher,
-                problems,
-                samples=config.samples,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                top_k=config.top_k,
-            )
-            found.add(select(drawn, teacher, seed, config.filters, settings, checked_by=checked_by))
+    for selection in responses.sampled_apart(taught, parts, tokens, [teacher.rollout]):
+        found.add(selection)
     return found
 
 

@@ -61,7 +61,9 @@ def _collect(context: StageContext, split: str) -> list[dict[str, Any]]:
     asked = responses.choose(pool, count, seed, context.name, split)
     candidates: list[tuple[Sample, bool, str]] = []
     rows = {}
-    for stage in config.samples_from:
+
+    def collected(stage: str) -> list[tuple[Sample, bool, dict[str, Any]]]:
+        """Responses of a checkpoint, whether they are right, and their rows."""
         source = responses.load_source(stage, context.inputs[stage].path / "checkpoint", context.recipe)
         drawn = responses.draw(
             source,
@@ -72,11 +74,17 @@ def _collect(context: StageContext, split: str) -> list[dict[str, Any]]:
             max_new_tokens=config.max_new_tokens,
             seed_parts=(seed, context.name, split),
         )
-        for completion in drawn:
-            sample = responses.as_sample(completion, source.response_format)
-            right = rewards.accuracy(sample, tasks).value == 1.0
+        samples = [responses.as_sample(completion, source.response_format) for completion in drawn]
+        right = [rewards.accuracy(sample, tasks).value == 1.0 for sample in samples]
+        own = [responses.row(completion, source, seed) for completion in drawn]
+        return list(zip(samples, right, own, strict=True))
+
+    tokens = [float(len(asked) * config.samples * config.max_new_tokens)] * len(config.samples_from)
+    found = responses.sampled_apart(collected, config.samples_from, tokens, [context.recipe.rollout])
+    for stage, collection in zip(config.samples_from, found, strict=True):
+        for sample, right, row in collection:
             candidates.append((sample, right, stage))
-            rows[stage, sample.problem.id, sample.sample_id] = responses.row(completion, source, seed)
+            rows[stage, sample.problem.id, sample.sample_id] = row
     chosen = balance(candidates, (seed, context.name, split))
     if not chosen:
         chosen = list({(each[0].problem.id, each[0].text): each for each in candidates}.values())

@@ -69,24 +69,48 @@ def run(context: StageContext) -> dict[str, Any]:
 def _collect(context: StageContext, split: str) -> list[dict[str, Any]]:
     """Rows of responses to helpful and unsafe problems of a split, each with the oracle's label."""
     config, seed = context.config, context.recipe.seed
-    rows = []
-    for stage in config.samples_from:
-        source = responses.load_source(stage, context.inputs[stage].path / "checkpoint", context.recipe)
-        for kind, samples in (("helpful", config.samples), ("unsafe", config.unsafe_samples)):
-            pool = responses.problems(context.recipe, split, (kind,))
-            drawn = responses.draw(
-                source,
-                responses.choose(pool, config.prompts, seed, context.name, split, kind),
-                context=context,
-                samples=samples,
-                temperature=config.temperature,
-                max_new_tokens=config.max_new_tokens,
-                seed_parts=(seed, context.name, split),
-            )
-            for completion in drawn:
-                label = preferences.oracle(completion.problem, parse(completion.text, source.response_format))
-                rows.append(responses.row(completion, source, seed, label=label))
-    return rows
+    asked = {
+        kind: responses.choose(
+            responses.problems(context.recipe, split, (kind,)),
+            config.prompts,
+            seed,
+            context.name,
+            split,
+            kind,
+        )
+        for kind in MODELS.values()
+    }
+    samples = {"helpful": config.samples, "unsafe": config.unsafe_samples}
+    # a call each: of each checkpoint, to the problems of each kind
+    calls = [(stage, kind) for stage in config.samples_from for kind in asked]
+    source_of = functools.lru_cache(maxsize=1)(functools.partial(_source, context))
+
+    def collected(call: tuple[str, str]) -> list[dict[str, Any]]:
+        stage, kind = call
+        source = source_of(stage)
+        drawn = responses.draw(
+            source,
+            asked[kind],
+            context=context,
+            samples=samples[kind],
+            temperature=config.temperature,
+            max_new_tokens=config.max_new_tokens,
+            seed_parts=(seed, context.name, split),
+        )
+        labels = [
+            preferences.oracle(each.problem, parse(each.text, source.response_format)) for each in drawn
+        ]
+        return [
+            responses.row(each, source, seed, label=label) for each, label in zip(drawn, labels, strict=True)
+        ]
+
+    tokens = [float(len(asked[kind]) * samples[kind] * config.max_new_tokens) for _, kind in calls]
+    found = responses.sampled_apart(collected, calls, tokens, [context.recipe.rollout])
+    return [row for rows in found for row in rows]
+
+
+def _source(context: StageContext, stage: str) -> responses.Source:
+    return responses.load_source(stage, context.inputs[stage].path / "checkpoint", context.recipe)
 
 
 def _data(context: StageContext, file: str, name: str) -> list[Pair] | list[Point]:

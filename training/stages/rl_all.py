@@ -64,8 +64,14 @@ def run(context: StageContext) -> dict[str, Any]:
         )
     trained = save_policy(policy, tokenizer, context, responses.style_of(context.name, context.recipe))
     name = config.start if config.start in context.inputs else "start"
-    before = score_unseen(context, responses.load_source(name, start, context.recipe), scorers)
-    after = score_unseen(context, responses.load_source("rl_all", trained, context.recipe), scorers)
+    unseen = responses.problems(context.recipe, "test", TERM_OF)
+    tokens = [float(len(unseen) * UNSEEN_SAMPLES * config.max_new_tokens)] * 2
+    before, after = responses.sampled_apart(
+        lambda asked: score_unseen(context, responses.load_source(*asked, context.recipe), scorers),
+        [(name, start), ("rl_all", trained)],
+        tokens,
+        [context.recipe.rollout],
+    )
     return {
         **metrics,
         **{f"unseen/{name}/before": value for name, value in before.items()},
