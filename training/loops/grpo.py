@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -37,7 +36,7 @@ from training.profile import profiled
 from training.prompts import Prompter
 from training.recipe import Grpo
 from training.response import parse
-from training.rewards import Sample, Scored
+from training.rewards import Reward, Sample, Scored
 from training.tasks.problem import Problem
 
 # Metrics of a step beside its bar.
@@ -185,7 +184,7 @@ def _step(run: _Run, step: int) -> dict[str, Any]:
         clock.mark("rollout")
         sampled += drawn
         metrics = staleness(sampled, step, context.recipe.rollout)
-        scored += ranks.spread(partial(_reward, run, step), drawn)
+        scored += _reward(run, step, drawn)
         clock.mark("reward")
         keep = _kept(sampled, scored, config)
         if len(keep) >= config.prompts * config.group_size:
@@ -252,7 +251,14 @@ def _step(run: _Run, step: int) -> dict[str, Any]:
 
 
 def _reward(run: _Run, step: int, drawn: Sequence[Completion]) -> list[Scored]:
-    return run.reward(step, [_as_sample(each, run.context.recipe.response_format) for each in drawn])
+    samples = [_as_sample(each, run.context.recipe.response_format) for each in drawn]
+
+    def reward(own: Sequence[Sample]) -> list[tuple[float | None, dict[str, Reward]]]:
+        # without the samples, which every rank has
+        return [(scored.total, scored.parts) for scored in run.reward(step, list(own))]
+
+    found = ranks.spread(reward, samples)
+    return [Scored(sample, total, parts) for sample, (total, parts) in zip(samples, found, strict=True)]
 
 
 def _as_sample(completion: Completion, response_format: str) -> Sample:
