@@ -1,4 +1,8 @@
 // The scheduler of the emulator: blocks one after another, the threads of a block as fibers that run until they wait.
+// A fiber starts by setcontext and is left and resumed by longjmp: swapcontext would call the kernel each time.
+#undef _FORTIFY_SOURCE  // which takes a jump to another stack for a mistake
+
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <exception>
@@ -7,6 +11,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -38,11 +43,13 @@ struct Copy {
 
 struct Fiber {
     enum State { kReady, kAtBarrier, kAtWarp, kWaiting, kDone };
-    ucontext_t context;
+    ucontext_t start;
+    jmp_buf here;  // where it waits
     uint3 index;
     int warp, lane;
     State state;
-    std::string waits_for;  // a barrier's place in the source, or a warp operation
+    bool started = false;
+    std::string_view waits_for;  // a barrier's place in the source, or a warp operation
     std::function<bool()> ready;  // what a waiting thread waits for
     std::vector<std::vector<Copy>> copies = {{}};  // by group; the last one is still open
 };
@@ -51,7 +58,7 @@ struct Fiber {
 struct Meeting {
     WarpValues arriving, result;
     uint32_t arrived = 0;
-    std::string operation;
+    std::string_view operation;
 };
 
 class Block {
@@ -65,16 +72,15 @@ public:
             fiber.warp = i / kWarpSize;
             fiber.lane = i % kWarpSize;
             fiber.state = Fiber::kReady;
-            getcontext(&fiber.context);
-            fiber.context.uc_stack.ss_sp = stacks + i * kStackBytes;
-            fiber.context.uc_stack.ss_size = kStackBytes;
-            fiber.context.uc_link = &scheduler_;
-            makecontext(&fiber.context, &Block::enter, 0);
+            getcontext(&fiber.start);
+            fiber.start.uc_stack.ss_sp = stacks + i * kStackBytes;
+            fiber.start.uc_stack.ss_size = kStackBytes;
+            makecontext(&fiber.start, &Block::enter, 0);
         }
     }
 
     void run(std::mt19937_64& random);
-    void wait(Fiber::State state, std::string reason);
+    void wait(Fiber::State state, std::string_view reason);
     // Ends the grid with an error, from inside a thread that cannot throw.
     void stop(const std::string& message) {
         error_ = std::make_exception_ptr(EmulatorError(message));
@@ -106,7 +112,7 @@ private:
     const std::function<void()>& kernel_;
     std::vector<Fiber> fibers_;
     std::map<std::pair<int, uint32_t>, Meeting> meetings_;
-    ucontext_t scheduler_;
+    jmp_buf scheduler_;
     Fiber* running_ = nullptr;
     std::exception_ptr error_;
 };
@@ -123,20 +129,24 @@ void Block::enter() {
         block.error_ = std::current_exception();
     }
     block.running_->state = Fiber::kDone;
+    _longjmp(block.scheduler_, 1);
 }
 
 void Block::resume(Fiber& fiber) {
     running_ = &fiber;
     threadIdx = fiber.index;
-    swapcontext(&scheduler_, &fiber.context);
+    if (_setjmp(scheduler_) == 0) {
+        if (std::exchange(fiber.started, true)) _longjmp(fiber.here, 1);
+        setcontext(&fiber.start);
+    }
     if (error_) std::rethrow_exception(error_);
 }
 
-void Block::wait(Fiber::State state, std::string reason) {
+void Block::wait(Fiber::State state, std::string_view reason) {
     Fiber& fiber = *running_;
     fiber.state = state;
-    fiber.waits_for = std::move(reason);
-    swapcontext(&fiber.context, &scheduler_);
+    fiber.waits_for = reason;
+    if (_setjmp(fiber.here) == 0) _longjmp(scheduler_, 1);
 }
 
 // A warp runs until all its lanes wait for other warps: the farther warps drift apart, the more a missing barrier shows.
@@ -188,7 +198,9 @@ void Block::release_barrier() {
 
 std::string Block::where_threads_are() const {
     std::map<std::string, int> counts;
-    for (const Fiber& fiber : fibers_) ++counts[fiber.state == Fiber::kDone ? "exited" : "at " + fiber.waits_for];
+    for (const Fiber& fiber : fibers_) {
+        ++counts[fiber.state == Fiber::kDone ? "exited" : "at " + std::string(fiber.waits_for)];
+    }
     std::string text;
     for (const auto& [place, count] : counts) {
         text += (text.empty() ? "" : ", ") + std::to_string(count) + " threads " + place;
@@ -231,9 +243,7 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
     }
 }
 
-void sync_threads(const char* file, int line) {
-    current_block->wait(Fiber::kAtBarrier, std::string("__syncthreads at ") + file + ":" + std::to_string(line));
-}
+void sync_threads(const char* place) { current_block->wait(Fiber::kAtBarrier, place); }
 
 int lane() { return current_block->running().lane; }
 
@@ -249,7 +259,7 @@ WarpValues exchange(uint32_t mask, uint64_t value, const char* operation) {
     Meeting& meeting = block.meeting(mask);
     if (meeting.arrived == 0) meeting.operation = operation;
     if (meeting.operation != operation) {
-        throw EmulatorError("lanes of a warp meet in " + meeting.operation + " and in " + operation);
+        throw EmulatorError("lanes of a warp meet in " + std::string(meeting.operation) + " and in " + operation);
     }
     meeting.arriving[lane()] = value;
     meeting.arrived |= self;

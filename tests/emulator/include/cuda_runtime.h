@@ -35,7 +35,9 @@ struct alignas(16) float4 {
 using std::max;
 using std::min;
 
-#define __syncthreads() ::emulator::sync_threads(__FILE__, __LINE__)
+#define EMULATED_TEXT(number) #number
+#define EMULATED_PLACE(file, line) file ":" EMULATED_TEXT(line)
+#define __syncthreads() ::emulator::sync_threads("__syncthreads at " EMULATED_PLACE(__FILE__, __LINE__))
 
 // --- warps ---
 

@@ -47,7 +47,7 @@ void set_seed(uint64_t seed);
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
 // What a kernel calls.
-void sync_threads(const char* file, int line);
+void sync_threads(const char* place);
 // Waits until all lanes of `mask` have come; every lane's value.
 WarpValues exchange(uint32_t mask, uint64_t value, const char* operation);
 int lane();
