@@ -21,6 +21,7 @@ from .logprob import (
     linear_grouped_logprobs,
     linear_logprobs,
     linear_topk_divergence,
+    sample_tokens,
     token_logprobs,
     topk_divergence,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "route",
     "router_logits",
     "router_z_loss",
+    "sample_tokens",
     "sequence_balance_loss",
     "set_backend",
     "set_strict",

@@ -55,6 +55,7 @@ def calls(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dic
         ),
         "topk_divergence": ((normal(B, T, V), teacher_ids, teacher_logp), {}),
         "linear_topk_divergence": ((normal(B, T, H), normal(V, H), teacher_ids, teacher_logp), {}),
+        "sample_tokens": ((normal(N, V), torch.linspace(0, 0.9, N, dtype=torch.float64, device=device)), {}),
         "group_advantages": ((advantages,), {"group_size": 2}),
         "grpo_loss": ((logp, None, advantages, mask), {}),
         "linear_grpo_loss": ((normal(B, T, H), normal(V, H), targets, None, advantages, mask), {}),

@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 LOGPROB = [
     "test_cpu_kernel.py",
     "test_row_ops.py",
+    "test_sample_tokens.py",
     "test_linear_logprobs.py::test_low_precision_inputs_are_as_exact_as_eager",
     "test_linear_divergence.py::test_it_keeps_its_digits_where_logits_lead",
 ]

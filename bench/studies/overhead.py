@@ -26,7 +26,7 @@ from r1kernels import examples
 
 LEADING = {
     "grpo_loss": 1, "linear_grpo_loss": 2, "linear_divergence": 2, "linear_topk_divergence": 2, "topk_divergence": 1,
-    "group_advantages": 0, "update_router_bias": 0, "decode_attention": 0,
+    "group_advantages": 0, "update_router_bias": 0, "decode_attention": 0, "sample_tokens": 0,
 }  # fmt: skip
 """How many of the first arguments of a sample call have a gradient, where not all floating-point ones have."""
 

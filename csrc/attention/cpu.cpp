@@ -118,8 +118,17 @@ void weigh_all(const Span<T>* spans, int64_t span_count, const float* weights, f
     }
 }
 
+// Asks the memory for `count` vectors of `bytes` bytes, from the k-th on.
+inline void fetch(const Vectors& vectors, int64_t i, int64_t j, int64_t k, int64_t count, int64_t bytes) {
+    for (const int64_t end = k + count; k < end; ++k) {
+        const char* const vector = at<char>(vectors, i, j, k);
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(vector + byte, 0, 2);
+    }
+}
+
+// next: the row that follows, or -1; its own tokens, which no row before has read, are fetched meanwhile.
 template <typename T>
-void decode_row(const DecodeAttention& call, int64_t head, int64_t row, float* scratch) {
+void decode_row(const DecodeAttention& call, int64_t head, int64_t row, int64_t next, float* scratch) {
     const int64_t size = padded(call.key_size), last = call.level_count - 1;
     const DecodeLevel& own = call.levels[last];
     memcpy(at<T>(own.keys, row, head, own.lengths[row]), at<T>(call.key, row, head), call.key_size * sizeof(T));
@@ -157,6 +166,10 @@ void decode_row(const DecodeAttention& call, int64_t head, int64_t row, float* s
         for (int64_t t = 0; t < span.count; t += kLanes) {
             const int64_t some = span.count - t < kLanes ? span.count - t : kLanes;
             const T* keys = span.keys + t * span.key_stride;
+            if (next >= 0 && l == last) {
+                fetch(own.keys, next, head, t, some, call.key_size * static_cast<int64_t>(sizeof(T)));
+                fetch(own.values, next, head, t, some, call.value_size * static_cast<int64_t>(sizeof(T)));
+            }
             for (int64_t g = 0; g < call.group; ++g) {
                 // the next span, or -inf, takes the place of lanes that are too many
                 const float* const query = queries + g * size;
@@ -193,7 +206,8 @@ void decode_row(const DecodeAttention& call, int64_t head, int64_t row, float* s
 void decode(const DecodeAttention& call, int64_t head, int64_t first, int64_t last, void* scratch) {
     with_element(call.element, [&](auto zero) {
         for (int64_t row = first; row < last; ++row) {
-            decode_row<decltype(zero)>(call, head, row, static_cast<float*>(scratch));
+            const int64_t next = row + 1 < last ? row + 1 : -1;
+            decode_row<decltype(zero)>(call, head, row, next, static_cast<float*>(scratch));
         }
     });
 }

@@ -5,6 +5,7 @@
 #include "logprob/cpu_divergence.h"
 #include "logprob/cpu_forward.h"
 #include "logprob/cpu_kept.h"
+#include "logprob/cpu_sample.h"
 
 namespace r1kernels::R1KERNELS_ISA {
 
@@ -74,8 +75,15 @@ void gradient_of_divergence(const R1kernelsDivergence& call, const float* mean, 
     with_kind(call.kind, [&](auto kind) { divergence_gradient<kind.value>(call, mean, grad, to, begin, end); });
 }
 
+void sample(const SampleCall& call, double* ends, int64_t begin, int64_t end) {
+    with_element(call.element, [&](auto zero) {
+        for (int64_t row = begin; row < end; ++row) sample_row<decltype(zero)>(call, row, ends);
+    });
+}
+
 }  // namespace
 
+const SampleKernels sample_kernels = {sample};
 const DivergenceKernels divergence_kernels = {sums_of_divergence, gradient_of_divergence};
 const KeptKernels kept_kernels = {kept_products, kept_gradient_of_hidden, kept_gradient_of_weight};
 const LogprobKernels logprob_kernels = {reduce, finish, backward};

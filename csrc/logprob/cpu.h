@@ -70,8 +70,29 @@ struct DivergenceKernels {
                      int64_t end);
 };
 
+// Tokens that numbers in [0, 1) choose from rows of logits (V).
+struct SampleCall {
+    Element element;
+    const void* logits;  // (B, V)
+    int64_t vocabulary;
+    double temperature;
+    const double* uniform;  // (B)
+    int64_t* tokens;        // (B): written
+    double* logp;           // (B): written
+};
+
+constexpr int64_t kSampleBlock = 256;
+
+inline int64_t sample_blocks(int64_t vocabulary) { return (vocabulary + kSampleBlock - 1) / kSampleBlock; }
+
+struct SampleKernels {
+    // Rows [begin, end); ends: scratch for sample_blocks(V) numbers.
+    void (*sample)(const SampleCall& call, double* ends, int64_t begin, int64_t end);
+};
+
 R1KERNELS_DECLARE_TABLES(LogprobKernels, logprob_kernels)
 R1KERNELS_DECLARE_TABLES(KeptKernels, kept_kernels)
 R1KERNELS_DECLARE_TABLES(DivergenceKernels, divergence_kernels)
+R1KERNELS_DECLARE_TABLES(SampleKernels, sample_kernels)
 
 }  // namespace r1kernels

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens: from logits, from hidden states and the head, one by one or by completion."""
+"""Log-probabilities of chosen tokens: from logits, from hidden states and the head, one by one or by completion; choosing them."""
 
 from . import columns_tiles as columns_tiles  # implements kernels
 from . import cpu as cpu
@@ -11,6 +11,7 @@ from . import triton_linear as triton_linear
 from .divergence import linear_divergence
 from .grouped import GroupedLogprobs, grouped_logprobs, linear_grouped_logprobs
 from .linear import linear_logprobs
+from .sample import sample_tokens
 from .token import token_logprobs
 from .topk import linear_topk_divergence, topk_divergence
 
@@ -21,6 +22,7 @@ __all__ = [
     "linear_grouped_logprobs",
     "linear_logprobs",
     "linear_topk_divergence",
+    "sample_tokens",
     "token_logprobs",
     "topk_divergence",
 ]

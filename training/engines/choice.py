@@ -1,4 +1,4 @@
-"""Choosing a token: keyed uniform numbers, and the inverse of the cumulated probabilities at them.
+"""Choosing a token: keyed uniform numbers, and what top_p and top_k leave to choose from.
 
 B rows, V entries of the vocabulary.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 256  # entries of the vocabulary that are summed before anything is cumulated
+from r1kernels import sample_tokens
 
 
 def uniforms(keys: Sequence[int], count: int) -> Tensor:
@@ -47,30 +47,18 @@ def choose_tokens(
         top_p: below 1, only the most probable tokens whose probabilities sum to at least top_p stay.
         top_k: above 0, only that many most probable tokens stay, and those as probable as the last of them; before top_p.
 
-    Precision: probabilities are float32, their sums float64; a token of probability 0 is never chosen. A row depends on
-    itself alone, bitwise. No host sync on CUDA.
+    Precision: that of `r1kernels.sample_tokens`; a token of probability 0 is never chosen. A row depends on itself alone, bitwise. No host
+    sync on CUDA.
     """
     if temperature == 0:
         chosen = logits.argmax(dim=-1)
         return Choice(chosen, torch.zeros(chosen.shape, dtype=torch.float64, device=logits.device), None)
-    scaled = logits.float() / temperature
-    scaled -= scaled.amax(dim=-1, keepdim=True)
-    weights = truncated(scaled.exp(), top_p, top_k)
-    # Sums of blocks first: cumulating a large vocabulary in float64 costs more than all the rest.
-    missing = -weights.shape[-1] % BLOCK
-    blocks = torch.nn.functional.pad(weights, (0, missing)) if missing else weights
-    blocks = blocks.unflatten(-1, (-1, BLOCK))
-    sums = blocks.sum(dim=-1, dtype=torch.float64)
-    ends = sums.cumsum(dim=-1)
-    target = uniform.unsqueeze(-1) * ends[:, -1:]
-    block = (ends > target).int().argmax(dim=-1, keepdim=True)
-    inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(dim=-1)
-    behind = target - (ends - sums).gather(1, block)
-    # Where rounding lets the block end before the number, its last token that has a probability.
-    passed = (inside > behind) | (inside == inside[:, -1:])
-    chosen = block * BLOCK + passed.int().argmax(dim=-1, keepdim=True)
-    logp = scaled.gather(1, chosen).double() - ends[:, -1:].log()
-    return Choice(chosen.squeeze(1), logp.squeeze(1), weights > 0 if top_p < 1 or top_k > 0 else None)
+    kept = None
+    if top_p < 1 or top_k > 0:
+        scaled = logits.float() / temperature
+        kept = truncated((scaled - scaled.amax(dim=-1, keepdim=True)).exp(), top_p, top_k) > 0
+        logits = logits.masked_fill(~kept, -torch.inf)
+    return Choice(*sample_tokens(logits, uniform, temperature=temperature), kept)
 
 
 def truncated(weights: Tensor, top_p: float, top_k: int) -> Tensor:

@@ -192,11 +192,12 @@ class _Flight:
         self.head_routing: Tensor | None = None
         self.rows: list[_Row] = []
         self.nodes: list[_Prompt] = []  # of the level `shared`, by node
-        slots, most = min(params.batch_size, len(requests)), max(r.max_new_tokens for r in requests)
-        self.slots = slots
-        self.tokens = self._zeros((slots, most), torch.int64)
-        self.logp = self._zeros((slots, most), torch.float64)
-        self.uniform = self._zeros((slots, most), torch.float64)
+        self.slots = slots = min(params.batch_size, len(requests))
+        self.most = max(request.max_new_tokens for request in requests)
+        # a place more than a response has tokens, for those that are drawn when it has ended and no one has looked yet
+        self.tokens = self._zeros((slots, self.most + 1), torch.int64)
+        self.logp = self._zeros((slots, self.most + 1), torch.float64)
+        self.uniform = self._zeros((slots, self.most + 1), torch.float64)
         self.count = self._zeros((slots,), torch.int64)
         self.limit = self._zeros((slots,), torch.int64)
         self.done = self._zeros((slots,), torch.bool)
@@ -321,7 +322,7 @@ class _Flight:
         longest = self._longest(self.rows)
         # A row that has ended reads its last token again and again until someone looks: nothing of it changes.
         at = self.count[:n] - 1
-        self.own.make_room(self.slots, min(max(longest, FIRST_ROOM), self.tokens.shape[1]))
+        self.own.make_room(self.slots, min(max(longest, FIRST_ROOM), self.most))
         levels = [self.head, self.shared] if self.head_ids else [self.shared]
         current = TokenPass(self.own, levels, DecodeLayout(at, longest - 1, self.prefixes))
         ids = self.tokens[:n].gather(1, at[:, None]).squeeze(1)
@@ -332,7 +333,7 @@ class _Flight:
 
     def _longest(self, rows: Iterable[_Row]) -> int:
         """The most tokens that a response has; more where it has ended and no one has looked yet."""
-        return min(self.steps - min(row.since for row in rows) + 1, self.tokens.shape[1])
+        return min(self.steps - min(row.since for row in rows) + 1, self.most)
 
     def _shared_prefixes(self) -> list[SharedPrefix]:
         """What the rows in flight read of the head and of their prompts."""
@@ -344,20 +345,17 @@ class _Flight:
     def _draw(self, here: slice, logits: Tensor) -> None:
         """Chooses the next token of the rows `here` from logits (rows, V)."""
         count, done = self.count[here], self.done[here]
-        at = (count - done.long()).unsqueeze(1)  # a row that has ended draws its last token again
+        at = count.unsqueeze(1)
         uniform = self.uniform[here].gather(1, at).squeeze(1)
         chosen, logp, kept = choose_tokens(
             logits, uniform, self.params.temperature, self.params.top_p, self.params.top_k
         )
         if self.record_kept and kept is not None:
             self.unseen_sets.append((here.start, kept & ~done.unsqueeze(1)))
-        last = self.tokens[here].gather(1, at).squeeze(1)
-        self.tokens[here].scatter_(1, at, torch.where(done, last, chosen).unsqueeze(1))
-        last_logp = self.logp[here].gather(1, at).squeeze(1)
-        self.logp[here].scatter_(1, at, torch.where(done, last_logp, logp).unsqueeze(1))
-        count = count + (~done).long()
-        self.count[here] = count
-        self.done[here] = done | torch.isin(chosen, self.stops) | (count >= self.limit[here])
+        self.tokens[here].scatter_(1, at, chosen.unsqueeze(1))
+        self.logp[here].scatter_(1, at, logp.unsqueeze(1))
+        count += ~done
+        done |= torch.isin(chosen, self.stops) | (count >= self.limit[here])
 
     def _keep_routing(self, routing: Tensor | None, at: Tensor, longest: int) -> None:
         """Keeps the experts (layers, rows, K) of the tokens `at` of the rows in flight."""
