@@ -206,3 +206,25 @@ class TestAKernel:
             program = torch.export.export(module, (scale,))
         assert "moe_experts_cpu" in str(program.graph)
         torch.testing.assert_close(program.module()(scale).detach(), module(scale).detach())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kept": (torch.tensor([1, 2, 0, 3]), torch.tensor([0, 2, 4]))},
+        {"targets": torch.tensor([[1, 2], [3, 0]])},
+    ],
+    ids=["masked", "kept", "several"],
+)
+def test_entropies_where_logits_are_left_out_have_gradients_under_torch_func(options):
+    logits = torch.tensor([[0.5, 1.0, -1.0, -torch.inf], [2.0, -torch.inf, 0.0, 1.0]])
+    options = {"targets": torch.tensor([1, 3]), "return_entropy": True} | options
+
+    def entropy(z):
+        return r1kernels.token_logprobs(z, **options)[1].sum()
+
+    leaf = logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(entropy(leaf), leaf)
+    assert expected.isfinite().all() and expected.abs().amax(1).gt(0).all()
+    torch.testing.assert_close(torch.func.grad(entropy)(logits), expected)

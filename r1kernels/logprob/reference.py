@@ -57,8 +57,9 @@ def sums(x: Tensor, with_entropy: bool) -> Tensor:
     sum_others = torch.where(largest == -torch.inf, 0.0, sum_others)
     if not with_entropy:
         return torch.stack((largest, sum_others, torch.zeros_like(sum_others)))
-    # -inf logits have probability 0 and contribute 0, never 0 * inf
-    spread = torch.where(others > 0, others * -shifted, 0.0).sum(dim=-1)
+    # -inf logits have probability 0 and contribute 0, never 0 * inf, in the gradient by autograd neither
+    present = others > 0
+    spread = torch.where(present, others * -shifted.masked_fill(~present, 0.0), 0.0).sum(dim=-1)
     return torch.stack((largest, sum_others, spread))
 
 
