@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import r1kernels
 from bench.ops.cases import CASES
 from r1kernels import backends, examples, extension
+from tests.support.numerics import same_bits
 from tests.support.sample_calls import differentiable_call, first
 
 DOCS = "\n".join(page.read_text() for page in Path(__file__).parents[1].joinpath("docs").glob("*.md"))
@@ -48,6 +49,29 @@ def test_an_op_has_a_reference_an_explanation_and_a_page(op):
     text = r1kernels.explain(getattr(r1kernels, op), *args, **kwargs)
     assert all(f"  {backend}" in text for backend in backends.registered(op))
     assert f"`{op}" in DOCS, "docs/ says nothing of it"
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("op", EVERY)
+def test_torchs_default_dtype_changes_nothing(op, backend):
+    function, leaves = differentiable_call(op)
+
+    def run():
+        with r1kernels.use_backend(backend):
+            results = function(*leaves)
+        found = [
+            x for x in (results if isinstance(results, tuple) else (results,)) if isinstance(x, torch.Tensor)
+        ]
+        wanted = [x for x in found if x.requires_grad]
+        return [*found, *torch.autograd.grad([x.sum() for x in wanted], leaves)] if wanted else found
+
+    expected = run()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(same_bits(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("op", KERNELS)

@@ -187,7 +187,8 @@ def _matching_gate(experts: Any, scalars: dict[str, Any]) -> Gate | None:
     generator = torch.Generator("cpu").manual_seed(0)
     # some far out, where a clamp shows
     far = 10.0 * max([1.0, *limits])
-    pre = torch.randn(64, 64, generator=generator, device="cpu") * torch.linspace(0.1, far, 64, device="cpu")
+    pre = torch.randn(64, 64, generator=generator, device="cpu", dtype=torch.float32)
+    pre *= torch.linspace(0.1, far, 64, device="cpu", dtype=torch.float32)
     try:
         own = experts._apply_gate(pre.clone())
     except (AttributeError, RuntimeError, TypeError):  # weights of its own, say

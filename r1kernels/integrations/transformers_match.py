@@ -189,6 +189,8 @@ class _Trial:
     def __init__(self, router: nn.Module, experts: int) -> None:
         self.router, self.experts = router, experts
         self.generator = torch.Generator("cpu").manual_seed(0)
+        # in float32, whatever torch's default dtype is
+        self.normal = partial(torch.randn, generator=self.generator, dtype=torch.float32)
 
     def match(self) -> Match | str:
         parts = self._parts()
@@ -197,8 +199,12 @@ class _Trial:
         try:
             arguments = self._arguments()
             copied = _copy(self.router, self._random)
-            hidden = torch.randn(_TOKENS, _read(copied, parts.matrices[0]).shape[1], generator=self.generator)
-            hidden[:, 0] = _LOWEST * torch.rand(_TOKENS, generator=self.generator).sub(0.5).clamp(min=0) * 2
+            hidden = self.normal(_TOKENS, _read(copied, parts.matrices[0]).shape[1])
+            hidden[:, 0] = (
+                _LOWEST
+                * torch.rand(_TOKENS, generator=self.generator, dtype=torch.float32).sub(0.5).clamp(min=0)
+                * 2
+            )
             outputs, shape = _call(copied, hidden.requires_grad_(), arguments)
         except _Unknown as error:
             return str(error)
@@ -234,7 +240,7 @@ class _Trial:
         """Random values in the place of a parameter or buffer, so that logits spread over a few units."""
         if not tensor.is_floating_point():
             return torch.randint(self.experts, tensor.shape, generator=self.generator)
-        values = torch.randn(tensor.shape, generator=self.generator) * 0.5
+        values = self.normal(tensor.shape) * 0.5
         if tensor.ndim == 2 and tensor.shape[0] == self.experts and tensor.shape[1] > 1:
             values *= 4 / tensor.shape[1] ** 0.5
             values[:, 0] = 1.0  # the first hidden unit moves all logits of a token alike
@@ -246,7 +252,7 @@ class _Trial:
         if len(names) == 1:
             return ()
         if len(names) == 2 and "bias" in names[1]:
-            return (torch.randn(self.experts, generator=self.generator) * 0.5,)
+            return (self.normal(self.experts) * 0.5,)
         if len(names) == 2 and "ids" in names[1] and (table := self._table()):
             return (torch.randint(len(_read(self.router, table)), (_TOKENS,), generator=self.generator),)
         raise _Unknown(f"its forward takes {', '.join(names)}")
@@ -354,7 +360,7 @@ class _Trial:
     ) -> bool:
         """Whether a random sum of logits and weights has the same gradients."""
         parameters = [hidden, *copied.parameters()]
-        upstream = [torch.randn(own[0].shape, generator=self.generator) for _ in range(2)]
+        upstream = [self.normal(own[0].shape) for _ in range(2)]
         ours = found.logits(copied, hidden)
         routing = route(ours.float(), **found.options(copied, *arguments))
         our_weights = found.weights(copied, routing, ours, hidden)

@@ -85,7 +85,9 @@ def forward(engine: tiles.Engine, call: divergence.DivergenceCall) -> tuple[Tens
     slope = engine.empty(hidden, divergence.slope_shape(call), torch.float32)
     beside = tiles.scratch(engine, hidden, tiling.tokens, vocabulary)
     own = slope if call.save_logits else tiles.scratch(engine, hidden, tiling.tokens, vocabulary)
-    unit = torch.full((tiling.tokens,), UNIT, device=hidden.device) if weight.dtype == torch.float16 else None
+    unit = None
+    if weight.dtype == torch.float16:
+        unit = torch.full((tiling.tokens,), UNIT, dtype=torch.float32, device=hidden.device)
     found = []
     for block in tiling.blocks(tokens):
         count = block.stop - block.start

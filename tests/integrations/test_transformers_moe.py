@@ -18,6 +18,7 @@ import r1kernels
 from r1kernels import BackendError, extension
 from r1kernels.integrations import transformers as r1
 from r1kernels.integrations import transformers_experts as experts_code
+from r1kernels.integrations import transformers_match as match_code
 from tests.support.mixtures import MODELS, SMALL, assert_same_step, build, step, tokens
 
 models = pytest.mark.parametrize("name", MODELS)
@@ -345,6 +346,20 @@ def test_a_model_is_patched_before_it_has_weights():
     with r1.record_routing(model) as record:
         assert_same_step(step(model, ids), step(plain, ids))
     assert record.forward().shape == (1, ids.numel(), 2)
+
+
+def test_a_model_is_patched_under_another_default_dtype(monkeypatch):
+    monkeypatch.setattr(match_code, "_known", {})
+    monkeypatch.setattr(experts_code, "_gates", {})
+    model, ids = build("Qwen3Moe"), tokens()
+    own = step(model, ids)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        r1.patch(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert r1.routes(model)
+    assert_same_step(step(model, ids), own)
 
 
 def test_explain_names_every_router_and_experts_module():

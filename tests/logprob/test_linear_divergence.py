@@ -358,6 +358,21 @@ def test_low_precision_inputs_are_as_exact_as_eager(place, kind, dtype):
         assert_as_exact_as(mine.cpu(), peer.cpu(), truth, mine.dtype)
 
 
+def test_a_frozen_head_in_float16_under_another_default_dtype(place):
+    backend, device = place
+    problem = Problem(dtype=torch.float16, device=device)
+    head = [leaf.detach() for leaf in problem.student[1:]]
+    call, found = problem.call(backend=backend), []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            value = call(problem.student[0], *head)
+            found.append((value, *torch.autograd.grad(value.sum(), problem.student[0])))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(same_bits(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_a_teacher_of_another_dtype(place):
     backend, device = place
     problem = Problem(device=device)
