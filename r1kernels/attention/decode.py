@@ -77,12 +77,21 @@ def decode_attention(
     checks.tensor("value", value, dtypes=checks.FLOATS, shape=(rows, heads, None), like=query)
     if heads == 0 or query_heads % heads:
         raise ValueError(f"query: expected a multiple of {heads} heads, got {query_heads}")
+    if key_size == 0:
+        raise ValueError(f"query: expected shape (B, Hq, D) with D >= 1, got {tuple(query.shape)}")
+    if not isinstance(layout, DecodeLayout):
+        raise TypeError(f"layout: expected a DecodeLayout, got {type(layout).__name__}")
+    if not isinstance(prefixes, (tuple, list)):
+        raise TypeError(f"prefixes: expected a sequence of pairs, got {type(prefixes).__name__}")
     parts = [("cache", cache, rows, layout.longest + 1)]
     if len(prefixes) != len(layout.prefixes):
         raise ValueError(f"prefixes: expected {len(layout.prefixes)}, as layout has, got {len(prefixes)}")
     for part, prefix in zip(layout.prefixes, prefixes, strict=True):
         parts.append(("prefixes", prefix, part.nodes, part.longest))
-    for name, (keys, values), nodes, tokens in parts:
+    for name, pair, nodes, tokens in parts:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"{name}: expected a pair of keys and values, got {type(pair).__name__}")
+        keys, values = pair
         checks.tensor(name, keys, dtypes=(key.dtype,), shape=(None, heads, None, key_size), like=query)
         shape = (keys.shape[0], heads, keys.shape[2], value.shape[2])
         checks.tensor(name, values, dtypes=(value.dtype,), shape=shape, like=query)
@@ -117,7 +126,14 @@ def decode_attention(
     try:
         return DECODE_ATTENTION(backend, call)
     except RuntimeError:
-        layout.check()  # looked at here alone: it costs as much as a small step
+        # looked at here alone: it costs as much as a small step
+        layout.check()
+        for name, pair, *_ in parts:
+            for tensor in pair:
+                if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+                    raise ValueError(
+                        f"{name}: expected the last dimension contiguous, got strides {tensor.stride()}"
+                    ) from None
         raise
 
 

@@ -87,6 +87,7 @@ def test_autocast_casts_what_a_row_brings():
         ("cache", (torch.zeros(5, 2, 30, 16),) * 2, "cache: expected at least 5 nodes of 34 tokens"),
         ("cache", (torch.zeros(5, 2, 36, 16).half(),) * 2, "cache: expected dtype float32"),
         ("shared", [], "prefixes: expected 2, as layout has, got 0"),
+        ("shared", torch.zeros(2), "prefixes: expected a sequence of pairs, got Tensor"),
         (
             "shared",
             [(torch.zeros(1, 2, 19, 16),) * 2] * 2,
@@ -102,6 +103,17 @@ def test_a_wrong_argument_is_named(name, value, error):
     setattr(given, name, value)
     with pytest.raises((TypeError, ValueError), match=error):
         given.run()
+
+
+def test_a_cache_that_is_no_pair_or_has_other_strides_is_named(backend):
+    given = case()
+    states = (given.query, given.key, given.value)
+    with pytest.raises(TypeError, match="cache: expected a pair of keys and values, got Tensor"):
+        decode_attention(*states, given.cache[0], given.layout(), given.shared)
+    if backend == "cpu":
+        transposed = [cache.mT.contiguous().mT for cache in given.cache]
+        with pytest.raises(ValueError, match="cache: expected the last dimension contiguous, got strides"):
+            decode_attention(*states, transposed, given.layout(), given.shared)
 
 
 @pytest.mark.parametrize("length", [34, -1])
