@@ -1,4 +1,4 @@
-"""Tokens a second of the trainer's sampler, beside transformers' own ways, and a decode step beside its floor.
+"""Tokens a second of the trainer's sampler, beside transformers' own ways, a decode step beside its floor, its attention by itself.
 
 All draw at temperature 1 from one model with random weights, and end a response at one of several tokens, so that lengths
 differ as they do in training. Rounds are paired: each peer once, over and over.
@@ -13,12 +13,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.generation import ContinuousBatchingConfig
 
+from r1kernels import DecodeLayout, SharedPrefix, decode_attention
 from training.engines import Request, SamplingParams, equal_lengths
 from training.engines.transformers import TransformersEngine
 from training.model import build_model
@@ -35,6 +37,7 @@ EQUAL_LENGTHS = "transformers' cache, prompts of one length at a time"
 GENERATE, GENERATE_BATCH = "transformers, generate, padded", "transformers, generate_batch"
 ENDS = 32  # a response has this many tokens on average, where nothing cuts it
 PAGE = 64  # tokens
+CALLS = 20  # of an op in a round
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,23 @@ class Sizes:
     rounds: int = 5
 
 
+class Step(NamedTuple):
+    """The attention of a decoding step: rows, the prompts that they share and their tokens, the rows' own, heads and their width."""
+
+    rows: int
+    prompts: int
+    prompt: int
+    own: int
+    heads: int
+    key_heads: int
+    size: int
+
+
+STEPS = {
+    "recipe tiny": Step(384, 48, 24, 32, 3, 3, 32),
+    "SmolLM2-135M": Step(64, 8, 128, 128, 9, 3, 64),
+    "Llama-3.1-8B": Step(16, 2, 512, 256, 32, 8, 128),
+}
 TINY = Sizes(32, 2, 4, 256, 6, 4, 24, 8, 1)
 
 
@@ -195,15 +215,63 @@ def decode(rows: int, longest: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def attention(title: str, step: Step, rounds: int) -> dict[str, Any]:
+    """Seconds of the attention of one layer; where a cache holds the text of each row alone, prompts are repeated beforehand."""
+    generator = torch.Generator().manual_seed(0)
+    normal = partial(torch.randn, generator=generator)
+    query, key, value = (
+        normal(step.rows, heads, step.size) for heads in (step.heads, step.key_heads, step.key_heads)
+    )
+    nodes = [row * step.prompts // step.rows for row in range(step.rows)]
+    cache, shared = (
+        tuple(normal(count, step.key_heads, tokens, step.size) for _ in range(2))
+        for count, tokens in ((step.rows, step.own), (step.prompts, step.prompt))
+    )
+    prefix = SharedPrefix.of(nodes, [step.prompt] * step.rows)
+    layout = DecodeLayout(torch.full((step.rows,), step.own - 1), step.own - 1, [prefix])
+    keys, values = (torch.cat((a[nodes], b), dim=2) for a, b in zip(shared, cache, strict=True))
+
+    def ours(backend: str | None) -> None:
+        decode_attention(
+            query, key, value, (cache[0], cache[1]), layout, [(shared[0], shared[1])], backend=backend
+        )
+
+    def fused() -> None:
+        keys[:, :, -1], values[:, :, -1] = key, value
+        F.scaled_dot_product_attention(query.unsqueeze(2), keys, values, enable_gqa=True)
+
+    def seconds(way: Callable[[], None]) -> dict[str, float]:
+        began = time.perf_counter()
+        for _ in range(CALLS):
+            way()
+        return {"seconds": (time.perf_counter() - began) / CALLS}
+
+    ways: dict[str, Callable[[], None]] = {
+        "decode_attention": partial(ours, None),
+        "its reference": partial(ours, "reference"),
+        "F.scaled_dot_product_attention, prompts repeated": fused,
+    }
+    for way in ways.values():
+        way()  # warms up
+    found = results.paired({name: partial(seconds, way) for name, way in ways.items()}, rounds)
+    return {
+        "title": title,
+        **step._asdict(),
+        "seconds": {name: each["seconds"] for name, each in found.items()},
+    }
+
+
 def measure(tiny: bool = False) -> dict[str, Any]:
     """Everything; tiny: does it work at all."""
     sizes = TINY if tiny else Sizes()
     step = decode(*((16, 4, 1) if tiny else (384, 64, 7)))
-    return {"sizes": vars(sizes), "cases": compare(sizes), "decode": step}
+    steps = {"tiny": Step(4, 2, 5, 3, 2, 1, 8)} if tiny else STEPS
+    alone = [attention(title, each, sizes.rounds) for title, each in steps.items()]
+    return {"sizes": vars(sizes), "cases": compare(sizes), "decode": step, "attention": alone}
 
 
 def tables(record: Mapping[str, Any]) -> list[Table]:
-    """Tokens a second of every peer in every case."""
+    """Tokens a second of every peer in every case, and the attention of a step."""
     sizes, step = record["sizes"], record["decode"]
     took, floor = statistics.median(step["seconds"]), step["floor_seconds"]
     note = (
@@ -217,4 +285,19 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
         rates = [peer["tokens_per_second"] or peer.get("reason", "") for peer in one["peers"]]
         shown = (each if isinstance(each, str) else f"{statistics.median(each):,.0f}" for each in rates)
         found.rows.append([one["title"], *shown])
-    return [found]
+    return [found, *([_attention(record["attention"])] if "attention" in record else [])]
+
+
+def _attention(cases: Sequence[Mapping[str, Any]]) -> Table:
+    """Milliseconds of one layer."""
+    note = "Attention of a token per row, one layer, milliseconds: medians of paired rounds."
+    found = Table("Attention of a decoding step", ("shape", *cases[0]["seconds"]), note=note)
+    for one in cases:
+        shape = (
+            f"{one['title']}: {one['rows']} rows, {one['prompts']} prompts of {one['prompt']} tokens, {one['own']} of each row, "
+            f"{one['heads']} heads of {one['size']}, {one['key_heads']} of keys"
+        )
+        found.rows.append(
+            [shape, *(milliseconds(statistics.median(each)) for each in one["seconds"].values())]
+        )
+    return found

@@ -1,6 +1,8 @@
 """The bench of rollouts runs, draws as much as it says, and its floor counts what a step of tiny reads."""
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from bench import ceilings
 from bench.studies import rollout
@@ -35,21 +37,43 @@ def test_the_floor_of_a_decode_step_is_its_weights_and_its_cache(ceiling):
     )
 
 
+def test_every_way_to_attend_reads_the_same_texts(monkeypatch):
+    given, found = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        rollout.F,
+        "scaled_dot_product_attention",
+        lambda *args, **options: found.append(given(*args, **options)),
+    )
+    monkeypatch.setattr(rollout, "CALLS", 1)
+    op = rollout.decode_attention
+    monkeypatch.setattr(
+        rollout, "decode_attention", lambda *args, **options: found.append(op(*args, **options))
+    )
+    case = rollout.attention("some", rollout.Step(4, 2, 5, 3, 2, 1, 8), 1)
+    assert len(found) == 6
+    assert all(torch.allclose(each.view(4, 2, 8), found[0], atol=1e-5) for each in found)
+    assert all(len(each) == 1 for each in case["seconds"].values())
+    shown = rollout.tables({**RECORD, "attention": [case]})[1].rows[0]
+    assert shown[0].startswith("some: 4 rows, 2 prompts of 5 tokens") and len(shown) == 4
+
+
+RECORD = {
+    "sizes": vars(rollout.TINY),
+    "environment": {"threads": 1},
+    "cases": [
+        {
+            "title": "some prompts",
+            "peers": [
+                {"peer": "one", "tokens_per_second": [900.0, 1000.0, 5000.0]},
+                {"peer": "other", "tokens_per_second": [], "reason": "RuntimeError: no"},
+            ],
+        }
+    ],
+    "decode": {"rows": 384, "seconds": [0.02, 0.03, 0.05], "floor_seconds": 0.01, "bound": "GEMM"},
+}
+
+
 def test_the_table_shows_rates_and_reasons():
-    record = {
-        "sizes": vars(rollout.TINY),
-        "environment": {"threads": 1},
-        "cases": [
-            {
-                "title": "some prompts",
-                "peers": [
-                    {"peer": "one", "tokens_per_second": [900.0, 1000.0, 5000.0]},
-                    {"peer": "other", "tokens_per_second": [], "reason": "RuntimeError: no"},
-                ],
-            }
-        ],
-        "decode": {"rows": 384, "seconds": [0.02, 0.03, 0.05], "floor_seconds": 0.01, "bound": "GEMM"},
-    }
-    (found,) = rollout.tables(record)
+    (found,) = rollout.tables(RECORD)
     assert list(found.rows[0]) == ["some prompts", "1,000", "RuntimeError: no"]
     assert "takes 30 ms, 3.0 times its floor of 10 ms (GEMM)" in found.note
