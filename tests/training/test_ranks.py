@@ -349,6 +349,7 @@ def exchanges(folder):
             for weights in ([1, 1, 1, 1], [6, 1, 1, 1], [1], [], [0, 0], [0, 1, 1, 0])
         ],
         "spread": ranks.spread(lambda own: [(number, each) for each in own], range(5)),
+        "even": [ranks.even(weights) for weights in ([2, 1.5], [5, 1], [3, 2, 2], [1])],
         "apart": ranks.apart(lambda each: (each, ranks.world()), "abc", [3, 1, 2]),
         "not apart": ranks.apart(lambda each: (each, ranks.world()), "ab", [5, 1]),
         "drawn": SharedEngine(NamesRank()).sample(
@@ -397,6 +398,7 @@ def test_what_two_ranks_exchange(tmp_path):
     assert first["share"] == [[0, 1], [0], [], [], [0, 1], [0, 1]]
     assert second["share"] == [[2, 3], [1, 2, 3], [0], [], [], [2, 3]]
     assert first["spread"] == [(0, 0), (0, 1), (1, 2), (1, 3), (1, 4)]
+    assert first["even"] == second["even"] == [True, False, True, False]
     assert first["apart"] == [("a", 1), ("b", 1), ("c", 1)]
     assert first["not apart"] == second["not apart"] == [("a", 2), ("b", 2)]
     assert first["drawn"] == second["drawn"]
