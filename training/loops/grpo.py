@@ -253,12 +253,17 @@ def _step(run: _Run, step: int) -> dict[str, Any]:
 def _reward(run: _Run, step: int, drawn: Sequence[Completion]) -> list[Scored]:
     samples = [_as_sample(each, run.context.recipe.response_format) for each in drawn]
 
-    def reward(own: Sequence[Sample]) -> list[tuple[float | None, dict[str, Reward]]]:
-        # without the samples, which every rank has
-        return [(scored.total, scored.parts) for scored in run.reward(step, list(own))]
+    def reward(own: Sequence[Sample]) -> list[tuple[float | None, dict[str, tuple[float | None, str]]]]:
+        # plain values, which are exchanged at once, without the samples, which every rank has
+        return [
+            (scored.total, {name: (part.value, part.reason) for name, part in scored.parts.items()})
+            for scored in run.reward(step, list(own))
+        ]
 
-    found = ranks.spread(reward, samples)
-    return [Scored(sample, total, parts) for sample, (total, parts) in zip(samples, found, strict=True)]
+    return [
+        Scored(sample, total, {name: Reward(*part) for name, part in parts.items()})
+        for sample, (total, parts) in zip(samples, ranks.spread(reward, samples), strict=True)
+    ]
 
 
 def _as_sample(completion: Completion, response_format: str) -> Sample:
