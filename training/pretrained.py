@@ -16,6 +16,7 @@ from typing import Any
 import huggingface_hub
 import safetensors
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from training.checkpoint import TOKENIZER_FILES, load_config, load_model, load_tokenizer
 from training.config import nearest
@@ -43,7 +44,8 @@ def load_pretrained(spec: str, key: str = "model.pretrained") -> tuple[Any, Any]
         return _load_smollm2()
     folder = pretrained_folder(spec, key)
     model, tokenizer = load_model(folder)
-    if type(model) not in transformers.AutoModelForCausalLM._model_mapping.values():
+    # by name: the classes themselves would be imported, all of them
+    if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise UserError(f"{key}: {spec} is a {type(model).__name__}, expected a causal language model")
     if tokenizer is None:
         raise UserError(f"{key}: {spec} holds no tokenizer.json")

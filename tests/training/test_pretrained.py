@@ -1,6 +1,8 @@
 """Pretrained models: SmolLM2 out of its package, local folders, and one line where something is missing."""
 
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -44,6 +46,15 @@ def test_a_local_folder_is_loaded(folder):
     assert isinstance(model, LlamaForCausalLM)
     assert len(tokenizer) == model.config.vocab_size
     assert pretrained_config(str(folder)).hidden_size == 16
+
+
+def test_loading_one_model_does_not_import_the_code_of_all_others(folder):
+    code = (
+        "import sys; from training.pretrained import load_pretrained; load_pretrained(sys.argv[1]);"
+        "print(sum(name.rpartition('.')[2].startswith('modeling_') and '.models.' in name for name in sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
+    assert int(ran.stdout.splitlines()[-1]) < 20, "seconds for every run that starts from a folder"
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folder):
