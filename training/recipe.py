@@ -79,6 +79,20 @@ WITHOUT_PROBLEMS = ("base", "sft1", "sft2")  # stages that read no problems of t
 
 RECIPES = Path(__file__).parent / "recipes"
 
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice in a mapping, as its standard has it; PyYAML alone takes the last one."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in keys:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
+            keys.add((key.tag, str(key.value)))
+        return node
+
+
 SHARED = ("seed", "dtype", "task", "task_options", "system_prompt", "response_format", "model")
 
 
@@ -209,9 +223,9 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
         if not equals or not key:
             raise UserError(f"{word!r}: expected key=value, as in zero.steps=10")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"{word!r}: the value is not YAML") from None
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise UserError(f"{word!r}: the value is not YAML: {getattr(error, 'problem', error)}") from None
         values = override(Recipe, values, key, value)
     return values
 
@@ -231,7 +245,7 @@ def _read(path: Path, seen: tuple[Path, ...], pretrained: bool) -> dict[str, Any
     if path in seen:
         raise UserError(f"{path}: extends itself")
     try:
-        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        written = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         problem = getattr(error, "problem", None)  # in the words of PyYAML

@@ -81,6 +81,7 @@ def test_every_stage_has_a_section():
         ("zero.steps", ["expected key=value"]),
         ("=1", ["expected key=value"]),
         ("zero.steps=[", ["not YAML"]),
+        ("zero={steps: 1, steps: 2}", ["'steps' stands twice"]),
     ],
 )
 def test_a_wrong_override_is_one_line_that_names_it(override, words):
@@ -100,6 +101,7 @@ def test_a_wrong_override_is_one_line_that_names_it(override, words):
         ("distill: {students: {a: {layer: 1}}}", ["did you mean 'distill.students.a.layers'"]),
         ("zero: {steps: 1\nseed: 2", ["own.yaml", "line", "not valid YAML: expected ',' or '}'"]),
         ("- zero", ["own.yaml", "expected keys with values"]),
+        ("zero: {steps: 1}\nseed: 2\nzero: {lr: 0}", ["own.yaml, line 3", "'zero' stands twice"]),
         ("extends: tinny", ["'tinny'", "did you mean 'tiny'"]),
     ],
 )
