@@ -235,6 +235,21 @@ def test_jsonl_refuses_columns_that_it_does_not_know(tmp_path):
         read(tmp_path, row(1), columns={"questoin": "problem"})
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"question": "promt"},
+            "line 1: field 'question': expected text, it is missing; the row has question",
+        ),
+        ({"language": "lagn"}, "no row has 'lagn', which columns names for 'language'"),
+    ],
+)
+def test_a_column_that_no_row_has_is_named_though_the_field_is_there(tmp_path, columns, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, row(1, lang="de"), columns=columns)
+
+
 def test_two_lines_with_one_id_are_refused(tmp_path):
     with pytest.raises(UserError, match="line 2: has the id of line 1"):
         read(tmp_path, row(1, id="one"), row(2, id="one"))

@@ -84,6 +84,7 @@ class RowsTask:
         self._columns = dict(columns or {})
         self.name = name
         self._splits: dict[str, list[Problem]] = {split: [] for split in SPLITS}
+        absent = dict(self._columns)
         ids: dict[str, tuple[str, Problem]] = {}
         questions: dict[Any, tuple[str, Problem, str]] = {}
         for row in rows:
@@ -91,6 +92,8 @@ class RowsTask:
             try:
                 found = row.read()
                 problem = self._problem(found)
+                for field in absent.keys() & self._renamed(found).keys():
+                    del absent[field]
                 if row.split:  # ids of a source's splits may be the same numbers
                     problem = replace(problem, id=f"{row.split}-{problem.id}")
                 asked = (problem.before, problem.question, problem.language, problem.level)
@@ -113,6 +116,8 @@ class RowsTask:
             self._splits[split].append(problem)
         if not ids:
             raise UserError(f"{source}: there are no problems in it")
+        for field, column in absent.items():
+            raise UserError(f"{source}: no row has {column!r}, which columns names for {field!r}")
 
     def problems(self, split: str) -> Sequence[Problem]:
         """Problems of the split, in the order of the source; a row that stands twice counts once."""
@@ -144,8 +149,8 @@ class RowsTask:
         )
 
     def _renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row with its fields under the names of FIELDS."""
-        theirs = set(self._columns.values())
+        """The row with its fields under the names of FIELDS; a field with a column of its own is read from there alone."""
+        theirs = {*self._columns, *self._columns.values()}
         renamed = {name: value for name, value in row.items() if name not in theirs}
         for field, name in self._columns.items():
             value: Any = row
