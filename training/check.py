@@ -23,6 +23,7 @@ from training.errors import UserError, named
 from training.loops.loss import loss_arguments
 from training.model import deepseek_config
 from training.needs import check_needs, kinds_of
+from training.own_rewards import own_rewards
 from training.pipeline import POLICIES, STAGES, Stage, plan
 from training.pretrained import check_pretrained
 from training.recipe import (
@@ -57,6 +58,8 @@ def check(recipe: Recipe, stages: Mapping[str, Stage] = STAGES, *, data: bool = 
         What a person should know although nothing stops: one line each.
     """
     order = plan(recipe, stages)
+    if recipe.name in ("", ".", "..") or "/" in recipe.name:
+        raise UserError(f"name: expected the name of a folder, without slashes, got {recipe.name!r}")
     for name in order:
         _check_stage(name, getattr(recipe, name), recipe)
         if data:
@@ -65,7 +68,10 @@ def check(recipe: Recipe, stages: Mapping[str, Stage] = STAGES, *, data: bool = 
     _check_lora("model.lora", recipe.model.lora, recipe)
     _check_rollout(recipe.rollout)
     sinks.check(recipe)
-    return check_needs(recipe, order) if data else []
+    if not data:
+        return []
+    _check_own_rewards(order, recipe)
+    return check_needs(recipe, order)
 
 
 def _check_stage(name: str, config: Any, recipe: Recipe) -> None:
@@ -210,6 +216,17 @@ def _check_grpo(name: str, config: Grpo) -> None:
                 f"{config.rewards}"
             )
     _try_loss(name, config)
+
+
+def _check_own_rewards(order: list[str], recipe: Recipe) -> None:
+    """The file of every reward of one's own can be imported, in the process that will call it."""
+    tried: set[str] = set()
+    for name in order:
+        terms = getattr(getattr(recipe, name), "rewards", {})
+        with named(f"{name}.rewards"), own_rewards(terms, recipe.reward_seconds) as own:
+            for spec in own.keys() - tried:
+                own[spec].process.start()
+            tried |= own.keys()
 
 
 def _check_sampler(name: str, config: Grpo, rollout: Rollout) -> None:

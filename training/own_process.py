@@ -43,8 +43,7 @@ class OwnProcess:
             OwnFault: it hung or died, and was ended, or the message cannot be sent.
             UserError: the file cannot be imported.
         """
-        if self._process is None:
-            self._start()
+        self.start()
         try:
             self._pipe.send(message)
             if self._pipe.poll(self.seconds):
@@ -64,7 +63,14 @@ class OwnProcess:
             self._end()
             self._process = None
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the process, where it does not run, and import the file.
+
+        Raises:
+            UserError: the file cannot be imported.
+        """
+        if self._process is not None:
+            return
         self._pipe, theirs = Pipe()
         environment = {
             **os.environ,

@@ -132,6 +132,7 @@ def test_what_goes_on_from_r1_zero_of_smollm2_starts_from_its_run(name, tmp_path
         ("model.vocab_size=10", "model.vocab_size: expected 0, or at least the 246 entries"),
         ("sft1.max_length=1", "sft1.max_length: expected 0, .* or at least 2, got 1"),
         ("zero.examples=[{question: a}]", "zero.examples\\[0\\]: expected a question and a response"),
+        ("name=../elsewhere", "name: expected the name of a folder, without slashes, got '../elsewhere'"),
         ("reward_seconds=0", "reward_seconds: expected more than 0, got 0"),
         ("stages=[]", "stages: expected at least one entry, got \\[\\]"),
         ("task=[]", "task: expected at least one entry, got \\[\\]"),
@@ -146,6 +147,13 @@ def test_what_goes_on_from_r1_zero_of_smollm2_starts_from_its_run(name, tmp_path
 )
 def test_a_mistake_is_one_line_before_anything_runs(tmp_path, word, said):
     assert re.match(said, faults(tmp_path, word))
+
+
+def test_a_reward_whose_file_cannot_be_imported_is_named_before_anything_runs(tmp_path):
+    path = tmp_path / "my_rewards.py"
+    path.write_text("import a_package_that_nobody_has\n\ndef brevity(sample):\n    return 1.0\n")
+    said = faults(tmp_path, f"rl_all.rewards={{helpful: 1, 'python:{path}:brevity': 1}}")
+    assert re.match("rl_all.rewards: python:.*brevity: .* cannot be imported: ModuleNotFoundError", said)
 
 
 @pytest.fixture
