@@ -83,7 +83,7 @@ RECIPES = Path(__file__).parent / "recipes"
 class _Loader(yaml.SafeLoader):
     """YAML in which no key stands twice in a mapping, as its standard has it; PyYAML alone takes the last one."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys: set[tuple[str, str]] = set()
         for key, _ in node.value:
