@@ -54,10 +54,13 @@ def module_of(command: str) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    texts = {name: text for known in COMMANDS.values() for name, text in known.items()}
-    shown = "\n".join(f"{name:<16} {text}" for name, text in texts.items())
-    chosen = _parser("python -m bench", f"{__doc__}\n\n{shown}")
-    chosen.add_argument("command", choices=texts, metavar="COMMAND")
+    lines = [__doc__]
+    for folder, known in COMMANDS.items():
+        lines += ["", *str(importlib.import_module(f"bench{folder}").__doc__).splitlines()[:1]]
+        lines += [f"  {name:<16} {text}" for name, text in known.items()]
+    chosen = _parser("python -m bench", "\n".join(lines))
+    names = [name for known in COMMANDS.values() for name in known]
+    chosen.add_argument("command", choices=names, metavar="COMMAND")
     name = chosen.parse_args(words[:1]).command
     module = module_of(name)
     parser = _parser(f"python -m bench {name}", module.__doc__)

@@ -64,7 +64,7 @@ def race(
     """Rows of these implementations, in their order."""
     every = [_Running(peer, Row(peer.name, peer.kind, peer.package)) for peer in peers]
     for one in every:
-        one.call = _first_call(case, one.peer, one.row, inputs, exact)
+        one.call = first_call(case, one.peer, one.row, inputs, exact)
     rows = [one.row for one in every]
     judge(rows, case)
     running = [one for one in every if one.row.status == "ok"]
@@ -112,7 +112,7 @@ def release() -> None:
 # --- the first call: is it right, and what does it keep ---
 
 
-def _first_call(case: Case, peer: Peer, row: Row, inputs: Inputs, exact: dict[str, Exact]) -> Any:
+def first_call(case: Case, peer: Peer, row: Row, inputs: Inputs, exact: dict[str, Exact]) -> Any:
     """Errors, peak and saved bytes of one implementation; what to call in the timed rounds."""
     device, op = torch.device(case.device), families.OPS[case.op]
     clock = timing.Clock(device)

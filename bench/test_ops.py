@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from . import step, timing
-from .measure import release
+from .measure import first_call, judge, release
 from .ops import families
 from .ops.cases import CASES, Case, tiny
-from .ops.numerics import Exact, allowed
-from .ops.peers import Inputs, Peer, Unavailable
+from .ops.numerics import Exact
+from .ops.peers import Inputs, Peer
+from .results import Row
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -45,24 +46,15 @@ def _problem(case: Case) -> tuple[Inputs, dict[str, Exact]]:
 def test_op(benchmark: Any, case: Case, peer: Peer) -> None:
     """Forward and backward; an implementation whose results are wrong gets no time."""
     inputs, exact = _problem(case)
-    clock = timing.Clock(DEVICE)
-    benchmark.group = case.id
-    try:
-        call = peer.make(case, inputs)
-        if peer.kind == "floor":
-            benchmark(timing.floor, call, clock)
-            return
-        ready = peer.fresh(inputs)
-        outputs = call(ready)
-    except Unavailable as reason:
-        pytest.skip(str(reason))
-    errors = families.OPS[case.op].errors({**outputs, **ready.gradients(outputs)}, exact)
-    wrong = {name: value for name, value in errors.items() if not value <= allowed(None, case.torch_dtype)}
-    if wrong:
-        (pytest.fail if peer.kind == "ours" else pytest.skip)(f"its errors are too large: {wrong}")
-    del outputs
-    benchmark.extra_info["errors"] = errors
-    if peer.prepare is None:
+    row, clock = Row(peer.name, peer.kind), timing.Clock(DEVICE)
+    call = first_call(case, peer, row, inputs, exact)
+    judge([row], case)
+    if row.status != "ok":
+        (pytest.fail if row.status == "failed" and peer.kind == "ours" else pytest.skip)(row.reason)
+    benchmark.group, benchmark.extra_info["errors"] = case.id, row.errors
+    if peer.kind == "floor":
+        benchmark(timing.floor, call, clock)
+    elif peer.prepare is None:
         benchmark(timing.train, call, inputs, clock)
     else:  # what is prepared stays outside of the clock
         benchmark.pedantic(

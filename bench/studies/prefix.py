@@ -82,6 +82,7 @@ TINY = (Shape(24, 6, 4, hidden=32, intermediate=48, layers=2, heads=4, key_heads
 
 LogProbs = Callable[[Any], Tensor]
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
+Way = tuple[LogProbs, Loss]
 
 
 class Batch:
@@ -125,7 +126,7 @@ def _own_loss(logprobs: LogProbs, batch: Batch) -> Loss:
     return loss
 
 
-def _of_trl(model: Any, batch: Batch) -> tuple[LogProbs, Loss]:
+def _of_trl(model: Any, batch: Batch) -> Way:
     """The two methods of a real trainer that pass through the model.
 
     Raises:
@@ -165,38 +166,31 @@ def _of_trl(model: Any, batch: Batch) -> tuple[LogProbs, Loss]:
     return logprobs, loss
 
 
-class Step:
-    """One way to do a step: its parts timed."""
+def _way(name: str, model: Any, batch: Batch) -> Way:
+    if name in (TRL, TRL_SHARED):
+        return _of_trl(model, batch)
+    logprobs = (_shared if name == SHARED else _repeated)(batch)
+    return logprobs, _own_loss(logprobs, batch)
 
-    def __init__(self, name: str, model: Any, batch: Batch) -> None:
-        self.model, self.patched = model, name == TRL_SHARED
-        if name in (TRL, TRL_SHARED):
-            self.logprobs, self.loss = _of_trl(model, batch)
-        else:
-            self.logprobs = (_shared if name == SHARED else _repeated)(batch)
-            self.loss = _own_loss(self.logprobs, batch)
 
-    def __call__(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, float], float, float]:
-        """(seconds of each part, loss, norm of the gradient)."""
-        from r1kernels.integrations import trl
-
-        clock = Clock(torch.device("cpu"))
-        with trl.patch(prefix=True) if self.patched else nullcontext():
-            clock.mark()
-            with torch.no_grad():
-                old = self.logprobs(self.model)
-                clock.mark()
-                reference = self.logprobs(self.model) - 0.1
-                clock.mark()
-            loss = self.loss(self.model, old, reference)
-            loss.backward()
-            clock.mark()
-            optimizer.step()
-            clock.mark()
-        norm = torch.stack([p.grad.norm() for p in self.model.parameters() if p.grad is not None]).norm()
-        optimizer.zero_grad()
-        seconds = dict(zip(PARTS, clock.seconds(), strict=True))
-        return {**seconds, "step": sum(seconds.values())}, loss.item(), float(norm)
+def _step(model: Any, way: Way, optimizer: torch.optim.Optimizer) -> tuple[dict[str, float], float, float]:
+    """(seconds of each part, loss, norm of the gradient)."""
+    (logprobs, loss_of), clock = way, Clock(torch.device("cpu"))
+    clock.mark()
+    with torch.no_grad():
+        old = logprobs(model)
+        clock.mark()
+        reference = logprobs(model) - 0.1
+        clock.mark()
+    loss = loss_of(model, old, reference)
+    loss.backward()
+    clock.mark()
+    optimizer.step()
+    clock.mark()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    optimizer.zero_grad()
+    seconds = dict(zip(PARTS, clock.seconds(), strict=True))
+    return {**seconds, "step": sum(seconds.values())}, loss.item(), float(norm)
 
 
 def case(shape: Shape, rounds: int) -> dict[str, Any]:
@@ -209,7 +203,7 @@ def case(shape: Shape, rounds: int) -> dict[str, Any]:
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     rows: dict[str, dict[str, Any]] = {}
-    steps: dict[str, Step] = {}
+    ways: dict[str, Way] = {}
     before = load_average()
 
     def one(name: str) -> tuple[dict[str, float], float, float]:
@@ -218,11 +212,12 @@ def case(shape: Shape, rounds: int) -> dict[str, Any]:
             for parameter, value in zip(model.parameters(), weights, strict=True):
                 parameter.copy_(value)
         gc.collect()
-        return steps[name](optimizer)
+        with needs("r1kernels.integrations.trl").patch(prefix=True) if name == TRL_SHARED else nullcontext():
+            return _step(model, ways[name], optimizer)
 
     for name in (SHARED, REPEATED, TRL, TRL_SHARED):
         try:
-            steps[name] = Step(name, model, batch)
+            ways[name] = _way(name, model, batch)
         except Unavailable as reason:
             rows[name] = {"reason": str(reason)}
             continue
@@ -233,8 +228,8 @@ def case(shape: Shape, rounds: int) -> dict[str, Any]:
             expected = rows[SHARED][value]
             if abs(rows[name][value] - expected) > 1e-3 * abs(expected):
                 raise RuntimeError(f"{name}: {value} {rows[name][value]:.6g}, of the others {expected:.6g}")
-    ways = {name: lambda name=name: one(name)[0] for name in steps}
-    for name, samples in results.paired(ways, rounds).items():
+    timed = {name: lambda name=name: one(name)[0] for name in ways}
+    for name, samples in results.paired(timed, rounds).items():
         rows[name]["samples"] = samples
     flops = {"shared": shape.flops(True), "repeated": shape.flops(False)}
     load = [before, load_average()]
