@@ -25,13 +25,7 @@ while [ $# -gt 0 ]; do
     case $1 in
         --quick) quick=--quick ;;
         --dry-run) dry=1; device=cpu ;;
-        --parts) parts=$2; shift ;;
-        --families) families=$2; shift ;;
-        --minutes) minutes=$2; shift ;;
-        --out) out=$2; shift ;;
-        --archive) archive=$2; shift ;;
-        --wheels) wheels=$2; shift ;;
-        --python) python=$2; shift ;;
+        --parts | --families | --minutes | --out | --archive | --wheels | --python) printf -v "${1#--}" %s "$2"; shift ;;
         *) echo "gpu.sh: unknown argument $1" >&2; exit 2 ;;
     esac
     shift
@@ -120,6 +114,13 @@ share() {
 }
 size=$quick
 [ -n "$dry" ] && size=--tiny
+# race NAME UNITS ARGUMENT...: a step of that share of the time; the last case to begin has half a minute of it
+race() {
+    local name=$1
+    share "$2"
+    shift 2
+    step "$name" "$limit" "$python" -m bench run --device "$device" "$@" --limit $((limit > 40 ? limit - 30 : limit / 2))
+}
 
 step machine 60 "$python" -m r1kernels
 { nvidia-smi; nvcc --version; nproc; free -g; } >>"$out/machine.log" 2>&1
@@ -141,10 +142,8 @@ if wants smoke; then
 fi
 
 if wants marks; then
-    share 4
     step products 60 "$python" -m bench lease products --device "$device"
-    step marks "$limit" "$python" -m bench run --device "$device" ${size:---quick} --ours \
-        --out "$out/marks.json" --limit $((limit > 40 ? limit - 30 : limit / 2))
+    race marks 4 ${size:---quick} --ours --out "$out/marks.json"
 fi
 
 if [ -n "$profiler" ]; then
@@ -173,10 +172,7 @@ fi
 
 if wants bench; then
     for family in ${families//,/ }; do
-        # the last case to begin has half a minute of it
-        share 2
-        step "bench-$family" "$limit" "$python" -m bench run --device "$device" $size --only "$family" \
-            --resume --out "$out/$device.json" --limit $((limit > 40 ? limit - 30 : limit / 2))
+        race "bench-$family" 2 $size --only "$family" --resume --out "$out/$device.json"
     done
 fi
 
