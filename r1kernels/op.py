@@ -270,6 +270,7 @@ class Op:
         kernels: (backend, call) -> the same results; None: plain PyTorch is all there is.
         decides: the field whose device and dtype, one of ``dtypes``, say whether a kernel can serve the call.
         limits: (backend, call) -> sentences that say why else it cannot.
+        only: the backends that have kernels of this op.
         cuda_yields: (the field ``decides``) -> why cuda leaves the call to another backend that can serve it; empty: it does not.
     """
 
@@ -282,6 +283,7 @@ class Op:
         decides: str = "",
         dtypes: Sequence[torch.dtype] = devices.FLOATS,
         limits: Callable[[str, Any], Sequence[str]] | None = None,
+        only: Sequence[str] = BACKENDS,
         cuda_yields: Callable[[Any], str] | None = None,
     ) -> None:
         self.name = name
@@ -302,7 +304,7 @@ class Op:
         yields = {}
         if cuda_yields is not None:
             yields["cuda"] = lambda call: cuda_yields(getattr(call, decides))
-        for backend in BACKENDS:
+        for backend in only:
             backends.register(
                 name, backend, partial(kernels, backend), reasons_of(backend), yields.get(backend)
             )

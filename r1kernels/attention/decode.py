@@ -168,8 +168,6 @@ def _shapes(call: DecodeCall) -> Tensor:
 
 
 def _limits(backend: str, call: DecodeCall) -> Sequence[str]:
-    if backend != "cpu":
-        return ("it has no kernel for GPUs: PyTorch's own products serve them",)
     if call.value.dtype != call.query.dtype:
         return ("value: of another dtype than query",)
     if len(call.keys) > MOST_PREFIXES:
@@ -188,4 +186,5 @@ DECODE_ATTENTION = Op(
     Kernel("decode_attention", DecodeCall, _shapes, backends=("cpu",)),
     decides="query",
     limits=_limits,
+    only=("cpu",),
 )

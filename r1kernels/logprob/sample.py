@@ -64,10 +64,6 @@ def _shapes(call: SampleCall) -> tuple[Tensor, Tensor]:
     return call.logits.new_empty(rows, dtype=torch.int64), call.logits.new_empty(rows, dtype=torch.float64)
 
 
-def _limits(backend: str, call: SampleCall) -> tuple[str, ...]:
-    return () if backend == "cpu" else ("it has no kernel for GPUs: PyTorch's own operators serve them",)
-
-
 @torch.no_grad()
 def _reference(call: SampleCall) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch."""
@@ -96,5 +92,5 @@ SAMPLE_TOKENS = Op(
     _reference,
     Kernel("sample_tokens", SampleCall, _shapes, backends=("cpu",)),
     decides="logits",
-    limits=_limits,
+    only=("cpu",),
 )

@@ -150,7 +150,7 @@ def test_a_gradient_is_refused():
 
 
 def test_a_backend_that_cannot_says_why():
-    with pytest.raises(BackendError, match="no kernel for GPUs"):
+    with pytest.raises(ValueError, match="triton"):
         case().run(backend="triton")
     with pytest.raises(BackendError, match="value: of another dtype than query"):
         mixed = case()
