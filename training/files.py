@@ -14,7 +14,7 @@ from training import notices
 from training.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
+REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 @contextlib.contextmanager

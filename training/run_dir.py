@@ -429,8 +429,9 @@ class RunDir:
         if not ranks.main():
             yield
             return
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path}: expected a folder, it is a file")
+        with files.disk_faults(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"{self.path}: expected a folder, it is a file")
         # a stage clears its own folder before it writes: what is not of a run must never be taken for one
         taken = next((name for name in STAGE_NAMES if (self.path / name).exists()), None)
         if taken and not (self.path / "recipe.yaml").is_file():

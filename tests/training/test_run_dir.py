@@ -259,6 +259,12 @@ def test_a_second_process_is_refused_in_one_line(tmp_path):
     assert locked_elsewhere(run) == "mine"
 
 
+def test_a_folder_with_too_long_a_name_is_refused_in_one_line(tmp_path):
+    run = RunDir(tmp_path / ("x" * 300))
+    with pytest.raises(UserError, match=r"may not be written \(File name too long\)"), run.lock():
+        pass
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not the folder of a run"):
         RunDir(tmp_path).read_recipe()
