@@ -84,7 +84,6 @@ int route_backward(const R1kernelsRoute& call, uintptr_t indices, uintptr_t grad
 }  // namespace
 
 PYBIND11_MODULE(moe_routing, module) {
-    py::register_exception<emulator::EmulatorError>(module, "EmulatorError");
     module.def("set_seed", &emulator::set_seed);
     module.def("set_max_blocks", [](unsigned blocks) { emulator::max_blocks = blocks; });
     py::class_<R1kernelsRoute>(module, "Router").def(py::init(&router));
