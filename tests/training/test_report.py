@@ -9,6 +9,7 @@ import pytest
 from training.recipe import load
 from training.report import write_report
 from training.report.curves import smooth
+from training.report.lineage import drawing
 from training.report.samples import response_html
 from training.report.tables import TIMES, rejections_of
 from training.run_dir import RunDir
@@ -287,6 +288,13 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path):
     assert "0 of 12 stages done" in text
     assert "not done" in text
     assert "Rejections by filter" not in text
+
+
+def test_the_lineage_of_few_stages_is_drawn_as_small_as_it_is():
+    for stages in (["base", "zero"], ["base", "zero", "cold_start", "sft1"]):
+        svg = drawing(load("tiny", [f"stages={stages}"]), {})
+        width = re.findall(r'viewBox="0 0 (\d+) ', svg)[0]
+        assert f"max-width: {width}px" in svg
 
 
 def test_a_run_in_the_middle_shows_its_curves(tmp_path):

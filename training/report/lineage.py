@@ -45,9 +45,11 @@ def drawing(recipe: Recipe, notes: Mapping[str, str]) -> str:
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" '
         'orient="auto-start-reverse"><path d="M0 0L8 4L0 8z"/></marker></defs>'
     )
+    # few stages are not blown up to the width of the page, and nothing is wider than it is drawn on a phone
+    sizes = f"max-width: {width}px; min-width: min({width}px, 760px)"
     return (
-        f'<svg class="lineage" viewBox="0 0 {width} {height}" role="img" aria-label="lineage of the stages">'
-        f"{marker}{''.join(parts)}</svg>"
+        f'<svg class="lineage" viewBox="0 0 {width} {height}" style="{sizes}" role="img" '
+        f'aria-label="lineage of the stages">{marker}{"".join(parts)}</svg>'
     )
 
 
