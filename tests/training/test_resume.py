@@ -71,22 +71,25 @@ def do(folder):
 """
 
 # The real stages: a line is a folder and the stage to run there. `calls` in the folder gets a line for every piece that is
-# sampled. An eighth of the general questions is enough.
+# sampled. An eighth of the general questions is enough, and little of what follows the samples: no one is killed there.
 REAL = """
 from training import pieces, pipeline
 from training.check import check
 from training.progress import Progress
 from training.recipe import load
 from training.run_dir import RunDir
+from training.stages import distill
 from training.tasks.general import GeneralTask
 
+distill.UNSEEN_PROBLEMS = 8
 general = GeneralTask.problems
 GeneralTask.problems = lambda task, split: general(task, split)[::8]
 recipe = load("smoke", [
     "base.steps=60", "base.batch_size=32", "zero.steps=2", "cold_start.prompts=32",
     "cold_start.batch_size=8", "cold_start.filters=[]", "rl_reasoning.steps=2",
     "judge.prompts=24", "rejection.prompts=48", "rejection.batch_size=16", "rejection.filters=[]",
-    "reward_models.prompts=24", "reward_models.unsafe_samples=2", "rl_all.steps=2", "distill.batch_size=8", "distill.filters=[]",
+    "reward_models.prompts=24", "reward_models.unsafe_samples=2", "reward_models.steps=4", "rl_all.steps=2",
+    "distill.batch_size=8", "distill.filters=[]", "distill.students.qwen2.epochs=1", "distill.students.llama.epochs=1",
     "evaluate.problems=8", "evaluate.k_problems=4", "evaluate.batch_size=32", "evaluate.splits=[test]",
 ])
 check(recipe)  # reads the tasks once for all children
