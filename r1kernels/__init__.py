@@ -1,5 +1,6 @@
 """r1kernels: kernels for training reasoning models, on CPUs and GPUs, exact and deterministic."""
 
+from . import op
 from .attention import DecodeLayout, SharedPrefix, decode_attention
 from .backends import BackendError, explain, set_backend, set_strict, use_backend
 from .checks import debug_checks
@@ -39,6 +40,8 @@ from .moe import (
 )
 
 __version__ = "0.1.0"
+
+op.declared()
 
 __all__ = [
     "BackendError",

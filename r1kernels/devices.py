@@ -21,7 +21,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (8, 0)  # the capability of sm_80
 _MMA_SYNC_IS_SLOW = (9, 10, 11)  # majors whose tensor cores reach their rate by wgmma or tcgen05 alone
 
-# read once: torch.compile cannot trace a call into the extension
+# read ahead: torch.compile cannot trace a call into the extension
 _no_cpu, _no_cuda = extension.missing(), extension.cuda_missing()
 _BUILT = sorted(divmod(int(name), 10) for name in extension.cuda_architectures() if name.isdigit())
 # majors with grouped products of their own
@@ -32,6 +32,12 @@ _gpus: dict[int, Any] = {}
 _ready: set[int] = set()  # the GPUs that are known to run the extension's CUDA kernels
 SERVED = {"cuda": ("cuda",), "triton": ("cuda", "cpu") if _INTERPRETED else ("cuda",), "cpu": ("cpu",)}
 """The types of the devices whose tensors a backend may serve; the first is the one that its kernels are for."""
+
+
+def ask_extension() -> None:
+    """Reads again why the extension cannot be used."""
+    global _no_cpu, _no_cuda
+    _no_cpu, _no_cuda = extension.missing(), extension.cuda_missing()
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -10,7 +10,8 @@ import importlib
 import importlib.machinery
 import platform
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -66,6 +67,19 @@ _build_info: dict[str, str] = {} if _module is None else _module.build_info()
 def missing() -> str | None:
     """Why the extension cannot be used, or None where it is loaded."""
     return _failure
+
+
+def expect(ops: Iterable[tuple[str, str]]) -> None:
+    """Refuse the loaded library, with a warning, if it lacks one of these torch ops for its dispatch key ("CPU" or "CUDA")."""
+    global _failure
+    if _failure is not None:
+        return
+    built = ("CPU", "CUDA") if cuda_architectures() else ("CPU",)
+    for op, key in ops:
+        if key in built and not torch._C._dispatch_has_kernel_for_dispatch_key(f"r1kernels::{op}", key):
+            _failure = f"the extension has no {op}, for it was built from older sources: reinstall r1kernels"
+            warnings.warn(f"{_failure}; plain PyTorch computes until then", RuntimeWarning, stacklevel=2)
+            return
 
 
 def cuda_missing() -> str | None:

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from . import backends, checks, devices
+from . import backends, checks, devices, extension
 
 BACKENDS = ("cpu", "cuda", "triton")
 Size = Annotated[int, "size"]
@@ -55,6 +55,9 @@ for _kind in (Contiguous, Float32, Int32):
     _TYPES |= {_kind: "Tensor", _kind | None: "Tensor?"}
     _TAKEN |= dict.fromkeys((_kind, _kind | None), typing.get_args(_kind)[1])
 _library = torch.library.Library("r1kernels", "FRAGMENT")
+_compiled: list[
+    tuple[str, str]
+] = []  # torch ops that the extension may implement, or Python, and their dispatch keys
 
 
 class Fields:
@@ -162,6 +165,8 @@ class Kernel:
             _library.define(f"{op}({self.fields.schema()}) -> {_results(shapes)}")
             torch.library.register_fake(f"r1kernels::{op}", self._of_row(shapes), lib=_library)
             self._ops[backend] = getattr(torch.ops.r1kernels, op).default
+            if backend != "triton":
+                _compiled.append((op, _KEYS[backend][0]))
 
     def __call__(self, backend: str, call: Any) -> Any:
         row = call if self.fields.is_row else self.fields.of(call)
@@ -311,6 +316,12 @@ class Op:
 
     def __call__(self, backend: str | None, *call: Any) -> Any:
         return backends.dispatch(self.name, backend, *call)
+
+
+def declared() -> None:
+    """Called once all ops are declared: an extension that does not implement them is refused."""
+    extension.expect(_compiled)
+    devices.ask_extension()
 
 
 def _taken(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import r1kernels
+from r1kernels import extension
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 USE = """
@@ -104,3 +105,24 @@ def test_another_python(package):
         'const char record[] = "r1kernels-build{torch=2.13.0,python=3.99}";',
     )
     assert_reported(package, "was built for Python 3.99", f"this is Python 3.{sys.version_info.minor}")
+
+
+# what a later version of r1kernels declares beside its other ops
+LATER = """
+from typing import NamedTuple
+import torch
+from r1kernels.op import Kernel
+class LaterCall(NamedTuple):
+    tensor: torch.Tensor
+def _shapes(call: LaterCall) -> torch.Tensor:
+    return torch.empty_like(call.tensor)
+Kernel("later", LaterCall, _shapes)
+"""
+
+
+@pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+def test_built_from_older_sources(package):
+    shutil.copy(str(extension._find()), package)
+    with open(package / "moe" / "__init__.py", "a") as file:
+        file.write(LATER)
+    assert_reported(package, "the extension has no later_cpu", "older sources", "reinstall r1kernels")
