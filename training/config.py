@@ -62,17 +62,24 @@ def rounding_differences(before: Any, after: Any, where: str = "") -> list[str]:
     return found
 
 
-def nearest(name: str, known: Iterable[str], likeness: float = 0.0) -> str:
+FEW = 20  # names that one line can hold
+LIKE = 0.5  # likeness from which on a name may be what another one was meant to be
+
+
+def nearest(name: str, known: Iterable[str], likeness: float = LIKE) -> str:
     """The entry of `known` that is spelt most like `name`; "" where none has that `likeness` (0: any, 1: equal)."""
     matches = difflib.get_close_matches(name, sorted(known), n=1, cutoff=likeness)
     return matches[0] if matches else ""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that does not exist; it names the nearest one that does."""
+    """The error for a name that does not exist; it names the one that is spelt like it, else all where they are few."""
     known = sorted(known)
     suggestion = nearest(name, known)
-    return UserError(f"unknown {kind} {name!r}" + (f": did you mean {suggestion!r}?" if suggestion else ""))
+    told = f": did you mean {suggestion!r}?" if suggestion else ""
+    if not suggestion and 0 < len(known) <= FEW:
+        told = f": there is {', '.join(known)}"
+    return UserError(f"unknown {kind} {name!r}{told}")
 
 
 def field_types(cls: type) -> dict[str, Any]:

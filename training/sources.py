@@ -55,6 +55,11 @@ def argument_of(spec: str) -> str:
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{spec}: {path} is not Python: {error}") from None
     functions = {each.name: each for each in tree.body if isinstance(each, ast.FunctionDef)}
+    if name not in functions and name in _other_names(tree):
+        raise UserError(
+            f"{spec}: expected a function that {path} defines itself, `def {name}(sample):` or `def {name}(samples):`; {name!r} "
+            "is something else there, as a lambda, an object or an import: a function that calls it will do"
+        )
     if name not in functions:
         raise unknown(f"function of {path}", name, functions)
     arguments = functions[name].args
@@ -64,6 +69,20 @@ def argument_of(spec: str) -> str:
             f"{spec}: expected a function of `sample` (one) or `samples` (all of a step), got one of {first!r}"
         )
     return first
+
+
+def _other_names(tree: ast.Module) -> set[str]:
+    """What a file imports, assigns or defines at its top, not as a plain function, by name."""
+    found: set[str] = set()
+    for each in tree.body:
+        if isinstance(each, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in each.names}
+        elif isinstance(each, ast.Assign | ast.AnnAssign):
+            targets = each.targets if isinstance(each, ast.Assign) else [each.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+        elif isinstance(each, ast.ClassDef | ast.AsyncFunctionDef):
+            found.add(each.name)
+    return found
 
 
 def hashes(specs: Mapping[str, Path]) -> dict[str, str]:

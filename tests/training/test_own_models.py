@@ -17,6 +17,7 @@ from training.checkpoint import load_model, save_model
 from training.cli import main
 from training.context import StageContext
 from training.document import Document
+from training.encoder import Encoder
 from training.engines.transformers import TransformersEngine
 from training.errors import UserError
 from training.estimate import count
@@ -360,6 +361,16 @@ def test_documents_and_responses_that_are_cut_are_warned_of(tmp_path):
         lambda: sample(TransformersEngine(model, tokenizer), ASKED, max_new_tokens=2, seed_parts=(0,))
     )
     assert said.startswith("3 of 3 responses did not end within 2 tokens") and "'<|im_end|>' ends one" in said
+
+
+def test_where_the_model_reads_no_more_the_warning_names_that_limit(tmp_path):
+    model, tokenizer = load(write_folder(tmp_path / "own", positions=64))
+    longest = 64 - min(len(Encoder(model, tokenizer).prompt(each.turns)[0]) for each in ASKED) + 1
+    (said,) = heard(
+        lambda: sample(TransformersEngine(model, tokenizer), ASKED, max_new_tokens=500, seed_parts=(0,))
+    )
+    assert f"within {longest} tokens, all that its 64 positions leave" in said
+    assert "500" not in said and "max_new_tokens" not in said
 
 
 def test_nothing_is_cut_where_no_length_is_set(tmp_path):

@@ -44,6 +44,14 @@ def always_hangs(sample):
 
 def of_two(first, second):
     return 0
+
+by_lambda = lambda sample: 0
+
+class Scorer:
+    def __call__(self, sample):
+        return 0
+
+scorer: Scorer = Scorer()
 """
 
 
@@ -130,6 +138,11 @@ def test_the_processes_end_with_the_block(path):
     ("spec", "message"),
     [
         ("FILE:brevty", "did you mean 'brevity'"),
+        *(
+            (f"FILE:{name}", f"`def {name}\\(sample\\):` .* '{name}' is something else there")
+            for name in ("by_lambda", "scorer", "Scorer", "SCALE", "time")
+        ),
+        ("FILE:nosuch", "unknown function of .* 'nosuch': there is always_hangs, brevity"),
         ("FILE:of_two", "expected a function of `sample` .* got one of 'first'"),
         ("nothing.py:brevity", "there is no file nothing.py"),
         ("brevity", "expected python:<file>:<name>"),

@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 from training.cli.arguments import add_run, between, checkpoint, existing_run
-from training.config import nearest
 from training.placement import placed
 from training.recipe import Rollout
 from training.response import parse
@@ -101,11 +100,7 @@ def _unknown_words(tokenizer: Any, question: str) -> list[str]:
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) > 1000:
         return []
-    return [
-        word
-        for word in question.split()
-        if word not in vocabulary and not word.isdigit() and nearest(word, vocabulary)
-    ]
+    return [word for word in question.split() if word not in vocabulary and not word.isdigit()]
 
 
 def _shown(text: str, response_format: str, colour: bool) -> str:

@@ -126,12 +126,19 @@ def room(encoder: Encoder, length: int) -> int:
 
 
 def _warn_of_cut(completions: list[Completion], encoder: Encoder, max_new_tokens: int) -> None:
-    """Says that most responses are cut: what reads them sees no answer."""
-    cut = sum(not completion.finished for completion in completions)
-    if 2 * cut > len(completions):
-        ends = ", ".join(repr(encoder.tokenizer.decode([each])) for each in encoder.stop_ids) or "nothing"
-        notices.warn(
-            "cut",
-            f"{cut} of {len(completions)} responses did not end within {max_new_tokens} tokens and were cut: raise "
-            f"max_new_tokens, or see whether this model ends its turns otherwise (here {ends} ends one)",
-        )
+    """Says that most responses are cut, and by what: what reads them sees no answer."""
+    cut = [completion for completion in completions if not completion.finished]
+    if 2 * len(cut) <= len(completions):
+        return
+    ends = ", ".join(repr(encoder.tokenizer.decode([each])) for each in encoder.stop_ids) or "nothing"
+    # where no prompt leaves room for max_new_tokens, a higher one would change nothing
+    most = min(max_new_tokens, max(room(encoder, len(completion.prompt_ids)) for completion in cut))
+    longer, why = "raise max_new_tokens", ""
+    if most < max_new_tokens:
+        longer = "take a model that reads more, or shorter prompts"
+        why = f", all that its {encoder.positions} positions leave behind a prompt,"
+    notices.warn(
+        "cut",
+        f"{len(cut)} of {len(completions)} responses did not end within {most} tokens{why} and were cut: {longer}, or see "
+        f"whether this model ends its turns otherwise (here {ends} ends one)",
+    )
