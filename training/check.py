@@ -8,7 +8,7 @@ a file.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,11 @@ def check(recipe: Recipe, stages: Mapping[str, Stage] = STAGES, *, data: bool = 
     _check_lora("model.lora", recipe.model.lora, recipe)
     _check_rollout(recipe.rollout)
     sinks.check(recipe)
+    idle = [remark for name in order for remark in _idle(name, recipe)]
     if not data:
-        return []
+        return idle
     _check_own_rewards(order, recipe)
-    return check_needs(recipe, order)
+    return idle + check_needs(recipe, order)
 
 
 def _check_stage(name: str, config: Any, recipe: Recipe) -> None:
@@ -102,10 +103,34 @@ def _check_stage(name: str, config: Any, recipe: Recipe) -> None:
             )
     if isinstance(config, Distill):
         _check_students(config, recipe)
-    if isinstance(config, Evaluate) and "test" not in config.splits:
+    if isinstance(config, Evaluate):
+        _check_evaluate(config, recipe)
+
+
+def _check_evaluate(config: Evaluate, recipe: Recipe) -> None:
+    if "test" not in config.splits:
         raise UserError(
             f"evaluate.splits: expected test among them, on which the marks are taken, got {config.splits}"
         )
+    checkpoints = (*ANSWERING, *(f"distill-{student}" for student in recipe.distill.students))
+    for each in config.reach_of:
+        if each not in checkpoints:
+            raise UserError(f"evaluate.reach_of: {unknown('checkpoint', each, checkpoints)}")
+
+
+def _idle(name: str, recipe: Recipe) -> Iterator[str]:
+    """What a stage has no use for, so that whoever sets it waits for an effect in vain."""
+    config = getattr(recipe, name)
+    longest = getattr(config, "max_new_tokens", 0)
+    if not recipe.model.pretrained and "base" in recipe.stages and longest > recipe.model.max_length:
+        yield (
+            f"{name}.max_new_tokens = {longest}: the model reads {recipe.model.max_length} tokens (model.max_length), prompt and "
+            "response together, and cuts responses there"
+        )
+    if isinstance(config, Grpo) and config.sampling_rounds > 1 and config.keep_groups == "all":
+        yield f"{name}.sampling_rounds = {config.sampling_rounds}: one round, for {name}.keep_groups=all asks for no spread"
+    if isinstance(config, Grpo) and config.reference_every and not config.kl_coef:
+        yield f"{name}.reference_every = {config.reference_every}: no reference is held, for {name}.kl_coef is 0"
 
 
 def _check_sources(key: str, value: str | list[str]) -> None:
@@ -177,7 +202,9 @@ def _check_folders(name: str, recipe: Recipe) -> None:
     config = getattr(recipe, name)
     start = start_of(recipe, name)
     key = "teacher" if name == "distill" else "start"
-    if start and start not in ANSWERING and not (Path(start) / "config.json").is_file():
+    # a teacher that is none is the business of _check_students
+    named_one = start or hasattr(config, "start")
+    if named_one and start not in ANSWERING and not (start and (Path(start) / "config.json").is_file()):
         likely = nearest(start, ANSWERING, 0.6)
         raise UserError(
             f"{name}.{key}: expected one of {', '.join(ANSWERING)}, or the folder of a checkpoint, got {start!r}"

@@ -78,7 +78,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     suggestion = nearest(name, known)
     told = f": did you mean {suggestion!r}?" if suggestion else ""
     if not suggestion and 0 < len(known) <= FEW:
-        told = f": there is {', '.join(known)}"
+        told = f": expected one of {', '.join(known)}"
     return UserError(f"unknown {kind} {name!r}{told}")
 
 

@@ -154,7 +154,9 @@ class Grpo:
     lr_schedule: Literal["constant", "linear", "cosine"] = setting(
         "linear", "how the learning rate goes from lr to lr_end"
     )
-    lr_end: float = setting(0.0, "learning rate of the last step", minimum=0)
+    lr_end: float = setting(
+        0.0, "of linear and cosine: where they lead, the learning rate behind the last step", minimum=0
+    )
     warmup: int = setting(
         0, "steps of linear warm-up: Adam's first steps are as long as the rate allows", minimum=0
     )

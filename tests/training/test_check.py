@@ -83,6 +83,9 @@ def test_what_goes_on_from_r1_zero_of_smollm2_starts_from_its_run(name, tmp_path
         ("rl_reasoning.reduction=foo", "rl_reasoning.reduction: expected one of 'sequence', .*, got 'foo'"),
         ("zero.ratio=tokens", "zero.ratio: expected one of token, sequence, output, got 'tokens'"),
         ("zero.temperature=0", "zero.temperature: expected more than 0, got 0"),
+        ("evaluate.reach_of=[zeroo]", "evaluate.reach_of: unknown checkpoint 'zeroo': did you mean 'zero'"),
+        ("evaluate.reach_of=[qwen2]", "evaluate.reach_of: unknown checkpoint .* mean 'distill-qwen2'"),
+        ("sft1.start=''", "sft1.start: expected one of base, .*, or the folder of a checkpoint, got ''"),
         ("zero.minibatches=1000", "zero.minibatches: expected at most 384, .*, got 1000"),
         (
             "zero.max_new_tokens_from={2: 0}",
@@ -147,6 +150,18 @@ def test_what_goes_on_from_r1_zero_of_smollm2_starts_from_its_run(name, tmp_path
 )
 def test_a_mistake_is_one_line_before_anything_runs(tmp_path, word, said):
     assert re.match(said, faults(tmp_path, word))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["zero.max_new_tokens=500"], "zero.max_new_tokens = 500: the model reads 256 tokens "),
+        (["rl_all.sampling_rounds=2"], "rl_all.sampling_rounds = 2: one round, for rl_all.keep_groups=all"),
+        (["zero.reference_every=2", "zero.kl_coef=0"], "zero.reference_every = 2: no reference is held"),
+    ],
+)
+def test_a_setting_that_has_no_effect_is_said(words, said):
+    assert [note[: len(said)] for note in check(load("smoke", words), data=False)] == [said]
 
 
 def test_a_reward_whose_file_cannot_be_imported_is_named_before_anything_runs(tmp_path):

@@ -142,7 +142,7 @@ def test_the_processes_end_with_the_block(path):
             (f"FILE:{name}", f"`def {name}\\(sample\\):` .* '{name}' is something else there")
             for name in ("by_lambda", "scorer", "Scorer", "SCALE", "time")
         ),
-        ("FILE:nosuch", "unknown function of .* 'nosuch': there is always_hangs, brevity"),
+        ("FILE:nosuch", "unknown function of .* 'nosuch': expected one of always_hangs, brevity"),
         ("FILE:of_two", "expected a function of `sample` .* got one of 'first'"),
         ("nothing.py:brevity", "there is no file nothing.py"),
         ("brevity", "expected python:<file>:<name>"),

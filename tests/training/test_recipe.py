@@ -117,7 +117,9 @@ def test_a_wrong_file_is_one_line_that_names_it(recipe_file, text, words):
 def test_unknown_recipe_names_the_nearest_or_all_where_none_is_near():
     with pytest.raises(UserError, match="unknown recipe 'smokee': did you mean 'smoke'"):
         load("smokee")
-    with pytest.raises(UserError, match="unknown recipe 'nosuch': there is deepseek-r1, .*, tiny-controls$"):
+    with pytest.raises(
+        UserError, match="unknown recipe 'nosuch': expected one of deepseek-r1, .*, tiny-controls$"
+    ):
         load("nosuch")
     with pytest.raises(UserError, match="no recipe file"):
         load("nowhere.yaml")
