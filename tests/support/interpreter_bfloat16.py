@@ -2,17 +2,18 @@
 
 ``repair()`` makes casts, arithmetic, comparisons and dots go through float32, with round to nearest even on the way back,
 so that a kernel written for a GPU runs unchanged. Call it in a process with TRITON_INTERPRET=1; it lasts as long as that.
-It also makes the interpreter take over triton.language once, which it does for each call of each function otherwise.
+It also makes the interpreter quicker, as interpreter_speed says.
 """
 
 from __future__ import annotations
 
 import functools
-import types
 
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
+
+from tests.support import interpreter_speed
 
 TensorHandle = interpreter.TensorHandle
 
@@ -77,6 +78,4 @@ def repair() -> None:
     builder.unary_op = through_float32(builder.unary_op, (np.invert,))
     builder.ternary_op = through_float32(builder.ternary_op, (np.where,))
     builder.create_dot = create_dot
-    everywhere = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
-    interpreter._patch_lang(everywhere)
-    interpreter._patch_lang = lambda function: types.SimpleNamespace(restore=lambda: None)
+    interpreter_speed.hasten()

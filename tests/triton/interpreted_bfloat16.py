@@ -1,9 +1,15 @@
-"""The repair of bfloat16 in Triton's interpreter, against PyTorch. Run by test_interpreter.py in a process of its own."""
+"""The repair of bfloat16 in Triton's interpreter, against PyTorch, and the check of overflow, which is made quicker there.
+
+Run by test_interpreter.py in a process of its own.
+"""
+
+import operator
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import InterpreterError
 
 from tests.support import interpreter_bfloat16
 from tests.support.numerics import same_bits
@@ -60,3 +66,37 @@ def test_a_dot_multiplies_values_and_not_bits():
     out = torch.full((32, 32), torch.nan)
     dot_kernel[(1,)](x, y, out, SIZE=32)
     torch.testing.assert_close(out.double(), x.double() @ y.double(), rtol=1e-5, atol=1e-5)
+
+
+@triton.jit
+def integer_kernel(x, y, out, OPERATION: tl.constexpr):
+    a, b = tl.load(x), tl.load(y)
+    if OPERATION == "add":
+        result = a + b
+    elif OPERATION == "sub":
+        result = a - b
+    else:
+        result = a * b
+    tl.store(out, result)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("operation", ["add", "sub", "mul"])
+def test_an_integer_that_overflows_is_an_error(operation, dtype):
+    limits = torch.iinfo(dtype)
+    function = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}[operation]
+    first, fits, overflows = {
+        "add": (limits.max - 1, 1, 2),
+        "sub": (limits.min + 1, 1, 2),
+        "mul": (limits.max, 1, 2),
+    }[operation]
+    out = torch.zeros(1, dtype=dtype)
+
+    def run(second):
+        x, y = (torch.tensor([value], dtype=dtype) for value in (first, second))
+        integer_kernel[(1,)](x, y, out, OPERATION=operation)
+
+    run(fits)
+    assert out.item() == function(first, fits)
+    with pytest.raises(InterpreterError, match=f"overflow detected for operation {operation}"):
+        run(overflows)
