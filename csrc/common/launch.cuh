@@ -10,9 +10,9 @@ namespace r1kernels {
 
 inline int64_t divide_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
 
-// Enqueues kernel(arguments...) on a one-dimensional grid and returns the error code of that, not of calls before. A grid holds at most 2^31 - 1
-// blocks: a kernel strides over its rows by gridDim.x. Nothing is launched for no blocks. A block gets 48 KB of shared
-// memory unasked; more has to be asked for, on every device again.
+// Enqueues kernel(arguments...) on a one-dimensional grid and returns the error code of that, not of calls before. A grid
+// holds at most 2^31 - 1 blocks: a kernel strides over its rows by gridDim.x. Nothing is launched for no blocks. A block
+// gets 48 KB of shared memory unasked; more has to be asked for, on every device again.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, void* stream,
            const Arguments&... arguments) {

@@ -395,7 +395,10 @@ BAD = {
     "limit: expected a number above 0, got -1": (ValueError, {"limit": -1}),
     "shift: expected a finite number, got inf": (ValueError, {"shift": float("inf")}),
     "save: expected one of 'hidden', 'nothing'": (ValueError, {"save": "all"}),
-    r"lora: expected \(A_up, B_up, A_down, B_down, scale\) or None, got 2": (TypeError, {"lora": 2}),
+    r"lora: expected a tuple \(A_up, B_up, A_down, B_down, scale\) or None, got int": (
+        TypeError,
+        {"lora": 2},
+    ),
     "lora: scale: expected a number, got str": (TypeError, {"lora": (None, None, None, None, "2")}),
     "lora: A_up, lora: B_up: expected both or neither, got one alone": (
         ValueError,

@@ -337,16 +337,18 @@ def test_outputs_carry_the_version_of_the_weights(mixture):
     engine.close()
 
 
-def test_under_autocast_log_probs_are_those_of_the_model_in_bfloat16(mixture):
+@pytest.mark.parametrize("architecture", ["deepseek_v3", "llama"])
+def test_under_autocast_log_probs_are_those_of_the_model_in_bfloat16(architecture):
+    model = build(architecture)
     asked = requests_of(texts(1, 9))
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        drawn = draw(mixture, asked)
+        drawn = draw(model, asked)
         assert not torch.is_autocast_cache_enabled()
         for request, output in zip(asked, drawn, strict=True):
             first = len(request.prompt_ids)
             text = torch.tensor([request.prompt_ids + output.token_ids])
             with torch.no_grad():
-                logits = mixture(input_ids=text).logits[0, first - 1 : -1].float()
+                logits = model(input_ids=text).logits[0, first - 1 : -1].float()
             expected = logits.log_softmax(-1).gather(1, text[0, first:, None]).squeeze(1)
             error = (expected - torch.tensor(output.logp)).abs().mean()
             assert error < 0.1  # of a model with large weights; a few roundings of bfloat16

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from r1kernels import DecodeLayout, decode_attention
+from r1kernels import DecodeLayout, autocast, decode_attention
 from r1kernels.attention.reference import softmax
 
 NAME = "r1kernels_rollout"  # of the attention in transformers' interface
@@ -227,4 +227,6 @@ def _attend(
         windows[module.layer_idx] = None if attention_mask is None else int(attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = Rule(scaling, windows[module.layer_idx], softcap, s_aux)
+    # what is kept has one dtype: rotated under autocast, queries and keys of some models have another than values
+    query, key, value = autocast.cast(query, key, value)
     return _current.get().attend(module.layer_idx, query[0], key[0], value[0], rule).unsqueeze(0), None
