@@ -28,6 +28,8 @@ NAME = "default"  # of the adapters, as PEFT calls them
 FOLDER = "adapter"  # of a stage, beside its checkpoint; of a part of it with what follows "checkpoint"
 HEAD = "score"  # of a reward model
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")  # of all experts of a layer in one parameter
+# what PEFT takes for the router and the experts of a mixture, as older transformers had them, whatever else is called so
+OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def attach(model: nn.Module, lora: Lora, key: int, setting: str = "model.lora") -> None:
@@ -46,12 +48,23 @@ def attach(model: nn.Module, lora: Lora, key: int, setting: str = "model.lora") 
             f"{setting}.experts: expected a mixture whose layers hold their experts in one parameter"
         )
     scores = hasattr(model, HEAD)
+    layers, parameters = _targets(model, lora)
+    if not layers and not parameters:
+        raise UserError(
+            f"{setting}.targets: expected layers beside the experts, which {setting}.experts is for, got {lora.targets}: it has "
+            f"{', '.join(_matrices(model))}"
+        )
+    if lora.dropout and parameters:
+        raise UserError(
+            f"{setting}.dropout: expected 0 with adapters of {', '.join(parameters)}, for PEFT has none there: leave them out of "
+            f"{setting}.targets, got {lora.dropout:g}"
+        )
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.targets) or "all-linear",
-        target_parameters=experts or None,
+        target_modules=layers,
+        target_parameters=[*parameters, *experts] or None,
         task_type="SEQ_CLS" if scores else "CAUSAL_LM",
     )
     # PEFT draws from torch's global generator: set it from the key, and put it back
@@ -68,6 +81,23 @@ def attach(model: nn.Module, lora: Lora, key: int, setting: str = "model.lora") 
             raise UserError(f"{setting}: {said}{there}") from None
     if scores:
         model.get_submodule(HEAD).requires_grad_(True)
+
+
+def _targets(model: nn.Module, lora: Lora) -> tuple[list[str] | str, list[str]]:
+    """PEFT's target_modules and, for layers of a mixture that it would take for experts, target_parameters."""
+    if not _expert_weights(model):
+        return list(lora.targets) or "all-linear", []
+    whole: Any = model
+    head = getattr(model, HEAD, None) or whole.get_output_embeddings()
+    modules = {name: each for name, each in model.named_modules() if each is not head}
+    linear = {name for name, each in modules.items() if isinstance(each, nn.Linear)}
+    wanted = set(lora.targets) or {name.rpartition(".")[2] for name in linear}
+    parameters = {
+        ".".join([*name.split(".")[-2:], "weight"])
+        for name in (modules if lora.targets else linear)
+        if (last := name.rpartition(".")[2]) in wanted and last in OF_EXPERTS
+    }
+    return sorted(wanted - set(OF_EXPERTS)), sorted(parameters)
 
 
 def _matrices(model: nn.Module) -> list[str]:

@@ -34,6 +34,7 @@ FAMILIES = {
     "gpt2": Lora(rank=4),  # its linear layers are transposed
     "llama": Lora(rank=4, targets=["q_proj", "down_proj"], alpha=2.0),
     "qwen3_moe": Lora(rank=2, experts=True),
+    "mixtral": Lora(rank=2),
     "deepseek_v3": Lora(rank=2, experts=True),
 }
 IDS = torch.tensor([[5, 6, 7, 8, 9, 20, 30, 40]])
@@ -70,6 +71,37 @@ def test_adapters_begin_as_nothing_and_are_all_that_is_trained(family):
     assert trained and all(map(adapters.is_adapter, trained))
     scales = {layer.scaling[adapters.NAME] for layer in adapters._layers(model).values()}
     assert scales == {lora.alpha / lora.rank if lora.alpha else 2.0}
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe", "mixtral"])
+def test_every_linear_layer_of_a_mixture_gets_them_and_its_experts_where_they_are_asked_for(name, tmp_path):
+    """PEFT takes such names as gate_proj for those of experts, whatever else has them."""
+    for experts in (False, True):
+        model, _ = load(write_folder(tmp_path / f"{name}-{experts}", name))
+        linear = {
+            f"{at}.weight"
+            for at, each in model.named_modules()
+            if isinstance(each, torch.nn.Linear) and each is not model.lm_head
+        }
+        stacked = {at for at, each in model.named_parameters() if each.ndim == 3}
+        assert linear and stacked
+        adapters.attach(model, Lora(rank=2, experts=experts), 0)
+        assert adapters._layers(model).keys() == linear | (stacked if experts else set())
+
+
+def test_a_layer_of_a_mixture_is_named_as_in_any_model(tmp_path):
+    folder = write_folder(tmp_path / "own", "deepseek_v3")
+    model, _ = load(folder)
+    adapters.attach(model, Lora(rank=2, targets=["down_proj"]), 0)
+    adapted = adapters._layers(model).keys()
+    assert adapted and all(name.endswith(".down_proj.weight") and ".experts." not in name for name in adapted)
+    disturb(model)
+    adapters.save(model, tmp_path / "adapter", str(folder))
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
+    model, _ = load(folder)
+    with pytest.raises(UserError, match="model.lora.dropout: expected 0 with adapters of .*down_proj.weight"):
+        adapters.attach(model, Lora(rank=2, dropout=0.1), 0)
 
 
 def test_off_is_the_model_before_and_merged_is_the_model_with_them(family):
