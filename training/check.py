@@ -174,9 +174,12 @@ def _check_students(config: Distill, recipe: Recipe) -> None:
                 f"distill.students.{name}.pretrained: expected none with start, which is where it begins, got {sizes.pretrained!r}"
             )
         before.append(name)
-        if not sizes.pretrained and sizes.hidden_size % sizes.heads:
+        if not sizes.pretrained and sizes.hidden_size % (
+            2 * sizes.heads
+        ):  # rotary positions take pairs of a head
             raise UserError(
-                f"distill.students.{name}.hidden_size: expected a multiple of heads = {sizes.heads}, got {sizes.hidden_size}"
+                f"distill.students.{name}.hidden_size: expected a multiple of twice heads = {sizes.heads}, got "
+                f"{sizes.hidden_size}"
             )
         _check_training(f"distill.students.{name}", sizes)
         _check_optimizer(f"distill.students.{name}", sizes, recipe)

@@ -437,6 +437,10 @@ class RewardModels(NextToken):
     pairs: int = setting(4, "most pairs of a problem", minimum=1)
     temperature: float = setting(1.0, "of those responses; 0: greedy", minimum=0)
     max_new_tokens: int = setting(64, "longest of those responses, in tokens", minimum=1, pretrained=1024)
+    max_length: int = setting(
+        192, "of no effect: a text is scored as far as the model reads", minimum=0, pretrained=0
+    )
+    bias_rate: float = setting(1e-3, "of no effect: the router bias stays as it is", minimum=0)
 
 
 @dataclass

@@ -124,7 +124,11 @@ def test_what_goes_on_from_r1_zero_of_smollm2_starts_from_its_run(name, tmp_path
         ),
         (
             "distill.students={a: {heads: 5}}",
-            "distill.students.a.hidden_size: expected a multiple of heads = 5, got 64",
+            "distill.students.a.hidden_size: expected a multiple of twice heads = 5, got 64",
+        ),
+        (
+            "distill.students={a: {heads: 2, hidden_size: 6}}",
+            "distill.students.a.hidden_size: expected a multiple of twice heads = 2, got 6",
         ),
         ("model.dense_layers=4", "model.dense_layers: expected at most model.layers = 3, got 4"),
         ("model.expert_groups=8", "model.experts: expected at least 2 in each of the 8 groups, got 1"),

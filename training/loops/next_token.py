@@ -212,7 +212,9 @@ def _encode(
         )
     rows = [row for row in rows if row.targets]
     if not rows:
-        raise UserError(f"max_length: {most} tokens leave nothing to learn of any document")
+        raise UserError(
+            f"{stage}.max_length: {most} tokens, what it leaves or the model reads, hold nothing to learn of any document"
+        )
     return rows, truncated
 
 
