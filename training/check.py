@@ -80,6 +80,8 @@ def _check_stage(name: str, config: Any, recipe: Recipe) -> None:
         filters.check_names(getattr(config, "filters", ()))
     for key in ("samples_from", "general_from"):
         _check_sources(f"{name}.{key}", getattr(config, key, []))
+    if isinstance(config, Base) and not recipe.model.pretrained and not config.steps:
+        raise UserError("base.steps: expected at least 1, for which the corpus is made, got 0")
     if isinstance(config, NextToken) and (name != "base" or not recipe.model.pretrained):
         _check_training(name, config)
         _check_optimizer(name, config, recipe)

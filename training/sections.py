@@ -99,7 +99,7 @@ class Base(NextToken):
     """Pretraining; with `model.pretrained` nothing is trained."""
 
     steps: int = setting(1500, "optimizer steps", minimum=0)
-    epochs: int = setting(0, "passes over the data, where steps is 0", minimum=0)
+    epochs: int = setting(0, "of no effect: the corpus is made for the steps", minimum=0)
     batch_size: int = setting(96, "documents a step", minimum=1)
     lr: float = setting(2e-3, "learning rate after the warm-up", minimum=0)
     lr_end: float = setting(2e-4, "the learning rate falls on a cosine from lr to lr_end", minimum=0)

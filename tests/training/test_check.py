@@ -114,8 +114,13 @@ def test_what_goes_on_from_r1_zero_of_smollm2_starts_from_its_run(name, tmp_path
             "evaluate.splits\\[0\\]: expected one of train, test, harder, hardest, got 'tests'",
         ),
         ("sft1.epochs=0", "sft1.steps: expected at least 1 where sft1.epochs is 0, got 0"),
-        ("base.steps=0", "base.steps: expected at least 1 where base.epochs is 0, got 0"),
+        ("base.steps=0", "base.steps: expected at least 1, for which the corpus is made, got 0"),
+        ("judge={steps: 0, epochs: 0}", "judge.steps: expected at least 1 where judge.epochs is 0, got 0"),
         ("base.corpus={tidi: 1}", "base.corpus: unknown kind of documents 'tidi': did you mean 'tidy'"),
+        (
+            "base={steps: 0, epochs: 1}",
+            "base.steps: expected at least 1, for which the corpus is made, got 0",
+        ),
         ("base.corpus={tidy: 0}", "base.corpus: shares must be non-negative and not all 0"),
         ("distill.students={}", "distill.students: expected at least one entry, got {}"),
         (
