@@ -117,7 +117,7 @@ def gradient_of_weight_kernel(
             total += g
             if out is not None:
                 inside = (token >= 0)[:, None] & (column < width)[None, :]
-                x = tl.load(hidden + token[:, None] * width + column[None, :], mask=inside, other=0.0)
+                x = tl.load((hidden + column)[None, :] + token[:, None] * width, mask=inside, other=0.0)
                 sums += g[:, None] * x.to(tl.float32)
             place += ENTRIES
             more = tl.sum(of_row.to(tl.int32), axis=0) == ENTRIES
