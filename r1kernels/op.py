@@ -55,9 +55,8 @@ for _kind in (Contiguous, Float32, Int32):
     _TYPES |= {_kind: "Tensor", _kind | None: "Tensor?"}
     _TAKEN |= dict.fromkeys((_kind, _kind | None), typing.get_args(_kind)[1])
 _library = torch.library.Library("r1kernels", "FRAGMENT")
-_compiled: list[
-    tuple[str, str]
-] = []  # torch ops that the extension may implement, or Python, and their dispatch keys
+# torch ops that the extension may implement, or Python, and their dispatch keys
+_compiled: list[tuple[str, str]] = []
 
 
 class Fields:

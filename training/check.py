@@ -176,9 +176,8 @@ def _check_students(config: Distill, recipe: Recipe) -> None:
                 f"distill.students.{name}.pretrained: expected none with start, which is where it begins, got {sizes.pretrained!r}"
             )
         before.append(name)
-        if not sizes.pretrained and sizes.hidden_size % (
-            2 * sizes.heads
-        ):  # rotary positions take pairs of a head
+        # rotary positions take pairs of a head
+        if not sizes.pretrained and sizes.hidden_size % (2 * sizes.heads):
             raise UserError(
                 f"distill.students.{name}.hidden_size: expected a multiple of twice heads = {sizes.heads}, got "
                 f"{sizes.hidden_size}"

@@ -103,8 +103,7 @@ def decode_attention(
     checks.tensor("layout.lengths", layout.lengths, shape=(rows,), like=query)
     if sinks is not None:
         checks.tensor("sinks", sinks, dtypes=checks.FLOATS, shape=(query_heads,), like=query)
-    written = (query, key, value, *cache)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in written):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *cache)):
         raise RuntimeError("decode_attention has no gradient: expected a call under torch.no_grad()")
     call = DecodeCall(
         _lines(query),

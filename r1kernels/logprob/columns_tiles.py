@@ -155,9 +155,8 @@ class Tiles:
         if columns_head.finished(self.rows):
             with_bias = tile if bias is None else tile + bias[slab]
             slope = columns_head.slope(with_bias, self.rows)
-            if isinstance(
-                slope, Tensor
-            ):  # 0 times NaN, which the hidden states of an ignored token may hold, is NaN
+            # 0 times NaN, which the hidden states of an ignored token may hold, is NaN
+            if isinstance(slope, Tensor):
                 slope.masked_fill_(~events.has_ids(self.ids[block]).unsqueeze(1), 0.0)
             tile.copy_(columns_head.capped(with_bias, self.rows))
         places.take_(tile)

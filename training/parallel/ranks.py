@@ -31,7 +31,7 @@ BUCKET = (
     2**25
 )  # gradients in one sum: those of a small model stand in one, a large one needs no second copy of all
 
-# of the time of a small model's pass or decode step, what does not shrink with its tokens (docs/scaling.md)
+# of the time of a small model's pass or decode step, what does not shrink with its tokens: a judgement
 FIXED = 0.25
 
 _queues = itertools.count()  # numbers of those of `apart`, the same on all ranks
