@@ -57,7 +57,7 @@ def floors(run: Run) -> dict[str, tuple[float, str]]:
     """Case and phase -> the share of our time that the floor explains, and which floor binds."""
     found = {}
     for one in run.one_per_op():
-        for phase, (floor, bound) in run.ceilings.floors(one.case).items():
+        for phase, (floor, bound) in run.floors(one).items():
             seconds = one.ours[0].median(phase) if one.ours and phase in ("forward", "backward") else None
             if seconds:
                 found[f"{one.case.op}, {phase}"] = (min(floor / seconds, 1.0), bound)

@@ -36,7 +36,7 @@ def summary(run: Run) -> str:
     """Machine, versions, load; a warning where the machine was not quiet."""
     made, loads = run.environment, [value for one in run.cases for value in one.load]
     spreads = [value for one in run.cases for value in one.noise]
-    text = f"{run.device}, {made['threads']} threads, torch {made['packages']['torch']}, {run.date}, commit {run.commits}"
+    text = f"{run.machine}, torch {made['packages']['torch']}, {run.date}, commit {run.commits}"
     if loads:
         text += f", load average {min(loads):.1f} to {max(loads):.1f}, our own threads included"
     if spreads:
@@ -72,7 +72,7 @@ def not_best(run: Run) -> list[str]:
             if not own or not peer or not ratio or ratio >= 1:
                 continue
             text = f"{one.title}, {phase}{', first call' if first else ''}: {peer.peer} takes {times(ratio)} our time"
-            if phase in (known := run.ceilings.floors(one.case)):
+            if phase in (known := run.floors(one)):
                 floor, bound = known[phase]
                 ours, theirs = (times((row.median(phase, first) or 0) / (floor or 1)) for row in (own, peer))
                 text += f"; ours takes {ours} the {bound} floor, theirs {theirs}"
@@ -123,7 +123,7 @@ def _against_the_best(run: Run, one: Measured, phase: str) -> list[str]:
     own, seconds = one.ours[0], one.ours[0].median(phase)
     if seconds is None:
         return [*_names(one), Cell(_state(own), "failed"), *[MISSING] * (len(HEADLINE) - 4)]
-    floor = run.ceilings.floors(one.case).get(phase)
+    floor = run.floors(one).get(phase)
     peer, at_first = one.best(phase), one.best(phase, first=True)
     ratio = peer.over_ours(phase) if peer else None
     first = at_first.over_ours(phase, first=True) if at_first and phase in at_first.first else None
@@ -177,10 +177,10 @@ def _of_floor(run: Run, one: Measured, row: Row, phase: str) -> str:
     seconds = row.median(phase)
     if not seconds:
         return MISSING
-    floor, bound = run.ceilings.floors(one.case)[phase]
+    floor, bound = run.floors(one)[phase]
     text = f"{100 * floor / seconds:.0f} % {bound}"
     if bound == "exp":
-        text += f" ({100 * one.case.work()[phase].bytes / run.ceilings.bytes_per_second / seconds:.0f} %)"
+        text += f" ({100 * one.case.work()[phase].bytes / (one.ceilings or run.ceilings).bytes_per_second / seconds:.0f} %)"
     return text
 
 
@@ -197,7 +197,7 @@ def case_table(run: Run, one: Measured) -> Table:
     several = any(main in row.first for row in one.rows)
     head = ["implementation", *(f"{phase}, ms" for phase in phases), *["first call, ms"] * several,
             "/ ours", "/ floor", "error", "gradient error", "peak memory", "saved"]  # fmt: skip
-    found = run.ceilings.floors(one.case)
+    found = run.floors(one)
     rows: list[list[str]] = []
     for row in one.rows:
         version = run.environment["packages"].get(row.package) if row.kind == "peer" else None
@@ -256,6 +256,8 @@ def environment(run: Run) -> Table:
         "GEMM": ", ".join(gemm),
         "exp": rate(ceilings.exps_per_second, "/s"),
     }
+    if added := [one.title for one in run.cases if one.ceilings]:
+        facts["added later, beside ceilings of their own"] = "; ".join(added)
     return Table("Environment", ("fact", "value"), list(facts.items()))
 
 

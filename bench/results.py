@@ -160,7 +160,10 @@ def _paired(theirs: Sequence[float], ours: Sequence[float]) -> float:
 
 @dataclass
 class Measured:
-    """A case with its rows; load and noise (noise.py) before and after, and which commit was measured when."""
+    """A case with its rows; load and noise (noise.py) before and after, and which commit was measured when.
+
+    ceilings: of the machine when the case was added to a run that was done; None: those of the run.
+    """
 
     case: Case
     rows: list[Row]
@@ -169,6 +172,7 @@ class Measured:
     took: float = 0.0
     measured: str = ""
     commit: str = ""
+    ceilings: Ceilings | None = None
 
     @property
     def phase(self) -> str:
@@ -215,6 +219,10 @@ class Run:
         return str(self.environment.get("gpu", self.environment["processor"]))
 
     @property
+    def machine(self) -> str:
+        return f"{self.device}, {self.environment['threads']} threads"
+
+    @property
     def commits(self) -> str:
         """Of what was measured, in order of first use: several where a run was made in parts."""
         return ", ".join(dict.fromkeys(one.commit for one in self.cases)) or str(self.environment["commit"])
@@ -230,6 +238,10 @@ class Run:
         every = dict.fromkeys(one.case.op for one in self.cases)
         return [min((one for one in self.cases if one.case.op == op), key=rank) for op in every]
 
+    def floors(self, one: Measured) -> dict[str, tuple[float, str]]:
+        """Phase -> (seconds, bound) of a case, by the ceilings that were measured with it."""
+        return (one.ceilings or self.ceilings).floors(one.case)
+
     def has(self, case: Case) -> bool:
         return case.id in {one.case.id for one in self.cases}
 
@@ -238,10 +250,13 @@ class Run:
         self.leave_out(measured.case, "")
         self.cases.append(measured)
 
-    def go_on(self, before: Run) -> None:
-        """Take over what an earlier part of the run found."""
-        self.quick |= before.quick
-        self.ceilings = self.ceilings.best(before.ceilings)
+    def go_on(self, before: Run, done: bool) -> None:
+        """Take over what an earlier part of the run found, or a run that is done: of that nothing changes."""
+        if done:
+            self.environment, self.date = before.environment, before.date
+            self.ceilings, self.quick = before.ceilings, before.quick
+        else:
+            self.ceilings, self.quick = self.ceilings.best(before.ceilings), self.quick or before.quick
         self.not_run |= before.not_run
         for kept in before.cases:
             self.put(kept)
@@ -262,6 +277,8 @@ class Run:
         for case in found["cases"]:
             rows = [row | {"rounds": {}, "firsts": {}} for row in case["rows"]]
             case["rows"] = [{k: v for k, v in row.items() if v != usual[k]} for row in rows]
+            if not case["ceilings"]:
+                del case["ceilings"]
         save(path, found)
 
 
@@ -274,8 +291,9 @@ def load(path: Path) -> Run:
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     if found.pop("schema", None) != SCHEMA:
         raise ValueError(f"{path}: expected benchmark results of schema {SCHEMA}")
-    cases = [
-        Measured(**{**one, "case": Case(**one["case"]), "rows": [Row(**row) for row in one["rows"]]})
-        for one in found.pop("cases")
-    ]
+    cases = []
+    for one in found.pop("cases"):
+        one |= {"case": Case(**one["case"]), "rows": [Row(**row) for row in one["rows"]]}
+        own = one.pop("ceilings", None)
+        cases.append(Measured(**one, ceilings=Ceilings(**own) if own else None))
     return Run(ceilings=Ceilings(**found.pop("ceilings")), cases=cases, **found)

@@ -77,10 +77,13 @@ def run(plan: Plan, out: Path, say: Callable[[str], None] = print) -> Run:
     device = torch.device(plan.device)
     today = datetime.now(UTC).strftime("%Y-%m-%d")
     found = Run(environment(plan.device), ceilings.measure(device), today, plan.quick or plan.tiny)
+    if before and before.machine != found.machine:
+        raise SystemExit(f"{out} holds results of {before.machine}, but this is {found.machine}")
+    commit, own = found.environment["commit"], found.ceilings if before and plan.add else None
     for case, reason in left:
         found.leave_out(case, reason)
     if before:
-        found.go_on(before)
+        found.go_on(before, done=plan.add)
     effort = Effort(0.0) if plan.tiny else Effort.of(plan.device, plan.quick)
     for number, case in enumerate(todo, start=1):
         elapsed = time.monotonic() - began
@@ -104,7 +107,7 @@ def run(plan: Plan, out: Path, say: Callable[[str], None] = print) -> Run:
             measured.noise = [spread, noise.of_machine(device)]
             measured.took = round(time.monotonic() - began - elapsed, 1)
             measured.measured = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
-            measured.commit = found.environment["commit"]
+            measured.commit, measured.ceilings = commit, own
             found.put(measured)
             for row in (row for row in measured.rows if row.status == "failed"):
                 say(f"  FAILED {row.peer}: {row.reason}")

@@ -1,9 +1,11 @@
 """The table of cases: algorithmic work against numbers worked out by hand, and every op at a tiny shape."""
 
+import json
+
 import pytest
 import torch
 
-from bench import measure, noise, run
+from bench import measure, noise, report, results, run
 from bench.ceilings import Ceilings
 from bench.measure import Effort
 from bench.ops import families, logprob
@@ -115,8 +117,40 @@ def test_a_run_keeps_what_is_done_and_can_be_added_to(tmp_path, known_ceilings):
     both = run.run(run.Plan("cpu", ["grouped_logprobs"], tiny=True, add=True), out, lambda text: None)
     assert [one.case.op for one in both.cases].count("route") == routers
     assert len(both.cases) == routers + 4
+    added = {one.case.op: one.ceilings for one in both.cases}
+    assert added["route"] is None and added["grouped_logprobs"].bytes_per_second == 1e9
     late = run.run(run.Plan("cpu", ["route"], tiny=True, limit=-1), out, lambda text: None)
     assert not late.cases and next(iter(late.not_run.values())) == "no time was left"
+
+
+def test_what_is_added_changes_nothing_else_in_the_file(tmp_path, known_ceilings, monkeypatch):
+    out = tmp_path / "cpu.json"
+    before = run.run(run.Plan("cpu", ["route", "router_logits"], tiny=True), out, lambda text: None)
+    written = json.loads(out.read_text())
+    today = {**before.environment, "packages": {"torch": "9"}, "commit": "later"}
+    monkeypatch.setattr(run, "environment", lambda device: today)
+    run.run(run.Plan("cpu", ["route"], tiny=True, add=True), out, lambda text: None)
+    after, found = results.load(out), json.loads(out.read_text())
+    added = [one for one in after.cases if one.ceilings]
+    assert added and {(one.case.op, one.commit) for one in added} == {("route", "later")}
+    keep = [case for case in written.pop("cases") if case["case"]["op"] != "route"]
+    assert (
+        keep and [case for case in found.pop("cases") if "ceilings" not in case] == keep and found == written
+    )
+    was, floors = (
+        {one.case.op: found.floors(one)["inference"][0] for one in found.cases} for found in (before, after)
+    )
+    assert floors["router_logits"] == was["router_logits"] and floors["route"] == 2 * was["route"]
+    assert report.environment(after).rows[-1][1] == "; ".join(one.title for one in added)
+
+
+@pytest.mark.parametrize("how", [{"add": True}, {"resume": True}], ids=str)
+def test_a_file_of_another_machine_is_not_gone_on_with(tmp_path, known_ceilings, monkeypatch, how):
+    out = tmp_path / "cpu.json"
+    known = run.run(run.Plan("cpu", ["router_logits"], tiny=True), out, lambda text: None).environment
+    monkeypatch.setattr(run, "environment", lambda device: {**known, "threads": 99})
+    with pytest.raises(SystemExit, match="but this is .*, 99 threads"):
+        run.run(run.Plan("cpu", ["route"], tiny=True, **how), out, lambda text: None)
 
 
 def test_a_run_that_is_resumed_makes_what_is_missing_and_nothing_again(tmp_path, known_ceilings):
