@@ -1,8 +1,7 @@
 """The command line of the benchmarks; docs/benchmarks.md tells what each command is for."""
 
-from __future__ import annotations
-
 import argparse
+import ast
 import importlib
 import inspect
 import sys
@@ -14,55 +13,32 @@ from typing import Any
 
 from . import results
 
-# folder of bench -> module, whose function main or, where its tables are written, measure has the arguments of the command
+# folder -> its modules whose function main or, where its tables are written, measure has the arguments of a command
 COMMANDS = {
-    "": {
-        "run": "measure, write results as JSON, and report",
-        "report": "results as one HTML page and as Markdown, beside the JSON",
-        "compare": "what became faster or slower",
-        "guard": "are the CPU kernels slower than the committed baseline",
-        "documents": "write the tables and pictures of README and docs",
-    },
-    ".studies": {
-        "precision": "errors against float64, also where one logit leads",
-        "saved": "bytes that experts keep for the backward, at the shapes of models",
-        "overhead": "what a call of each op costs beside its work",
-        "mixtures": "every mixture of transformers, patched against its own code",
-        "suite": "transformers' own tests of its mixtures, without and with the patch",
-        "prefix": "a GRPO step with shared prefixes, without, and in TRL",
-        "rollout": "tokens a second of the trainer's sampler, beside transformers' own ways",
-        "truncation": "importance ratios of GRPO under top-p sampling, without kept sets and with them",
-        "training_memory": "peak of a GRPO step, beside what the dry run says",
-        "pipeline": "the marks of whole pipeline runs",
-        "distillation": "students of a finished run of tiny, by text, logits and on policy",
-        "ranks": "the stages of a run of one process, and each of them done again in several",
-        "smollm2": "keep what a finished run of SmolLM2 learnt",
-    },
-    ".gpu": {
-        "roofline": "what the kernels for GPUs should take, by counting",
-        "sanitize": "every op on every backend, for compute-sanitizer",
-        "lease": "what a first machine with a GPU is asked beside tests and benchmarks",
-    },
+    "": "run report compare guard documents",
+    "studies": "precision saved overhead mixtures suite prefix rollout truncation training_memory pipeline ranks smollm2",
+    "gpu": "roofline sanitize lease",
 }
 
 
-def module_of(command: str) -> Any:
-    """The module of a command; some need much: only what is asked for is imported."""
-    (folder,) = (folder for folder, known in COMMANDS.items() if command in known)
-    return importlib.import_module(f"bench{folder}.{command}")
+def _about(*path: str) -> str:
+    """The first sentence of a module, which is not imported: some need much."""
+    text = Path(__file__).parent.joinpath(*path).read_text(encoding="utf-8")
+    return str(ast.get_docstring(ast.parse(text))).partition("\n")[0].partition(". ")[0].rstrip(".")
 
 
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    lines = [__doc__]
-    for folder, known in COMMANDS.items():
-        lines += ["", *str(importlib.import_module(f"bench{folder}").__doc__).splitlines()[:1]]
-        lines += [f"  {name:<16} {text}" for name, text in known.items()]
+    lines, modules = [__doc__], {}
+    for folder, names in COMMANDS.items():
+        lines += ["", _about(folder, "__init__.py")]
+        for name in names.split():
+            modules[name] = ".".join(filter(None, ("bench", folder, name)))
+            lines.append(f"  {name:<16} {_about(folder, f'{name}.py')}")
     chosen = _parser("python -m bench", "\n".join(lines))
-    names = [name for known in COMMANDS.values() for name in known]
-    chosen.add_argument("command", choices=names, metavar="COMMAND")
+    chosen.add_argument("command", choices=modules, metavar="COMMAND")
     name = chosen.parse_args(words[:1]).command
-    module = module_of(name)
+    module = importlib.import_module(modules[name])
     parser = _parser(f"python -m bench {name}", module.__doc__)
     if not hasattr(module, "tables"):
         _add_arguments(parser, module.main)

@@ -1,8 +1,6 @@
 """What became faster or slower between two results. A machine that is busier moves everyone: a verdict allows for what eager
 PyTorch changed by."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from .results import Measured, Row, Run, load

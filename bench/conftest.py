@@ -1,7 +1,5 @@
 """What pytest-benchmark writes about the machine: our own facts, for its own would name the host."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,4 +1,4 @@
-"""The tables and pictures of README and docs that come from committed results; tables are written between marks.
+"""Writes the tables and pictures of README and docs from committed results; tables stand between marks.
 
     <!-- bench: headline -->
     ...
@@ -6,8 +6,6 @@
 
 ``python -m bench documents`` writes them; a test holds them against the results.
 """
-
-from __future__ import annotations
 
 import importlib
 import re
@@ -65,7 +63,7 @@ def divergences() -> str:
     return shown(*(report.case_table(run, one) for one in cases), level=3)
 
 
-STUDIES = "saved prefix training_memory mixtures suite rollout truncation distillation ranks"
+STUDIES = "saved prefix training_memory mixtures suite rollout truncation ranks"
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "ops": lambda: shown(report.ops(_run())),
     "every case": every_case,

@@ -1,7 +1,5 @@
 """What the numbers were measured on: the device, the versions, the threads; no name of a host, no path."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from pathlib import Path

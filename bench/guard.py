@@ -6,8 +6,6 @@ times; what seems slower is measured up to AGAIN times more. The command ends wi
 BAND.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -23,7 +21,7 @@ from .ops.peers import TRAINING, Inputs, Peer
 BASELINE = results.FOLDER / "cpu/guard.json"
 # wider than what two runs on one machine differ by
 BAND = 0.3
-EFFORT, REPEATS, AGAIN = measure.Effort(1.0), 3, 3
+SECONDS, REPEATS, AGAIN = 1.0, 3, 3
 PHASES = ("forward", "backward")
 
 _LOGITS, _HEAD = {"N": 256, "V": 32768}, {"N": 512, "V": 16384, "H": 256}
@@ -42,7 +40,7 @@ GUARDED = (
 Ratios = dict[str, dict[str, float]]  # case -> phase -> our shortest round over the yardstick's
 
 
-def ratios(say: Callable[[str], None], baseline: Ratios) -> Ratios:
+def ratios(baseline: Ratios) -> Ratios:
     """Of all cases but those that the reference serves, which is no kernel, and whose page faults do not repeat themselves.
 
     Raises:
@@ -54,7 +52,7 @@ def ratios(say: Callable[[str], None], baseline: Ratios) -> Ratios:
     try:
         for case in GUARDED:
             if _backend(case) == "reference":
-                say(f"{case.id}: no kernel serves it here")
+                print(f"{case.id}: no kernel serves it here", flush=True)
                 continue
             shortest: dict[str, tuple[float, float]] = {}
             for _ in range(1 + AGAIN):
@@ -65,7 +63,8 @@ def ratios(say: Callable[[str], None], baseline: Ratios) -> Ratios:
                 found[case.id] = {phase: ours / its for phase, (ours, its) in shortest.items()}
                 if not compare(baseline, {case.id: found[case.id]}):
                     break
-            say(f"{case.id}: {', '.join(f'{phase} {value:.3g}' for phase, value in found[case.id].items())}")
+            said = ", ".join(f"{phase} {value:.3g}" for phase, value in found[case.id].items())
+            print(f"{case.id}: {said}", flush=True)
             measure.release()
     finally:
         torch.set_num_threads(threads)
@@ -84,7 +83,7 @@ def _shortest(case: Case) -> dict[str, tuple[float, float]]:
     peer = [peer for peer in op.peers if peer.kind == "ours"][-1 if case.op == "token_logprobs" else 0]
     yardstick = Peer("yardstick", lambda case, inputs: _yardstick(case, inputs, op.peers), "floor")
     pair = (replace(peer, phases=TRAINING), yardstick)
-    ours, its = measure.race(case, pair, *op.problem(case, torch.device("cpu")), EFFORT)
+    ours, its = measure.race(case, pair, *op.problem(case, torch.device("cpu")), SECONDS)
     if ours.status != "ok":
         raise SystemExit(f"FAILED {case.id}: {ours.reason}")
     return {phase: (ours.seconds[phase][0], its.seconds[phase][0]) for phase in PHASES}
@@ -121,7 +120,7 @@ def main(update: bool = False, baseline: Path = BASELINE) -> int:
     if not update and not baseline.is_file():
         raise SystemExit(f"{baseline}: there is no baseline yet; write one with --update")
     before = {} if update else json.loads(baseline.read_text(encoding="utf-8"))["ratios"]
-    found = ratios(lambda text: print(text, flush=True), before)
+    found = ratios(before)
     if update:
         short = {
             name: {phase: results.short(value) for phase, value in one.items()} for name, one in found.items()

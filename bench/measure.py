@@ -1,7 +1,5 @@
 """One case, measured: every implementation checked against float64, then all of them timed in turns, A B A B."""
 
-from __future__ import annotations
-
 import gc
 import os
 import time
@@ -28,22 +26,15 @@ _L2_BYTES = 128 << 20
 _MODES = ("inference", "forward+backward")
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How long a case may take: seconds for all timed rounds together."""
-
-    seconds: float
-
-    @classmethod
-    def of(cls, device: str, quick: bool) -> Effort:
-        """A GPU repeats itself better, and its minutes are dear."""
-        return cls((1.5 if quick else 3.0) if device == "cuda" else (8.0 if quick else 10.0))
+def seconds_of(device: str, quick: bool) -> float:
+    """For all timed rounds of a case together. A GPU repeats itself better, and its minutes are dear."""
+    return (1.5 if quick else 3.0) if device == "cuda" else (8.0 if quick else 10.0)
 
 
-def measure(
-    case: Case, effort: Effort, say: Callable[[str], None] = print, compiles: bool = True, ours: bool = False
-) -> list[Row]:
+def measure(case: Case, seconds: float, compiles: bool = True, ours: bool = False) -> list[Row]:
     """Rows of all implementations of a case; without ``compiles`` of those that need no compilation, with ``ours`` of ours.
+
+    seconds: that all timed rounds may take together; 0: a few rounds, in which no time is meant.
 
     Raises:
         Unavailable: the case does not fit the memory of the machine.
@@ -52,14 +43,14 @@ def measure(
     need, free = case.need_bytes(), memory.available_bytes(device)
     if need > free:
         raise Unavailable(f"needs about {need / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free")
-    rows = race(case, op.peers_on(case.device, compiles, ours), *op.problem(case, device), effort)
+    rows = race(case, op.peers_on(case.device, compiles, ours), *op.problem(case, device), seconds)
     median = next((row.median("forward+backward") for row in rows if row.kind == "ours"), None)
-    say(f"  r1kernels {1e3 * (median or float('nan')):.3f} ms forward+backward")
+    print(f"  r1kernels {1e3 * (median or float('nan')):.3f} ms forward+backward", flush=True)
     return rows
 
 
 def race(
-    case: Case, peers: Sequence[Peer], inputs: Inputs, exact: dict[str, Exact], effort: Effort
+    case: Case, peers: Sequence[Peer], inputs: Inputs, exact: dict[str, Exact], seconds: float
 ) -> list[Row]:
     """Rows of these implementations, in their order."""
     every = [_Running(peer, Row(peer.name, peer.kind, peer.package)) for peer in peers]
@@ -71,7 +62,7 @@ def race(
     # neighbours may be two forms of one kernel: the turn of one would leave its code in the caches for the other
     running = running[::2] + running[1::2]
     if running:
-        _time(running, inputs, torch.device(case.device), effort)
+        _time(running, inputs, torch.device(case.device), seconds)
     settle(rows)
     return rows
 
@@ -189,11 +180,11 @@ class _Running:
                 torch.cuda.synchronize()
 
 
-def _time(running: list[_Running], inputs: Inputs, device: torch.device, effort: Effort) -> None:
+def _time(running: list[_Running], inputs: Inputs, device: torch.device, seconds: float) -> None:
     """Rounds in which everyone has a turn, until the time is spent; how long the first takes says how many."""
     clock, sets = timing.Clock(device), _rotating(inputs, device)
-    if device.type == "cuda" or not effort.seconds:
-        # graphs of short calls are replayed many times anyway; without an effort no time is meant
+    if device.type == "cuda" or not seconds:
+        # graphs of short calls are replayed many times anyway
         for one in running:
             one.row.calls = dict.fromkeys(_MODES, 1)
     first = _round(running, inputs, clock)
@@ -203,14 +194,14 @@ def _time(running: list[_Running], inputs: Inputs, device: torch.device, effort:
         first = _round(running, inputs, clock)
     far = _far_behind([one.row for one in running]) if sum(first.values()) > _LONG_SECONDS else set()
     close = [one for one in running if one.row.peer not in far]
-    for number in range(1, _rounds(sum(first.get(one.row.peer, 0.0) for one in close), effort)):
+    for number in range(1, _rounds(sum(first.get(one.row.peer, 0.0) for one in close), seconds)):
         _round(close, sets[number % len(sets)], clock)
 
 
-def _rounds(seconds: float, effort: Effort) -> int:
-    """How many rounds of so many seconds are made."""
+def _rounds(seconds: float, of_all: float) -> int:
+    """How many rounds of so many seconds are made in those of all."""
     fewest = FEWEST_ROUNDS if seconds < _LONG_SECONDS else 3 if seconds < _VERY_LONG_SECONDS else 2
-    return max(fewest, min(MOST_ROUNDS, int(effort.seconds / max(seconds, 1e-9))))
+    return max(fewest, min(MOST_ROUNDS, int(of_all / max(seconds, 1e-9))))
 
 
 def _far_behind(rows: list[Row]) -> set[str]:

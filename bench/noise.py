@@ -1,7 +1,5 @@
 """Is the machine quiet? The same short work again and again takes the same time on one that is."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@
 file holds the numbers that it shows, by which a test sees that it fits the results.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -1,7 +1,5 @@
 """The report of a run: the same sections as one HTML page, as Markdown beside it and, in short, for a terminal."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections.abc import Iterator

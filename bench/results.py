@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from training import files
+
 from .ceilings import Ceilings
 from .environment import environment
 from .ops.cases import Case
@@ -30,7 +32,7 @@ def record(**found: Any) -> dict[str, Any]:
 
 def committed(name: str) -> dict[str, Any]:
     """The committed results of a command on a CPU."""
-    found: dict[str, Any] = json.loads((FOLDER / f"cpu/{name}.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = files.read_json(FOLDER / f"cpu/{name}.json")
     return found
 
 
@@ -45,10 +47,7 @@ def _digits(value: float) -> float:
 
 def save(path: Path, found: Mapping[str, Any]) -> None:
     """Write JSON; whoever is cut off leaves the older file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(_text(found) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    files.write_text(path, _text(found) + "\n")
 
 
 def _text(value: Any, indent: int = 0) -> str:

@@ -1,12 +1,10 @@
 """Measure cases one after another, keep what is done, and report."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +14,6 @@ import torch
 
 from . import ceilings, measure, noise, report, results, step
 from .environment import environment
-from .measure import Effort
 from .ops.cases import CASES, Case, tiny
 from .ops.families import FAMILIES
 from .ops.peers import Unavailable
@@ -66,14 +63,14 @@ class Plan:
         return sorted(run, key=lambda case: not case.quick), left
 
 
-def run(plan: Plan, out: Path, say: Callable[[str], None] = print) -> Run:
+def run(plan: Plan, out: Path) -> Run:
     """Measure, write ``out`` after every case, and return the results."""
     began = time.monotonic()
     todo, left = plan.cases()
     before = results.load(out) if (plan.add or plan.resume) and out.is_file() else None
     if plan.resume and before:
         todo = [case for case in todo if not before.has(case)]
-    say("the ceilings of this machine: copy, GEMM, exp")
+    print("the ceilings of this machine: copy, GEMM, exp", flush=True)
     device = torch.device(plan.device)
     today = datetime.now(UTC).strftime("%Y-%m-%d")
     found = Run(environment(plan.device), ceilings.measure(device), today, plan.quick or plan.tiny)
@@ -84,20 +81,20 @@ def run(plan: Plan, out: Path, say: Callable[[str], None] = print) -> Run:
         found.leave_out(case, reason)
     if before:
         found.go_on(before, done=plan.add)
-    effort = Effort(0.0) if plan.tiny else Effort.of(plan.device, plan.quick)
+    seconds = 0.0 if plan.tiny else measure.seconds_of(plan.device, plan.quick)
     for number, case in enumerate(todo, start=1):
         elapsed = time.monotonic() - began
         if elapsed > plan.limit:
             if not found.has(case):
                 found.leave_out(case, OUT_OF_TIME)
             continue
-        say(f"[{number}/{len(todo)}] {case.id} ({elapsed:.0f} s)")
+        print(f"[{number}/{len(todo)}] {case.id} ({elapsed:.0f} s)", flush=True)
         load, spread = measure.load_average(), noise.of_machine(device)
         try:
-            measured = Measured(case, rows(case, effort, say, not plan.tiny, plan.ours))
+            measured = Measured(case, rows(case, seconds, not plan.tiny, plan.ours))
         except Unavailable as reason:
             found.leave_out(case, str(reason))
-            say(f"  not run: {reason}")
+            print(f"  not run: {reason}", flush=True)
         except Exception as problem:
             # one case must not take the others with it
             traceback.print_exc()
@@ -110,7 +107,7 @@ def run(plan: Plan, out: Path, say: Callable[[str], None] = print) -> Run:
             measured.commit, measured.ceilings = commit, own
             found.put(measured)
             for row in (row for row in measured.rows if row.status == "failed"):
-                say(f"  FAILED {row.peer}: {row.reason}")
+                print(f"  FAILED {row.peer}: {row.reason}", flush=True)
         measure.release()
         found.save(out)
     order = {case.id: position for position, case in enumerate(CASES) if case.device == plan.device}
@@ -119,13 +116,11 @@ def run(plan: Plan, out: Path, say: Callable[[str], None] = print) -> Run:
     return found
 
 
-def rows(
-    case: Case, effort: Effort, say: Callable[[str], None], compiles: bool = True, ours: bool = False
-) -> list[Row]:
+def rows(case: Case, seconds: float, compiles: bool = True, ours: bool = False) -> list[Row]:
     """What is measured about a case; as ``measure.measure``."""
     if case.op == "grpo_step":
-        return step.measure(case, effort, say)
-    return measure.measure(case, effort, say, compiles, ours)
+        return step.measure(case, seconds)
+    return measure.measure(case, seconds, compiles, ours)
 
 
 def failed(run: Run) -> list[str]:
@@ -151,7 +146,7 @@ def main(
         raise SystemExit("--device: expected cpu, got cuda on a machine without a CUDA device")
     out = out or Path(f"bench-results/{device}.json")
     plan = Plan(device, only, quick, tiny, limit, add, resume, ours)
-    found = run(plan, out, lambda text: print(text, flush=True))
+    found = run(plan, out)
     late = list(found.not_run.values()).count(OUT_OF_TIME)
     print(f"{out}: {len(found.cases)} cases", flush=True)
     if late:

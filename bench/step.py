@@ -5,10 +5,8 @@ sample, score and learn the same: weights, problems and random draws depend on s
 tokens, H hidden, I intermediate size of an expert, E experts.
 """
 
-from __future__ import annotations
-
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -33,7 +31,7 @@ from training.tasks.arithmetic import make_problem
 from training.tokenizer import build_tokenizer
 
 from . import memory
-from .measure import Effort, judge
+from .measure import judge
 from .ops.cases import Case
 from .ops.numerics import Exact, error
 from .ops.peers import OURS
@@ -47,7 +45,7 @@ _MOST_ROUNDS = 20
 _SIZES = {"H": "hidden_size", "I": "moe_intermediate_size", "E": "experts"}
 
 
-def measure(case: Case, effort: Effort, say: Callable[[str], None] = print) -> list[Row]:
+def measure(case: Case, seconds: float) -> list[Row]:
     """Rows of both sides; their phases are the parts of the step, and "step" is the whole of it.
 
     Errors are those of the log-probs that the policy gives its own samples, against the same model in float64.
@@ -63,12 +61,12 @@ def measure(case: Case, effort: Effort, say: Callable[[str], None] = print) -> l
             first = bench.step(row.backend)
         row.peak_bytes = peak.bytes
     judge(rows, case)
-    rounds = max(3, min(_MOST_ROUNDS, int(effort.seconds / (2 * first["step"]))))
+    rounds = max(3, min(_MOST_ROUNDS, int(seconds / (2 * first["step"]))))
     timed = paired({row.peer: partial(bench.step, row.backend) for row in rows if row.status == "ok"}, rounds)
     for row in rows:
         row.rounds = timed.get(row.peer, {})
     settle(rows)
-    say(f"  {rounds} rounds, r1kernels {rows[1].median('step') or float('nan'):.2f} s a step")
+    print(f"  {rounds} rounds, r1kernels {rows[1].median('step') or float('nan'):.2f} s a step", flush=True)
     return rows
 
 

@@ -4,8 +4,6 @@ Implementations are timed one after the other. Who compares two reads ``python -
 rounds; this is for the features of pytest-benchmark: its groups, its JSON, its comparison with an earlier run.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Clocks: how long the phases of one call take, on a CPU by the wall clock, on a GPU by events or graph replays."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from itertools import pairwise

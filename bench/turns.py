@@ -4,8 +4,6 @@ A long call is a turn of its own. A short one is made several times, as timeit d
 apart, and the median of those after it, which one interruption does not move.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass

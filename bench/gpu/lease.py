@@ -7,8 +7,6 @@ hold the kernels of this GPU.
 T tokens, H hidden, I intermediate size, E experts, K experts per token; N tokens, V vocabulary of a head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 

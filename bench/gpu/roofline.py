@@ -9,15 +9,13 @@ everything else overlaps. Launches add up.
 T tokens, H hidden, I intermediate size, E experts, K experts per token, S = T * K routed rows; N tokens, V vocabulary of a head.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..ceilings import Ceilings
-from ..ops.cases import CASES, Case
+from ..ops.cases import CASES, Case, Work
 from ..ops.peers import OURS
 from ..results import FOLDER, load
 from ..table import Table
@@ -29,33 +27,29 @@ STATE = "uncalibrated: predicted by counting, no GPU has run it"
 
 @dataclass(frozen=True)
 class Mark:
-    """The phase of a case, the mark in words, and its seconds under the ceilings of a machine."""
+    """The phase of a case, the mark in words, and its seconds by the work of the phase under the ceilings of a machine."""
 
     case: Case
     phase: str
     words: str
-    seconds: Callable[[Case, Ceilings], float]
+    seconds: Callable[[Work, Ceilings], float]
+
+    @property
+    def work(self) -> Work:
+        return self.case.work()[self.phase]
 
     def goal(self, ceilings: Ceilings) -> float:
-        return self.seconds(self.case, ceilings)
+        return self.seconds(self.work, ceilings)
 
 
-def _mark(name: str, phase: str, words: str, seconds: Callable[[Case, Ceilings], float]) -> Mark:
+def _mark(name: str, phase: str, words: str, seconds: Callable[[Work, Ceilings], float]) -> Mark:
     (case,) = (case for case in CASES if case.device == "cuda" and case.id == name)
     return Mark(case, phase, words, seconds)
 
 
-def flops(case: Case, phase: str) -> float:
-    return case.work()[phase].flops
-
-
-def _at(phase: str, rate: float) -> Callable[[Case, Ceilings], float]:
-    return lambda case, ceilings: flops(case, phase) / rate
-
-
-def _products(case: Case, ceilings: Ceilings) -> float:
-    """1.10 * 8 N V H at the rate of a GEMM: the logits forward, again in the backward, and two gradients."""
-    return 1.10 * 4 * flops(case, "forward") / ceilings.flops_per_second[case.dtype]
+def _products(work: Work, ceilings: Ceilings) -> float:
+    """1.10 * 8 N V H at the rate of a GEMM: of 6 N V H and the logits, which the backward computes again."""
+    return 1.10 * 8 / 6 * work.flops / ceilings.flops_per_second["bfloat16"]
 
 
 HEAD = "linear_logprobs-N8192-V131072-H4096-bfloat16"
@@ -63,14 +57,14 @@ LARGE_HEAD = "linear_logprobs-N16384-V248320-H2048-bfloat16"
 EXPERTS, BOTH = "moe_experts-T32768-H2048-I768-E128-K8-bfloat16", "forward+backward"
 MARKS = (
     _mark("token_logprobs-N8192-V151936-bfloat16", "forward", "85 % of the bandwidth",
-          lambda case, ceilings: case.work()["forward"].bytes / ceilings.bytes_per_second / 0.85),
-    _mark(HEAD, "forward", "650 TFLOP/s", _at("forward", 650e12)),
+          lambda work, ceilings: work.bytes / ceilings.bytes_per_second / 0.85),
+    _mark(HEAD, "forward", "650 TFLOP/s", lambda work, ceilings: work.flops / 650e12),
     _mark(HEAD, BOTH, "1.10 of 8 N V H", _products),
     _mark(LARGE_HEAD, BOTH, "1.10 of 8 N V H", _products),
-    _mark("grpo_loss-B64-L1024-float32-padded", "forward", "20 microseconds", lambda case, ceilings: 20e-6),
-    _mark(EXPERTS, "forward", "550 TFLOP/s", _at("forward", 550e12)),
-    _mark(EXPERTS, BOTH, "450 TFLOP/s", _at(BOTH, 450e12)),
-    _mark("route-T4096-E256-K8-float32", "forward", "10 microseconds", lambda case, ceilings: 10e-6),
+    _mark("grpo_loss-B64-L1024-float32-padded", "forward", "20 microseconds", lambda work, ceilings: 20e-6),
+    _mark(EXPERTS, "forward", "550 TFLOP/s", lambda work, ceilings: work.flops / 550e12),
+    _mark(EXPERTS, BOTH, "450 TFLOP/s", lambda work, ceilings: work.flops / 450e12),
+    _mark("route-T4096-E256-K8-float32", "forward", "10 microseconds", lambda work, ceilings: 10e-6),
 )  # fmt: skip
 
 # --- the chip ---

@@ -8,8 +8,6 @@ call that fails, or that a backend refuses, is named, and the next one follows; 
 fails: the first one named is the one to look at.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -18,8 +16,9 @@ import torch
 import r1kernels
 from r1kernels import backends, devices, examples
 
+from ..studies.overhead import LEADING
+
 TOKENS = 10_300  # 20,600 routed rows: more tiles of them than an H200 has multiprocessors
-_NO_GRADIENT = ("update_router_bias", "sort_by_expert", "decode_attention", "sample_tokens")
 
 
 def main(device: Literal["cpu", "cuda"] = "cuda") -> int:
@@ -92,13 +91,14 @@ def larger(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ..
 
 def _both_ways(op: str, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     """One call, and its backward from the sum of every result that has one."""
+    leading = LEADING.get(op, len(args))
     leaves = [
         value.detach().clone().requires_grad_()
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and op not in _NO_GRADIENT
+        if torch.is_tensor(value) and value.is_floating_point()
         else value
-        for value in args
+        for value in args[:leading]
     ]
-    found = getattr(r1kernels, op)(*leaves, **kwargs)
+    found = getattr(r1kernels, op)(*leaves, *args[leading:], **kwargs)
     parts = found if isinstance(found, tuple) else (found,)
     results = [part for part in parts if isinstance(part, torch.Tensor) and part.requires_grad]
     if results:

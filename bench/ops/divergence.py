@@ -4,8 +4,6 @@ N tokens, V vocabulary, H hidden size of the student, D of the teacher, S ids of
 of linear_divergence is the kind of its divergence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -59,27 +57,25 @@ def topk_inputs(case: Case, device: torch.device) -> Inputs:
 def exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
     """Of both heads, and the loss."""
     hidden, weight, teacher_hidden, teacher_weight = (one.detach() for one in inputs.of(_FOUR))
-    wide, above = teacher_weight.double(), inputs.upstream["divergence"].double()
+    wide = teacher_weight.double()
 
     def rows(logits: Tensor, which: slice) -> tuple[Tensor, Tensor]:
-        value, slopes = divergence_rows(logits, teacher_hidden[which].double() @ wide.T, case.layout)
-        return value, slopes * above[which].unsqueeze(1)
+        return divergence_rows(logits, teacher_hidden[which].double() @ wide.T, case.layout)
 
-    found = of_head(hidden, weight, "divergence", rows)
+    found = of_head(hidden, weight, "divergence", rows, inputs.upstream["divergence"])
     return found | {"loss": Exact(found["divergence"].values.mean())}
 
 
 def topk_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
     """Of logits, or of a head."""
-    above = inputs.upstream["divergence"].double()
 
     def rows(logits: Tensor, which: slice) -> tuple[Tensor, Tensor]:
-        value, slopes = _topk_rows(logits, inputs["ids"][which], inputs["logp"][which].double())
-        return value, slopes * above[which].unsqueeze(1)
+        return _topk_rows(logits, inputs["ids"][which], inputs["logp"][which].double())
 
+    asked = "divergence", rows, inputs.upstream["divergence"]
     if "logits" in inputs.tensors:
-        return of_logits(inputs["logits"], "divergence", rows)
-    return of_head(inputs["hidden"], inputs["weight"], "divergence", rows)
+        return of_logits(inputs["logits"], *asked)
+    return of_head(inputs["hidden"], inputs["weight"], *asked)
 
 
 def _topk_rows(logits: Tensor, ids: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,10 +144,6 @@ def _topk(logits: Tensor, ids: Tensor, logp: Tensor) -> Tensor:
     return (logp.exp() * (logp - q)).sum(-1) + of_rest
 
 
-def _linear_topk(hidden: Tensor, weight: Tensor, ids: Tensor, logp: Tensor) -> Tensor:
-    return _topk(F.linear(hidden, weight), ids, logp)
-
-
 # --- who computes them ---
 
 
@@ -182,7 +174,7 @@ DIVERGENCE = (
 )  # fmt: skip
 TOPK = Plain(lambda case: _topk, "logits,ids,logp", "divergence").around(_OURS_TOPK.peer())
 LINEAR_TOPK = (
-    *Plain(lambda case: _linear_topk, "hidden,weight,ids,logp", "divergence").around(
+    *Plain(lambda case: logprob.of_hidden(_topk), "hidden,weight,ids,logp", "divergence").around(
         _OURS_LINEAR_TOPK.peer()
     ),
     logprob.bare_gemms("three bare GEMMs"),

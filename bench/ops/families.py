@@ -1,7 +1,5 @@
 """Every op that is measured: its inputs, its exact results, its implementations."""
 
-from __future__ import annotations
-
 from . import divergence, grpo, logprob, moe
 from .peers import Op
 

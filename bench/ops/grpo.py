@@ -4,8 +4,6 @@ B completions of at most L tokens, V vocabulary, H hidden. The loss is that of R
 coefficient 0.04, mean over the tokens of each completion and then over completions; all metrics are measured.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cases import Case, lengths
-from .logprob import bare_gemms, linear_exact, linear_inputs, log_softmax, trl_logp
+from .logprob import bare_gemms, linear_exact, linear_inputs, log_softmax, of_hidden, trl_logp
 from .numerics import Exact
 from .peers import Call, Draw, Inputs, Op, Ours, Outputs, Peer, Plain, Unavailable, needs, theirs
 
@@ -97,10 +95,10 @@ def _loss(
     return loss, [*means, largest, ess]
 
 
-def _head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *others: Tensor) -> Any:
-    """others: old and reference log-probs, advantages, mask."""
-    old, ref, advantages, mask = others
-    return _loss(log_softmax(F.linear(hidden, weight), targets), old, ref, advantages, None, mask)
+def _loss_of_logits(
+    logits: Tensor, targets: Tensor, old: Tensor, ref: Tensor, advantages: Tensor, mask: Tensor
+) -> Any:
+    return _loss(log_softmax(logits, targets), old, ref, advantages, None, mask)
 
 
 # --- exact ---
@@ -122,29 +120,17 @@ def head_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
 # --- others ---
 
 
-class _OneProcess:
-    """What TRL's loss asks of an accelerator, for a single process."""
-
-    num_processes = 1
-    sync_gradients = True
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
-        return tensor
-
-    def pad_across_processes(self, tensor: Tensor, dim: int, pad_index: int) -> Tensor:
-        return tensor
-
-
 def _trl(module: Any, inputs: Inputs, case: Case) -> Outputs:
     """TRL's own ``_compute_loss`` on a stand-in for its trainer, whose model gives the log-probs of the case."""
     if case.layout == "packed":
         raise Unavailable("TRL's loss takes padded batches only")
     mask = inputs["mask"].long()
+    accelerator = SimpleNamespace(
+        num_processes=1, sync_gradients=True, gather=lambda tensor: tensor, reduce=lambda tensor, reduction: tensor,
+        pad_across_processes=lambda tensor, dim, pad_index: tensor,
+    )  # fmt: skip
     stand_in = SimpleNamespace(
-        accelerator=_OneProcess(), model=SimpleNamespace(training=True),
+        accelerator=accelerator, model=SimpleNamespace(training=True),
         args=SimpleNamespace(delta=None, use_bias_correction_kl=False), loss_type="grpo",
         importance_sampling_level="token", beta=KL, epsilon_low=CLIP, epsilon_high=CLIP, top_entropy_quantile=1.0,
         off_policy_mask_threshold=None, use_vllm=False, current_gradient_accumulation_steps=1, aux_loss_enabled=False,
@@ -207,7 +193,7 @@ _OURS = Ours("grpo_loss", "logp,old_logp,advantages,mask", "loss", _options)
 _OURS_HEAD = Ours("linear_grpo_loss", "hidden,weight,targets,old_logp,advantages,mask", "loss", _options)
 _PLAIN = Plain(lambda case: _loss, "logp,old_logp,ref_logp,advantages,entropy,where", "loss")
 _PLAIN_HEAD = Plain(
-    lambda case: _head_loss, "hidden,weight,targets,old_logp,ref_logp,advantages,mask", "loss"
+    lambda case: of_hidden(_loss_of_logits), "hidden,weight,targets,old_logp,ref_logp,advantages,mask", "loss"
 )
 LOSS = (
     *_PLAIN.around(_OURS.peer()),

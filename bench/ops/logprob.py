@@ -3,8 +3,6 @@
 N tokens, V vocabulary, H hidden, B completions of at most L tokens, G completions a prompt, S ids that a sampler kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -101,27 +99,26 @@ def token_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
 
 def linear_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
     """Of a head, given each token the gradient of its log-prob; and the loss."""
-    targets, above = inputs["targets"].flatten(), inputs.upstream["logp"]
+    targets = inputs["targets"].flatten()
 
     def rows(logits: Tensor, which: slice) -> tuple[Tensor, Tensor]:
-        found = softmax_rows(logits, targets[which], above[which])
+        found = softmax_rows(logits, targets[which], logits.new_ones(len(logits)))
         return found["logp"], found["d logits"]
 
-    found = of_head(inputs["hidden"].flatten(0, -2), inputs["weight"], "logp", rows)
+    hidden = inputs["hidden"].flatten(0, -2)
+    found = of_head(hidden, inputs["weight"], "logp", rows, inputs.upstream["logp"])
     return found | {"loss": Exact(-found["logp"].values.mean())}
 
 
 def kept_exact(case: Case, inputs: Inputs) -> dict[str, Exact]:
-    """Log-prob, loss and dX of every token, dW of the rows of the head that are read."""
-    hidden, ids = inputs["hidden"].double(), inputs["ids"]
-    rows = inputs["weight"][ids].double()
-    first = torch.zeros_like(inputs["targets"])  # where the target stands
-    found = softmax_rows((rows @ hidden.unsqueeze(2)).squeeze(2), first, inputs.upstream["logp"])
-    slopes = found["d logits"].unsqueeze(2)
-    read, place = ids.unique(return_inverse=True)
-    d_weight = hidden.new_zeros(len(read), hidden.shape[1])
-    d_weight.index_add_(0, place.flatten(), (slopes * hidden.unsqueeze(1)).flatten(0, 1))
-    values = {"logp": found["logp"], "loss": -found["logp"].mean(), "d hidden": (slopes * rows).sum(1)}
+    """By autograd; dW of the rows of the head that are read."""
+    read, place = inputs["ids"].unique(return_inverse=True)
+    parts = inputs["hidden"], inputs["weight"][read]
+    hidden, head = leaves = [part.detach().double().requires_grad_() for part in parts]
+    logits = (head[place] @ hidden.unsqueeze(2)).squeeze(2)
+    logp = F.log_softmax(logits, -1)[:, 0]  # the target stands first
+    d_hidden, d_weight = torch.autograd.grad(logp, leaves, inputs.upstream["logp"].double())
+    values = {"logp": logp.detach(), "loss": -logp.detach().mean(), "d hidden": d_hidden}
     return {name: Exact(value) for name, value in values.items()} | {"d weight": Exact(d_weight, read)}
 
 
@@ -162,12 +159,13 @@ def _with_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return logp, -(log_probs.exp() * log_probs).sum(-1)
 
 
-def _linear(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return log_softmax(F.linear(hidden, weight), targets)
+def of_hidden(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of logits as one of hidden states and a head."""
+    return lambda hidden, weight, *others: function(F.linear(hidden, weight), *others)
 
 
-def _masked(hidden: Tensor, weight: Tensor, targets: Tensor, ids: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight).float()
+def _masked(logits: Tensor, targets: Tensor, ids: Tensor) -> Tensor:
+    logits = logits.float()
     others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, ids, False)
     return log_softmax(logits.masked_fill(others, -torch.inf), targets)
 
@@ -180,10 +178,6 @@ def _packed_sums(logits: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
     logp = log_softmax(logits, targets)
     completion = torch.bucketize(torch.arange(len(logp), device=logp.device), cu_seqlens[1:], right=True)
     return logp.new_zeros(len(cu_seqlens) - 1).index_add(0, completion, logp)
-
-
-def _linear_sums(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    return (_linear(hidden, weight, targets) * mask).sum(-1)
 
 
 # --- others ---
@@ -244,8 +238,8 @@ def _whole_head(case: Case, inputs: Inputs) -> Call:
 
     def call(inputs: Inputs) -> Outputs:
         logits = F.linear(inputs["hidden"], inputs["weight"])
-        kept = (inputs["ids"].flatten(), inputs["offsets"])
-        return {"logp": r1kernels.token_logprobs(logits, inputs["targets"], kept=kept)}  # type: ignore[dict-item]
+        logp: Any = r1kernels.token_logprobs(logits, inputs["targets"], **_kept_options(case, inputs))
+        return {"logp": logp}
 
     return call
 
@@ -305,7 +299,7 @@ TOKEN = (
     theirs("TRL", "trl", "trl.trainer.utils", _trl_token),
 )
 LINEAR = (
-    *Plain(lambda case: _linear, "hidden,weight,targets", "logp").around(
+    *Plain(lambda case: of_hidden(log_softmax), "hidden,weight,targets", "logp").around(
         _LINEAR.peer("logits saved", save_logits=True), _LINEAR.peer("logits recomputed", save_logits=False)),
     Peer("F.linear_cross_entropy", _torch_linear(chunked=False)),
     Peer("F.linear_cross_entropy, chunked", _torch_linear(chunked=True)),
@@ -323,7 +317,7 @@ LINEAR = (
     bare_gemms("four bare GEMMs", recompute=True),
 )  # fmt: skip
 KEPT = (
-    *Plain(lambda case: _masked, "hidden,weight,targets,ids", "logp").around(
+    *Plain(lambda case: of_hidden(_masked), "hidden,weight,targets,ids", "logp").around(
         _KEPT.peer(), Peer(f"{OURS}, whole head", _whole_head, kind="ours", package=OURS)
     ),
     bare_gemms("three bare GEMMs of the whole head"),
@@ -332,7 +326,9 @@ GROUPED = Plain(
     lambda case: _packed_sums if case.layout == "packed" else _sums, "logits,targets,mask,cu_seqlens", "logp"
 ).around(_GROUPED.peer())
 LINEAR_GROUPED = (
-    *Plain(lambda case: _linear_sums, "hidden,weight,targets,mask", "logp").around(_LINEAR_GROUPED.peer()),
+    *Plain(lambda case: of_hidden(_sums), "hidden,weight,targets,mask", "logp").around(
+        _LINEAR_GROUPED.peer()
+    ),
     _THREE,
 )
 OPS = {

@@ -3,8 +3,6 @@
 T tokens, H hidden, I intermediate size of an expert, E experts, K experts per token, R rank of a low-rank addition.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -180,9 +178,7 @@ def transformers_experts(implementation: str) -> Callable[[Case, Inputs], Call]:
         s = case.sizes
         if implementation == "batched_mm" and s["T"] * s["K"] > s["E"]:
             raise Unavailable("batched_mm copies the weights for every row: it is for decoding")
-        if (
-            implementation == "sonicmoe"
-        ):  # SonicMoE's CuTe kernels, by the door that transformers has for them
+        if implementation == "sonicmoe":  # its CuTe kernels, by the door that transformers has for them
             if case.device != "cuda":
                 raise Unavailable("SonicMoE (CuTe) runs on a GPU only")
             needs("kernels")

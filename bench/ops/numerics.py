@@ -1,7 +1,5 @@
 """When a result counts: exact results in float64, the error against them, and the most that a row may show."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,19 +51,20 @@ def spread(size: int, count: int, device: torch.device) -> Tensor:
     return torch.linspace(0, size - 1, min(size, count), dtype=torch.float64, device=device).round().long()
 
 
-# from float64 logits of some rows, and which rows these are: values, and slopes in the logits times what is above
+# from float64 logits of some rows, and which rows these are: values, and their slopes in the logits
 Rows = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
-def of_logits(logits: Tensor, name: str, rows: Rows) -> dict[str, Exact]:
-    """A value of every row, and d logits."""
+def of_logits(logits: Tensor, name: str, rows: Rows, above: Tensor) -> dict[str, Exact]:
+    """A value of every row, and d logits, given the gradient of every value."""
     blocks = (slice(start, start + _ROWS_AT_ONCE) for start in range(0, logits.shape[0], _ROWS_AT_ONCE))
     values, slopes = zip(*(rows(logits[block].double(), block) for block in blocks), strict=True)
-    return {name: Exact(torch.cat(values)), "d logits": Exact(torch.cat(slopes))}
+    gradient = torch.cat(slopes) * above.double().unsqueeze(1)
+    return {name: Exact(torch.cat(values)), "d logits": Exact(gradient)}
 
 
-def of_head(hidden: Tensor, weight: Tensor, name: str, rows: Rows) -> dict[str, Exact]:
-    """A value and dX of every token, dW of up to CHECKED_COLUMNS rows of the head."""
+def of_head(hidden: Tensor, weight: Tensor, name: str, rows: Rows, above: Tensor) -> dict[str, Exact]:
+    """A value and dX of every token, dW of up to CHECKED_COLUMNS rows of the head, given the gradient of every value."""
     weight = weight.double()
     columns = spread(len(weight), CHECKED_COLUMNS, weight.device)
     d_weight = weight.new_zeros(len(columns), weight.shape[1])
@@ -74,6 +73,7 @@ def of_head(hidden: Tensor, weight: Tensor, name: str, rows: Rows) -> dict[str, 
         block = slice(start, start + _ROWS_AT_ONCE)
         x = hidden[block].double()
         value, slopes = rows(x @ weight.T, block)
+        slopes *= above[block].double().unsqueeze(1)
         values.append(value)
         d_hidden.append(slopes @ weight)
         d_weight += slopes[:, columns].T @ x

@@ -4,8 +4,6 @@ A tiny model of each family takes one step with transformers' own code (eager ex
 gradients of all parameters are compared, and what ``explain`` finds is kept.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import warnings

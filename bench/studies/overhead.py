@@ -5,8 +5,6 @@ shortest batch of all counts, by the CPU time of the thread. --against: the fold
 whose processes take turns with those of this one.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -11,8 +11,6 @@ python -m training run tiny-controls --run runs/controls seed=4
 python -m bench pipeline runs/controls --out bench/results/cpu/tiny-controls.json
 """
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence

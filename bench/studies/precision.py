@@ -4,8 +4,6 @@ Rows of V logits whose target leads the others by a number of nats, as a trained
 alike; errors are the largest against float64, over the largest exact value, of rows with the same lead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any

@@ -6,8 +6,6 @@ and one update by AdamW. Three ways to do it, in turns: shared prefixes; each se
 head and loss; TRL's GRPOTrainer. The ideal is the ratio of their FLOPs, which no update and no overhead enters.
 """
 
-from __future__ import annotations
-
 import gc
 import statistics
 import tempfile

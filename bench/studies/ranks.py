@@ -8,8 +8,6 @@ of two whole runs the later stages would have other data. Beside them stands wha
 recipe's base in one process alone, and in as many processes at the same time, which share nothing.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import shutil
 import subprocess

@@ -4,8 +4,6 @@ All draw at temperature 1 from one model with random weights, and end a response
 differ as they do in training. Rounds are paired: each peer once, over and over.
 """
 
-from __future__ import annotations
-
 import random
 import statistics
 import time

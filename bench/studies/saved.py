@@ -5,8 +5,6 @@ grouped_mm run on fake tensors of the true shapes; eager PyTorch, which looks at
 weights in the place of all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

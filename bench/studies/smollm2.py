@@ -9,8 +9,6 @@ response of every step of GRPO and the report in bench/results/cpu/smollm2/zero;
 languages, and smollm2-student, whose folder is student.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ transformers transformers==VERSION``); nothing of it is kept. Its ModelTesterMix
 (mixtures.py), once as it is and once with every model patched before its first forward. A test must end in both as in one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import io

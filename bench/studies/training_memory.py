@@ -5,8 +5,6 @@ one on the optimizer holds its moments. Each case has a process of its own. The 
 before there was a model: once with all freed memory given back, which is that of tensors, and once in glibc's heap as it is.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -4,8 +4,6 @@ R1-Zero of the recipe `smoke` draws at top-p 0.9 and takes the sampler's log-pro
 token in the whole vocabulary: every ratio is off by the probability that the sampler kept (huggingface/trl#6789).
 """
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Mapping, Sequence

@@ -7,7 +7,6 @@ import torch
 
 from bench import measure, noise, report, results, run
 from bench.ceilings import Ceilings
-from bench.measure import Effort
 from bench.ops import families, logprob
 from bench.ops.cases import CASES, Case, lengths, tiny
 from bench.ops.numerics import allowed
@@ -16,7 +15,7 @@ from bench.results import Row
 
 @pytest.mark.parametrize("case", tiny(), ids=lambda case: case.id)
 def test_every_implementation_of_ours_gives_right_results_and_a_time(case):
-    rows = run.rows(case, Effort(0.0), lambda text: None, compiles=False)
+    rows = run.rows(case, 0.0, compiles=False)
     ours = [row for row in rows if row.kind == "ours"]
     eager = rows[0].errors
     assert ours
@@ -81,7 +80,7 @@ def test_the_exact_log_probs_are_those_of_torch_in_float64():
 def test_a_case_that_does_not_fit_is_not_run():
     huge = Case("token_logprobs", "cpu", "float32", {"N": 1 << 24, "V": 1 << 20})
     with pytest.raises(run.Unavailable, match="GiB of memory"):
-        run.rows(huge, Effort(0.0), print)
+        run.rows(huge, 0.0)
 
 
 def test_an_unknown_name_is_refused():
@@ -111,25 +110,25 @@ def test_times_that_repeat_are_no_noise(monkeypatch):
 
 def test_a_run_keeps_what_is_done_and_can_be_added_to(tmp_path, known_ceilings):
     out = tmp_path / "cpu.json"
-    first = run.run(run.Plan("cpu", ["route"], tiny=True), out, lambda text: None)
+    first = run.run(run.Plan("cpu", ["route"], tiny=True), out)
     routers = len([case for case in tiny() if case.op == "route"])
     assert [one.case.op for one in first.cases] == ["route"] * routers
-    both = run.run(run.Plan("cpu", ["grouped_logprobs"], tiny=True, add=True), out, lambda text: None)
+    both = run.run(run.Plan("cpu", ["grouped_logprobs"], tiny=True, add=True), out)
     assert [one.case.op for one in both.cases].count("route") == routers
     assert len(both.cases) == routers + 4
     added = {one.case.op: one.ceilings for one in both.cases}
     assert added["route"] is None and added["grouped_logprobs"].bytes_per_second == 1e9
-    late = run.run(run.Plan("cpu", ["route"], tiny=True, limit=-1), out, lambda text: None)
+    late = run.run(run.Plan("cpu", ["route"], tiny=True, limit=-1), out)
     assert not late.cases and next(iter(late.not_run.values())) == "no time was left"
 
 
 def test_what_is_added_changes_nothing_else_in_the_file(tmp_path, known_ceilings, monkeypatch):
     out = tmp_path / "cpu.json"
-    before = run.run(run.Plan("cpu", ["route", "router_logits"], tiny=True), out, lambda text: None)
+    before = run.run(run.Plan("cpu", ["route", "router_logits"], tiny=True), out)
     written = json.loads(out.read_text())
     today = {**before.environment, "packages": {"torch": "9"}, "commit": "later"}
     monkeypatch.setattr(run, "environment", lambda device: today)
-    run.run(run.Plan("cpu", ["route"], tiny=True, add=True), out, lambda text: None)
+    run.run(run.Plan("cpu", ["route"], tiny=True, add=True), out)
     after, found = results.load(out), json.loads(out.read_text())
     added = [one for one in after.cases if one.ceilings]
     assert added and {(one.case.op, one.commit) for one in added} == {("route", "later")}
@@ -147,20 +146,20 @@ def test_what_is_added_changes_nothing_else_in_the_file(tmp_path, known_ceilings
 @pytest.mark.parametrize("how", [{"add": True}, {"resume": True}], ids=str)
 def test_a_file_of_another_machine_is_not_gone_on_with(tmp_path, known_ceilings, monkeypatch, how):
     out = tmp_path / "cpu.json"
-    known = run.run(run.Plan("cpu", ["router_logits"], tiny=True), out, lambda text: None).environment
+    known = run.run(run.Plan("cpu", ["router_logits"], tiny=True), out).environment
     monkeypatch.setattr(run, "environment", lambda device: {**known, "threads": 99})
     with pytest.raises(SystemExit, match="but this is .*, 99 threads"):
-        run.run(run.Plan("cpu", ["route"], tiny=True, **how), out, lambda text: None)
+        run.run(run.Plan("cpu", ["route"], tiny=True, **how), out)
 
 
 def test_a_run_that_is_resumed_makes_what_is_missing_and_nothing_again(tmp_path, known_ceilings):
     out = tmp_path / "cpu.json"
-    late = run.run(run.Plan("cpu", ["route"], tiny=True, limit=-1), out, lambda text: None)
+    late = run.run(run.Plan("cpu", ["route"], tiny=True, limit=-1), out)
     assert set(late.not_run.values()) == {run.OUT_OF_TIME} and not late.cases
-    done = run.run(run.Plan("cpu", ["route"], tiny=True, resume=True), out, lambda text: None)
+    done = run.run(run.Plan("cpu", ["route"], tiny=True, resume=True), out)
     assert {one.case.op for one in done.cases} == {"route"} and not done.not_run
     assert len(done.cases) == len(late.not_run)
-    again = run.run(run.Plan("cpu", ["route"], tiny=True, resume=True), out, lambda text: None)
+    again = run.run(run.Plan("cpu", ["route"], tiny=True, resume=True), out)
     assert [row.seconds for row in again.cases[0].rows] == [row.seconds for row in done.cases[0].rows]
     # floors are those of the best ceilings of all parts
     assert [found.ceilings.bytes_per_second for found in (late, done, again)] == [2e9, 2e9, 3e9]
@@ -176,7 +175,7 @@ def test_a_case_that_stops_with_an_error_takes_no_other_with_it(tmp_path, monkey
 
     monkeypatch.setattr(run, "rows", breaks)
     plan = run.Plan("cpu", ["grouped_logprobs"], tiny=True)
-    found = run.run(plan, tmp_path / "cpu.json", lambda text: None)
+    found = run.run(plan, tmp_path / "cpu.json")
     assert {one.case.layout for one in found.cases} == {"padded"}
     assert run.failed(found) and all("the device is gone" in line for line in run.failed(found))
 
@@ -193,13 +192,13 @@ def test_an_implementation_that_stops_while_it_is_timed_has_no_time(monkeypatch)
         return timed(call, inputs, clock)
 
     monkeypatch.setattr(measure.timing, "train", stops)
-    rows = run.rows(case, Effort(0.0), lambda text: None, compiles=False)
+    rows = run.rows(case, 0.0, compiles=False)
     assert rows[0].reason == "stopped while it was timed: RuntimeError: no memory is left"
     assert rows[0].status == "unavailable" and not rows[0].seconds and rows[1].seconds
 
 
 def test_rounds_are_fewer_where_they_are_long():
-    counts = [measure._rounds(seconds, Effort(10.0)) for seconds in (0.001, 1.0, 3.0, 20.0, 100.0)]
+    counts = [measure._rounds(seconds, 10.0) for seconds in (0.001, 1.0, 3.0, 20.0, 100.0)]
     assert counts == [40, 10, 5, 3, 2]
 
 

@@ -14,7 +14,6 @@ from bench import compare, documents, report, results, run
 from bench.__main__ import main
 from bench.ceilings import Ceilings
 from bench.environment import environment
-from bench.measure import Effort
 from bench.ops.cases import Case
 from bench.results import Measured, Row, Run
 from bench.table import mark
@@ -24,7 +23,7 @@ CEILINGS = Ceilings(1e9, {"float32": 1e9, "bfloat16": 2e9}, 1e9)
 
 
 def run_of(case=TINY):
-    rows = run.rows(case, Effort(0.0), lambda text: None, compiles=False)
+    rows = run.rows(case, 0.0, compiles=False)
     left = {"route-T1-float32 on cuda": "needs a GPU"}
     return Run(environment("cpu"), CEILINGS, "2026-01-01", True, [Measured(case, rows, [0.0, 0.0])], left)
 
@@ -84,7 +83,7 @@ def test_an_implementation_that_raises_is_shown_with_its_reason(monkeypatch):
         raise RuntimeError("no kernel for you")
 
     monkeypatch.setattr("bench.ops.logprob.F.log_softmax", refuses)
-    rows = run.rows(TINY, Effort(0.0), lambda text: None, compiles=False)
+    rows = run.rows(TINY, 0.0, compiles=False)
     eager = next(row for row in rows if row.peer == "eager PyTorch")
     assert (eager.status, eager.reason) == ("unavailable", "RuntimeError: no kernel for you")
     assert next(row for row in rows if row.kind == "ours").status == "ok"

@@ -12,7 +12,6 @@ import torch
 from bench import guard, measure, report, timing, turns
 from bench.ceilings import Ceilings
 from bench.environment import environment
-from bench.measure import Effort
 from bench.ops import families
 from bench.ops.cases import Case
 from bench.ops.numerics import Exact
@@ -73,9 +72,7 @@ def measured(machine, monkeypatch):
 
         ours = SimpleNamespace(backend=lambda case, inputs: "cpu", forced=lambda device: ())
         monkeypatch.setitem(families.OPS, "route", Op(ours, inputs, exact, peers))
-        return Measured(
-            CASE, measure.measure(CASE, Effort(effort), lambda text: None), [0.0, 0.0], [1.0, 1.0]
-        )
+        return Measured(CASE, measure.measure(CASE, effort), [0.0, 0.0], [1.0, 1.0])
 
     return rows
 
