@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,8 +79,8 @@ SHAPES = (Shape(256, 32, 8), Shape(1024, 128, 8))
 TINY = (Shape(24, 6, 4, hidden=32, intermediate=48, layers=2, heads=4, key_heads=2, vocabulary=64),)
 
 
-LogProbs = Callable[[Any], Tensor]
-Loss = Callable[[Any, Tensor, Tensor], Tensor]
+LogProbs = Callable[[Any, "Batch"], Tensor]
+Loss = Callable[[Any, "Batch", Tensor, Tensor], Tensor]
 Way = tuple[LogProbs, Loss]
 
 
@@ -96,32 +97,21 @@ class Batch:
         self.mask = torch.ones_like(self.completions)
 
 
-def _shared(batch: Batch) -> LogProbs:
+def _shared(model: Any, batch: Batch) -> Tensor:
     """The tree is part of the pass: a step has tokens that no step before it had."""
-
-    def logprobs(model: Any) -> Tensor:
-        tree = r1.prefix_tree(batch.prompts.tolist(), batch.completions.tolist())
-        return torch.as_tensor(r1.shared_prefix_logprobs(model, tree))
-
-    return logprobs
+    tree = r1.prefix_tree(batch.prompts.tolist(), batch.completions.tolist())
+    return torch.as_tensor(r1.shared_prefix_logprobs(model, tree))
 
 
-def _repeated(batch: Batch) -> LogProbs:
+def _repeated(model: Any, batch: Batch) -> Tensor:
     labels = torch.cat([torch.full_like(batch.prompts, -100), batch.completions], dim=1)
-
-    def logprobs(model: Any) -> Tensor:
-        logp = torch.as_tensor(r1.fused_logprobs(model, batch.ids, labels=labels))
-        return logp[:, len(batch.prompt) - 1 :]
-
-    return logprobs
+    logp = torch.as_tensor(r1.fused_logprobs(model, batch.ids, labels=labels))
+    return logp[:, len(batch.prompt) - 1 :]
 
 
-def _own_loss(logprobs: LogProbs, batch: Batch) -> Loss:
-    def loss(model: Any, old: Tensor, reference: Tensor) -> Tensor:
-        given = (logprobs(model), old, batch.advantages, batch.mask)
-        return r1kernels.grpo_loss(*given, ref_logp=reference, kl_coef=KL, reduction="token").loss
-
-    return loss
+def _own_loss(logprobs: LogProbs, model: Any, batch: Batch, old: Tensor, reference: Tensor) -> Tensor:
+    given = (logprobs(model, batch), old, batch.advantages, batch.mask)
+    return r1kernels.grpo_loss(*given, ref_logp=reference, kl_coef=KL, reduction="token").loss
 
 
 def _of_trl(model: Any, batch: Batch) -> Way:
@@ -149,11 +139,11 @@ def _of_trl(model: Any, batch: Batch) -> Way:
     trainer.current_gradient_accumulation_steps = 1
     everywhere = torch.ones_like(batch.ids)
 
-    def logprobs(model: Any) -> Tensor:
+    def logprobs(model: Any, batch: Batch) -> Tensor:
         found, *_ = trainer._get_per_token_logps_and_entropies(model, batch.ids, everywhere, length)
         return torch.as_tensor(found)
 
-    def loss(model: Any, old: Tensor, reference: Tensor) -> Tensor:
+    def loss(model: Any, batch: Batch, old: Tensor, reference: Tensor) -> Tensor:
         inputs = {
             "prompt_ids": batch.prompts, "prompt_mask": torch.ones_like(batch.prompts), "completion_ids": batch.completions,
             "completion_mask": batch.mask, "advantages": batch.advantages, "old_per_token_logps": old,
@@ -167,20 +157,22 @@ def _of_trl(model: Any, batch: Batch) -> Way:
 def _way(name: str, model: Any, batch: Batch) -> Way:
     if name in (TRL, TRL_SHARED):
         return _of_trl(model, batch)
-    logprobs = (_shared if name == SHARED else _repeated)(batch)
-    return logprobs, _own_loss(logprobs, batch)
+    logprobs = _shared if name == SHARED else _repeated
+    return logprobs, partial(_own_loss, logprobs)
 
 
-def _step(model: Any, way: Way, optimizer: torch.optim.Optimizer) -> tuple[dict[str, float], float, float]:
+def _step(
+    model: Any, batch: Batch, way: Way, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, float], float, float]:
     """(seconds of each part, loss, norm of the gradient)."""
     (logprobs, loss_of), clock = way, Clock(torch.device("cpu"))
     clock.mark()
     with torch.no_grad():
-        old = logprobs(model)
+        old = logprobs(model, batch)
         clock.mark()
-        reference = logprobs(model) - 0.1
+        reference = logprobs(model, batch) - 0.1
         clock.mark()
-    loss = loss_of(model, old, reference)
+    loss = loss_of(model, batch, old, reference)
     loss.backward()
     clock.mark()
     optimizer.step()
@@ -211,7 +203,7 @@ def case(shape: Shape, rounds: int) -> dict[str, Any]:
                 parameter.copy_(value)
         gc.collect()
         with needs("r1kernels.integrations.trl").patch(prefix=True) if name == TRL_SHARED else nullcontext():
-            return _step(model, ways[name], optimizer)
+            return _step(model, batch, ways[name], optimizer)
 
     for name in (SHARED, REPEATED, TRL, TRL_SHARED):
         try:

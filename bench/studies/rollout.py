@@ -25,7 +25,7 @@ from training.model import build_model
 from training.recipe import load
 from training.tokenizer import build_tokenizer
 
-from .. import ceilings, results
+from .. import ceilings, results, timing
 from ..measure import first_line, load_average
 from ..ops.cases import Work
 from ..table import Table, milliseconds
@@ -239,18 +239,14 @@ def attention(title: str, step: Step, rounds: int) -> dict[str, Any]:
         F.scaled_dot_product_attention(query.unsqueeze(2), keys, values, enable_gqa=True)
 
     def seconds(way: Callable[[], None]) -> dict[str, float]:
-        began = time.perf_counter()
-        for _ in range(CALLS):
-            way()
-        return {"seconds": (time.perf_counter() - began) / CALLS}
+        (whole,) = timing.repeated(way, torch.device("cpu"), 1, calls=CALLS)
+        return {"seconds": whole / CALLS}
 
     ways: dict[str, Callable[[], None]] = {
         "decode_attention": partial(ours, None),
         "its reference": partial(ours, "reference"),
         "F.scaled_dot_product_attention, prompts repeated": fused,
     }
-    for way in ways.values():
-        way()  # warms up
     found = results.paired({name: partial(seconds, way) for name, way in ways.items()}, rounds)
     return {
         "title": title,

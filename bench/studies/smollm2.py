@@ -133,13 +133,15 @@ def marks(record: Mapping[str, Any], checkpoint: str) -> Mapping[str, Any]:
     return next(row for row in record["marks"] if wanted.items() <= row.items())
 
 
+def _from_to(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> str:
+    return f"from {percent(before[key])} to {percent(after[key])} %"
+
+
 def sentence(name: str) -> str:
     """What R1-Zero did in a run, in one sentence."""
     record = load(name)
     before, after = marks(record, "base"), marks(record, "zero")
-    once, greedy = (
-        f"from {percent(before[key])} to {percent(after[key])} %" for key in ("accuracy", "greedy")
-    )
+    once, greedy = (_from_to(before, after, key) for key in ("accuracy", "greedy"))
     return (
         f"{len(metrics(name, 'zero'))} steps of R1-Zero ({record['stage_seconds']['zero'] / 60:.0f} minutes on CPUs) take "
         f"SmolLM2-135M-Instruct {once} right at temperature 1 and {greedy} greedy, on {after['problems']} sums and differences of two "
@@ -177,13 +179,11 @@ def language_reward() -> str:
     """What GRPO with the language reward did over all languages, in one sentence."""
     record = load("languages")
     before, after = marks(record, "sft1"), marks(record, "rl_reasoning")
-    held, form, right = (
-        (percent(before[key]), percent(after[key])) for key in ("language_consistency", "format", "accuracy")
-    )
+    words, form = (_from_to(before, after, key) for key in ("language_consistency", "format"))
     return (
         f"{len(metrics('languages', 'rl_reasoning'))} steps of GRPO with the language reward take the words in the question's language "
-        f"from {held[0]} to {held[1]} % and well-formed responses from {form[0]} to {form[1]} %, on {after['problems']} held-out "
-        f"problems; right are {right[0]} % before and {right[1]} % after"
+        f"{words} and well-formed responses {form}, on {after['problems']} held-out problems; right are "
+        f"{percent(before['accuracy'])} % before and {percent(after['accuracy'])} % after"
     )
 
 

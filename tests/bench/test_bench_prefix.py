@@ -34,7 +34,7 @@ def test_all_ways_take_the_same_step(tmp_path):
 
 def test_a_way_with_another_gradient_gets_no_time(monkeypatch):
     own = prefix._repeated
-    monkeypatch.setattr(prefix, "_repeated", lambda batch: lambda model: own(batch)(model) * 1.01)
+    monkeypatch.setattr(prefix, "_repeated", lambda model, batch: own(model, batch) * 1.01)
     with pytest.raises(RuntimeError, match=f"{prefix.REPEATED}: gradient"):
         prefix.case(SHAPE, rounds=1)
 
