@@ -12,32 +12,25 @@ from pathlib import Path
 from shutil import which
 from types import ModuleType
 
-import pybind11
+import nanobind
 import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-FLAGS = [
-    "-std=c++20",
-    "-O1",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-Wall",
-    "-Wno-unknown-pragmas",
-    "-fsanitize=alignment",
-]
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden"]
+EMULATED = ["-O1", "-Wall", "-Wno-unknown-pragmas", "-fsanitize=alignment"]
 
 
 @pytest.fixture(scope="session")
 def emulated(request, tmp_path_factory):
-    """emulated("name"): the pybind11 module that tests/emulator/name.cpp defines, compiled with the emulator."""
+    """emulated("name"): the module that tests/emulator/name.cpp defines, compiled with the emulator."""
     compiler = which("g++") or which("clang++")
     if compiler is None:
         pytest.skip("the host emulator needs a C++ compiler")
     cache = getattr(request.config, "cache", None)  # none where its plugin is off
     builds = cache.mkdir("emulator") if cache else tmp_path_factory.mktemp("emulator")
     folder = builds / state_of_sources(compiler)
-    (folder / "pybind11").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for stale in set(builds.iterdir()) - {folder}:
         shutil.rmtree(stale, ignore_errors=True)
     return functools.cache(lambda name: load(name, build(compiler, name, folder)))
@@ -47,21 +40,24 @@ def state_of_sources(compiler: str) -> str:
     """A name for what the modules are compiled from, and with what."""
     sources = [path for suffix in ("*.cpp", "*.h", "*.cu*") for path in HERE.rglob(suffix)]
     sources += [path for suffix in ("*.h", "*.cu*") for path in CSRC.rglob(suffix)]
-    state = hashlib.sha256(" ".join([compiler, *FLAGS, pybind11.__version__, sys.version]).encode())
+    settings = [compiler, *FLAGS, *EMULATED, nanobind.__version__, sys.version]
+    state = hashlib.sha256(" ".join(settings).encode())
     for path in sorted(sources):
         state.update(path.name.encode() + path.read_bytes())
     return state.hexdigest()[:16]
 
 
 def build(compiler: str, name: str, folder: Path) -> Path:
-    """The library of a module. pybind11 takes most of the time: it is compiled once, as a precompiled header."""
-    headers = [folder, HERE / "include", CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+    """The library of a module."""
+    # nanobind, for pybind11's templates take longer to compile than the kernels
+    source, headers = Path(nanobind.source_dir()), [HERE / "include", CSRC, nanobind.include_dir()]
+    headers += [source.parent / "ext/robin_map/include", sysconfig.get_path("include")]
     command = [compiler, *FLAGS, *(f"-I{path}" for path in headers)]
-    header = Path(pybind11.get_include(), "pybind11", "pybind11.h")
-    made(folder / "pybind11/pybind11.h.gch", [*command, "-x", "c++-header", header])
+    binding = made(folder / "nanobind.o", [*command, "-c", source / "nb_combined.cpp"])
+    command += EMULATED
     emulator = made(folder / "emulator.o", [*command, "-c", HERE / "emulator.cpp"])
     library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return made(library, [*command, "-shared", HERE / f"{name}.cpp", emulator])
+    return made(library, [*command, "-shared", HERE / f"{name}.cpp", emulator, binding])
 
 
 def made(file: Path, command: list[str | Path]) -> Path:

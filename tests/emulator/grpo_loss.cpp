@@ -1,27 +1,27 @@
 // The CUDA launchers of grpo_loss and group_advantages under the emulator, for pytest. A call comes as a dict with the
 // names of the fields of R1kernelsGrpo and R1kernelsAdvantages; addresses as integers (Tensor.data_ptr()).
-#include <pybind11/pybind11.h>
+#include <nanobind/nanobind.h>
 
 #include "grpo/cuda_sm80.cu"
 #include "grpo/cuda_sm80_advantages.cu"
 
-namespace py = pybind11;
+namespace nb = nanobind;
 
 namespace {
 
 void* current_stream = nullptr;
 
 template <class Pointer>
-Pointer address(const py::dict& fields, const char* name) {
-    return reinterpret_cast<Pointer>(fields[name].cast<uintptr_t>());
+Pointer address(const nb::dict& fields, const char* name) {
+    return reinterpret_cast<Pointer>(nb::cast<uintptr_t>(fields[name]));
 }
 
 template <class Integer>
-Integer whole(const py::dict& fields, const char* name) {
-    return fields[name].cast<Integer>();
+Integer whole(const nb::dict& fields, const char* name) {
+    return nb::cast<Integer>(fields[name]);
 }
 
-R1kernelsGrpo grpo_call(const py::dict& fields) {
+R1kernelsGrpo grpo_call(const nb::dict& fields) {
     R1kernelsGrpo call = {};
     for (auto [name, to] : {std::pair{"sequences", &call.sequences}, {"width", &call.width}, {"tokens", &call.tokens}}) {
         *to = whole<int64_t>(fields, name);
@@ -60,24 +60,24 @@ R1kernelsGrpo grpo_call(const py::dict& fields) {
     return call;
 }
 
-int forward(const py::dict& fields) {
+int forward(const nb::dict& fields) {
     const R1kernelsGrpo call = grpo_call(fields);
     return r1kernels_grpo_loss_cuda(&call, address<void*>(fields, "workspace"), current_stream);
 }
 
-int backward(const py::dict& fields, uintptr_t grad_loss, uintptr_t to_logp, uintptr_t to_entropy) {
+int backward(const nb::dict& fields, uintptr_t grad_loss, uintptr_t to_logp, uintptr_t to_entropy) {
     R1kernelsGrpo call = grpo_call(fields);
     return r1kernels_grpo_loss_cuda_backward(&call, reinterpret_cast<const float*>(grad_loss), call.grad_of_ratio,
                                              call.grad_logp, call.grad_entropy, reinterpret_cast<float*>(to_logp),
                                              reinterpret_cast<float*>(to_entropy), current_stream);
 }
 
-size_t workspace_bytes(const py::dict& fields) {
+size_t workspace_bytes(const nb::dict& fields) {
     const R1kernelsGrpo call = grpo_call(fields);
     return r1kernels_grpo_loss_cuda_workspace(&call);
 }
 
-int advantages(const py::dict& fields) {
+int advantages(const nb::dict& fields) {
     R1kernelsAdvantages call = {};
     call.size = whole<int64_t>(fields, "size");
     call.rewards = address<const float*>(fields, "rewards");
@@ -86,14 +86,14 @@ int advantages(const py::dict& fields) {
     call.valid = address<const bool*>(fields, "valid");
     call.scale = whole<int32_t>(fields, "scale");
     call.leave_one_out = whole<int32_t>(fields, "leave_one_out");
-    call.eps = fields["eps"].cast<double>();
+    call.eps = nb::cast<double>(fields["eps"]);
     call.advantages = address<float*>(fields, "advantages");
     return r1kernels_group_advantages_cuda(&call, nullptr);
 }
 
 }  // namespace
 
-PYBIND11_MODULE(grpo_loss, m) {
+NB_MODULE(grpo_loss, m) {
     m.def("set_seed", &emulator::set_seed);
     // streams are numbers; launches and memsets are those since the last question
     m.def("set_stream", [](uintptr_t stream) { current_stream = reinterpret_cast<void*>(stream); });
@@ -101,11 +101,13 @@ PYBIND11_MODULE(grpo_loss, m) {
         emulated_capture = on ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
     });
     m.def("launches_and_memsets", [] {
-        return std::pair{std::exchange(emulated_launches, 0), std::exchange(emulated_memsets, 0)};
+        return nb::make_tuple(std::exchange(emulated_launches, 0), std::exchange(emulated_memsets, 0));
     });
     m.def("counter_of", [](uintptr_t stream) { return r1kernels::counter_of(reinterpret_cast<void*>(stream)); });
     m.def("counters", [] {
-        return py::memoryview::from_buffer(r1kernels::stream_counters, {r1kernels::kCountedStreams}, {sizeof(unsigned)});
+        char* bytes = reinterpret_cast<char*>(r1kernels::stream_counters);
+        const nb::object view = nb::steal(PyMemoryView_FromMemory(bytes, sizeof(r1kernels::stream_counters), PyBUF_WRITE));
+        return view.attr("cast")("I");
     });
     m.def("forward", &forward);
     m.def("backward", &backward);

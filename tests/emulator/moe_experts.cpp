@@ -1,6 +1,6 @@
 // grouped_gemm and moe_experts on CUDA, their kernels, launchers and order of launches, under the emulator, for pytest.
 // Addresses come as integers (Tensor.data_ptr()), 0 for what is not needed.
-#include <pybind11/pybind11.h>
+#include <nanobind/nanobind.h>
 
 #include <memory>
 #include <stdexcept>
@@ -12,6 +12,8 @@
 #include "moe/cuda_sm80_sort.cu"
 #include "moe/cuda_sm80_sums.cu"
 #include "moe/cuda_sm80_weights.cu"
+
+namespace nb = nanobind;
 
 namespace {
 
@@ -127,28 +129,28 @@ void experts_backward(const Experts& call, uintptr_t grad, uintptr_t kept, uintp
 }
 
 // (expert, first, end) of each tile and the bounds of the experts.
-pybind11::tuple schedule(int element, int64_t rows, int64_t experts, uintptr_t offsets) {
+nb::tuple schedule(int element, int64_t rows, int64_t experts, uintptr_t offsets) {
     Host host;
     const Schedule<Host> made(host, static_cast<Element>(element), rows, experts, at<int32_t>(offsets));
     host.finish();
-    pybind11::list tiles, bounds;
+    nb::list tiles, bounds;
     for (int64_t i = 0; i < (*made).tile_count; ++i) {
         const R1kernelsMoeTile& tile = (*made).tiles[i];
-        tiles.append(pybind11::make_tuple(tile.expert, tile.first, tile.end));
+        tiles.append(nb::make_tuple(tile.expert, tile.first, tile.end));
     }
     for (int64_t i = 0; i < experts + 2; ++i) bounds.append((*made).bounds[i]);
-    return pybind11::make_tuple((*made).tile_rows, tiles, bounds);
+    return nb::make_tuple((*made).tile_rows, tiles, bounds);
 }
 
 }  // namespace
 
-PYBIND11_MODULE(moe_experts, m) {
-    pybind11::class_<Gemm>(m, "Gemm")
-        .def(pybind11::init<int, int64_t, int64_t, int64_t, int64_t, bool, uintptr_t, uintptr_t, uintptr_t>());
-    pybind11::class_<Experts>(m, "Experts")
-        .def(pybind11::init<int, int, float, float, float, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
-                            uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, uintptr_t,
-                            uintptr_t, int64_t, float>());
+NB_MODULE(moe_experts, m) {
+    nb::class_<Gemm>(m, "Gemm")
+        .def(nb::init<int, int64_t, int64_t, int64_t, int64_t, bool, uintptr_t, uintptr_t, uintptr_t>());
+    nb::class_<Experts>(m, "Experts")
+        .def(nb::init<int, int, float, float, float, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
+                      uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, uintptr_t,
+                      uintptr_t, int64_t, float>());
     m.def("set_seed", &emulator::set_seed);
     m.def("gemm_forward", &gemm_forward);
     m.def("gemm_backward", &gemm_backward);

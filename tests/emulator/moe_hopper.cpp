@@ -1,7 +1,9 @@
 // The Hopper kernels of the grouped products and their plan under the emulator, for pytest. Addresses come as integers
 // (Tensor.data_ptr()).
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <vector>
 
@@ -9,7 +11,7 @@
 #include "moe/cuda_sm90a_rows.cuh"
 #include "moe/cuda_sm90a_weights.cuh"
 
-namespace py = pybind11;
+namespace nb = nanobind;
 using namespace r1kernels;
 using namespace r1kernels::moe::hopper;
 
@@ -22,13 +24,13 @@ T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 // Members by name; the rest is 0.
 template <class Value>
-Value get(const py::dict& call, const char* name) {
-    return call.contains(name) ? call[name].cast<Value>() : Value{};
+Value get(const nb::dict& call, const char* name) {
+    return call.contains(name) ? nb::cast<Value>(call[name]) : Value{};
 }
 template <class T>
-T* pointer(const py::dict& call, const char* name) { return at<T>(get<uintptr_t>(call, name)); }
+T* pointer(const nb::dict& call, const char* name) { return at<T>(get<uintptr_t>(call, name)); }
 
-R1kernelsMoeSchedule schedule_of(const py::dict& call) {
+R1kernelsMoeSchedule schedule_of(const nb::dict& call) {
     R1kernelsMoeSchedule schedule = {};
     schedule.rows = get<int64_t>(call, "rows");
     schedule.experts = get<int64_t>(call, "experts");
@@ -39,12 +41,12 @@ R1kernelsMoeSchedule schedule_of(const py::dict& call) {
     return schedule;
 }
 
-R1kernelsMoeRows rows_of(const py::dict& call, const std::string& name) {
+R1kernelsMoeRows rows_of(const nb::dict& call, const std::string& name) {
     return {pointer<const void>(call, name.c_str()), pointer<const int32_t>(call, (name + "_index").c_str()),
             get<int32_t>(call, "divisor")};
 }
 
-R1kernelsMoeProduct product_of(const py::dict& call) {
+R1kernelsMoeProduct product_of(const nb::dict& call) {
     R1kernelsMoeProduct product = {};
     product.element = Element{get<int32_t>(call, "element")};
     product.epilogue = R1kernelsMoeEpilogue(get<int32_t>(call, "epilogue"));
@@ -67,7 +69,7 @@ R1kernelsMoeProduct product_of(const py::dict& call) {
     return product;
 }
 
-R1kernelsMoeWeightProduct weight_product_of(const py::dict& call) {
+R1kernelsMoeWeightProduct weight_product_of(const nb::dict& call) {
     R1kernelsMoeWeightProduct product = {};
     product.element = Element{get<int32_t>(call, "element")};
     product.left = rows_of(call, "left");
@@ -102,8 +104,8 @@ int run_weights(const R1kernelsMoeWeightProduct& product) {
     return run(hopper_weights_kernel<Scalar, false, false>, plan.blocks, call);
 }
 
-py::dict described(const Boxes& boxes) {
-    py::dict dict;
+nb::dict described(const Boxes& boxes) {
+    nb::dict dict;
     dict["dims"] = std::vector<uint64_t>(boxes.dims, boxes.dims + 3);
     dict["strides"] = std::vector<uint64_t>(boxes.strides, boxes.strides + 2);
     dict["box"] = std::vector<uint32_t>(boxes.box, boxes.box + 3);
@@ -113,24 +115,24 @@ py::dict described(const Boxes& boxes) {
 
 }  // namespace
 
-PYBIND11_MODULE(moe_hopper, m) {
+NB_MODULE(moe_hopper, m) {
     m.def("set_seed", [](uint64_t seed) {
         emulator::set_seed(seed);
         machine::coin.seed(seed);
     });
-    m.def("takes_product", [](const py::dict& call) { return takes(product_of(call)); });
-    m.def("takes_weight_product", [](const py::dict& call) { return takes(weight_product_of(call)); });
-    m.def("product", [](const py::dict& call) {
+    m.def("takes_product", [](const nb::dict& call) { return takes(product_of(call)); });
+    m.def("takes_weight_product", [](const nb::dict& call) { return takes(weight_product_of(call)); });
+    m.def("product", [](const nb::dict& call) {
         const auto product = product_of(call);
         return product.element == Element::float16 ? run_rows<__half>(product) : run_rows<__nv_bfloat16>(product);
     });
-    m.def("weight_product", [](const py::dict& call) {
+    m.def("weight_product", [](const nb::dict& call) {
         const auto product = weight_product_of(call);
         return product.element == Element::float16 ? run_weights<__half>(product) : run_weights<__nv_bfloat16>(product);
     });
-    m.def("row_plan", [](const py::dict& call, int64_t processors) {
+    m.def("row_plan", [](const nb::dict& call, int64_t processors) {
         const RowPlan plan = plan_of(product_of(call), processors);
-        py::dict dict;
+        nb::dict dict;
         dict["column_tiles"] = plan.column_tiles;
         dict["tiles"] = plan.tiles;
         dict["blocks"] = plan.blocks;
@@ -146,7 +148,7 @@ PYBIND11_MODULE(moe_hopper, m) {
         }
         return all;
     });
-    m.def("weight_tiles", [](const py::dict& call) {
+    m.def("weight_tiles", [](const nb::dict& call) {
         const WeightPlan plan = plan_of(weight_product_of(call), kProcessors);
         std::vector<std::tuple<int, int, int>> all;
         for (int t = 0; t < plan.tiles; ++t) {

@@ -1,6 +1,6 @@
 // The CUDA launchers of the router and of sort_by_expert under the emulator, for pytest. Addresses come as integers
 // (Tensor.data_ptr()).
-#include <pybind11/pybind11.h>
+#include <nanobind/nanobind.h>
 
 #include <cmath>
 #include <cstdlib>
@@ -23,7 +23,7 @@ static double counted_exp(double x) {
 #undef exp
 #include "moe/cuda_sm80_sort.cu"
 
-namespace py = pybind11;
+namespace nb = nanobind;
 
 namespace {
 
@@ -83,10 +83,10 @@ int route_backward(const R1kernelsRoute& call, uintptr_t indices, uintptr_t grad
 
 }  // namespace
 
-PYBIND11_MODULE(moe_routing, module) {
+NB_MODULE(moe_routing, module) {
     module.def("set_seed", &emulator::set_seed);
     module.def("set_max_blocks", [](unsigned blocks) { emulator::max_blocks = blocks; });
-    py::class_<R1kernelsRoute>(module, "Router").def(py::init(&router));
+    nb::class_<R1kernelsRoute>(module, "Router").def(nb::new_(&router));
     module.def("wide_exps", [] { return std::exchange(wide_exps, 0); });
     module.def("route", &route);
     module.def("route_backward", &route_backward);

@@ -1,7 +1,6 @@
 // Small kernels with known mistakes: each shows that the emulator notices one kind.
-#include <pybind11/pybind11.h>
-// the precompiled header comes first
-#include <pybind11/numpy.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
 
 #include "common/block_reduce.cuh"
 #include "common/elements.cuh"
@@ -9,7 +8,7 @@
 
 namespace {
 
-using Floats = pybind11::array_t<float, pybind11::array::c_style>;
+using Floats = std::vector<float>;
 using r1kernels::launch;
 using r1kernels::shared_memory;
 
@@ -70,7 +69,7 @@ __global__ void ballot(const float* in, float* out, Mistake) {
 Floats run(void (*kernel)(const float*, float*, Mistake), const Floats& in, Mistake mistake, uint64_t seed) {
     Floats out(in.size());
     emulator::set_seed(seed);
-    launch(kernel, 1, static_cast<int>(in.size()), in.size() * sizeof(float), nullptr, in.data(), out.mutable_data(),
+    launch(kernel, 1, static_cast<int>(in.size()), in.size() * sizeof(float), nullptr, in.data(), out.data(),
            mistake);
     return out;
 }
@@ -84,14 +83,14 @@ Floats block_order(int blocks, uint64_t seed) {
     Floats out(blocks);
     float counter = 0;
     emulator::set_seed(seed);
-    launch(arrival, blocks, 32, 0, nullptr, &counter, out.mutable_data());
+    launch(arrival, blocks, 32, 0, nullptr, &counter, out.data());
     return out;
 }
 
 }  // namespace
 
-PYBIND11_MODULE(probes, m) {
-    pybind11::enum_<Mistake>(m, "Mistake")
+NB_MODULE(probes, m) {
+    nanobind::enum_<Mistake>(m, "Mistake")
         .value("none", kNone)
         .value("no_barrier", kNoBarrier)
         .value("early_return", kEarlyReturn)

@@ -1,5 +1,5 @@
 // The CUDA launchers of the row ops, of divergences and of kept rows of the head under the emulator, for pytest. Addresses come as integers (Tensor.data_ptr()).
-#include <pybind11/pybind11.h>
+#include <nanobind/nanobind.h>
 
 #include <stdexcept>
 #include <vector>
@@ -10,6 +10,8 @@
 #include "logprob/cuda_sm80_divergence.cu"
 #include "logprob/cuda_sm80_forward.cu"
 #include "logprob/cuda_sm80_kept.cu"
+
+namespace nb = nanobind;
 
 namespace {
 
@@ -121,18 +123,18 @@ float round_trip_bfloat16(float value) { return __bfloat162float(__float2bfloat1
 
 }  // namespace
 
-PYBIND11_MODULE(token_logprobs, m) {
-    pybind11::class_<Call>(m, "Call")
-        .def(pybind11::init<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, float,
-                            int64_t, uintptr_t, float, float, int64_t, int64_t>());
+NB_MODULE(token_logprobs, m) {
+    nb::class_<Call>(m, "Call")
+        .def(nb::init<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, float,
+                      int64_t, uintptr_t, float, float, int64_t, int64_t>());
     m.def("set_seed", &emulator::set_seed);
     m.def("set_max_blocks", [](unsigned blocks) { emulator::max_blocks = blocks; });
     m.def("forward", &forward);
     m.def("backward", &backward);
-    pybind11::class_<R1kernelsDivergence>(m, "DivergenceCall").def(pybind11::init(&divergence_call_of));
+    nb::class_<R1kernelsDivergence>(m, "DivergenceCall").def(nb::new_(&divergence_call_of));
     m.def("divergence", &divergence);
     m.def("divergence_backward", &divergence_backward);
-    pybind11::class_<R1kernelsKeptProducts>(m, "KeptCall").def(pybind11::init(&kept_call_of));
+    nb::class_<R1kernelsKeptProducts>(m, "KeptCall").def(nb::new_(&kept_call_of));
     m.def("kept_products", &kept_products);
     m.def("kept_backward", &kept_backward);
     m.def("completion_sums", &completion_sums);
