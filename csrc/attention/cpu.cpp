@@ -9,8 +9,6 @@ namespace {
 
 constexpr int kColumns = 4;  // vectors of a value that are summed at a time
 
-int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
 template <typename T>
 T* at(const Vectors& vectors, int64_t i, int64_t j, int64_t k = 0) {
     return reinterpret_cast<T*>(vectors.data + i * vectors.strides[0] + j * vectors.strides[1] + k * vectors.strides[2]);
@@ -129,7 +127,7 @@ inline void fetch(const Vectors& vectors, int64_t i, int64_t j, int64_t k, int64
 // next: the row that follows, or -1; its own tokens, which no row before has read, are fetched meanwhile.
 template <typename T>
 void decode_row(const DecodeAttention& call, int64_t head, int64_t row, int64_t next, float* scratch) {
-    const int64_t size = padded(call.key_size), last = call.level_count - 1;
+    const int64_t size = whole_vectors(call.key_size), last = call.level_count - 1;
     const DecodeLevel& own = call.levels[last];
     memcpy(at<T>(own.keys, row, head, own.lengths[row]), at<T>(call.key, row, head), call.key_size * sizeof(T));
     memcpy(at<T>(own.values, row, head, own.lengths[row]), at<T>(call.value, row, head), call.value_size * sizeof(T));
@@ -152,7 +150,7 @@ void decode_row(const DecodeAttention& call, int64_t head, int64_t row, int64_t 
 
     float* const queries = scratch;
     float* const scores = queries + call.group * size;
-    const int64_t room = padded(text) + kLanes;  // floats of one query's scores: whole vectors from any token on
+    const int64_t room = whole_vectors(text) + kLanes;  // floats of one query's scores: whole vectors from any token on
     for (int64_t g = 0; g < call.group; ++g) {
         const T* query = at<T>(call.query, row, head * call.group + g);
         for (int64_t d = 0; d < call.key_size; d += kLanes) {

@@ -43,6 +43,9 @@ inline void with_element(Element element, const Function& function) {
     }
 }
 
+// `count`, or the next multiple of kLanes above it
+inline int64_t whole_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
 constexpr float kInfinity = __builtin_inff();
 
 inline Floats all(float value) { return Floats{} + value; }

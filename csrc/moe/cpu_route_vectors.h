@@ -227,8 +227,6 @@ Floats logits_at(const T* row, int64_t at, int64_t experts) {  // -inf behind th
     return at + kLanes <= experts ? load(row + at) : load_some(row + at, static_cast<int>(experts - at));
 }
 
-int64_t whole_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
 }  // namespace
 
 }  // namespace r1kernels::R1KERNELS_ISA

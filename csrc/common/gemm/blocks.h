@@ -260,7 +260,7 @@ void product_tn(const Rows<T>& a, int64_t a_column, int64_t m, const Rows<T>& b,
     auto* left = static_cast<Cell<T>*>(workspace.left());
     auto* right = static_cast<Cell<T>*>(workspace.right());
     const Tiles tiles(m);
-    const int64_t width = (m + kLanes - 1) / kLanes * kLanes, step = kBlockDepth * kDepth<T>;
+    const int64_t width = whole_vectors(m), step = kBlockDepth * kDepth<T>;
     // where one chain is all, a tile is stored at once and all tiles share one place in the first-level cache
     const bool shared = cells_of<T>(k) <= kChain;
     const int64_t sums_stride = shared ? kPanel : kBlockColumns;
