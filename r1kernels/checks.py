@@ -164,6 +164,17 @@ def all_positive(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: expected values {wanted}, got {found} at {_show(position)}")
 
 
+def overlaps(value: Tensor) -> bool:
+    """Whether entries of ``value`` share memory, as those of an expanded tensor do; of other strides than a view has: may share."""
+    extent = 1
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent = stride * size
+    return False
+
+
 def first_bad(bad: Tensor) -> tuple[int, ...]:
     """The index of the first True in ``bad``, row-major."""
     return tuple(int(entry) for entry in bad.nonzero()[0])

@@ -1,5 +1,6 @@
 // The torch op decode_attention on the CPU. Its schema and the shapes stand in r1kernels/attention/decode.py.
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "attention/cpu.h"
@@ -30,6 +31,19 @@ Vectors vectors_of(const char* name, const Tensor& tensor, ScalarType dtype, std
         vectors.strides[i] = tensor.stride(i) * static_cast<int64_t>(tensor.element_size());
     }
     return vectors;
+}
+
+// Rows are written by several threads at once: no two entries may share memory.
+void check_apart(const char* name, const Tensor& tensor) {
+    std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride and size
+    for (int64_t i = 0; i < tensor.dim(); ++i) dimensions.emplace_back(tensor.stride(i), tensor.size(i));
+    std::sort(dimensions.begin(), dimensions.end());
+    int64_t extent = 1;
+    for (const auto& [stride, size] : dimensions) {
+        if (size <= 1) continue;
+        STD_TORCH_CHECK(stride >= extent, name, ": expected entries that do not overlap");
+        extent = stride * size;
+    }
 }
 
 const int64_t* of_rows(const char* name, const Tensor& tensor, int64_t rows) {
@@ -79,6 +93,10 @@ Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& va
         DecodeLevel& level = call.levels[l];
         level.keys = vectors_of("keys", k, dtype, {nodes, call.heads, tokens, call.key_size});
         level.values = vectors_of("values", v, dtype, {nodes, call.heads, tokens, call.value_size});
+        if (own) {
+            check_apart("key_cache", k);
+            check_apart("value_cache", v);
+        }
         level.lengths = of_rows("lengths", own ? lengths : prefix_lengths[l], rows);
         check_range("lengths", level.lengths, rows, own ? tokens : tokens + 1);
         level.width = own ? 1 : widths[l];

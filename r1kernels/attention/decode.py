@@ -48,7 +48,7 @@ def decode_attention(
         query: (B, Hq, D), float32, bfloat16, float16 or float64. key, value: (B, Hk, D), (B, Hk, Dv), Hq a multiple of Hk: heads of
             queries h Hq / Hk, ... share head h of keys. Any strides.
         cache: keys (>= B, Hk, L, D) and values (>= B, Hk, L, Dv) of the rows, row b in node b; written to at
-            ``layout.lengths``. Any strides but in the last dimension.
+            ``layout.lengths``. Any strides of entries that do not overlap but in the last dimension.
         layout: which node of each prefix a row reads, how much of it, and how much of the cache; one for all layers of a step.
         prefixes: keys (>= N, Hk, L, D) and values (>= N, Hk, L, Dv) of each of ``layout.prefixes``, L at least the longest part that
             a row sees: what else is there does not count, but must be finite.
@@ -69,12 +69,14 @@ def decode_attention(
     text alone: not on the other rows, nor on where the text is cut into prefixes, nor on the number of threads. The reference
     multiplies in the dtype of the inputs, the rows of a node at once. Deterministic.
     """
-    query, key, value = autocast.cast(query, key, value)
     checks.tensor("query", query, dtypes=checks.FLOATS, ndim=3)
     rows, query_heads, key_size = query.shape
-    checks.tensor("key", key, dtypes=(query.dtype,), shape=(rows, None, key_size), like=query)
+    checks.tensor("key", key, dtypes=checks.FLOATS, shape=(rows, None, key_size), like=query)
     heads = key.shape[1]
     checks.tensor("value", value, dtypes=checks.FLOATS, shape=(rows, heads, None), like=query)
+    query, key, value = autocast.cast(query, key, value)
+    if key.dtype != query.dtype:
+        raise TypeError(f"key: expected the dtype of query, {query.dtype}, got {key.dtype}")
     if heads == 0 or query_heads % heads:
         raise ValueError(f"query: expected a multiple of {heads} heads, got {query_heads}")
     if key_size == 0:
@@ -103,7 +105,9 @@ def decode_attention(
     checks.tensor("layout.lengths", layout.lengths, shape=(rows,), like=query)
     if sinks is not None:
         checks.tensor("sinks", sinks, dtypes=checks.FLOATS, shape=(query_heads,), like=query)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *cache)):
+    if torch.is_grad_enabled() and _needs_gradient(
+        query, key, value, sinks, *(pair for _, pair, *_ in parts)
+    ):
         raise RuntimeError("decode_attention has no gradient: expected a call under torch.no_grad()")
     call = DecodeCall(
         _lines(query),
@@ -127,6 +131,7 @@ def decode_attention(
     except RuntimeError:
         # looked at here alone: it costs as much as a small step
         layout.check()
+        _check_apart(*cache)
         for name, pair, *_ in parts:
             for tensor in pair:
                 if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -134,6 +139,13 @@ def decode_attention(
                         f"{name}: expected the last dimension contiguous, got strides {tensor.stride()}"
                     ) from None
         raise
+
+
+def _needs_gradient(*values: Tensor | tuple[Tensor, Tensor] | None) -> bool:
+    """Whether a tensor, or one of a pair, requires a gradient."""
+    return any(
+        x.requires_grad if isinstance(x, Tensor) else x is not None and _needs_gradient(*x) for x in values
+    )
 
 
 class DecodeCall(NamedTuple):
@@ -174,8 +186,18 @@ def _limits(backend: str, call: DecodeCall) -> Sequence[str]:
     return ()
 
 
+def _check_apart(*cache: Tensor) -> None:
+    """Raise ValueError at a cache of which rows would overwrite one another."""
+    for tensor in cache:
+        if checks.overlaps(tensor):
+            raise ValueError(
+                f"cache: expected entries that do not overlap, got strides {tensor.stride()} for shape {tuple(tensor.shape)}"
+            )
+
+
 def _reference(call: DecodeCall) -> Tensor:
     call.layout.check()
+    _check_apart(call.key_cache, call.value_cache)
     return reference.decode_attention(call)
 
 

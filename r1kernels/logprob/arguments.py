@@ -161,10 +161,6 @@ def why_not_overwritable(logits: Tensor) -> str:
         return "that are not a leaf, got a leaf that requires a gradient"
     if logits.requires_grad and logits._base is not None and logits._base.is_leaf:
         return "that are not a leaf, got a view of one that requires a gradient"
-    extent = 1
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1:
-            if stride < extent:
-                return f"without overlap, got strides {logits.stride()} for shape {tuple(logits.shape)}"
-            extent = stride * size
+    if checks.overlaps(logits):
+        return f"without overlap, got strides {logits.stride()} for shape {tuple(logits.shape)}"
     return ""

@@ -116,6 +116,18 @@ def test_a_cache_that_is_no_pair_or_has_other_strides_is_named(backend):
             decode_attention(*states, transposed, given.layout(), given.shared)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_cache_whose_rows_would_overwrite_one_another_is_refused(which):
+    given = case()
+    cache = [x.clone() for x in given.cache]
+    cache[which] = cache[which][:1].expand(6, -1, -1, -1)
+    before = cache[which].clone()
+    states = (given.query, given.key, given.value)
+    with pytest.raises(ValueError, match=r"cache: expected entries that do not overlap, got strides \(0, "):
+        decode_attention(*states, tuple(cache), given.layout(), given.shared)
+    assert same_bits(cache[which], before)
+
+
 @pytest.mark.parametrize("length", [34, -1])
 def test_a_length_without_room_is_named_and_nothing_is_written(length):
     given = case()
@@ -140,9 +152,19 @@ def test_bad_prefixes_are_named():
         DecodeLayout(torch.tensor([1]), 1, [SharedPrefix.of([0, 0], [1, 1])])
 
 
-def test_a_gradient_is_refused():
-    given = case()
-    given.query.requires_grad_()
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda given: given.query,
+        lambda given: given.cache[1],
+        lambda given: given.shared[1][0],
+        lambda given: given.options["sinks"],
+    ],
+    ids=["query", "cache", "prefix", "sinks"],
+)
+def test_a_gradient_is_refused(of):
+    given = case(options={"sinks": SINKS.clone()})
+    of(given).requires_grad_()
     with pytest.raises(RuntimeError, match="has no gradient"):
         given.run()
     with torch.no_grad():
