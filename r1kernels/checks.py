@@ -12,6 +12,12 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOAT32 = torch.finfo(torch.float32)
+_STRIDED = torch.strided
+# by name: to import them is slow
+_PLAIN = {
+    "DTensor": "full_tensor() or to_local() makes one of it",
+    "MaskedTensor": "get_data() and get_mask() are two",
+}
 _debug = False
 
 
@@ -51,6 +57,8 @@ def tensor(
     """Check that ``value`` is a tensor of one of ``dtypes``, of ``shape`` (None: any size there), on the device of ``like``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if type(value) is not Tensor or value.layout is not _STRIDED or value.is_nested:
+        _whole(name, value)
     if dtypes is not None and value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {_one_of(dtypes)}, got {value.dtype}")
     if ndim is not None and value.ndim != ndim:
@@ -199,6 +207,17 @@ class _FirstDerivativeOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError(f"{ctx.op}: a second derivative is not implemented")
+
+
+def _whole(name: str, value: Tensor) -> None:
+    """Raise TypeError at a tensor whose values do not all lie in memory of its own; other subclasses are taken as they are."""
+    kind = type(value).__name__
+    if kind in _PLAIN:
+        raise TypeError(f"{name}: expected a plain tensor, got a {kind}: {_PLAIN[kind]}")
+    if value.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one")
+    if value.layout is not _STRIDED:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {value.layout}")
 
 
 def _within(value: Tensor, low: int, high: int) -> bool:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import r1kernels
@@ -72,6 +77,55 @@ def test_torchs_default_dtype_changes_nothing(op, backend):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(same_bits(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def check_named(change, expected):
+    """Each tensor argument of each op, changed, is named."""
+    for op in EVERY:
+        function = getattr(r1kernels, op)
+        args, kwargs = examples.calls("cpu")[op]
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        for name, value in given.items():
+            changed = change(value) if isinstance(value, torch.Tensor) else None
+            if changed is not None:
+                with pytest.raises(TypeError, match=rf"^{name}: expected {expected}"):
+                    function(**given | {name: changed})
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda x: x.to_sparse(), "a dense tensor, got one of layout torch.sparse_coo"),
+        (lambda x: x.to_sparse_csr() if x.ndim == 2 else None, "a dense tensor, got one of layout"),
+        (lambda x: x.to_mkldnn() if x.dtype == torch.float32 else None, "a dense tensor, got one of layout"),
+        (lambda x: torch.nested.nested_tensor(list(x)), "a dense tensor, got a nested one"),
+        (
+            lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged) if x.ndim > 1 else None,
+            "a dense tensor, got a nested one",
+        ),
+        (lambda x: torch.masked.masked_tensor(x, x == x), "a plain tensor, got a MaskedTensor: get_data"),
+        (lambda x: x.tolist(), "a torch.Tensor, got list"),
+        (lambda x: x.numpy(), "a torch.Tensor, got ndarray"),
+    ],
+    ids=["sparse", "csr", "mkldnn", "nested", "jagged", "masked", "list", "numpy"],
+)
+def test_an_argument_that_is_no_dense_tensor_is_named(change, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch thinks of its prototypes
+        check_named(change, expected)
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield DeviceMesh("cpu", [0])
+    dist.destroy_process_group()
+
+
+def test_a_sharded_argument_is_named(mesh):
+    check_named(
+        lambda x: distribute_tensor(x, mesh, [Replicate()]), "a plain tensor, got a DTensor: full_tensor"
+    )
 
 
 @pytest.mark.parametrize("op", KERNELS)
