@@ -172,6 +172,16 @@ def all_positive(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: expected values {wanted}, got {found} at {_show(position)}")
 
 
+def all_in_unit(name: str, value: Tensor) -> None:
+    """Raise ValueError at the first entry outside of [0, 1). Call it only where ``values_visible(value)``."""
+    bad = ~((value >= 0) & (value < 1))
+    if bool(bad.any()):
+        position = first_bad(bad)
+        raise ValueError(
+            f"{name}: expected values in [0, 1), got {float(value[position])} at {_show(position)}"
+        )
+
+
 def overlaps(value: Tensor) -> bool:
     """Whether entries of ``value`` share memory, as those of an expanded tensor do; of other strides than a view has: may share."""
     extent = 1

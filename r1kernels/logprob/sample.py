@@ -34,7 +34,8 @@ def sample_tokens(
         (tokens (B,) int64, log-probs (B,) float64), without gradient.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or a temperature that is not above 0.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or a temperature that is not above 0; on the
+            CPU in eager mode, a number outside of [0, 1).
 
     Precision: probabilities are float32, their sums float64 (all float64 for float64 logits). A token of probability 0 is not drawn,
     whatever is rounded. A row that is all -inf, or holds NaN or +inf, gives some token in [0, V) and a log-prob of NaN. The bits of a row
@@ -45,6 +46,8 @@ def sample_tokens(
     if vocabulary == 0:
         raise ValueError("logits: expected shape (B, V), V at least 1, got V = 0")
     checks.tensor("uniform", uniform, dtypes=(torch.float64,), shape=(rows,), like=logits)
+    if checks.values_visible(uniform):
+        checks.all_in_unit("uniform", uniform)
     tokens, logp = SAMPLE_TOKENS(
         backend, SampleCall(logits, uniform, checks.positive("temperature", temperature))
     )
@@ -67,8 +70,9 @@ def _shapes(call: SampleCall) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _reference(call: SampleCall) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch."""
-    scaled = call.logits.to(torch.promote_types(call.logits.dtype, torch.float32)) / call.temperature
-    scaled -= scaled.amax(dim=-1, keepdim=True)
+    scaled = call.logits.to(torch.promote_types(call.logits.dtype, torch.float32))
+    # in this order no temperature is so small that the largest becomes infinite
+    scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / call.temperature
     weights = scaled.exp()
     # Sums of blocks first: cumulating a large vocabulary in float64 costs more than all the rest.
     missing = -weights.shape[-1] % BLOCK

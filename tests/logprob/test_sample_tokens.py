@@ -46,6 +46,15 @@ def test_what_has_no_probability_is_not_drawn(backend):
     assert sample_tokens(logits, uniform, backend=backend)[0].tolist() == [3, 256, 256]
 
 
+@pytest.mark.parametrize("logits", [[-9.0, 30.0, 29.0], [-0.5, -80.0, -90.0], [7.0]], ids=str)
+def test_the_smallest_temperature_draws_the_most_probable(backend, logits):
+    """Logits over the temperature are no floats."""
+    tokens, logp = sample_tokens(
+        torch.tensor([logits] * 3), numbers(3), temperature=torch.finfo(torch.float32).tiny, backend=backend
+    )
+    assert tokens.tolist() == [logits.index(max(logits))] * 3 and logp.tolist() == [0.0] * 3
+
+
 def test_a_hopeless_row_is_hopeless_alone(backend):
     logits = torch.zeros(4, 300)
     logits[0, 7], logits[1, 299], logits[2] = torch.nan, torch.inf, -torch.inf
@@ -103,6 +112,17 @@ def test_float64_is_drawn_in_float64(backend):
         ((torch.zeros(2, 0), numbers(2)), {}, "logits: expected shape .*, V at least 1"),
         ((torch.zeros(2, 3), numbers(3)), {}, "uniform: expected shape"),
         ((torch.zeros(2, 3), numbers(2).float()), {}, "uniform: expected dtype float64"),
+        (
+            (torch.zeros(2, 3), torch.tensor([0.5, 1.0]).double()),
+            {},
+            r"uniform: expected values in \[0, 1\), got 1.0 at position 1",
+        ),
+        ((torch.zeros(2, 3), torch.tensor([-0.5, 0.0]).double()), {}, "uniform: expected .*, got -0.5 at"),
+        (
+            (torch.zeros(2, 3), torch.tensor([0.0, torch.nan]).double()),
+            {},
+            "uniform: expected .*, got nan at",
+        ),
         ((torch.zeros(2, 3), numbers(2)), {"temperature": 0}, "temperature: expected a number above 0"),
     ],
 )

@@ -70,6 +70,9 @@ def test_top_p_keeps_the_likeliest_token_however_small_it_is():
     logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).expand(3, 3)
     uniform = torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64)
     assert choose_tokens(logits, uniform, 1.0, 0.0)[0].tolist() == [1, 1, 1]
+    # logits over this temperature are no floats
+    chosen = choose_tokens(9 + logits, uniform, 2e-38, 0.9, 2)
+    assert chosen.tokens.tolist() == [1, 1, 1] and chosen.logp.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_temperature_sharpens_and_zero_is_greedy():

@@ -55,8 +55,9 @@ def choose_tokens(
         return Choice(chosen, torch.zeros(chosen.shape, dtype=torch.float64, device=logits.device), None)
     kept = None
     if top_p < 1 or top_k > 0:
-        scaled = logits.float() / temperature
-        kept = truncated((scaled - scaled.amax(dim=-1, keepdim=True)).exp(), top_p, top_k) > 0
+        scaled = logits.float()
+        scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / temperature
+        kept = truncated(scaled.exp(), top_p, top_k) > 0
         logits = logits.masked_fill(~kept, -torch.inf)
     return Choice(*sample_tokens(logits, uniform, temperature=temperature), kept)
 
