@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from random import Random
 from types import ModuleType
 from typing import Any
@@ -103,8 +104,11 @@ DRAWS = 1_000_000  # of the numbers of one instance; a template that then has no
 
 @cache
 def _languages(package: ModuleType) -> tuple[str, ...]:
-    """Codes that a package has templates of, all of which it reads to tell."""
-    return tuple(package.available_languages())
+    """Codes that a package has templates of, by their folders: the package itself reads all templates to tell."""
+    root = Path(str(package.__file__)).parent / "data" / "templates"
+    folders = [each.parent for each in sorted(root.glob("*/symbolic")) if each.is_dir()]
+    found = tuple(each.name for each in folders if not (each / "ignore").exists())
+    return found or tuple(package.available_languages())
 
 
 class GsmSymbolicTask:
