@@ -5,11 +5,11 @@ A task is a name that lm-eval knows, or a YAML file of a task of one's own, whos
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training import optional
@@ -35,7 +35,7 @@ def check(spec: str) -> None:
     if kind != LM_EVAL or not task:
         raise UserError(f"--benchmark: expected {LM_EVAL}:TASK, as in {LM_EVAL}:gsm8k, got {spec!r}")
     optional.check_installed("lm_eval", f"--benchmark {spec}")
-    if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
+    if _is_file(task) and not Path(task).is_file():
         raise UserError(f"--benchmark: there is no file {task}")
 
 
@@ -56,16 +56,19 @@ def run(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    own = Path(task) if task.endswith((".yaml", ".yml")) else None
-    manager = TaskManager(include_path=None if own is None else str(own.parent))
-    name = task if own is None else str(yaml.safe_load(own.read_text(encoding="utf-8"))["task"])
-    if name not in manager.all_tasks:
-        raise unknown("task of lm-eval", name, manager.all_tasks)
+    if _is_file(task):
+        # a file names by path all that it includes
+        manager = TaskManager(include_defaults=False)
+        tasks = _loaded(manager, spec, task)
+    else:
+        manager, tasks = _known(), [task]
+        if task not in manager.all_tasks:
+            raise unknown("task of lm-eval", task, manager.all_tasks)
     served = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
     try:
         found = lm_eval.simple_evaluate(
             model=served,
-            tasks=[name],
+            tasks=tasks,
             task_manager=manager,
             limit=options.limit,
             num_fewshot=options.shots,
@@ -85,6 +88,27 @@ def run(
         }
         for each, results in found["results"].items()
     ]
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
+def _loaded(manager: Any, spec: str, file: str) -> list[Any]:
+    """The task in a file."""
+    try:
+        return list(manager.load([file])["tasks"].values())
+    except Exception as error:  # of many types, by what the file holds
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise UserError(f"--benchmark {spec}: this is no task of lm-eval: {reason}") from None
+
+
+@functools.cache  # thousands of files are read
+def _known() -> Any:
+    """The tasks that come with lm-eval."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, float]:

@@ -23,7 +23,7 @@ test_split: test
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_choice: choices
-doc_to_target: answer
+doc_to_target: !function my_answer.right
 target_delimiter: ""
 metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
@@ -36,7 +36,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     write_folder(folder / "own", "qwen2")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "my.yaml").write_text(TASK.format(data=folder / "rows.jsonl"))
+    (folder / "my.yml").write_text(TASK.format(data=folder / "rows.jsonl"))
+    (folder / "my_answer.py").write_text("def right(row):\n    return row['answer']\n")
     return folder
 
 
@@ -57,7 +58,7 @@ def by_hand(model, tokenizer):
 
 
 def test_a_task_of_ones_own_gets_the_score_that_a_person_computes(place, tmp_path, capsys):
-    words = ["evaluate", "--model", str(place / "own"), "--benchmark", f"lm-eval:{place / 'my.yaml'}"]
+    words = ["evaluate", "--model", str(place / "own"), "--benchmark", f"lm-eval:{place / 'my.yml'}"]
     assert main([*words, "--out", str(tmp_path / "rows.jsonl")]) == 0
     (row,) = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert row["task"] == "my_choices" and row["samples"] == len(ROWS)
@@ -81,6 +82,15 @@ def test_a_mistake_is_one_line(spec, text):
 def test_an_unknown_task_names_the_nearest_one(place, capsys):
     assert main(["evaluate", "--model", str(place / "own"), "--benchmark", "lm-eval:gsm8kk"]) == 2
     assert "unknown task of lm-eval 'gsm8kk': did you mean 'gsm8k" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["a: [1", "a: 1", "- 1", "group: mine\ntask: [gsm8k]"])
+def test_a_file_that_is_no_task_is_one_line(text, place, tmp_path, capsys):
+    (tmp_path / "task.yaml").write_text(text)
+    spec = f"lm-eval:{tmp_path / 'task.yaml'}"
+    assert main(["evaluate", "--model", str(place / "own"), "--benchmark", spec]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert f"{spec}: this is no task of lm-eval: " in line
 
 
 def test_data_beside_a_benchmark_are_refused(place, capsys):
