@@ -67,7 +67,7 @@ def kept_bytes(
         None where the model cannot be run without memory: what it does depends on values.
     """
     depth = config.get_text_config().num_hidden_layers
-    sizes = rows, length, lora, tree, dtype, divided
+    sizes = rows, length, lora, tree, dtype, dtype if divided else torch.float32
     key = config.to_json_string(), *map(repr, sizes)
     if key not in _COUNTED:
         try:
@@ -86,7 +86,7 @@ def kept_bytes(
     return whole - of_layers + inputs + max(layers)
 
 
-# stages of a recipe have passes of the same sizes
+# stages of a recipe have passes of the same sizes, and in float32 models that processes divide are counted as whole ones
 _COUNTED: dict[tuple[object, ...], tuple[int, list[int]]] = {}
 
 
@@ -97,9 +97,9 @@ def _count(
     lora: Lora,
     tree: bool,
     dtype: torch.dtype,
-    divided: bool,
+    weights: torch.dtype,
 ) -> tuple[int, list[int]]:
-    """Bytes kept by all of the first layers, and by each of them."""
+    """Bytes kept by all of the first layers, and by each of them. weights: their dtype."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(_shallow(config)).eval()
     if has_experts(model):
@@ -111,7 +111,7 @@ def _count(
         adapters.attach(model, lora, 0)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        _put_on_cpu(model, dtype if divided else torch.float32)
+        _put_on_cpu(model, weights)
     alone = build([[row] * length for row in range(rows)], [1] * rows)
     # transformers looks at positions for packed texts: of tensors without numbers it makes masks that no real pass has
     with (

@@ -157,7 +157,10 @@ def test_the_plan_of_the_paper(capsys):
     assert "650 rollouts of 8,192 in 16 minibatches" in out
     for name in (*STAGE_NAMES, "llama-70b"):
         assert name in out
-    assert "GPUs of 80 GiB" in out
+    assert (
+        "GPUs of 80 GiB: not even 1,024 that divide it: in zero each has 2.6 TiB, of which 2.4 TiB are the undivided copy"
+        in out
+    )
     assert "dollars" in out
 
 
