@@ -63,7 +63,8 @@ def pretrained_tokenizer(spec: str, key: str = "model.pretrained") -> Any:
     if spec == SMOLLM2:
         path = smollm2_file()
         _require_gguf()
-        return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        # AutoTokenizer takes the same class, and reads the whole file once more to tell
+        return transformers.PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     folder = pretrained_folder(spec, key, (*CONFIG_FILES, *TOKENIZER_FILES, "*.jinja", "merges.txt"))
     try:
         tokenizer = load_tokenizer(folder)
