@@ -16,7 +16,7 @@ from . import results
 # folder -> its modules whose function main or, where its tables are written, measure has the arguments of a command
 COMMANDS = {
     "": "run report compare guard documents",
-    "studies": "precision saved overhead mixtures prefix rollout truncation training_memory pipeline ranks smollm2",
+    "studies": "precision saved overhead mixtures suite prefix rollout truncation training_memory pipeline ranks smollm2",
     "gpu": "roofline sanitize lease",
 }
 

@@ -63,7 +63,7 @@ def divergences() -> str:
     return shown(*(report.case_table(run, one) for one in cases), level=3)
 
 
-STUDIES = "saved prefix training_memory mixtures rollout truncation ranks"
+STUDIES = "saved prefix training_memory mixtures suite rollout truncation ranks"
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "ops": lambda: shown(report.ops(_run())),
     "every case": every_case,
