@@ -5,7 +5,9 @@ overrides over that and builds a `Recipe`. A YAML file may start with `extends: 
 differs. An unknown key is an error that names the nearest one.
 """
 
+import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -223,11 +225,16 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
         if not equals or not key:
             raise UserError(f"{word!r}: expected key=value, as in zero.steps=10")
         try:
-            value = yaml.load(text, _Loader)
+            value = copy.deepcopy(_parsed(text))
         except yaml.YAMLError as error:
             raise UserError(f"{word!r}: the value is not YAML: {getattr(error, 'problem', error)}") from None
         values = override(Recipe, values, key, value)
     return values
+
+
+@functools.lru_cache(256)  # every command of a run reads its recipe several times
+def _parsed(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def _find(name_or_path: str | Path) -> Path:
@@ -245,7 +252,7 @@ def _read(path: Path, seen: tuple[Path, ...], pretrained: bool) -> dict[str, Any
     if path in seen:
         raise UserError(f"{path}: extends itself")
     try:
-        written = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        written = copy.deepcopy(_parsed(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         problem = getattr(error, "problem", None)  # in the words of PyYAML
