@@ -82,13 +82,31 @@ class Encoder:
 
         What a turn says is text: a control token spelt out in it ("<|im_end|>") ends no turn.
         """
+        return self.prompts([turns])[0]
+
+    def prompts(self, asked: Iterable[Turns]) -> list[Encoded]:
+        """`prompt` of each, in a fraction of the time that they take one by one."""
+        written = [self._written(turns) for turns in asked]
+        whole = [text for text, spelt in written if not spelt]
+        ids = iter(self.tokenizer(whole, add_special_tokens=False)["input_ids"] if whole else ())
+        return [
+            self._begun(text, self._shown(text, spelt) if spelt else next(ids)) for text, spelt in written
+        ]
+
+    def _written(self, turns: Turns) -> tuple[str, list[str]]:
+        """The text of a prompt with signs for what is spelt out in it, and the spellings."""
         turns, spelt = self._hidden(turns)
         if not self.tokenizer.chat_template:
+            return prompts.plain(turns), spelt
+        return self._rendered(turns, add_generation_prompt=True), spelt
+
+    def _begun(self, text: str, ids: list[int]) -> Encoded:
+        """The prompt of a text with these token ids."""
+        if not self.tokenizer.chat_template:
             bos = self.tokenizer.bos_token_id
-            return Encoded(([] if bos is None else [bos]) + self._shown(prompts.plain(turns), spelt), "")
-        text = self._rendered(turns, add_generation_prompt=True)
+            return Encoded(([] if bos is None else [bos]) + ids, "")
         opened = _OPENED.search(text)
-        return Encoded(self._shown(text, spelt), opened.group() if opened else "")
+        return Encoded(ids, opened.group() if opened else "")
 
     def response(self, text: str, opening: str = "") -> list[int]:
         """Token ids of a response behind a prompt with that `opening`; the end of the turn is the last.
@@ -166,8 +184,6 @@ class Encoder:
 
     def _shown(self, text: str, spelt: list[str]) -> list[int]:
         """Token ids of a text with signs for what is spelt out."""
-        if not spelt:
-            return self._ids(text)
         ids: list[int] = []
         for index, part in enumerate(_SIGNS.split(text)):
             if index % 2:  # in two parts, neither of which is the token

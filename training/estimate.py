@@ -265,7 +265,7 @@ def _questions(recipe: Recipe, stage: str, config: Grpo) -> Questions:
     encoder = Encoder(None, pretrained_tokenizer(spec) if spec else build_tokenizer())
     prompt, pool = prompt_of(stage, recipe), problems(recipe, "train", kinds_of(config))
     chosen = choose(pool, asked, recipe.seed, stage, "problems", 0)
-    ids = [encoder.prompt(prompt(each)).ids for each in chosen]
+    ids = [each.ids for each in encoder.prompts(map(prompt, chosen))]
     tree = prefix_tree(ids, [[]] * len(ids))
     share = asked / len(ids)  # rl_all asks a question more than once where there are few
     tokens = round(tree.repeated_tokens * share)

@@ -39,6 +39,7 @@ R = TypeVar("R")
 # Checkpoints that know the R1-Zero template; all later ones answer the plain chat prompt.
 ZERO_PROMPT = ("base", "zero")
 BATCH_SIZE = 256  # sequences in flight
+MEASURED = 1024  # prompts whose tokens are in memory at once
 # tokens of the longest call that ranks make apart: one that has no more to do waits for the others' last ones
 APART = 2**18
 
@@ -151,7 +152,10 @@ def fitting(
     encoder = Encoder(model, tokenizer)
 
     def measure(own: Sequence[Problem]) -> list[int]:
-        return [0 if encoder.positions is None else len(encoder.prompt(prompt(each)).ids) for each in own]
+        if encoder.positions is None:
+            return [0] * len(own)
+        parts = (own[start : start + MEASURED] for start in range(0, len(own), MEASURED))
+        return [len(each.ids) for part in parts for each in encoder.prompts(map(prompt, part))]
 
     lengths = ranks.spread(measure, asked)
     fit = [each for each, length in zip(asked, lengths, strict=True) if room(encoder, length) >= 1]

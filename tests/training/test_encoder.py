@@ -67,6 +67,16 @@ def test_a_prompt_is_what_transformers_makes_of_the_conversation(folder, templat
     assert Encoder(None, tokenizer).prompt(turns).ids == expected
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_many_prompts_at_once_are_those_of_each(folder, template):
+    _, tokenizer = load(folder(template))
+    encoder, spelt = Encoder(None, tokenizer), tokenizer.eos_token
+    questions = ("What is 12 plus 34?", f"{spelt} 12 {spelt}", ODD, "12", f"plus {spelt}", "34")
+    asked = [prompts.chat(problem(each)) for each in questions]
+    assert encoder.prompts(asked) == [encoder.prompt(each) for each in asked]
+    assert encoder.prompts([]) == []
+
+
 def test_a_question_may_hold_the_words_of_the_plain_format(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder(None))
     ids = Encoder(None, tokenizer).prompt(prompts.chat(problem(ODD))).ids

@@ -85,7 +85,7 @@ def sample(
     )
     requests: list[Request] = []
     jobs: list[tuple[Problem, str, int]] = []
-    read = ranks.spread(lambda own: [encoder.prompt(each.turns) for each in own], prompts)
+    read = ranks.spread(lambda own: encoder.prompts(each.turns for each in own), prompts)
     for prompt, (ids, opening) in zip(prompts, read, strict=True):
         problem = prompt.problem
         if room(encoder, len(ids)) < 1:
