@@ -1,5 +1,7 @@
 """base, zero, cold_start, sft1, rl_reasoning and evaluate through the pipeline, very small: what they write and say."""
 
+import shutil
+
 import pytest
 
 from tests.support.finished import is_done
@@ -169,11 +171,16 @@ def test_the_same_problems_are_shown_for_every_checkpoint(run):
 
 
 def test_a_second_run_gives_the_same_numbers(run, tmp_path):
-    again = RunDir(tmp_path / "again")
-    stages = "stages=[base, zero]"
-    pipeline.run(load("smoke", [*SMALL, stages]), again, progress=Progress(quiet=True))
-    for name in ("base", "zero"):
-        hashes = [checkpoint_hash(r.stage(name).path / "checkpoint") for r in (run, again)]
+    """A few steps of base twice, and zero again from what base has learnt."""
+    again, few, same = (RunDir(tmp_path / name) for name in ("again", "few", "same"))
+    shutil.copytree(run.stage("base").path, again.stage("base").path)
+    shutil.copy(run.path / "recipe.yaml", again.path)
+    pipeline.run(load("smoke", [*SMALL, "stages=[base, zero]"]), again, progress=Progress(quiet=True))
+    for each in (few, same):
+        words = [*SMALL, "stages=[base]", "base.steps=12"]
+        pipeline.run(load("smoke", words), each, progress=Progress(quiet=True))
+    for name, first, second in (("zero", run, again), ("base", few, same)):
+        hashes = [checkpoint_hash(r.stage(name).path / "checkpoint") for r in (first, second)]
         assert hashes[0] == hashes[1]
 
 
