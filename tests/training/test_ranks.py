@@ -351,7 +351,6 @@ def exchanges(folder):
         "spread": ranks.spread(lambda own: [(number, each) for each in own], range(5)),
         "even": [ranks.even(weights) for weights in ([2, 1.5], [5, 1], [3, 2, 2], [1])],
         "apart": ranks.apart(lambda each: (each, ranks.world()), "abc", [3, 1, 2]),
-        "not apart": ranks.apart(lambda each: (each, ranks.world()), "ab", [5, 1]),
         "drawn": SharedEngine(NamesRank()).sample(
             [Request((prompt,), key, 1) for key, prompt in enumerate([5, 5, 6, 6, 7, 7])], SamplingParams()
         ),
@@ -400,7 +399,6 @@ def test_what_two_ranks_exchange(tmp_path):
     assert first["spread"] == [(0, 0), (0, 1), (1, 2), (1, 3), (1, 4)]
     assert first["even"] == second["even"] == [True, False, True, False]
     assert first["apart"] == [("a", 1), ("b", 1), ("c", 1)]
-    assert first["not apart"] == second["not apart"] == [("a", 2), ("b", 2)]
     assert first["drawn"] == second["drawn"]
     # prompts by turns: 5 here, 6 there, the last one divided
     assert [each.token_ids for each in first["drawn"]] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 0), (5, 1)]

@@ -163,11 +163,9 @@ def even(weights: Sequence[float]) -> bool:
 
 
 def apart(work: Callable[[T], R], items: Sequence[T], weights: Sequence[float]) -> list[R]:
-    """`work` of each item, in order; its results can be pickled. Ranks do whole items, each by itself as one process would,
-    the next that is left and heaviest, where the weights are `even`; else all do one item after the other together.
+    """`work` of each item, in order; its results can be pickled. Several ranks do whole items, each by itself as one process would,
+    the next that is left and heaviest: worth it where the weights are `even`.
     """
-    if world() == 1 or not even(weights):
-        return [work(each) for each in items]
     order = sorted(range(len(items)), key=lambda index: -weights[index])
     queue, done = f"r1kernels/apart/{next(_queues)}", {}
     with _by_itself():
