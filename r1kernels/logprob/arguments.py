@@ -82,6 +82,8 @@ def check_kind(kind: str, beta: float) -> float:
         raise ValueError(
             f'beta: expected a number inside (0, 1), got {beta}: use kind="forward_kl" for 0 and kind="reverse_kl" for 1'
         )
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
     return beta
 
 

@@ -535,6 +535,7 @@ def test_it_compiles_in_one_graph(place, save_logits):
         ({"kind": "kl"}, ValueError, "kind: expected one of 'forward_kl', 'reverse_kl', 'jsd', got 'kl'"),
         ({"kind": "jsd", "beta": 0}, ValueError, r'beta: expected a number inside \(0, 1\), got 0.*kind="forward_kl"'),
         ({"kind": "jsd", "beta": 1.0}, ValueError, r'beta: .*got 1.0.*kind="reverse_kl" for 1'),
+        ({"kind": "forward_kl", "beta": 7.0}, ValueError, r"beta: expected a number in \[0, 1\], got 7.0"),
         ({"kind": "jsd", "beta": "half"}, TypeError, "beta: expected a number, got str"),
         ({"teacher_hidden": torch.zeros(2, 4)}, ValueError, r"teacher_hidden: expected shape \(3, any\), got \(2, 4\)"),
         ({"teacher_weight": torch.zeros(7, 5)}, ValueError, r"teacher_weight: expected shape \(any, 4\), got \(7, 5\)"),

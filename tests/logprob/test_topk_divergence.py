@@ -345,6 +345,7 @@ def test_gradcheck_of_the_reference(kind, tail):
         ),
         ({"kind": "kl"}, ValueError, "kind: expected one of 'forward_kl', 'reverse_kl', 'jsd', got 'kl'"),
         ({"tail": "drop"}, ValueError, "tail: expected one of 'bucket', 'ignore', got 'drop'"),
+        ({"kind": "reverse_kl", "beta": -0.5}, ValueError, "beta: expected a number in"),
         ({"kind": "jsd", "beta": 1.0}, ValueError, "beta: expected a number inside"),
         ({"temperature": 0.0}, ValueError, "temperature: expected a number above 0"),
         ({"temprature": 1.0}, TypeError, "temprature"),
