@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from . import devices, transforms
+from . import checks, devices, transforms
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 AUTO = "auto"
@@ -175,7 +175,7 @@ def set_backend(name: str, op: str | None = None) -> None:
 def set_strict(strict: bool) -> None:
     """Make a fallback an error (True) or a log line (False, the default)."""
     global _strict
-    _strict = bool(strict)
+    _strict = checks.boolean("strict", strict)
 
 
 def strict() -> bool:

@@ -128,6 +128,8 @@ def test_an_unknown_name_is_an_error(name):
         r1kernels.set_backend(name)
     with pytest.raises(ValueError, match="name: expected one of"), r1kernels.use_backend(name):
         pass
+    with pytest.raises(TypeError, match="strict: expected a bool, got str"):
+        r1kernels.set_strict(name)
     with pytest.raises(ValueError, match="op: expected one of .*token_logprobs.*, got 'no_such_op'"):
         r1kernels.explain("no_such_op")
 

@@ -254,6 +254,7 @@ def update_bias(
     Raises:
         ValueError: the model is not patched or no router has a selection bias; also what ``update_router_bias`` raises.
     """
+    checks.boolean("summed", summed)
     routers = _routers(model)
     biases = [selection_bias(model, router) for router in routers]
     if all(bias is None for bias in biases):
@@ -280,6 +281,7 @@ def record_routing(model: nn.Module, weights: bool = False) -> Iterator[RoutingR
     Yields:
         RoutingRecord: ``forward()`` for one plain forward, ``sequences(attention_mask)`` for a generation.
     """
+    checks.boolean("weights", weights)
     routers = _routers(model)
     record = RoutingRecord(len(routers), weights)
     with _set(routers[0]._r1kernels.control, record=record):

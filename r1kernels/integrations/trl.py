@@ -16,6 +16,7 @@ from typing import Any
 
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from .. import checks
 from . import trl_divergence, trl_grpo, trl_kept, trl_linear, trl_prefix
 from .patching import Patch
 from .trl_logprobs import replacements
@@ -40,8 +41,10 @@ def patch(*, linear: bool = False, prefix: bool = False, kept: bool = False) -> 
         Patch, with ``undo()``; also a context manager.
 
     Raises:
-        ValueError, RuntimeError: as ``patch_logprobs`` and ``patch_loss``. Nothing is changed then.
+        TypeError, ValueError, RuntimeError: as ``patch_logprobs`` and ``patch_loss``. Nothing is changed then.
     """
+    for name, value in (("linear", linear), ("prefix", prefix), ("kept", kept)):
+        checks.boolean(name, value)
     functions = replacements()
     if trl_divergence.installed():
         functions += trl_divergence.replacements()
@@ -96,9 +99,10 @@ def patch_loss(*, linear: bool = False) -> Patch:
             loss, images and VESPO.
 
     Raises:
-        ValueError: TRL is patched already. RuntimeError: the loss of the installed TRL depends on options or inputs that are
+        TypeError: ``linear`` is no bool. ValueError: TRL is patched already. RuntimeError: the loss of the installed TRL depends on options or inputs that are
             not known here. Nothing is changed then.
     """
+    checks.boolean("linear", linear)
     trl_grpo.check_trainer()
     return Patch("trl", methods=[_loss(linear)])
 

@@ -202,3 +202,10 @@ def test_a_softmax_model_has_no_bias_to_update():
         assert load.counts.sum() == 33 * 2 * 2
         with pytest.raises(ValueError, match="with a selection bias, got Qwen3MoeTopKRouter"):
             r1.update_bias(model, load, rate=0.01)
+        with pytest.raises(TypeError, match="summed: expected a bool, got str"):
+            r1.update_bias(model, load, rate=0.01, summed="no")
+        with (
+            pytest.raises(TypeError, match="weights: expected a bool, got Tensor"),
+            r1.record_routing(model, weights=torch.ones(2)),
+        ):
+            pass

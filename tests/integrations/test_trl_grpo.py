@@ -320,6 +320,14 @@ def test_patch_and_undo():
         assert trainer.GRPOTrainer._compute_loss is trl_grpo.compute_loss
     with r1.patch(linear=True):
         assert trainer.GRPOTrainer._compute_loss is trl_linear.compute_loss
+    for patch, name in (
+        (r1.patch, "linear"),
+        (r1.patch, "prefix"),
+        (r1.patch, "kept"),
+        (r1.patch_loss, "linear"),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: expected a bool, got int"):
+            patch(**{name: 3})
     assert trainer.GRPOTrainer._compute_loss is OWN
 
 
