@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from training.engines.server import check_python
 from training.engines.service import Service
 from training.errors import UserError, named
 from training.loops.loss import loss_arguments
+from training.loops.optim import unfinished_warmup
 from training.model import deepseek_config
 from training.needs import check_needs, kinds_of
 from training.own_rewards import own_rewards
@@ -129,10 +131,32 @@ def _idle(name: str, recipe: Recipe) -> Iterator[str]:
             f"{name}.max_new_tokens = {longest}: the model reads {recipe.model.max_length} tokens (model.max_length), prompt and "
             "response together, and cuts responses there"
         )
+    for each in fields(config):
+        value, without = getattr(config, each.name), each.metadata.get("help", "").startswith("of no effect")
+        if without and value not in (each.default, each.metadata.get("pretrained", each.default)):
+            yield f"{name}.{each.name} = {value}: {each.metadata['help']}"
+    if isinstance(config, NextToken | Grpo) and config.steps:
+        trained = not (name == "base" and recipe.model.pretrained)
+        if trained and (text := unfinished_warmup(name, config.warmup, config.steps)):
+            yield text
+    if isinstance(config, Distill):
+        yield from _idle_students(config)
     if isinstance(config, Grpo) and config.sampling_rounds > 1 and config.keep_groups == "all":
         yield f"{name}.sampling_rounds = {config.sampling_rounds}: one round, for {name}.keep_groups=all asks for no spread"
     if isinstance(config, Grpo) and config.reference_every and not config.kl_coef:
         yield f"{name}.reference_every = {config.reference_every}: no reference is held, for {name}.kl_coef is 0"
+
+
+def _idle_students(config: Distill) -> Iterator[str]:
+    """Likewise of the distillation and its students."""
+    for name, student in config.students.items():
+        key = f"distill.students.{name}"
+        if student.steps and (text := unfinished_warmup(key, student.warmup, student.steps)):
+            yield text
+    if config.divergence and all(config.method_of(name) == "sft" for name in config.students):
+        yield f"distill.divergence = {config.divergence}: every student learns text (sft), none a distribution"
+    if config.beta != Distill().beta and config.divergence != "jsd":
+        yield f"distill.beta = {config.beta:g}: no mixture is made, for distill.divergence is not jsd"
 
 
 def _check_sources(key: str, value: str | list[str]) -> None:

@@ -26,7 +26,7 @@ from training.context import StageContext
 from training.encoder import Encoder
 from training.errors import UserError
 from training.loops.batch import micro_batches, padded_pieces
-from training.loops.optim import Optimizer, learning_rate, save_due
+from training.loops.optim import Optimizer, learning_rate, save_due, unfinished_warmup
 from training.model import prepare
 from training.parallel import ranks
 from training.parallel.shard import bring_up_to_date, forward, learner_of
@@ -164,6 +164,8 @@ def train(
     if not data:
         raise UserError(f"{context.name}: no labelled responses to learn from; raise its prompts or samples")
     steps = config.steps or max(1, round(config.epochs * len(data) / config.batch_size))
+    if text := unfinished_warmup(context.name, config.warmup, steps):
+        notices.warn("warm-up", text)
     learner = learner_of(model, context.recipe)
     optimizer = Optimizer(
         learner, weight_decay=config.weight_decay, grad_clip=config.grad_clip, kind=config.optimizer

@@ -166,6 +166,22 @@ def test_a_mistake_is_one_line_before_anything_runs(tmp_path, word, said):
     [
         (["zero.max_new_tokens=500"], "zero.max_new_tokens = 500: the model reads 256 tokens "),
         (["rl_all.sampling_rounds=2"], "rl_all.sampling_rounds = 2: one round, for rl_all.keep_groups=all"),
+        (
+            ["zero.warmup=30", "zero.steps=20"],
+            "zero.warmup = 30: 20 steps in all, in which the learning rate",
+        ),
+        (["base.warmup=4", "base.steps=3"], "base.warmup = 4: 3 steps in all, "),
+        (
+            ["distill.students={a: {steps: 2, warmup: 3}}"],
+            "distill.students.a.warmup = 3: 2 steps in all, in which",
+        ),
+        (["distill.beta=0.7"], "distill.beta = 0.7: no mixture is made, for distill.divergence is not jsd"),
+        (["distill.divergence=jsd"], "distill.divergence = jsd: every student learns text (sft)"),
+        (
+            ["reward_models.max_length=64"],
+            "reward_models.max_length = 64: of no effect: a text is scored as far",
+        ),
+        (["base.epochs=3"], "base.epochs = 3: of no effect: the corpus is made for the steps"),
         (["zero.reference_every=2", "zero.kl_coef=0"], "zero.reference_every = 2: no reference is held"),
     ],
 )

@@ -18,7 +18,7 @@ from training.document import Document
 from training.encoder import Encoder
 from training.errors import UserError
 from training.loops.batch import Batch, Row, lay_out, no_loss, pieces, states, worth_sharing
-from training.loops.optim import Optimizer, learning_rate, save_due
+from training.loops.optim import Optimizer, learning_rate, save_due, unfinished_warmup
 from training.loops.token_loss import OfText, TokenLoss
 from training.model import StepLoad, shares_prefixes
 from training.parallel import ranks
@@ -101,6 +101,8 @@ def train(
     encoder = Encoder(model, tokenizer)
     rows, truncated = _encode(encoder, documents, config.max_length, context.name)
     steps = _steps(config, len(rows))
+    if text := unfinished_warmup(context.name, config.warmup, steps):
+        notices.warn("warm-up", text)
     learner, optimizer, start, learnt = begun(model, config, context)
     metrics: dict[str, float] = {}
     learner.train()

@@ -34,6 +34,13 @@ def learning_rate(
     return lr_end + (lr - lr_end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def unfinished_warmup(stage: str, warmup: int, steps: int) -> str:
+    """What a person should know of a warm-up that is longer than the stage; "" where it is not."""
+    if warmup <= steps:
+        return ""
+    return f"{stage}.warmup = {warmup}: {steps} steps in all, in which the learning rate does not come up to {stage}.lr"
+
+
 class Stepped(NamedTuple):
     """An optimizer step: loss and norm of the gradient, of all ranks, and whether the step was taken."""
 
