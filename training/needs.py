@@ -7,13 +7,17 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from training import responses, rewards
+from training import prompts, responses, rewards
+from training.encoder import Encoder
 from training.errors import UserError, named
 from training.pipeline import parents_of
-from training.recipe import Grpo, Recipe
+from training.pretrained import SMOLLM2, pretrained_config, pretrained_tokenizer
+from training.recipe import STAGE_NAMES, Grpo, Recipe, start_of
 from training.tasks.problem import KINDS, Problem
+from training.tokenizer import build_tokenizer
 
 WHERE = {"train": "to train on", "test": "held out for the test"}
 GENERAL = ("helpful", "unsafe")
@@ -46,7 +50,34 @@ def check_needs(recipe: Recipe, order: list[str]) -> list[str]:
     unmet = [need for need in _needs(recipe, order) if not _fed(need, pools)]
     if unmet:
         raise UserError(_unmet_text(recipe, order, unmet, pools))
+    _check_lengths(recipe, order, pools)
     return [remark for name in order for remark in _remarks(name, recipe, pools)]
+
+
+def _check_lengths(recipe: Recipe, order: list[str], pools: Pools) -> None:
+    """Raises a UserError where the model reads no prompt of a stage; of a model that is not here nothing is known."""
+    spec = recipe.model.pretrained
+    elsewhere = spec and spec != SMOLLM2 and not Path(spec).is_dir()
+    if elsewhere or any((start_of(recipe, name) or "base") not in STAGE_NAMES for name in order):
+        return
+    positions: int | None = recipe.model.max_length
+    if spec:
+        positions = getattr(pretrained_config(spec).get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return
+    for need in _needs(recipe, order):
+        prompt = responses.prompt_of(need.stage, recipe)
+        turns = [prompt(each) for kind in need.kinds for each in pools[need.split][kind]]
+        # a byte is a token at most, and the other half is for the template: most tokenizers need not be loaded
+        if any(len(prompts.plain(each).encode()) <= positions // 2 for each in turns):
+            continue
+        encoder = Encoder(None, pretrained_tokenizer(spec) if spec else build_tokenizer())
+        lengths = [len(encoder.prompt(each).ids) for each in turns]
+        if min(lengths) > positions:
+            raise UserError(
+                f"{need.stage}: the prompts of all {len(turns)} problems {WHERE[need.split]} have at least {min(lengths)} tokens, and "
+                f"the model reads {positions}"
+            )
 
 
 def kinds_of(config: Grpo) -> list[str]:

@@ -245,6 +245,16 @@ def test_a_test_split_that_is_empty_is_named(tmp_path, problems):
     check(load("tiny", [task, "stages=[base, zero]", f"task_options={{'{path}': {{test_share: 0}}}}"]))
 
 
+def test_prompts_that_are_all_too_long_are_said_before_anything_runs(tmp_path, problems):
+    """As the stage would say them, after hours."""
+    words = [problems(60, "reasoning"), "stages=[base, zero]", "zero.max_new_tokens=4"]
+    check(load("tiny", [*words, "model.max_length=40"]))
+    assert re.match(
+        r"zero: the prompts of all \d+ problems to train on have at least \d+ tokens, and the model reads 8$",
+        faults(tmp_path, *words, "model.max_length=8"),
+    )
+
+
 def test_fewer_problems_than_a_stage_asks_are_said_and_the_dry_run_counts_them(problems):
     words = ["stages=[base, zero, evaluate]", "zero.prompts=60", "zero.group_size=4", "evaluate.problems=100"]
     words += ["evaluate.k_problems=5", "evaluate.k=3", "evaluate.reach=2"]
