@@ -26,7 +26,7 @@ from training.model import EXPERT_COUNTS, deepseek_config
 from training.needs import kinds_of
 from training.pipeline import parents_of, plan
 from training.pretrained import pretrained_config, pretrained_tokenizer
-from training.recipe import Grpo, Lora, NextToken, Recipe, Sampling
+from training.recipe import Grpo, Lora, NextToken, Recipe, RewardModels, Sampling
 from training.responses import choose, problems, prompt_of
 from training.student import config_of
 from training.tasks.problem import KINDS
@@ -386,7 +386,7 @@ def _next_token(
         documents, work = config.steps * config.batch_size, f"{_count(config.steps)} steps"
     else:
         documents, work = config.epochs * _documents(recipe, stage), f"{config.epochs} epochs"
-    longest = config.max_length or DOCUMENT_TOKENS
+    longest = longest_of(config)
     length = length_of(longest)
     tokens = documents * length
     flops = 3 * tokens * model.forward(length / 2)
@@ -395,6 +395,11 @@ def _next_token(
     peak = _Peak(model, recipe, config.optimizer, config.micro_batch_tokens, longest)
     steps = peak.bytes(), peak.bytes(divided=True)
     return Estimate(stage, parents, work, 0, tokens, 0, flops, model.total, memory, *steps)
+
+
+def longest_of(config: NextToken) -> int:
+    """Tokens of the longest text that a stage learns from; reward models read responses as they were drawn."""
+    return config.max_new_tokens if isinstance(config, RewardModels) else config.max_length or DOCUMENT_TOKENS
 
 
 def _documents(recipe: Recipe, stage: str) -> int:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from training.estimate import BYTES, CPU, DOCUMENT_TOKENS, Device, Estimate, Parameters, length_of
+from training.estimate import BYTES, CPU, Device, Estimate, Parameters, length_of, longest_of
 from training.parallel import launch
 from training.pipeline import plan
 from training.recipe import Grpo, NextToken, Recipe
@@ -133,7 +133,7 @@ def _work(config: Grpo | NextToken, row: Estimate, layout: Layout) -> tuple[floa
         length = row.trained_tokens / steps / texts
     else:
         texts, updates = config.batch_size, 1
-        length = length_of(config.max_length or DOCUMENT_TOKENS)
+        length = length_of(longest_of(config))
         steps = float(config.steps) or max(1.0, row.trained_tokens / length / texts)
     together = max(1, int(config.micro_batch_tokens / length))  # texts of a pass
 

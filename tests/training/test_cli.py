@@ -164,6 +164,17 @@ def test_the_plan_of_the_paper(capsys):
     assert "dollars" in out
 
 
+def test_reward_models_are_estimated_by_the_responses_that_they_read():
+    def tokens(*words):
+        rows = estimate(load("smoke", words))
+        return [row.trained_tokens for row in rows if row.stage == "reward_models"]
+
+    assert tokens("reward_models.max_length=8") == tokens()
+    assert tokens("reward_models.max_new_tokens=128")[0] == pytest.approx(
+        2 * tokens("reward_models.max_new_tokens=64")[0]
+    )
+
+
 @pytest.mark.parametrize("name", ["tiny", "smoke", pytest.param("smollm2", marks=needs_smollm2)])
 def test_a_dry_run_writes_nothing(name, capsys, tmp_path):
     assert main(["run", name, "--dry-run", "--run", str(tmp_path / "run")]) == 0
