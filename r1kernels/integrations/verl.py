@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import checks
 from ..logprob import linear_logprobs, token_logprobs
 from ..logprob.arguments import why_not_overwritable
 from .patching import Patch, Replacement, check_signature
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 _FORWARD = ("ctx", "hidden", "weight", "labels", "temperature", "reduction", "dist_process_group")
+_INTEGERS = (torch.int64, torch.int32)
 _sets: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("kept", default=None)
 _POLICY_LOSS = ("old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config",
                 "rollout_is_weights")  # fmt: skip
@@ -54,10 +56,12 @@ def linear_cross_entropy(
     With ``dist_process_group`` the head is this rank's part of the vocabulary. Inside of ``among`` both are those among its sets.
 
     Raises:
-        ValueError: a reduction other than "none".
+        ValueError: a reduction other than "none". TypeError: labels that are no integers.
     """
     if reduction != "none":
         raise ValueError(f"reduction: expected 'none', got {reduction!r}")
+    checks.tensor("hidden", hidden, dtypes=checks.FLOATS)
+    labels = checks.tensor("labels", labels, dtypes=_INTEGERS).to(torch.int64)
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)
     logp, entropy = linear_logprobs(
@@ -79,11 +83,12 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     one, or logits that are not contiguous get a gradient of their own. Inside of ``among`` the log-probs are those among its sets, and
     nothing is overwritten.
     """
+    labels = checks.tensor("labels", labels, dtypes=_INTEGERS).to(torch.int64)
+    checks.boolean("inplace_backward", inplace_backward)
+    checks.tensor("logits", logits, dtypes=checks.FLOATS)
     kept = _sets.get()
     overwritable = kept is None and logits.is_contiguous() and not why_not_overwritable(logits)
-    logp: Any = token_logprobs(
-        logits, labels.to(torch.int64), inplace_backward=inplace_backward and overwritable, kept=kept
-    )
+    logp: Any = token_logprobs(logits, labels, inplace_backward=inplace_backward and overwritable, kept=kept)
     return logp
 
 

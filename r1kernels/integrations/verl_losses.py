@@ -221,7 +221,7 @@ def _geo_mean(call: Call) -> Arguments:
         "actor/pg_clipfrac_lower": call.mean(outside & (call.advantages < 0)),
     }
     keywords = {"variant": "gmpo", "clip_low": low, "clip_high": high, "policy_weights": weights}
-    totals = {"reduction": "sequence", "num_sequences": call.mask.shape[0]}
+    totals = {"reduction": "sequence", "num_sequences": max(1, call.mask.shape[0])}
     return {**keywords, **totals, "advantages": mean(call.advantages)}, metrics
 
 
@@ -250,6 +250,8 @@ def _weights(call: Call) -> dict[str, Any]:
 
 
 def _one_a_response(name: str, values: Tensor, mask: Tensor) -> None:
+    if not values.numel():
+        return
     lowest = values.masked_fill(~mask, math.inf).amin(-1)
     highest = values.masked_fill(~mask, -math.inf).amax(-1)
     if bool((highest > lowest).any()):

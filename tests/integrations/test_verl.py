@@ -250,9 +250,30 @@ def test_an_older_verl_gets_the_losses_that_it_has(verl):
 @pytest.mark.parametrize("name", r1.LOSSES)
 def test_a_batch_without_a_token_is_no_loss(verl, name):
     x, old, advantages, mask, _ = responses(3)
-    loss, metrics = r1.policy_loss(name)(old, x, advantages, torch.zeros_like(mask), config=actor())
-    assert loss == 0 and not torch.autograd.grad(loss, x)[0].any()
-    assert all(value == 0 for value in metrics.values())
+    for part in (slice(None), slice(0)):  # also one without a response, or of no length
+        for given in (
+            [each[part] for each in (old, x, advantages, mask)],
+            [each[:, part] for each in (old, x, advantages, mask)],
+        ):
+            loss, metrics = r1.policy_loss(name)(*given[:3], torch.zeros_like(given[3]), config=actor())
+            assert loss == 0 and not torch.autograd.grad(loss, x)[0].any()
+            assert all(value == 0 for value in metrics.values())
+
+
+@pytest.mark.parametrize("name", r1.LOSSES)
+def test_what_stands_under_the_mask_does_not_count(verl, name):
+    x, old, advantages, mask, _ = responses(4)
+
+    def result(garbage):
+        given = [each.masked_fill(~mask, garbage) for each in (old, x, advantages)]
+        torch.manual_seed(0)  # clip_cov draws
+        loss, metrics = r1.policy_loss(name)(*given, mask, config=actor())
+        return loss, metrics, torch.autograd.grad(loss, x)[0]
+
+    expected = result(0.0)
+    for garbage in (math.nan, math.inf, -math.inf, 1e30):
+        loss, metrics, gradient = result(garbage)
+        assert loss == expected[0] and metrics == expected[1] and torch.equal(gradient, expected[2])
 
 
 def test_log_probs_from_hidden_states():
@@ -317,6 +338,16 @@ def test_log_probs_from_logits():
         torch.testing.assert_close(
             r1.logprobs_from_logits(leaf, labels.int()), expected.float(), rtol=1e-5, atol=1e-6
         )
+        hidden, weight = torch.randn(3, 5, 8), torch.randn(11, 8)
+        assert torch.equal(
+            r1.linear_cross_entropy(hidden, weight, labels.int())[0],
+            r1.linear_cross_entropy(hidden, weight, labels)[0],
+        )
+        for wrong in (labels + 0.5, labels > 3):
+            with pytest.raises(TypeError, match="labels: expected dtype int64 or int32, got torch"):
+                r1.logprobs_from_logits(leaf, wrong)
+            with pytest.raises(TypeError, match="labels: expected dtype int64 or int32, got torch"):
+                r1.linear_cross_entropy(hidden, weight, wrong)
 
 
 def responses(seed, dtype=torch.float64):
