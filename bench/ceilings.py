@@ -13,6 +13,7 @@ from .ops.cases import DTYPES, Case, Work
 from .timing import repeated
 
 BOUNDS = ("bandwidth", "GEMM", "exp")
+_LONG_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,16 @@ class Ceilings:
         """The least seconds that the work takes, and which ceiling says so."""
         seconds = {
             "bandwidth": work.bytes / self.bytes_per_second,
-            "GEMM": work.flops / self.flops_per_second[dtype],
+            "GEMM": work.flops
+            / max(self.flops_per_second[name] for name in (dtype, "float32")),  # 16 bits can be widened
             "exp": work.exps / self.exps_per_second,
         }
         bound = max(BOUNDS, key=seconds.__getitem__)
         return seconds[bound], bound
+
+    def of_torch(self, case: Case) -> float:
+        """Seconds of the products of a forward and its backward as torch multiplies in the dtype of the case."""
+        return case.work().get("forward+backward", Work()).flops / self.flops_per_second[case.dtype]
 
     def best(self, other: Ceilings) -> Ceilings:
         """The higher of both, one by one: of two runs on one machine the quieter moment is nearer to what it can do."""
@@ -57,11 +63,19 @@ class Ceilings:
 
 def measure(device: torch.device, rounds: int = 5) -> Ceilings:
     """The best of a few rounds of each."""
-    flops, size = {}, 8192 if device.type == "cuda" else 2048
-    for name, dtype in DTYPES.items():
-        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        flops[name] = 2 * size**3 / min(repeated(partial(torch.matmul, left, right), device, rounds))
+    flops = {name: _gemm_rate(device, dtype, rounds) for name, dtype in DTYPES.items()}
     return Ceilings(copy_rate(device, rounds), flops, _exps(device, rounds))
+
+
+def _gemm_rate(device: torch.device, dtype: torch.dtype, rounds: int) -> float:
+    """FLOPs a second of a large product; of a small one where torch has nothing but a loop for the dtype on this processor."""
+    large, rate = 8192 if device.type == "cuda" else 2048, 0.0
+    for size in (256, large):
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        rate = 2 * size**3 / min(repeated(partial(torch.matmul, left, right), device, rounds))
+        if 2 * large**3 / rate > _LONG_SECONDS:
+            break
+    return rate
 
 
 def _exps(device: torch.device, rounds: int) -> float:

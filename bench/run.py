@@ -91,7 +91,9 @@ def run(plan: Plan, out: Path) -> Run:
         print(f"[{number}/{len(todo)}] {case.id} ({elapsed:.0f} s)", flush=True)
         load, spread = measure.load_average(), noise.of_machine(device)
         try:
-            measured = Measured(case, rows(case, seconds, not plan.tiny, plan.ours))
+            measured = Measured(
+                case, rows(case, seconds, not plan.tiny, plan.ours, found.ceilings.of_torch(case))
+            )
         except Unavailable as reason:
             found.leave_out(case, str(reason))
             print(f"  not run: {reason}", flush=True)
@@ -116,11 +118,13 @@ def run(plan: Plan, out: Path) -> Run:
     return found
 
 
-def rows(case: Case, seconds: float, compiles: bool = True, ours: bool = False) -> list[Row]:
+def rows(
+    case: Case, seconds: float, compiles: bool = True, ours: bool = False, of_torch: float = 0.0
+) -> list[Row]:
     """What is measured about a case; as ``measure.measure``."""
     if case.op == "grpo_step":
         return step.measure(case, seconds)
-    return measure.measure(case, seconds, compiles, ours)
+    return measure.measure(case, seconds, compiles, ours, of_torch)
 
 
 def failed(run: Run) -> list[str]:

@@ -132,9 +132,9 @@ def _idle(name: str, recipe: Recipe) -> Iterator[str]:
             "response together, and cuts responses there"
         )
     for each in fields(config):
-        value, without = getattr(config, each.name), each.metadata.get("help", "").startswith("of no effect")
-        if without and value not in (each.default, each.metadata.get("pretrained", each.default)):
-            yield f"{name}.{each.name} = {value}: {each.metadata['help']}"
+        value, told = getattr(config, each.name), each.metadata
+        if told.get("idle") and value not in (each.default, told.get("pretrained", each.default)):
+            yield f"{name}.{each.name} = {value}: {told['help']}"
     if isinstance(config, NextToken | Grpo) and config.steps:
         trained = not (name == "base" and recipe.model.pretrained)
         if trained and (text := unfinished_warmup(name, config.warmup, config.steps)):

@@ -21,7 +21,7 @@ from training.errors import UserError
 def about(help: str, **metadata: Any) -> dict[str, Any]:
     """Metadata of a dataclass field: what it is for, and what `setting` knows; filled: a list or table has an entry."""
     told = {name: value for name, value in metadata.items() if value is not None and value is not False}
-    return {"help": help, **told}
+    return {"help": f"of no effect: {help}" if told.get("idle") else help, **told}
 
 
 def setting(
@@ -35,6 +35,7 @@ def setting(
     pretrained: Any = None,
     operational: bool = False,
     rounding: bool = False,
+    idle: bool = False,
 ) -> Any:
     """A dataclass field.
 
@@ -44,9 +45,10 @@ def setting(
         pretrained: the default where the model is a pretrained one; None: the same.
         operational: it steers how a stage runs, never what it computes: a change keeps finished work.
         rounding: it steers how a stage computes: a change keeps finished work and may change the last bits of what follows.
+        idle: the stage has it from those that it is made of, and does not read it; `help` says why.
     """
     ends = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    kind = {"operational": operational or rounding, "rounding": rounding}
+    kind = {"operational": operational or rounding, "rounding": rounding, "idle": idle}
     return dataclasses.field(default=default, metadata=about(help, pretrained=pretrained, **ends, **kind))
 
 

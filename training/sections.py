@@ -99,7 +99,7 @@ class Base(NextToken):
     """Pretraining; with `model.pretrained` nothing is trained."""
 
     steps: int = setting(1500, "optimizer steps", minimum=0)
-    epochs: int = setting(0, "of no effect: the corpus is made for the steps", minimum=0)
+    epochs: int = setting(0, "the corpus is made for the steps", minimum=0, idle=True)
     batch_size: int = setting(96, "documents a step", minimum=1)
     lr: float = setting(2e-3, "learning rate after the warm-up", minimum=0)
     lr_end: float = setting(2e-4, "the learning rate falls on a cosine from lr to lr_end", minimum=0)
@@ -438,9 +438,9 @@ class RewardModels(NextToken):
     temperature: float = setting(1.0, "of those responses; 0: greedy", minimum=0)
     max_new_tokens: int = setting(64, "longest of those responses, in tokens", minimum=1, pretrained=1024)
     max_length: int = setting(
-        192, "of no effect: a text is scored as far as the model reads", minimum=0, pretrained=0
+        192, "a text is scored as far as the model reads", minimum=0, pretrained=0, idle=True
     )
-    bias_rate: float = setting(1e-3, "of no effect: the router bias stays as it is", minimum=0)
+    bias_rate: float = setting(1e-3, "the router bias stays as it is", minimum=0, idle=True)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 from bench import measure, noise, report, results, run
 from bench.ceilings import Ceilings
 from bench.ops import families, logprob
-from bench.ops.cases import CASES, Case, lengths, tiny
+from bench.ops.cases import CASES, Case, Work, lengths, tiny
 from bench.ops.numerics import allowed
 from bench.results import Row
 
@@ -26,6 +26,23 @@ def test_every_implementation_of_ours_gives_right_results_and_a_time(case):
         assert all(row.errors[name] <= limits[name] for name in row.errors)
     for row in rows:
         assert row.status == "ok" or row.reason
+
+
+def test_where_torch_multiplies_slowly_ours_alone_are_called():
+    (case, *_) = (case for case in tiny() if case.op == "linear_logprobs" and case.dtype == "bfloat16")
+    slow = Ceilings(1e12, {"float32": 1e12, "bfloat16": case.work()["forward+backward"].flops / 3600}, 1e12)
+    rows = run.rows(case, 0.0, compiles=False, of_torch=slow.of_torch(case))
+    assert {row.kind for row in rows} > {"ours"}
+    for row in rows:
+        assert row.status == ("ok" if row.kind == "ours" else "unavailable"), row.peer
+        assert bool(row.seconds) == (row.kind == "ours")
+        assert row.kind == "ours" or row.reason == "torch's own products take 3600 s here in bfloat16"
+
+
+def test_the_floor_of_16_bits_is_not_above_that_of_32():
+    slow = Ceilings(1e12, {"float32": 1e12, "bfloat16": 1e9}, 1e12)
+    assert slow.floor(Work(flops=1e12), "bfloat16") == (1.0, "GEMM")
+    assert slow.floor(Work(flops=1e9), "float32") == (1e-3, "GEMM")
 
 
 def test_the_work_of_logits_by_hand():
