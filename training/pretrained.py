@@ -152,7 +152,8 @@ def smollm2_file() -> Path:
 def _load_smollm2() -> tuple[Any, Any]:
     path = smollm2_file()
     tokenizer = pretrained_tokenizer(SMOLLM2)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    sizes = pretrained_config(SMOLLM2)  # is read already; without it the whole file would be once more
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=sizes)
     # transformers still takes the expanded weights for quantized ones and would not save them: move them to a plain model.
     config = loaded.config
     del config.quantization_config
