@@ -222,6 +222,11 @@ class Run:
         return f"{self.device}, {self.environment['threads']} threads"
 
     @property
+    def served(self) -> str:
+        """The machine and what of the package serves it: one name of a processor stands for several instruction sets."""
+        return f"{self.machine} (extension {self.environment['extension']})"
+
+    @property
     def commits(self) -> str:
         """Of what was measured, in order of first use: several where a run was made in parts."""
         return ", ".join(dict.fromkeys(one.commit for one in self.cases)) or str(self.environment["commit"])

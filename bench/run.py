@@ -74,8 +74,8 @@ def run(plan: Plan, out: Path) -> Run:
     device = torch.device(plan.device)
     today = datetime.now(UTC).strftime("%Y-%m-%d")
     found = Run(environment(plan.device), ceilings.measure(device), today, plan.quick or plan.tiny)
-    if before and before.machine != found.machine:
-        raise SystemExit(f"{out} holds results of {before.machine}, but this is {found.machine}")
+    if before and before.served != found.served:
+        raise SystemExit(f"{out} holds results of {before.served}, but this is {found.served}")
     commit, own = found.environment["commit"], found.ceilings if before and plan.add else None
     for case, reason in left:
         found.leave_out(case, reason)

@@ -161,11 +161,20 @@ def test_what_is_added_changes_nothing_else_in_the_file(tmp_path, known_ceilings
 
 
 @pytest.mark.parametrize("how", [{"add": True}, {"resume": True}], ids=str)
-def test_a_file_of_another_machine_is_not_gone_on_with(tmp_path, known_ceilings, monkeypatch, how):
+@pytest.mark.parametrize(
+    ("fact", "told"),
+    [
+        ({"threads": 99}, "but this is .*, 99 threads"),
+        ({"extension": "of a laptop"}, "extension of a laptop"),
+    ],
+)
+def test_a_file_of_another_machine_is_not_gone_on_with(
+    tmp_path, known_ceilings, monkeypatch, fact, told, how
+):
     out = tmp_path / "cpu.json"
     known = run.run(run.Plan("cpu", ["router_logits"], tiny=True), out).environment
-    monkeypatch.setattr(run, "environment", lambda device: {**known, "threads": 99})
-    with pytest.raises(SystemExit, match="but this is .*, 99 threads"):
+    monkeypatch.setattr(run, "environment", lambda device: {**known, **fact})
+    with pytest.raises(SystemExit, match=told):
         run.run(run.Plan("cpu", ["route"], tiny=True, **how), out)
 
 
