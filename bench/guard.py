@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from . import measure, results
+from .environment import environment
 from .ops import families
 from .ops.cases import Case
 from .ops.peers import TRAINING, Inputs, Peer
@@ -115,11 +116,23 @@ def compare(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mappi
     ]
 
 
+def _ratios_of(baseline: Path) -> Ratios:
+    """Raises SystemExit where another instruction set was measured, whose ratios are others."""
+    record = json.loads(baseline.read_text(encoding="utf-8"))
+    then, now = record["environment"]["extension"], environment("cpu")["extension"]
+    if then != now:
+        raise SystemExit(
+            f"{baseline}: its extension is {then}, that of this machine {now}; write a baseline of its own with --baseline FILE --update"
+        )
+    ratios: Ratios = record["ratios"]
+    return ratios
+
+
 def main(update: bool = False, baseline: Path = BASELINE) -> int:
     """1 if a kernel is slower than the baseline by more than BAND; update: write the baseline."""
     if not update and not baseline.is_file():
         raise SystemExit(f"{baseline}: there is no baseline yet; write one with --update")
-    before = {} if update else json.loads(baseline.read_text(encoding="utf-8"))["ratios"]
+    before = {} if update else _ratios_of(baseline)
     found = ratios(before)
     if update:
         short = {

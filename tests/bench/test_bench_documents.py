@@ -143,6 +143,15 @@ def test_the_guard_needs_a_baseline(tmp_path):
         guard.main(update=False, baseline=tmp_path / "guard.json")
 
 
+def test_the_guard_compares_with_no_other_instruction_set(tmp_path):
+    baseline = tmp_path / "guard.json"
+    record = json.loads(guard.BASELINE.read_text(encoding="utf-8"))
+    record["environment"]["extension"] = "built, runs none of ours"
+    baseline.write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="its extension is built, runs none of ours, that of this machine "):
+        guard.main(baseline=baseline)
+
+
 def test_noise_goes_away_when_the_guard_measures_again_and_a_slower_kernel_does_not(monkeypatch):
     name = guard.GUARDED[0].id
     monkeypatch.setattr(guard, "GUARDED", guard.GUARDED[:1])
