@@ -26,6 +26,10 @@ std::tuple<Tensor, Tensor> sample_tokens(const Tensor& logits, const Tensor& uni
     call.vocabulary = logits.size(1);
     call.temperature = temperature;
     call.uniform = static_cast<const double*>(uniform.data_ptr());
+    // one that is not passes every probability, or none
+    for (int64_t row = 0; row < rows; ++row) {
+        STD_TORCH_CHECK(call.uniform[row] >= 0 && call.uniform[row] < 1, "uniform: expected values in [0, 1)");
+    }
     call.tokens = static_cast<int64_t*>(tokens.data_ptr());
     call.logp = static_cast<double*>(logp.data_ptr());
     const SampleKernels& kernels = chosen_sample_kernels();

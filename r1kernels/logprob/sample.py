@@ -46,11 +46,12 @@ def sample_tokens(
     if vocabulary == 0:
         raise ValueError("logits: expected shape (B, V), V at least 1, got V = 0")
     checks.tensor("uniform", uniform, dtypes=(torch.float64,), shape=(rows,), like=logits)
-    if checks.values_visible(uniform):
-        checks.all_in_unit("uniform", uniform)
-    tokens, logp = SAMPLE_TOKENS(
-        backend, SampleCall(logits, uniform, checks.positive("temperature", temperature))
-    )
+    call = SampleCall(logits, uniform, checks.positive("temperature", temperature))
+    try:
+        tokens, logp = SAMPLE_TOKENS(backend, call)
+    except RuntimeError:
+        _check_values(call)  # the kernel has looked; in Python it costs as much as a small step
+        raise
     return tokens, logp
 
 
@@ -67,9 +68,15 @@ def _shapes(call: SampleCall) -> tuple[Tensor, Tensor]:
     return call.logits.new_empty(rows, dtype=torch.int64), call.logits.new_empty(rows, dtype=torch.float64)
 
 
+def _check_values(call: SampleCall) -> None:
+    if checks.values_visible(call.uniform):
+        checks.all_in_unit("uniform", call.uniform)
+
+
 @torch.no_grad()
 def _reference(call: SampleCall) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch."""
+    _check_values(call)
     scaled = call.logits.to(torch.promote_types(call.logits.dtype, torch.float32))
     # in this order no temperature is so small that the largest becomes infinite
     scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / call.temperature

@@ -183,7 +183,7 @@ def test_the_paper_recipe_has_the_numbers_of_the_paper():
         assert section.epochs in (2, 3)
     assert recipe.sft2.start == "base"
     models = recipe.reward_models
-    assert (models.lr, models.batch_size, models.epochs, models.max_length) == (6e-6, 256, 1, 8192)
+    assert (models.lr, models.batch_size, models.epochs, models.max_new_tokens) == (6e-6, 256, 1, 8192)
     assert {name: student.lr for name, student in recipe.distill.students.items()} == {
         "qwen2-1.5b": 1e-4,
         "qwen2-7b": 8e-5,
