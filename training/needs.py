@@ -72,8 +72,14 @@ def _check_lengths(recipe: Recipe, order: list[str], pools: Pools) -> None:
         if any(len(prompts.plain(each).encode()) <= positions // 2 for each in turns):
             continue
         encoder = Encoder(None, pretrained_tokenizer(spec) if spec else build_tokenizer())
-        lengths = [len(encoder.prompt(each).ids) for each in turns]
-        if min(lengths) > positions:
+        lengths: list[int] = []
+        for each in sorted(
+            turns, key=lambda each: len(prompts.plain(each))
+        ):  # if any fits, the first most often does
+            lengths.append(len(encoder.prompt(each).ids))
+            if lengths[-1] <= positions:
+                break
+        else:
             raise UserError(
                 f"{need.stage}: the prompts of all {len(turns)} problems {WHERE[need.split]} have at least {min(lengths)} tokens, and "
                 f"the model reads {positions}"

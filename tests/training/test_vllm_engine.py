@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -373,7 +372,7 @@ def brought(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model(policy(), TOKENIZER, tmp_path / "own")
     return [
-        *("run", "tiny", "stages=[base,zero]", "model.pretrained=own", "zero.steps=3", "zero.prompts=2"),
+        *("run", "smoke", "stages=[base,zero]", "model.pretrained=own", "zero.steps=3", "zero.prompts=2"),
         *("zero.group_size=2", "zero.minibatches=1", "zero.max_new_tokens=8", "zero.lr=1e-3"),
         "rollout.engine=vllm",
     ]
@@ -409,7 +408,7 @@ def test_a_dry_run_names_the_engine_and_says_whether_its_server_answers(brought,
     assert f"rollouts: vllm 0.32.0 at {stand_in.url}, which answers" in capsys.readouterr().out
     assert main([*brought, "--dry-run", f"rollout.url={stand_in.url}"]) == 0
     assert f"rollouts: vllm; no server answers at {stand_in.url}" in capsys.readouterr().out
-    assert main(["run", "tiny", "--dry-run"]) == 0
+    assert main(["run", "smoke", "--dry-run"]) == 0
     assert "rollouts: transformers, in the process of the run" in capsys.readouterr().out
 
 
@@ -466,13 +465,18 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 """
 
 
-STANDS_IN = f"""
-import sys, threading
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from tests.support.vllm_stand_in import StandIn
+FORWARDS = """
+import socket, sys, threading
 print("started", flush=True)
-with StandIn(port=int(sys.argv[sys.argv.index("--port") + 1]), computes=True):
-    threading.Event().wait()
+def copy(source, sink):
+    while data := source.recv(65536):
+        sink.sendall(data)
+    sink.shutdown(socket.SHUT_WR)
+listener = socket.create_server(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])))
+while True:
+    near, far = listener.accept()[0], socket.create_connection(("127.0.0.1", {port}))
+    for ends in ((near, far), (far, near)):
+        threading.Thread(target=copy, args=ends, daemon=True).start()
 """
 
 
@@ -496,8 +500,9 @@ def test_a_server_is_started_on_a_free_port_of_this_machine_and_stopped(tmp_path
 
 
 def test_one_server_is_started_for_all_engines_of_a_stage_whose_models_have_the_same_sizes(tmp_path):
-    rollout, model = a_server(tmp_path, STANDS_IN), policy()
-    with workspace.workspace_in(tmp_path):
+    model = policy()
+    with StandIn(computes=True) as stand_in, workspace.workspace_in(tmp_path):
+        rollout = a_server(tmp_path, FORWARDS.format(port=stand_in.port))
         for version, each in enumerate((model, model, moved(policy(), 1))):
             engine = connect(rollout, each, TOKENIZER, version)
             assert engine.sample([Request((1, 40), 1, 4)], WAYS[0])[0].version == version
