@@ -30,6 +30,14 @@ def narrow(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
 
 
+def is_bfloat16(operand: TensorHandle) -> bool:
+    return operand.dtype.scalar.name == tl.bfloat16.name
+
+
+def widened(operand: TensorHandle) -> TensorHandle:
+    return TensorHandle(widen(operand.data), tl.float32) if is_bfloat16(operand) else operand
+
+
 @functools.cache
 def repair() -> None:
     builder = interpreter.InterpreterBuilder
@@ -54,22 +62,15 @@ def repair() -> None:
 
         def wrapped(self, *arguments):
             *operands, op = arguments
-            if op in where or not any(operand.dtype.scalar == tl.bfloat16 for operand in operands):
+            if op in where or not any([is_bfloat16(operand) for operand in operands]):
                 return method(self, *arguments)
-            wide = (
-                TensorHandle(widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
-                for x in operands
-            )
-            result = method(self, *wide, op).data
+            result = method(self, *map(widened, operands), op).data
             return TensorHandle(narrow(result) if result.dtype == np.float32 else result, tl.bfloat16)
 
         return wrapped
 
     def create_dot(self, a, b, d, *options):
-        wide = (
-            TensorHandle(widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
-        )
-        return dot(self, *wide, d, *options)
+        return dot(self, widened(a), widened(b), d, *options)
 
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp

@@ -1,12 +1,13 @@
 """Makes Triton's interpreter quicker, with the same results and the same checks.
 
-Most of its time goes to types and shapes that it makes again for each operation of each program, and to a check of
-overflow that it interprets as seven more operations.
+Most of its time goes to types and shapes that it makes and compares again for each operation of each program, to constants,
+and to a check of overflow that it interprets as seven more operations.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import operator
 import types
@@ -21,11 +22,29 @@ EXACT = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
 
 def hasten() -> None:
     """Lasts as long as the process."""
+    call_builtins_directly()
     take_over_once()
     check_overflow_at_once()
+    compare_names_of_types()
     keep_types_of_arrays()
     keep_shapes()
-    broadcast_nothing_that_fits()
+    keep_what_broadcasts_give()
+    keep_what_operands_become()
+
+
+def call_builtins_directly() -> None:
+    """Not through a function that asks whether a kernel makes the call."""
+
+    def patch(package, name, member, builder, scope):
+        function = inspect.unwrap(member)
+
+        def call(*args, **kwargs):
+            kwargs["_semantic"] = interpreter.interpreter_semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(package, name, call)
+
+    interpreter._patch_attr = patch
 
 
 def take_over_once() -> None:
@@ -47,6 +66,26 @@ def check_overflow_at_once() -> None:
     TritonSemantic.binary_op_sanitize_overflow_impl = check
 
 
+def compare_names_of_types() -> None:
+    original, plain = tl.core._unwrap_if_constexpr, {tl.tensor, tl.dtype, int, float, bool, str}
+    integers, floats = frozenset(tl.dtype.SINT_TYPES + tl.dtype.UINT_TYPES), frozenset(tl.dtype.FP_TYPES)
+
+    def unwrap(value):
+        return value if value.__class__ in plain else original(value)
+
+    def equal(self, other):
+        if self is other:
+            return True
+        other = unwrap(other)
+        return isinstance(other, tl.dtype) and self.name == other.name
+
+    tl.core._unwrap_if_constexpr = unwrap
+    tl.dtype.__eq__ = equal
+    tl.dtype.is_int = lambda self: self.name in integers
+    tl.dtype.is_floating = lambda self: self.name in floats
+    tl.dtype.to_ir = tl.block_type.to_ir = lambda self, builder: self
+
+
 def keep_types_of_arrays() -> None:
     original, kept = interpreter._get_np_dtype, {}
 
@@ -56,7 +95,10 @@ def keep_types_of_arrays() -> None:
             kept[scalar.name] = original(scalar)
         return kept[scalar.name]
 
-    interpreter._get_np_dtype = of
+    def fits(array, dtype):
+        return array.itemsize == 1 or dtype.is_ptr() or array.itemsize * 8 <= dtype.primitive_bitwidth
+
+    interpreter._get_np_dtype, interpreter._validate_np_data_size = of, fits
 
 
 def keep_shapes() -> None:
@@ -81,13 +123,45 @@ def keep_shapes() -> None:
     tl.block_type.__init__, tl.tensor.__init__ = make_type, make_tensor
 
 
-def broadcast_nothing_that_fits() -> None:
-    original = TritonSemantic.broadcast_impl_value
+def keep_what_broadcasts_give() -> None:
+    original, kept = TritonSemantic.broadcast_impl_value, {}
+
+    def spread(self, tensor, type):
+        if type is None:
+            return tensor
+        if tensor.type.is_block():
+            return tl.tensor(self.builder.create_broadcast(tensor.handle, type.shape), type)
+        return tl.tensor(self.builder.create_splat(type, tensor.handle), type)
 
     def broadcast(self, lhs, rhs):
-        one, other = lhs.type, rhs.type
-        if one.is_block() and other.is_block() and one.shape.values == other.shape.values:
+        if lhs.shape is rhs.shape:
             return lhs, rhs
-        return original(self, lhs, rhs)
+        key = lhs.type.name, rhs.type.name
+        if key not in kept:
+            one, other = original(self, lhs, rhs)
+            kept[key] = None if one is lhs else one.type, None if other is rhs else other.type
+        one, other = kept[key]
+        return spread(self, lhs, one), spread(self, rhs, other)
 
     TritonSemantic.broadcast_impl_value = broadcast
+
+
+def keep_what_operands_become() -> None:
+    """Types tell whether operands stay as they are, and what a constant becomes beside one that does."""
+    original, kept = TritonSemantic.binary_op_type_checking_impl, {}
+
+    def told(operand):
+        return operand.type.name if operand.__class__ is tl.tensor else (operand.__class__, repr(operand))
+
+    def operands(self, lhs, rhs, *options, **named):
+        key = told(lhs), told(rhs), options, *named.items()
+        if key in kept:
+            one, other = kept[key]
+            return lhs if one is None else one, rhs if other is None else other
+        one, other = original(self, lhs, rhs, *options, **named)
+        pairs = (lhs, one), (rhs, other)
+        if all(new is given or given.__class__ is not tl.tensor for given, new in pairs):
+            kept[key] = [None if new is given else new for given, new in pairs]
+        return one, other
+
+    TritonSemantic.binary_op_type_checking_impl = operands

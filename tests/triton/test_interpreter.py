@@ -1,4 +1,4 @@
-"""Runs the interpreted_*.py files beside this one, in few processes: the interpreter is chosen before Triton is imported."""
+"""Runs the interpreted_*.py files beside this one, in two processes: the interpreter is chosen before Triton is imported."""
 
 import os
 import re
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 # without the repair of bfloat16 that the others make, which lasts as long as a process
 UNREPAIRED = HERE / "interpreted_as_users_run_it.py"
 REPAIRED = sorted(set(HERE.glob("interpreted_*.py")) - {UNREPAIRED})
-PROCESSES = {"unrepaired": [UNREPAIRED], "repaired 1": REPAIRED[::2], "repaired 2": REPAIRED[1::2]}
+PROCESSES = {"unrepaired": [UNREPAIRED], "repaired": REPAIRED}
 
 
 @pytest.mark.parametrize("files", PROCESSES.values(), ids=PROCESSES)
