@@ -5,6 +5,7 @@ A driver that names the wanted target makes Triton specialise and compile as a l
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 from collections.abc import Iterator
@@ -84,11 +85,19 @@ def compile_only(capability: int) -> Iterator[list]:
 
 @dataclass(frozen=True)
 class Resources:
+    cubin: Path
     registers: int
     stack_bytes: int
     shared_bytes: int
-    spill_instructions: int
-    instructions: str
+
+    @functools.cached_property
+    def instructions(self) -> str:
+        return cuobjdump("-sass", self.cubin)
+
+    @property
+    def spill_instructions(self) -> int:
+        """They go to the stack: where there is none, a quarter of a second of disassembling is saved."""
+        return len(re.findall(r"\b(?:LDL|STL)\b", self.instructions)) if self.stack_bytes else 0
 
     def widest_load_bits(self) -> int:
         """Of the loads from global memory."""
@@ -105,19 +114,14 @@ def serialised(instructions: str) -> int:
     )
 
 
+@functools.cache
 def resources(compiled, folder: Path) -> Resources:
     """What a compiled kernel needs on its GPU."""
-    cubin = folder / f"{compiled.name}.cubin"
+    cubin = folder / f"{compiled.name}-{compiled.hash}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = cuobjdump("-res-usage", cubin)
-    instructions = cuobjdump("-sass", cubin)
-    return Resources(
-        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
-        stack_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)),
-        shared_bytes=compiled.metadata.shared,
-        spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", instructions)),
-        instructions=instructions,
-    )
+    needs = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Resources(cubin, needs["REG"], needs["STACK"] + needs["LOCAL"], compiled.metadata.shared)
 
 
 def cuobjdump(option: str, cubin: Path) -> str:
