@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(exte
 HERE = Path(__file__).parent
 LOGPROB = [
     "test_cpu_kernel.py",
+    "test_gemm_cpu.py",
     "test_row_ops.py",
     "test_sample_tokens.py",
     "test_linear_logprobs.py::test_low_precision_inputs_are_as_exact_as_eager",

@@ -3,13 +3,29 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace r1kernels {
+
+// Whether this processor multiplies bfloat16 in tile registers and the system lets this process have them.
+static bool has_tile_registers() {
+#if defined(__linux__) && defined(__x86_64__)
+    constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+    return false;
+#endif
+}
 
 const char* name(Isa isa) {
     switch (isa) {
         case Isa::avx2: return "avx2";
         case Isa::avx512: return "avx512";
         case Isa::avx512_bf16: return "avx512_bf16";
+        case Isa::amx_bf16: return "amx_bf16";
         default: return "baseline";
     }
 }
@@ -23,7 +39,9 @@ std::vector<Isa> supported_isas() {
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (avx2) isas.push_back(Isa::avx2);
     if (avx512) isas.push_back(Isa::avx512);
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) isas.push_back(Isa::avx512_bf16);
+    const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (avx512_bf16) isas.push_back(Isa::avx512_bf16);
+    if (avx512_bf16 && has_tile_registers()) isas.push_back(Isa::amx_bf16);
 #endif
     return isas;
 }
@@ -59,6 +77,7 @@ std::vector<std::string> cpu_features() {
     R1KERNELS_FEATURE("avx512vl");
     R1KERNELS_FEATURE("avx512dq");
     R1KERNELS_FEATURE("avx512bf16");
+    R1KERNELS_FEATURE("amx-bf16");
 #undef R1KERNELS_FEATURE
 #endif
     return features;

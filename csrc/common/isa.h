@@ -6,7 +6,7 @@
 
 namespace r1kernels {
 
-enum class Isa { baseline, avx2, avx512, avx512_bf16 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16, amx_bf16 };
 
 const char* name(Isa isa);
 
@@ -29,8 +29,10 @@ std::vector<std::string> cpu_features();
     namespace avx2 { extern const type table; }                                  \
     namespace avx512 { extern const type table; }                                \
     namespace avx512_bf16 { extern const type table; }                           \
+    namespace amx_bf16 { extern const type table; }                              \
     inline const type& chosen_##table() {                                        \
         switch (chosen_isa()) {                                                  \
+            case Isa::amx_bf16: return amx_bf16::table;                          \
             case Isa::avx512_bf16: return avx512_bf16::table;                    \
             case Isa::avx512: return avx512::table;                              \
             case Isa::avx2: return avx2::table;                                  \

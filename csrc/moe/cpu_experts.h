@@ -5,14 +5,16 @@
 //     dg = s dA' dA/dg        du = s dA' dA/du        dW1 = (dg, du)^T X        dX = (dg, du) W1
 #pragma once
 
-#include "common/gemm/blocks.h"
+#include "common/gemm/turned.h"
 #include "moe/cpu.h"
 
 namespace r1kernels::R1KERNELS_ISA {
 
 namespace {
 
-constexpr int64_t kFewRows = 24;  // below, packing the weights would cost more than it gains
+// Up to here packing the weights would cost more than it gains; for tile registers they are not packed.
+template <typename T>
+constexpr int64_t kFewRows = kInTiles<T> ? 0 : 24;
 
 template <typename T>
 Rows<T> rows_of(const BlockRows& rows) { return {static_cast<const T*>(rows.data), rows.stride, rows.index}; }
@@ -40,7 +42,7 @@ template <typename T>
 void product_nt_of(const ProductBlock& product, const Workspace& workspace) {
     const Rows<T> a = rows_of<T>(product.a);
     const T* b = static_cast<const T*>(product.b);
-    if (product.m <= kFewRows && !product.batch_invariant) {
+    if (product.m <= kFewRows<T> && !product.batch_invariant) {
         dot_product(a, product.m, b, product.b_stride, product.n, product.k, workspace.product(), kBlockColumns);
     } else {
         product_nt(a, product.m, b, product.b_stride, product.n, product.k, workspace.product(), kBlockColumns,
@@ -127,7 +129,7 @@ void up_of(const GateBlock& block, const Workspace& workspace) {
     const int64_t size = block.hidden, width = block.intermediate;
     float* gate = workspace.product();
     float* up = gate + kMoeGateColumns;
-    if (block.rows <= kFewRows && !block.batch_invariant) {
+    if (block.rows <= kFewRows<T> && !block.batch_invariant) {
         dot_product(x, block.rows, weight, size, block.columns, size, gate, kBlockColumns);
         dot_product(x, block.rows, weight + width * size, size, block.columns, size, up, kBlockColumns);
     } else {

@@ -50,7 +50,7 @@ def add_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 
 def is_ours(dtype: torch.dtype) -> bool:
     """Whether inputs of this dtype are multiplied by our own GEMM, whose rows have the same bits in any company."""
-    return dtype == torch.bfloat16 and extension.chosen_isa() == "avx512_bf16"
+    return dtype == torch.bfloat16 and extension.chosen_isa() in ("avx512_bf16", "amx_bf16")
 
 
 ENGINE = tiles.Engine(

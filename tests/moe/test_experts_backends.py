@@ -15,7 +15,10 @@ from tests.support.numerics import assert_as_exact_as, same_bits
 
 
 class TestMoeExperts(MoeExpertsKernel):
-    pass
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("rows", [15, 17, 40, 65])
+    def test_steps_that_are_not_whole(self, backend, rows, dtype):
+        self.check_exactness(Case(rows, 520, 41, 2, 2, dtype=dtype), dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,7 +7,8 @@
 
 namespace r1kernels {
 
-constexpr int64_t kGemmPanelRows = 6, kGemmPanelColumns = 64, kGemmBlockRows = 96;
+constexpr int64_t kGemmPanelColumns = 64, kGemmBlockRows = 192;
+constexpr int64_t kGemmStep = 16;    // pairs of k: so many are packed at a time, of the last ones the rest as 0
 constexpr int64_t kGemmPairs = 512;  // pairs of k in one pass: a panel of B then stays in the second-level cache
 
 // C (m, n) = A (m, k) B (k, n), or C += A B. A and B are bfloat16, or float32 that is rounded when it is packed. Strides in
@@ -22,13 +23,15 @@ struct Gemm {
     uint32_t* packed_b;  // b_words(gemm)
 };
 
-inline int64_t gemm_pairs(const Gemm& gemm) { return (gemm.k + 1) / 2; }
+inline int64_t gemm_pairs(const Gemm& gemm) {
+    return (gemm.k + 2 * kGemmStep - 1) / (2 * kGemmStep) * kGemmStep;
+}
 inline int64_t gemm_b_panels(const Gemm& gemm) { return (gemm.n + kGemmPanelColumns - 1) / kGemmPanelColumns; }
 inline int64_t gemm_b_words(const Gemm& gemm) { return gemm_b_panels(gemm) * kGemmPanelColumns * gemm_pairs(gemm); }
 inline int64_t gemm_a_blocks(const Gemm& gemm) { return (gemm.m + kGemmBlockRows - 1) / kGemmBlockRows; }
 constexpr int64_t kGemmAWords = kGemmBlockRows * kGemmPairs;
 
-// Null where the instruction set has no vdpbf16ps.
+// Null where the instruction set multiplies no bfloat16.
 struct GemmKernels {
     // Packs the panels [begin, end) of B.
     void (*pack_b)(const Gemm& gemm, int64_t begin, int64_t end);

@@ -5,7 +5,7 @@
 //   product_nn       C (m, n) = A B      A rows (m, k), B (k, n)     B packed by panels
 //   product_tn       D (m, n) = A^T B    A rows (k, m), B rows (k, n), D in the dtype of A and B
 //
-// With `onto` the packed products with C add to what it holds.
+// turned.h has another product_nt, for tile registers. With `onto` the packed products with C add to what it holds.
 //
 // C is float32 with a row stride that is a multiple of kPanel and at least n rounded up to it. "Rows" may be gathered.
 // Every element of C is a sum of chains of additions along k (in dot_product of kLanes of them, by a tree), whose order
@@ -14,7 +14,7 @@
 // Included only by files that are compiled once for each instruction set (see vector.h).
 #pragma once
 
-#include "common/gemm/tile.h"
+#include "common/gemm/amx.h"
 
 namespace r1kernels::R1KERNELS_ISA {
 
@@ -48,11 +48,17 @@ struct Workspace {
 
 // --- tiles of rows, and the inner loop without packing ---
 
-// Rows of a block in tiles of nearly equal size: a tile of one row would wait for its own additions.
+// Rows of a block in tiles of nearly equal size: a tile of one row would wait for its own additions. In tile registers all
+// but the last are whole.
+template <typename T>
 struct Tiles {
+    static constexpr int64_t kRows = kInTiles<T> ? kStripRows : kTileRows;
     int64_t rows, count;
-    explicit Tiles(int64_t rows) : rows(rows), count((rows + kTileRows - 1) / kTileRows) {}
-    int64_t first(int64_t tile) const { return tile * rows / count; }
+    explicit Tiles(int64_t rows) : rows(rows), count((rows + kRows - 1) / kRows) {}
+    int64_t first(int64_t tile) const {
+        if constexpr (kInTiles<T>) return tile < count ? tile * kRows : rows;
+        return tile * rows / count;
+    }
 };
 
 constexpr int kDotRows = kLanes >= 16 ? 4 : 2;  // times kDotColumns are kLanes accumulators
@@ -103,7 +109,7 @@ inline void dot_tile(const Rows<T>& a, const T* b, int64_t b_stride, int64_t col
 // (m, depth) cells, row after row: elements [begin, begin + k) of each row of A.
 template <typename T>
 void pack_rows(const Rows<T>& a, int64_t m, int64_t begin, int64_t k, Cell<T>* to) {
-    const int64_t depth = cells_of<T>(k);
+    const int64_t depth = packed_cells<T>(k);
     for (int64_t row = 0; row < m; ++row) {
         const T* from = a[row] + begin;
         Cell<T>* cells = to + row * depth;
@@ -131,28 +137,49 @@ void pack_columns(const Rows<T>& a, int64_t k, int64_t column, int64_t count, in
         }
         to += width;
     }
+    memset(to, 0, (packed_cells<T>(k) - cells_of<T>(k)) * width * sizeof(Cell<T>));
 }
 
-// (depth, kPanel) cells: elements [0, k) of kPanel rows of B, transposed; rows from `count` on are 0.
+// (whole strips, depth) cells: columns [column, column + count) of rows [0, k), turned into rows.
 template <typename T>
-void pack_transposed(const T* b, int64_t stride, int64_t count, int64_t k, Cell<T>* to) {
-    const int64_t depth = cells_of<T>(k);
-    for (int64_t first = 0; first < kPanel; first += kLanes) {
+void pack_turned(const Rows<T>& a, int64_t k, int64_t column, int64_t count, Cell<T>* to) {
+    const int64_t depth = packed_cells<T>(k);
+    for (int64_t cell = 0; cell < depth; cell += kLanes) {
+        for (int64_t lane = 0; lane < count; lane += kLanes) {
+            CellVector<T> block[kLanes];
+            for (int i = 0; i < kLanes; ++i) {
+                const int64_t row = (cell + i) * kDepth<T>;
+                const bool both = kDepth<T> == 2 && row + 1 < k;
+                block[i] = row < k ? down_k(a[row] + column + lane, both ? a[row + 1] + column + lane : nullptr,
+                                            count - lane)
+                                   : CellVector<T>{};
+            }
+            transpose(block);
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) store_vector(to + (lane + i) * depth + cell, block[i]);
+        }
+    }
+}
+
+// (depth, width) cells: elements [begin, begin + k) of `count` rows of B, transposed; rows from there to `width` are 0.
+template <typename T>
+void pack_transposed(const Rows<T>& b, int64_t count, int64_t width, int64_t begin, int64_t k, Cell<T>* to) {
+    const int64_t depth = packed_cells<T>(k);
+    for (int64_t first = 0; first < width; first += kLanes) {
         for (int64_t cell = 0; cell < depth; cell += kLanes) {
             CellVector<T> block[kLanes];
             const int64_t at = cell * kDepth<T>;
 #pragma GCC unroll 16
             for (int row = 0; row < kLanes; ++row) {
-                block[row] = first + row < count ? load_along_k(b + (first + row) * stride + at, k - at)
-                                                 : CellVector<T>{};
+                block[row] = first + row < count ? load_along_k(b[first + row] + begin + at, k - at) : CellVector<T>{};
             }
             transpose(block);
             const int64_t filled = depth - cell < kLanes ? depth - cell : kLanes;
             if (filled == kLanes) {
 #pragma GCC unroll 16
-                for (int i = 0; i < kLanes; ++i) store_vector(to + (cell + i) * kPanel + first, block[i]);
+                for (int i = 0; i < kLanes; ++i) store_vector(to + (cell + i) * width + first, block[i]);
             } else {
-                for (int i = 0; i < filled; ++i) store_vector(to + (cell + i) * kPanel + first, block[i]);
+                for (int i = 0; i < filled; ++i) store_vector(to + (cell + i) * width + first, block[i]);
             }
         }
     }
@@ -184,12 +211,13 @@ void dot_product(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int6
 template <typename T, typename PackPanel>
 void packed_product(const Rows<T>& a, int64_t m, int64_t n, int64_t k, float* c, int64_t c_stride,
                     const Workspace& workspace, bool onto, const PackPanel& pack_panel) {
+    [[maybe_unused]] const Registers<T> registers;
     auto* left = static_cast<Cell<T>*>(workspace.left());
     auto* right = static_cast<Cell<T>*>(workspace.right());
-    const Tiles tiles(m);
+    const Tiles<T> tiles(m);
     for (int64_t begin = 0; begin < k; begin += kBlockDepth * kDepth<T>) {
         const int64_t size = k - begin < kBlockDepth * kDepth<T> ? k - begin : kBlockDepth * kDepth<T>;
-        const int64_t depth = cells_of<T>(size);
+        const int64_t depth = packed_cells<T>(size);
         pack_rows(a, m, begin, size, left);
         for (int64_t column = 0; column < n; column += kPanel) {
             if (!pack_panel(begin, size, column, right)) continue;
@@ -211,7 +239,7 @@ void product_nt(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int64
                 int64_t c_stride, const Workspace& workspace, bool onto = false) {
     packed_product(a, m, n, k, c, c_stride, workspace, onto,
                    [&](int64_t begin, int64_t size, int64_t column, Cell<T>* to) {
-                       pack_transposed(b + column * b_stride + begin, b_stride, n - column, size, to);
+                       pack_transposed(Rows<T>{b, b_stride, nullptr}.from(column), n - column, kPanel, begin, size, to);
                        return true;
                    });
 }
@@ -226,7 +254,7 @@ void product_nt_pair(const Rows<T>& a, int64_t m, const T* first, const T* secon
                        const T* b = column < apart ? first : second;
                        const int64_t row = column < apart ? column : column - apart;
                        if (row >= n) return false;
-                       pack_transposed(b + row * b_stride + begin, b_stride, n - row, size, to);
+                       pack_transposed(Rows<T>{b, b_stride, nullptr}.from(row), n - row, kPanel, begin, size, to);
                        return true;
                    });
 }
@@ -257,16 +285,22 @@ void product_tn(const Rows<T>& a, int64_t a_column, int64_t m, const Rows<T>& b,
         for (int64_t row = 0; row < m; ++row) memset(d + row * d_stride, 0, n * sizeof(T));
         return;
     }
+    [[maybe_unused]] const Registers<T> registers;
     auto* left = static_cast<Cell<T>*>(workspace.left());
     auto* right = static_cast<Cell<T>*>(workspace.right());
-    const Tiles tiles(m);
+    const Tiles<T> tiles(m);
     const int64_t width = whole_vectors(m), step = kBlockDepth * kDepth<T>;
     // where one chain is all, a tile is stored at once and all tiles share one place in the first-level cache
     const bool shared = cells_of<T>(k) <= kChain;
     const int64_t sums_stride = shared ? kPanel : kBlockColumns;
     for (int64_t begin = 0; begin < k; begin += step) {
-        const int64_t size = k - begin < step ? k - begin : step, depth = cells_of<T>(size);
-        pack_columns(a.from(begin), size, a_column, m, width, left);
+        const int64_t size = k - begin < step ? k - begin : step, depth = packed_cells<T>(size);
+        if constexpr (kInTiles<T>) {
+            pack_turned(a.from(begin), size, a_column, m, left);
+        } else {
+            pack_columns(a.from(begin), size, a_column, m, width, left);
+        }
+        const int64_t row_step = kInTiles<T> ? depth : 1, cell_step = kInTiles<T> ? 1 : width;
         for (int64_t column = 0; column < n; column += kPanel) {
             const int64_t count = n - column < kPanel ? n - column : kPanel;
             pack_columns(b.from(begin), size, b_column + column, count, kPanel, right);
@@ -276,8 +310,8 @@ void product_tn(const Rows<T>& a, int64_t a_column, int64_t m, const Rows<T>& b,
                 for (int64_t i = 0; i < tiles.count; ++i) {
                     const int64_t row = tiles.first(i), rows = tiles.first(i + 1) - row;
                     float* sums = workspace.product() + (shared ? 0 : row * kBlockColumns + column);
-                    tile(rows, StridedCells<Cell<T>>{left + row + cell * width, 1, width}, right + cell * kPanel, chain,
-                         sums, sums_stride, begin + cell > 0);
+                    tile(rows, StridedCells<Cell<T>>{left + row * row_step + cell * cell_step, row_step, cell_step},
+                         right + cell * kPanel, chain, sums, sums_stride, begin + cell > 0);
                     for (int64_t r = 0; last && r < rows; ++r) {
                         store_row(sums + r * sums_stride, count, d + (row + r) * d_stride + column);
                     }

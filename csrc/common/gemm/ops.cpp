@@ -34,7 +34,7 @@ uint32_t* packed_words(int64_t words) {
 
 void gemm_bf16(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
     const GemmKernels& kernels = chosen_gemm_kernels();
-    STD_TORCH_CHECK(kernels.multiply, "gemm_bf16_cpu: this processor has no vdpbf16ps");
+    STD_TORCH_CHECK(kernels.multiply, "gemm_bf16_cpu: this processor multiplies no bfloat16");
     Gemm gemm = {};
     gemm.a_is_float32 = is_float32("a", a);
     gemm.b_is_float32 = is_float32("b", b);

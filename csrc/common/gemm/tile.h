@@ -1,4 +1,5 @@
-// The inner loop of the packed matrix products: a tile of a few rows times a packed panel of columns, in registers.
+// The inner loop of the packed matrix products: a tile of a few rows times a packed panel of columns, in registers (for
+// tile registers see amx.h).
 //
 // It has two drivers. blocks.h multiplies blocks of any element type within one thread, for experts: short chains, which
 // lose less, into a scratch block that an epilogue reads. bf16.h and cpu.cpp multiply large matrices of bfloat16, for the
