@@ -34,10 +34,10 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class OfflineDriver(DriverBase):
-    """Stands for a GPU of one capability; the capability is the device index too, since compiled kernels are kept by it."""
+    """Stands for a GPU of one capability. Triton keeps compiled kernels by the device index."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
+    def __init__(self, capability: int, device: int) -> None:
+        self.capability, self.device = capability, device
 
     @classmethod
     def is_active(cls) -> bool:
@@ -50,7 +50,7 @@ class OfflineDriver(DriverBase):
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -65,22 +65,44 @@ class OfflineDriver(DriverBase):
 @contextmanager
 def compile_only(capability: int) -> Iterator[list]:
     """Inside the block, launches compile for this capability (90: sm_90) and run nothing; yields the compiled kernels."""
+    with launched_on(OfflineDriver(capability, device=capability)) as compiled:
+        yield compiled
+
+
+@contextmanager
+def specialise_only(capability: int) -> Iterator[list]:
+    """Inside the block, launches compile and run nothing; yields what each would compile, a name and Triton's key of it."""
+    keys, runtime = [], triton.knobs.runtime
+
+    def note(*, key, fn, **_):
+        keys.append((fn.name, key))
+        return True  # do not compile
+
+    with launched_on(OfflineDriver(capability, device=-capability)), runtime.scope():
+        runtime.jit_cache_hook = note
+        yield keys
+
+
+@contextmanager
+def launched_on(driver: OfflineDriver) -> Iterator[list]:
     compiled = []
-    driver, run = triton.runtime.driver, triton.JITFunction.run
-    active = driver._active  # the public property would look for a GPU
+    run, active = (
+        triton.JITFunction.run,
+        triton.runtime.driver._active,
+    )  # the public property would look for a GPU
 
     def compile_instead(self, *args, grid, warmup, **kwargs):
         # Triton's own choice of whether a product and a sum are rounded once changes with its version
         assert kwargs.get("enable_fp_fusion") is True, f"{self.fn.__name__}: fusion is left to Triton"
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
-    driver.set_active(OfflineDriver(capability))
+    triton.runtime.driver.set_active(driver)
     triton.JITFunction.run = compile_instead
     try:
         yield compiled
     finally:
         triton.JITFunction.run = run
-        driver._active = active
+        triton.runtime.driver._active = active
 
 
 @dataclass(frozen=True)
