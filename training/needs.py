@@ -67,21 +67,20 @@ def _check_lengths(recipe: Recipe, order: list[str], pools: Pools) -> None:
         return
     for need in _needs(recipe, order):
         prompt = responses.prompt_of(need.stage, recipe)
-        turns = [prompt(each) for kind in need.kinds for each in pools[need.split][kind]]
+        asked = [each for kind in need.kinds for each in pools[need.split][kind]]
         # a byte is a token at most, and the other half is for the template: most tokenizers need not be loaded
-        if any(len(prompts.plain(each).encode()) <= positions // 2 for each in turns):
+        if any(len(prompts.plain(prompt(each)).encode()) <= positions // 2 for each in asked):
             continue
         encoder = Encoder(None, pretrained_tokenizer(spec) if spec else build_tokenizer())
         lengths: list[int] = []
-        for each in sorted(
-            turns, key=lambda each: len(prompts.plain(each))
-        ):  # if any fits, the first most often does
-            lengths.append(len(encoder.prompt(each).ids))
+        # if any fits, the first most often does
+        for turns in sorted(map(prompt, asked), key=lambda turns: len(prompts.plain(turns))):
+            lengths.append(len(encoder.prompt(turns).ids))
             if lengths[-1] <= positions:
                 break
         else:
             raise UserError(
-                f"{need.stage}: the prompts of all {len(turns)} problems {WHERE[need.split]} have at least {min(lengths)} tokens, and "
+                f"{need.stage}: the prompts of all {len(asked)} problems {WHERE[need.split]} have at least {min(lengths)} tokens, and "
                 f"the model reads {positions}"
             )
 
@@ -121,7 +120,11 @@ def _remarks(name: str, recipe: Recipe, pools: Pools) -> Iterator[str]:
 def _pools(recipe: Recipe) -> Pools:
     """Split that a stage asks -> kind -> problems of all tasks."""
     splits = dict.fromkeys(("train", "test", *recipe.evaluate.splits))
-    return {split: {kind: responses.problems(recipe, split, (kind,)) for kind in KINDS} for split in splits}
+    found = {split: responses.problems(recipe, split, KINDS) for split in splits}
+    return {
+        split: {kind: [each for each in found[split] if each.kind == kind] for kind in KINDS}
+        for split in splits
+    }
 
 
 def _needs(recipe: Recipe, order: list[str]) -> Iterator[Need]:

@@ -48,7 +48,7 @@ RECIPE = {
         **SFT,
         "samples": 8,
         "held_out": 1.0,
-        "steps": 120,
+        "steps": 60,
         "epochs": 0,
         "lr": 1e-2,
         "batch_size": 16,
@@ -108,8 +108,9 @@ def teach(folder):
         return prompt + encoder.response(f"<think> {answer} </think> <answer> {answer} </answer>", opening)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    known = rows()
     for _ in range(160):
-        batch = [document(draw(rows())) for _ in range(16)]
+        batch = [document(draw(known)) for _ in range(16)]
         ids = torch.full((16, max(map(len, batch))), encoder.pad_id)
         labels = torch.full_like(ids, -100)
         for row, tokens in enumerate(batch):
