@@ -13,15 +13,19 @@ namespace r1kernels {
 
 constexpr int64_t kWorkOfThread = 1 << 18;  // multiply-adds; less is not worth a thread of its own
 
-// Scratch that each thread keeps between calls, 64-byte aligned.
+// Memory at a multiple of 64 bytes: a vector or a row of a tile that crosses a cache line costs twice.
+struct FreeAligned {
+    void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+};
+typedef std::unique_ptr<char[], FreeAligned> AlignedBytes;
+inline AlignedBytes aligned_bytes(int64_t bytes) { return AlignedBytes(new (std::align_val_t(64)) char[bytes]); }
+
+// Scratch that each thread keeps between calls.
 inline void* thread_workspace(int64_t bytes) {
-    struct FreeAligned {
-        void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
-    };
-    thread_local std::unique_ptr<char[], FreeAligned> memory;
+    thread_local AlignedBytes memory;
     thread_local int64_t size = 0;
     if (size < bytes) {
-        memory.reset(new (std::align_val_t(64)) char[bytes]);
+        memory = aligned_bytes(bytes);
         size = bytes;
     }
     return memory.get();

@@ -1,9 +1,8 @@
 // The torch op gemm_bf16_cpu; its schema stands in r1kernels/logprob/cpu.py.
 #include "common/gemm/bf16.h"
 
-#include <memory>
-
 #include "common/memory.h"
+#include "common/share.h"
 #include "common/stable.h"
 
 namespace r1kernels {
@@ -22,14 +21,14 @@ bool is_float32(const char* name, const Tensor& tensor) {
 
 // A thread's packed panels of B, kept between calls: a fresh buffer is paid in page faults.
 uint32_t* packed_words(int64_t words) {
-    thread_local std::unique_ptr<uint32_t[]> buffer;
+    thread_local AlignedBytes buffer;
     thread_local int64_t size = 0;
     if (size < words) {
-        buffer.reset(new uint32_t[words]);
+        buffer = aligned_bytes(words * sizeof(uint32_t));
         size = words;
         want_huge_pages(buffer.get(), words * sizeof(uint32_t));
     }
-    return buffer.get();
+    return reinterpret_cast<uint32_t*>(buffer.get());
 }
 
 void gemm_bf16(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
@@ -56,8 +55,7 @@ void gemm_bf16(const Tensor& a, const Tensor& b, const Tensor& out, bool add) {
     // a product costs less than an element of the row kernels
     const int64_t block_grain = 16 * kGrain / (kGemmBlockRows * gemm.k * gemm.n / 16 + 1) + 1;
     parallel_for(0, gemm_a_blocks(gemm), block_grain, [&](int64_t begin, int64_t end) {
-        const std::unique_ptr<uint32_t[]> packed_a(new uint32_t[kGemmAWords]);
-        kernels.multiply(gemm, packed_a.get(), begin, end);
+        kernels.multiply(gemm, static_cast<uint32_t*>(thread_workspace(kGemmAWords * sizeof(uint32_t))), begin, end);
     });
 }
 
