@@ -233,16 +233,20 @@ def _rest(logp: Tensor) -> Tensor:
 
 def _of_ids_alone(found: events.Events, teacher: Teacher, how: How) -> Tensor:
     least = torch.finfo(torch.float64).min / 4  # e^ of it is 0, and 0 times it is 0
-    student = events.log_probs(found)[0][:, :-1].clamp(min=least)
-    log_teacher = teacher.logp.clamp(min=least)
+    of_student = events.log_probs(found)[0][:, :-1]
+    student, log_teacher = of_student.clamp(min=least), teacher.logp.clamp(min=least)
     if how.kind == "forward_kl":
         values = log_teacher.exp() * (log_teacher - student)
+        infinite = (of_student == -torch.inf) & (log_teacher.exp() > 0)
     elif how.kind == "reverse_kl":
         values = student.exp() * (student - log_teacher)
+        infinite = (teacher.logp == -torch.inf) & (student.exp() > 0)
     else:
         log_mean = torch.logaddexp(log_teacher + math.log(how.beta), student + math.log1p(-how.beta))
         values = how.beta * log_teacher.exp() * (log_teacher - log_mean)
         values = values + (1 - how.beta) * student.exp() * (student - log_mean)
+        infinite = torch.zeros_like(values, dtype=torch.bool)
+    values = values + torch.where(infinite, torch.inf, 0.0)
     return torch.where(teacher.logp == -torch.inf, torch.where(teacher.ids < 0, 0.0, values), values).sum(-1)
 
 

@@ -181,6 +181,16 @@ def test_a_sum_over_the_ids_alone_can_be_negative(place, kind):
     assert bucket > 0 and (kind == "jsd" or alone < 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tail", ["bucket", "ignore"])
+def test_what_one_side_alone_cannot_draw_is_infinitely_far(dtype, tail):
+    logits, ids = torch.tensor([[0.0, -torch.inf, 1.0]], dtype=dtype), torch.tensor([[0, 1]])
+    shared, alone = torch.tensor([[-1.0, -1.2]]).double(), torch.tensor([[-torch.inf, -1.2]]).double()
+    assert topk_divergence(logits, ids, shared, kind="forward_kl", tail=tail) == torch.inf
+    assert topk_divergence(logits, ids, alone, kind="reverse_kl", tail=tail) == torch.inf
+    assert topk_divergence(logits, ids, alone, kind="jsd", tail=tail).isfinite()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_low_precision(place, kind, dtype):
