@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from bench.environment import environment
 from bench.ops.cases import Case
 from bench.results import Measured, Row, Run
 from bench.table import mark
+from tests.support.runs import exit_code
 
 TINY = Case("token_logprobs", "cpu", "float32", {"N": 8, "V": 33}, quick=True)
 CEILINGS = Ceilings(1e9, {"float32": 1e9, "bfloat16": 2e9}, 1e9)
@@ -161,10 +161,14 @@ def test_the_floor_takes_the_largest_ceiling():
 def test_pytest_benchmark_times_the_implementations_and_names_no_host(tmp_path):
     out = tmp_path / "found.json"
     options = ["-k", "grpo_loss and r1kernels", "--benchmark-max-time=0.05", f"--benchmark-json={out}"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench", *options]
-    # in a process of pytest-xdist nothing would be timed
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    subprocess.run(command, cwd=documents.ROOT, env=alone, check=True, capture_output=True)
+
+    def timed_alone():
+        # in a process of pytest-xdist nothing would be timed
+        for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+            del os.environ[name]
+        sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", str(documents.ROOT / "bench"), *options]))
+
+    assert exit_code(timed_alone) == 0
     found = json.loads(out.read_text())
     (timed,) = found["benchmarks"]
     assert timed["stats"]["min"] > 0 and timed["stats"]["rounds"] >= 5

@@ -1,6 +1,7 @@
-"""Commands in processes of their own, killed or not, and every number that a run wrote."""
+"""Work and commands in processes of their own, killed or not, and every number that a run wrote."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -47,6 +48,17 @@ def run_and_kill(command, due):
     process.communicate(timeout=DEADLINE)
     assert process.returncode == (-signal.SIGKILL if running else 0)
     return running
+
+
+def exit_code(work, due=None):
+    """Of a process, forked from this one, that does `work`, to the end or until `due()`: then it is killed."""
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    if due is not None:
+        wait_for(lambda: due() or not child.is_alive())
+        child.kill()
+    child.join()
+    return child.exitcode
 
 
 def lines(path):

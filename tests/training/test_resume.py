@@ -5,7 +5,6 @@ stage that samples or trains something small. The slow one kills the whole recip
 """
 
 import functools
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.support.runs import assert_same, lines, numbers, run_and_kill, run_to_the_end, wait_for
+from tests.support.runs import assert_same, exit_code, lines, numbers, run_and_kill, run_to_the_end
 from training import pieces, pipeline, preferences, seeding
 from training.pipeline import Stage
 from training.progress import Progress
@@ -24,17 +23,6 @@ from training.recipe import STAGE_NAMES, load
 from training.run_dir import RunDir
 from training.stages import distill
 from training.tasks.general import GeneralTask
-
-
-def exit_code(work, due=None):
-    """Of a process that does `work`, to the end or until `due()`: then it is killed."""
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    if due is not None:
-        wait_for(lambda: due() or not child.is_alive())
-        child.kill()
-    child.join()
-    return child.exitcode
 
 
 def generator(*key):

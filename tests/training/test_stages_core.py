@@ -29,6 +29,7 @@ SMALL = [
     "cold_start.prompts=40",
     "rl_reasoning.steps=2",
     "evaluate.k_problems=8",
+    "evaluate.max_new_tokens=32",
     "evaluate.splits=[test, harder]",
     "evaluate.reach=4",
     "evaluate.reach_problems=6",

@@ -90,7 +90,11 @@ def test_sft_and_distillation_learn_from_a_file_on_ones_own_model(tmp_path, path
             "stages": ["sft1", "distill"],
             "model": {"pretrained": str(folder)},
             "sft1": {"start": str(folder), "data": str(path), "steps": 2, "batch_size": 2},
-            "distill": {"data": str(path), "students": {"own": {"pretrained": str(folder), "steps": 1}}},
+            "distill": {
+                "data": str(path),
+                "students": {"own": {"pretrained": str(folder), "steps": 1}},
+                "max_new_tokens": 8,
+            },
         }
     )
     run_dir = RunDir(tmp_path / "run")
