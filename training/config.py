@@ -8,6 +8,7 @@ type, so that defaults, YAML files and `key=value` words are laid over each othe
 import copy
 import dataclasses
 import difflib
+import functools
 import math
 import operator
 import types
@@ -84,6 +85,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {name!r}{told}")
 
 
+@functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """Field name -> resolved type of a dataclass, in the order of its fields."""
     hints = typing.get_type_hints(cls)

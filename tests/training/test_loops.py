@@ -136,7 +136,7 @@ def test_the_prompt_carries_no_loss_and_eos_does(tmp_path):
 
 
 def test_training_lowers_the_loss_and_evens_the_load(tmp_path):
-    config = NextToken(steps=120, batch_size=16, lr=5e-3, lr_end=5e-4, bias_rate=2e-2)
+    config = NextToken(steps=60, batch_size=16, lr=5e-3, lr_end=5e-4, bias_rate=2e-2)
     at = context(tmp_path / "a", config)
     next_token.train(model(), TOKENIZER, DOCUMENTS, config, at)
     rows = at.stage.metrics()
@@ -195,6 +195,9 @@ CONFIG = Grpo(
 )
 
 
+SHORT = replace(CONFIG, group_size=2, max_new_tokens=5)
+
+
 def share_of_makes(step, samples):
     word = TOKENIZER.convert_tokens_to_ids("makes")
     scored = []
@@ -226,7 +229,7 @@ def run_grpo(folder, config=CONFIG, reward=share_of_even_ids, stop_at=None, poli
 
 
 def test_grpo_raises_the_reward(tmp_path):
-    config = replace(CONFIG, steps=25, group_size=16, batch_size=64, lr=5e-3)
+    config = replace(CONFIG, steps=16, group_size=16, batch_size=64, lr=8e-3)
     rows, _, _, _ = run_grpo(tmp_path / "a", config, share_of_makes)
     assert rows[-1]["reward"] > 10 * rows[0]["reward"] and rows[-1]["reward"] > 0.1
 
@@ -295,7 +298,7 @@ def test_the_metrics_are_complete_and_consistent(tmp_path):
 @pytest.mark.parametrize("fused_loss", [False, True])
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, fused_loss, optimizer):
     config = replace(
-        CONFIG, reference_every=2, save_every=2, steps=5, fused_loss=fused_loss, optimizer=optimizer
+        SHORT, reference_every=2, save_every=2, steps=5, fused_loss=fused_loss, optimizer=optimizer
     )
     expected, weights, _, whole = run_grpo(tmp_path / "whole", config)
     for stop_at in (1, 3, 4):
@@ -455,7 +458,7 @@ def test_the_clip_and_the_ratio_of_a_recipe_that_sets_none_are_those_of_settings
 
 @pytest.mark.parametrize(("steps", "step"), [(3, 1), (1, 0)])
 def test_a_profile_shows_the_operators_of_one_step(tmp_path, steps, step):
-    config = replace(CONFIG, steps=steps)
+    config = replace(SHORT, steps=steps)
     with profiling(True):
         _, weights, _, at = run_grpo(tmp_path / "a", config)
     written = (at.stage.path / "profile.txt").read_text()
