@@ -64,10 +64,11 @@ struct Tiles {
 constexpr int kDotRows = kLanes >= 16 ? 4 : 2;  // times kDotColumns are kLanes accumulators
 constexpr int kDotColumns = kLanes / kDotRows;
 
-// C (kRows, columns) = A B^T over k elements, for at most kDotColumns rows of B.
+// C (kRows, columns) = A B^T over k elements, for at most kDotColumns rows of B. With `ahead` the rows behind these are
+// fetched meanwhile, into the second-level cache.
 template <int kRows, typename T>
 inline void dot_tile(const Rows<T>& a, const T* b, int64_t b_stride, int64_t columns, int64_t k, float* c,
-                     int64_t c_stride) {
+                     int64_t c_stride, bool ahead) {
     constexpr int64_t kStep = AlongK<T>::kElements;
     const T* left[kRows];
     const T* right[kDotColumns];
@@ -79,6 +80,10 @@ inline void dot_tile(const Rows<T>& a, const T* b, int64_t b_stride, int64_t col
         CellVector<T> columns_at[kDotColumns];
 #pragma GCC unroll 8
         for (int j = 0; j < kDotColumns; ++j) columns_at[j] = AlongK<T>::load_whole(right[j] + at);
+        if (ahead) {
+#pragma GCC unroll 8
+            for (int j = 0; j < kDotColumns; ++j) __builtin_prefetch(right[j] + kDotColumns * b_stride + at, 0, 2);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
             const CellVector<T> row_at = AlongK<T>::load_whole(left[i] + at);
@@ -197,10 +202,12 @@ void dot_product(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int6
             const Rows<T> rows = a.from(row);
             float* to = c + row * c_stride + column;
             switch (m - row) {
-                case 1: dot_tile<1>(rows, columns, b_stride, count, k, to, c_stride); break;
-                case 2: dot_tile<2>(rows, columns, b_stride, count, k, to, c_stride); break;
-                case 3: dot_tile<kDotRows < 3 ? kDotRows : 3>(rows, columns, b_stride, count, k, to, c_stride); break;
-                default: dot_tile<kDotRows>(rows, columns, b_stride, count, k, to, c_stride);
+                case 1: dot_tile<1>(rows, columns, b_stride, count, k, to, c_stride, row == 0); break;
+                case 2: dot_tile<2>(rows, columns, b_stride, count, k, to, c_stride, row == 0); break;
+                case 3:
+                    dot_tile<kDotRows < 3 ? kDotRows : 3>(rows, columns, b_stride, count, k, to, c_stride, row == 0);
+                    break;
+                default: dot_tile<kDotRows>(rows, columns, b_stride, count, k, to, c_stride, row == 0);
             }
         }
     }
