@@ -131,7 +131,13 @@ def test_a_run_is_kept_without_its_weights(tmp_path):
         "zero.prompts=2",
         "zero.group_size=2",
     ]
-    words += ["evaluate.problems=4", "evaluate.k_problems=2", "evaluate.k=1", "stages=[base,zero,evaluate]"]
+    words += [
+        "evaluate.problems=4",
+        "evaluate.k_problems=2",
+        "evaluate.k=1",
+        "evaluate.max_new_tokens=8",
+        "stages=[base,zero,evaluate]",
+    ]
     pipeline.run(load("smoke", words), RunDir(tmp_path / "run"), progress=Progress(quiet=True))
     smollm2.collect(tmp_path / "run", tmp_path / "kept")
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {

@@ -234,10 +234,16 @@ def resumed(folder, settings, steps, stop_at=None):
     return model.state_dict(), without_times(at.stage.metrics())
 
 
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory):
+    """What one rank has after five steps."""
+    return resumed(tmp_path_factory.mktemp("whole"), ["parallel.shard=1"], 5)
+
+
 @pytest.mark.parametrize(
     ("before", "after"), [((1, 1), (2, 2)), ((2, 2), (2, 2)), ((2, 2), (1, 1)), ((2, 1), (2, 2))]
 )
-def test_a_run_goes_on_with_another_number_of_ranks_and_another_division(tmp_path, before, after):
+def test_a_run_goes_on_with_another_number_of_ranks_and_another_division(unstopped, tmp_path, before, after):
     """before, after: ranks and how many of them divide a model; step 3 is after the resume point of step 2."""
 
     def at(layout, folder, stop_at=None):
@@ -245,7 +251,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_division(tmp_pat
         work = lambda: resumed(folder, [f"parallel.shard={shard}"], 5, stop_at)  # noqa: E731
         return work() if count == 1 else on_ranks(count, work, tmp_path / f"meeting{stop_at}{folder.name}")[0]
 
-    expected, rows = at((1, 1), tmp_path / "whole")
+    expected, rows = unstopped
     at(before, tmp_path / "cut", stop_at=3)
     assert len(list((tmp_path / "cut").glob("state-*/*.safetensors"))) == before[0]
     found, rows_after = at(after, tmp_path / "cut")
