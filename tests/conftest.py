@@ -21,6 +21,9 @@ with contextlib.suppress(ModuleNotFoundError):
     hypothesis.settings.register_profile("r1kernels", deadline=None, derandomize=True, max_examples=50)
     hypothesis.settings.load_profile("r1kernels")
 torch.set_num_threads(1)
+gc.set_threshold(
+    100_000, 20, 50
+)  # what is imported and collected is much, and looked through each time otherwise
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
@@ -52,10 +55,14 @@ def pytest_unconfigure():
     gc.unfreeze()
 
 
+# torch.manual_seed notes the stack for each kind of device that may start later, a third of a millisecond a test
+seed = torch.manual_seed if torch.backends.cuda.is_built() else torch.default_generator.manual_seed
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Fresh random inputs that are the same in every run."""
-    torch.manual_seed(0)
+    seed(0)
 
 
 @pytest.fixture(autouse=True)

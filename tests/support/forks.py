@@ -6,6 +6,7 @@ All is imported and collected once. The C++ kernels choose at their first call, 
 import os
 
 import pytest
+import torch.distributed.tensor  # noqa: F401 - torch.testing imports it at its first comparison, in each fork otherwise
 
 from r1kernels import extension
 
