@@ -178,7 +178,7 @@ def test_gradcheck_of_the_reference(kind):
     assert torch.autograd.gradcheck(call, problem.student)
 
 
-@functools.lru_cache(maxsize=64)  # every backend asks for the same rows
+@functools.cache  # every backend asks for the same rows
 def by_mpmath(student, teacher, kind, beta):
     """(divergence, its gradient in the student's logits) of one row of numbers each, in 60 digits."""
     with mpmath.workdps(60):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import mpmath
 import torch
 from torch import Tensor
@@ -10,17 +12,17 @@ from torch import Tensor
 LEAST_REST = 2.0**-24
 
 
+@functools.cache  # every backend asks for the same rows
 def row(
-    logits: list[float],
-    ids: list[int],
-    teacher_logp: list[float],
+    logits: tuple[float, ...],
+    kept: tuple[tuple[int, float], ...],
     kind: str,
     *,
     beta: float = 0.5,
     tail: str = "bucket",
     temperature: float = 1.0,
 ) -> tuple[float, list[float]]:
-    """(divergence, its gradient in the logits); ids below 0 are padding."""
+    """(divergence, its gradient in the logits); kept holds ids and the teacher's log-probs of them."""
     with mpmath.workdps(60):
         x = [mpmath.mpf(value) / mpmath.mpf(temperature) for value in logits]
         largest = max(x)
@@ -28,7 +30,6 @@ def row(
             mpmath.e ** (value - largest) if value != mpmath.mpf("-inf") else mpmath.mpf(0) for value in x
         ]
         total = mpmath.fsum(weights)
-        kept = [(v, logp) for v, logp in zip(ids, teacher_logp, strict=True) if v >= 0]
         student = [weights[v] / total for v, _ in kept]
         teacher = [mpmath.e ** mpmath.mpf(logp) for _, logp in kept]
         if tail == "bucket":
@@ -67,9 +68,16 @@ def row(
 def rows(
     logits: Tensor, ids: Tensor, teacher_logp: Tensor, kind: str, **options: float | str
 ) -> tuple[Tensor, Tensor]:
-    """(divergences (N,), gradients (N, V)) of logits (N, V) in float64, for an upstream gradient of 1."""
-    arguments = zip(logits.double().tolist(), ids.tolist(), teacher_logp.double().tolist(), strict=True)
-    found = [row(*each, kind, **options) for each in arguments]
+    """(divergences (N,), gradients (N, V)) of logits (N, V) in float64, for an upstream gradient of 1.
+
+    Ids below 0 are padding.
+    """
+    found = []
+    for x, row_ids, row_logp in zip(
+        logits.double(), ids.tolist(), teacher_logp.double().tolist(), strict=True
+    ):
+        kept = tuple((v, logp) for v, logp in zip(row_ids, row_logp, strict=True) if v >= 0)
+        found.append(row(tuple(x.tolist()), kept, kind, **options))
     return (
         torch.tensor([value for value, _ in found], dtype=torch.float64),
         torch.tensor([gradient for _, gradient in found], dtype=torch.float64),
