@@ -158,11 +158,12 @@ def test_the_environment_chooses():
 
 def test_import_is_light():
     code = (
-        "import sys, r1kernels;"
-        "print([name for name in ('triton', 'transformers', 'trl') if name in sys.modules])"
+        "import sys, torch, r1kernels;"
+        "names = ('triton', 'transformers', 'trl', 'training');"
+        "print([name for name in names if name in sys.modules], torch.cuda.is_initialized())"
     )
     result = run_python(code)
-    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+    assert result.stdout.strip() == "[] False", result.stdout + result.stderr
 
 
 def test_a_compiled_function_follows_the_preference():
