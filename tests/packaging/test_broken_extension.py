@@ -28,6 +28,17 @@ except r1kernels.BackendError as error:
     print(error)
 print(__main__.report())
 """
+# imports torch once, and uses the package of each folder that it reads in a fork
+FORKS = f"""
+import os, sys, torch
+for folder in map(str.strip, sys.stdin):
+    if os.fork() == 0:
+        sys.path.insert(0, folder)
+        with open(os.path.join(folder, "said"), "w") as sys.stdout:
+            exec({USE!r})
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
 
 
 @pytest.fixture
@@ -40,24 +51,31 @@ def package(tmp_path):
     return copy
 
 
-def use(package):
-    # -S: no .pth file is read, so that an editable install of r1kernels does not answer for what the copy lacks
-    paths = (str(package.parent), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+@pytest.fixture(scope="module")
+def forks():
+    # -S: no .pth file is read, so that an editable install of r1kernels does not answer for what a copy lacks
+    paths = sysconfig.get_path("purelib"), sysconfig.get_path("platlib")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-S", "-c", USE]
-    result = subprocess.run(command, env=environment, cwd=package.parent, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    command, pipe = [sys.executable, "-S", "-c", FORKS], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, cwd="/", stdin=pipe, stdout=pipe, text=True) as process:
+        yield process
 
 
-def assert_reported(package, *texts):
+@pytest.fixture
+def assert_reported(package, forks):
     """The reference serves, the cpu backend refuses with the reason, and the report shows it."""
-    failure, value, refusal, report = use(package).split("\n", 3)
-    for text in texts:
-        assert text in failure
-    assert value == "-1.3863"  # -log 4
-    assert failure in refusal
-    assert failure in report
+
+    def check(*texts):
+        print(package.parent, file=forks.stdin, flush=True)
+        assert forks.stdout.readline() == "0\n"
+        failure, value, refusal, report = (package.parent / "said").read_text().split("\n", 3)
+        for text in texts:
+            assert text in failure
+        assert value == "-1.3863"  # -log 4
+        assert failure in refusal
+        assert failure in report
+
+    return check
 
 
 def shared_library(package, name, source):
@@ -72,16 +90,16 @@ def shared_library(package, name, source):
     )
 
 
-def test_not_built(package):
-    assert_reported(package, "r1kernels._C is not there", "R1KERNELS_NO_EXTENSION=1")
+def test_not_built(assert_reported):
+    assert_reported("r1kernels._C is not there", "R1KERNELS_NO_EXTENSION=1")
 
 
-def test_not_a_library(package):
+def test_not_a_library(package, assert_reported):
     (package / f"_C{SUFFIX}").write_bytes(b"no library")
-    assert_reported(package, f"_C{SUFFIX}", "did not load: ImportError")
+    assert_reported(f"_C{SUFFIX}", "did not load: ImportError")
 
 
-def test_another_torch(package):
+def test_another_torch(package, assert_reported):
     source = """
 extern void torch_function_of_another_version(void);
 const char record[] = "r1kernels-build{torch=2.99.0+cu999,python=%s}";
@@ -90,7 +108,6 @@ void *PyInit__C(void) { torch_function_of_another_version(); return 0; }
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     shared_library(package, f"_C{SUFFIX}", source % here)
     assert_reported(
-        package,
         "torch ABI mismatch",
         "built against torch 2.99.0+cu999",
         f"this is torch {torch.__version__}",
@@ -98,13 +115,13 @@ void *PyInit__C(void) { torch_function_of_another_version(); return 0; }
     )
 
 
-def test_another_python(package):
+def test_another_python(package, assert_reported):
     shared_library(
         package,
         "_C.cpython-399-x86_64-linux-gnu.so",
         'const char record[] = "r1kernels-build{torch=2.13.0,python=3.99}";',
     )
-    assert_reported(package, "was built for Python 3.99", f"this is Python 3.{sys.version_info.minor}")
+    assert_reported("was built for Python 3.99", f"this is Python 3.{sys.version_info.minor}")
 
 
 # what a later version of r1kernels declares beside its other ops
@@ -121,8 +138,8 @@ Kernel("later", LaterCall, _shapes)
 
 
 @pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
-def test_built_from_older_sources(package):
+def test_built_from_older_sources(package, assert_reported):
     shutil.copy(str(extension._find()), package)
     with open(package / "moe" / "__init__.py", "a") as file:
         file.write(LATER)
-    assert_reported(package, "the extension has no later_cpu", "older sources", "reinstall r1kernels")
+    assert_reported("the extension has no later_cpu", "older sources", "reinstall r1kernels")
