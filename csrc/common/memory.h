@@ -1,4 +1,4 @@
-// Advice to the operating system about large buffers.
+// What is different for large buffers: how they are written, and advice to the operating system.
 #pragma once
 
 #include <cstddef>
@@ -9,6 +9,10 @@
 #endif
 
 namespace r1kernels {
+
+// A result at least so large is written past the caches, none of which would hold it: what is written whole is then not read
+// first.
+constexpr int64_t kStreamedBytes = int64_t{16} << 20;
 
 // Ask for huge pages behind a buffer that is about to be written for the first time: a fresh one is otherwise paid in
 // page faults, several times the price of a kernel that fills it. Only advice: contents and failures do not matter.

@@ -140,23 +140,22 @@ inline Halves narrow(Words words) {
 
 inline void store(float* to, Floats value) { memcpy(to, &value, sizeof value); }
 
-inline void store(BFloat16* to, Floats value) {
+inline Halves bits_of(BFloat16, Floats value) {
 #if defined(__AVX512BF16__)
-    const __m256bh bits = _mm512_cvtneps_pbh(value);
+    return (Halves)_mm512_cvtneps_pbh(value);
 #else
     const Words word = (Words)value;
     const Words rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
     const Words quiet = (word >> 16) | 0x40u;
-    const Halves bits = narrow((Words)(value == value ? rounded : quiet));
+    return narrow((Words)(value == value ? rounded : quiet));
 #endif
-    memcpy(to, &bits, sizeof bits);
 }
 
-inline void store(Float16* to, Floats value) {
+inline Halves bits_of(Float16, Floats value) {
 #if defined(__AVX512F__)
-    const __m256i bits = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (Halves)_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__AVX2__)
-    const __m128i bits = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (Halves)_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     const Words word = (Words)value;
     const Words sign = (word >> 16) & 0x8000u;
@@ -168,9 +167,52 @@ inline void store(Float16* to, Floats value) {
     const Words large = magnitude > 0x7f800000u ? Words{} + 0x7e00u : Words{} + 0x7c00u;  // NaN, or infinity
     Words result = magnitude < 0x38800000u ? small : normal;
     result = magnitude >= 0x477ff000u ? large : result;
-    const Halves bits = narrow(sign | result);
+    return narrow(sign | result);
 #endif
+}
+
+template <typename T>
+inline void store(T* to, Floats value) {
+    const Halves bits = bits_of(T{}, value);
     memcpy(to, &bits, sizeof bits);
+}
+
+
+// --- stream: past the caches, a whole cache line at once, for parts of a line would each be read and written ---
+
+constexpr int64_t kLineBytes = 64;
+template <typename T>
+constexpr int64_t kLine = kLineBytes / sizeof(T);
+
+template <typename T>
+inline bool begins_line(const T* to) { return reinterpret_cast<uintptr_t>(to) % kLineBytes == 0; }
+
+// kLine numbers to a line
+inline void stream_line(float* to, const float* from) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, load(from));
+#elif defined(__AVX2__)
+    _mm256_stream_ps(to, load(from));
+    _mm256_stream_ps(to + kLanes, load(from + kLanes));
+#else
+    for (int64_t i = 0; i < kLine<float>; i += kLanes) store(to + i, load(from + i));
+#endif
+}
+template <typename T>
+inline void stream_line(T* to, const float* from) {
+#if defined(__AVX512F__)
+    const __m256i first = (__m256i)bits_of(T{}, load(from)), second = (__m256i)bits_of(T{}, load(from + kLanes));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
+#else  // in parts it gains nothing
+    for (int64_t i = 0; i < kLine<T>; i += kLanes) store(to + i, load(from + i));
+#endif
+}
+
+// Before another thread reads what was streamed.
+inline void end_streams() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
 }
 
 // --- the last elements of a row: `count` < kLanes of them, the other lanes hold -inf ---

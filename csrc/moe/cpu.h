@@ -43,6 +43,7 @@ struct ProductBlock {
     bool batch_invariant; // A B^T: few rows have the bits of many
     float scale;          // of A B^T and A B
     LowRankBlock low;
+    bool streamed;        // A^T B: out is written past the caches (common/memory.h)
 };
 
 // Rows [0, rows) of one expert and columns [0, columns) of I; pointers are at the first of both.

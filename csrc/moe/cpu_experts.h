@@ -69,7 +69,7 @@ void product_nn_of(const ProductBlock& product, const Workspace& workspace) {
 template <typename T>
 void product_tn_of(const ProductBlock& product, const BlockRows& b, const Workspace& workspace) {
     product_tn(rows_of<T>(product.a), 0, product.m, rows_of<T>(b), 0, product.n, product.k,
-               static_cast<T*>(product.out), product.out_stride, workspace);
+               static_cast<T*>(product.out), product.out_stride, product.streamed, workspace);
 }
 
 // --- the activation ---

@@ -65,7 +65,7 @@ void grouped_product(const Product& product) {
                    at_element(weight, place_in(weight, transposed, block.expert, first)), weight.size(2), block.rows,
                    block.columns, depth, static_cast<char*>(product.out) + (block.row * columns + block.column) * out_size,
                    columns, product.float_out, product.batch_invariant, product.scale,
-                   product.low.at(transposed, block, first)},
+                   product.low.at(transposed, block, first), false},
                   workspace);
           });
 }
@@ -73,7 +73,8 @@ void grouped_product(const Product& product) {
 void grouped_weight_gradient(const ExpertRows& a, const ExpertRows& b, const int32_t* offsets, const Tensor& grad) {
     const MoeKernels& kernels = chosen_moe_kernels();
     const int64_t experts = grad.size(0), m = grad.size(1), n = grad.size(2);
-    want_huge_pages(grad.data_ptr(), grad.numel() * grad.element_size());
+    const int64_t bytes = grad.numel() * grad.element_size();
+    want_huge_pages(grad.data_ptr(), bytes);
     const std::vector<Block> blocks = weight_blocks_of(experts, m, n);
     share(blocks.size(), offsets[experts] * m * n + grad.numel(), kernels.workspace,
           [&](int64_t item, void* workspace) {
@@ -81,7 +82,7 @@ void grouped_weight_gradient(const ExpertRows& a, const ExpertRows& b, const int
               const int64_t first = offsets[block.expert], rows = offsets[block.expert + 1] - first;
               void* to = at_element(grad, (block.expert * m + block.row) * n + block.column);
               kernels.product_tn({element_of("grad", grad), a.at(first, block.row), nullptr, 0, block.rows,
-                                  block.columns, rows, to, n, false, false, 1.0f, {}},
+                                  block.columns, rows, to, n, false, false, 1.0f, {}, bytes >= kStreamedBytes},
                                  b.at(first, block.column), workspace);
           });
 }

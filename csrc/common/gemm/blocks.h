@@ -278,18 +278,24 @@ void product_nn(const Rows<T>& a, int64_t m, const T* b, int64_t b_stride, int64
 }
 
 template <typename T>
-void store_row(const float* from, int64_t count, T* to) {
+void store_row(const float* from, int64_t count, T* to, bool streamed = false) {
     int64_t i = 0;
+    if (streamed && begins_line(to)) {
+        for (; i + kLine<T> <= count; i += kLine<T>) stream_line(to + i, from + i);
+    }
     for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
     if (i < count) store_some(to + i, load_front(from + i, count - i), static_cast<int>(count - i));
 }
 
-// D (m, n) = A^T B over k rows of both, A at columns [a_column, a_column + m), B at [b_column, b_column + n).
+// D (m, n) = A^T B over k rows of both, A at columns [a_column, a_column + m), B at [b_column, b_column + n). Where D is
+// part of a large result, it is streamed.
 template <typename T>
 void product_tn(const Rows<T>& a, int64_t a_column, int64_t m, const Rows<T>& b, int64_t b_column, int64_t n, int64_t k,
-                T* d, int64_t d_stride, const Workspace& workspace) {
+                T* d, int64_t d_stride, bool streamed, const Workspace& workspace) {
     if (k == 0) {
-        for (int64_t row = 0; row < m; ++row) memset(d + row * d_stride, 0, n * sizeof(T));
+        memset(workspace.product(), 0, n * sizeof(float));
+        for (int64_t row = 0; row < m; ++row) store_row(workspace.product(), n, d + row * d_stride, streamed);
+        if (streamed) end_streams();
         return;
     }
     [[maybe_unused]] const Registers<T> registers;
@@ -320,12 +326,13 @@ void product_tn(const Rows<T>& a, int64_t a_column, int64_t m, const Rows<T>& b,
                     tile(rows, StridedCells<Cell<T>>{left + row * row_step + cell * cell_step, row_step, cell_step},
                          right + cell * kPanel, chain, sums, sums_stride, begin + cell > 0);
                     for (int64_t r = 0; last && r < rows; ++r) {
-                        store_row(sums + r * sums_stride, count, d + (row + r) * d_stride + column);
+                        store_row(sums + r * sums_stride, count, d + (row + r) * d_stride + column, streamed);
                     }
                 }
             }
         }
     }
+    if (streamed) end_streams();
 }
 
 }  // namespace r1kernels::R1KERNELS_ISA
