@@ -75,8 +75,7 @@ inline void each(const Function& function) {
 }
 
 // C (16 kStrips, 16 kColumns) = A B, or += A B, over `cells` cells, a multiple of kStepCells. A row of A has `a_stride`
-// elements; a row of B lies `b_stride` cells from the one before. With
-// kAhead the strips behind these are fetched meanwhile.
+// elements; a row of B lies `b_stride` cells from the one before. With kAhead the strips behind these are fetched meanwhile.
 template <int kStrips, int kColumns, bool kAhead = false>
 inline void strips_of(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t cells, float* c,
                       int64_t c_stride, bool add) {

@@ -10,6 +10,22 @@ namespace r1kernels::R1KERNELS_ISA {
 
 #if defined(__AMX_BF16__)
 
+// C (count, n) = the first `count` of kPanel columns of the sums, or += them.
+inline void turn_sums(const float* sums, int64_t n, int64_t count, float* c, int64_t c_stride, bool onto) {
+    for (int64_t column = 0; column < n; column += kLanes) {
+        for (int64_t row = 0; row < count; row += kLanes) {
+            Floats block[kLanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) block[i] = load(sums + (column + i) * kPanel + row);
+            transpose(block);
+            float* to = c + row * c_stride + column;
+            for (int i = 0; i < kLanes && row + i < count; ++i, to += c_stride) {
+                store(to, onto ? load(to) + block[i] : block[i]);
+            }
+        }
+    }
+}
+
 // The products of A with one or two matrices B; those of the second stand from column `apart` of C on.
 template <int kMatrices>
 void turned_product(const Rows<BFloat16>& a, int64_t m, const BFloat16* const (&matrices)[kMatrices], int64_t b_stride,
@@ -50,19 +66,8 @@ void turned_product(const Rows<BFloat16>& a, int64_t m, const BFloat16* const (&
             }
         }
         for (int matrix = 0; matrix < kMatrices; ++matrix) {
-            for (int64_t column = 0; column < n; column += kLanes) {
-                for (int64_t row = 0; row < count; row += kLanes) {
-                    const float* from = sums + (matrix * apart + column) * kPanel + row;
-                    float* to = c + (first + row) * c_stride + matrix * apart + column;
-                    Floats block[kLanes];
-#pragma GCC unroll 16
-                    for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * kPanel);
-                    transpose(block);
-                    for (int i = 0; i < kLanes && row + i < count; ++i, to += c_stride) {
-                        store(to, onto ? load(to) + block[i] : block[i]);
-                    }
-                }
-            }
+            const int64_t column = matrix * apart;
+            turn_sums(sums + column * kPanel, n, count, c + first * c_stride + column, c_stride, onto);
         }
     }
 }
