@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,9 @@ def _digits(value: float) -> float:
 
 
 def save(path: Path, found: Mapping[str, Any]) -> None:
-    """Write JSON; whoever is cut off leaves the older file."""
-    files.write_text(path, _text(found) + "\n")
+    """Write JSON, numbers as ``short`` ones; whoever is cut off leaves the older file."""
+    shortened = json.loads(json.dumps(found), parse_float=lambda text: _digits(float(text)))
+    files.write_text(path, _text(shortened) + "\n")
 
 
 def _text(value: Any, indent: int = 0) -> str:
@@ -275,15 +276,24 @@ class Run:
             self.not_run[name] = reason
 
     def save(self, path: Path) -> None:
-        """As JSON; what a row has by default is left out."""
+        """As JSON; what a case or a row has by default is left out."""
         found = {"schema": SCHEMA, **asdict(self)}
-        usual = asdict(Row(""))
-        for case in found["cases"]:
-            rows = [row | {"rounds": {}, "firsts": {}} for row in case["rows"]]
-            case["rows"] = [{k: v for k, v in row.items() if v != usual[k]} for row in rows]
-            if not case["ceilings"]:
-                del case["ceilings"]
+        for measured in found["cases"]:
+            measured["case"] = _unusual(measured["case"], Case)
+            rows = [row | {"rounds": {}, "firsts": {}} for row in measured["rows"]]
+            measured["rows"] = [_unusual(row, Row) for row in rows]
+            if not measured["ceilings"]:
+                del measured["ceilings"]
         save(path, found)
+
+
+def _unusual(values: dict[str, Any], of: type[Case] | type[Row]) -> dict[str, Any]:
+    """The values that are not the defaults of their class."""
+    usual = {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory()
+        for each in fields(of)
+    }
+    return {name: value for name, value in values.items() if value != usual[name]}
 
 
 def load(path: Path) -> Run:
