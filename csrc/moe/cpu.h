@@ -1,8 +1,8 @@
 // The CPU kernels of the MoE ops: plain functions over blocks, for a caller that shares the blocks out to threads.
 //
 // T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows, R rank of a low-rank
-// addition. "Expert order": the rows sorted by expert (sort_by_expert). Blocks depend on shapes and routing alone, and every block is computed by one
-// thread in a fixed order: results do not depend on the number of threads. Arguments are trusted.
+// addition. "Expert order": the rows sorted by expert (sort_by_expert). Every number is computed by one thread in an order
+// that depends on neither blocks nor threads. Arguments are trusted.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,7 @@ struct BlockRows {
 
 constexpr int64_t kMoeBlockRows = 256;     // the most rows m of a product
 constexpr int64_t kMoeBlockColumns = 256;  // the most columns n of a product
+constexpr int64_t kMoeLeastColumns = 64;   // fewer are not worth packing the rows for
 constexpr int64_t kMoeGateColumns = kMoeBlockColumns / 2;  // of I, for the two functions that work on gate and up
 
 // What is added to the sums of a product: rows (m, R) times the matrix of the expert, which lies as that of the product.

@@ -55,7 +55,14 @@ void grouped_product(const Product& product) {
     const int64_t columns = product.columns, experts = weight.size(0);
     const int64_t depth = weight.size(transposed == Transposed::yes ? 2 : 1);
     const int64_t out_size = product.float_out ? sizeof(float) : weight.element_size();
-    const std::vector<Block> blocks = blocks_of(product.offsets, experts, columns, kMoeBlockColumns);
+    // narrower where the threads would have no block each, as of a router's few columns: no bit depends on it
+    const size_t threads = torch::stable::get_num_threads();
+    int64_t block_columns = kMoeBlockColumns;
+    std::vector<Block> blocks = blocks_of(product.offsets, experts, columns, block_columns);
+    while (blocks.size() < threads && block_columns > kMoeLeastColumns) {
+        block_columns /= 2;
+        blocks = blocks_of(product.offsets, experts, columns, block_columns);
+    }
     const auto run = transposed == Transposed::yes ? kernels.product_nt : kernels.product_nn;
     share(blocks.size(), product.offsets[experts] * columns * depth, kernels.workspace,
           [&](int64_t item, void* workspace) {

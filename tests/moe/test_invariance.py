@@ -35,6 +35,19 @@ class TestInvarianceCpu(InvarianceKernel):
         for other in found[1:]:
             assert all(same_bits(mine, value) for mine, value in zip(other, found[0], strict=True))
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_a_router_is_shared_out_by_columns(self, backend, dtype):
+        hidden, weight = torch.randn(60, 70).to(dtype), torch.randn(200, 70).to(dtype)
+        found = []
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            try:
+                found.append(router_logits(hidden, weight, backend=backend))
+            finally:
+                torch.set_num_threads(1)
+        torch.testing.assert_close(found[0], hidden.float() @ weight.float().t())
+        assert same_bits(found[1], found[0]) and same_bits(found[2], found[0])
+
     @pytest.mark.parametrize("save", ["hidden", "nothing"])
     def test_the_backward_meets_the_activations_of_the_forward(self, backend, save):
         """With "nothing" they are computed again, by the kernel of the forward."""
