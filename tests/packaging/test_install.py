@@ -5,6 +5,7 @@ The environments see the torch of this one (and its dependencies), but not this 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -48,7 +49,10 @@ def environment(tmp_path):
 def sdist(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdist")
     command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, ROOT]
-    result = subprocess.run(command, capture_output=True, text=True)
+    # the files are gathered in the checkout, where two processes would meet
+    with open(ROOT / "setup.py") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     (archive,) = folder.glob("r1kernels-*.tar.gz")
     return archive

@@ -12,7 +12,7 @@ from r1kernels import extension
 
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 SHAPE = (1000, 1100)  # 4.4 MB in float32
-FREE = (7000, 9001)  # 252 MB, more than another test leaves behind
+FREE = (7000, 9001)  # 252 MB in float32, more than another test leaves behind
 
 
 def test_a_free_buffer_is_given_again():
@@ -43,6 +43,7 @@ def test_any_shape_and_dtype(shape, dtype):
 
 
 def test_what_is_kept_can_be_released():
+    extension.release()  # what earlier tests left
     with open("/proc/self/statm") as statm:
         pages = [int(statm.read().split()[1])]
         extension.empty(FREE, torch.uint8).fill_(1)
