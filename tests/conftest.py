@@ -21,9 +21,8 @@ with contextlib.suppress(ModuleNotFoundError):
     hypothesis.settings.register_profile("r1kernels", deadline=None, derandomize=True, max_examples=50)
     hypothesis.settings.load_profile("r1kernels")
 torch.set_num_threads(1)
-gc.set_threshold(
-    100_000, 20, 50
-)  # what is imported and collected is much, and looked through each time otherwise
+# what is imported and collected is much, and looked through each time otherwise
+gc.set_threshold(100_000, 20, 50)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

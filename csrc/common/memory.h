@@ -10,8 +10,7 @@
 
 namespace r1kernels {
 
-// A result at least so large is written past the caches, none of which would hold it: what is written whole is then not read
-// first.
+// A result at least so large is written past the caches: lines that are written whole are then not read first.
 constexpr int64_t kStreamedBytes = int64_t{16} << 20;
 
 // Ask for huge pages behind a buffer that is about to be written for the first time: a fresh one is otherwise paid in

@@ -28,7 +28,8 @@ def operand(rows, columns, dtype, turned, zones=None):
 
 
 @pytest.mark.parametrize(
-    ("m", "k", "n"), [(1, 1, 1), (7, 5, 3), (16, 64, 64), (97, 33, 65), (200, 1500, 130), (13, 2049, 70)]
+    ("m", "k", "n"),
+    [(1, 1, 1), (7, 5, 3), (6, 64, 64), (16, 64, 64), (97, 33, 65), (200, 1500, 130), (13, 2049, 70)],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("turned", [(False, False), (False, True), (True, False), (True, True)], ids=str)
