@@ -13,9 +13,11 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+from r1kernels import triton_interpreter
 from tests.support import interpreter_speed
 
 TensorHandle = interpreter.TensorHandle
+BITS = np.dtype(np.uint16)  # of bfloat16
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -31,7 +33,7 @@ def narrow(values: np.ndarray) -> np.ndarray:
 
 
 def is_bfloat16(operand: TensorHandle) -> bool:
-    return operand.dtype.scalar.name == tl.bfloat16.name
+    return operand.data.dtype == BITS and operand.dtype.scalar.name == tl.bfloat16.name
 
 
 def widened(operand: TensorHandle) -> TensorHandle:
@@ -80,3 +82,4 @@ def repair() -> None:
     builder.ternary_op = through_float32(builder.ternary_op, (np.where,))
     builder.create_dot = create_dot
     interpreter_speed.hasten()
+    triton_interpreter.multiplies_bfloat16.cache_clear()

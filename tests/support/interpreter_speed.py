@@ -123,15 +123,17 @@ def keep_shapes() -> None:
     tl.block_type.__init__, tl.tensor.__init__ = make_type, make_tensor
 
 
+def spread(semantic, tensor, type):
+    """A tensor over a type of block; None: as it is."""
+    if type is None:
+        return tensor
+    if tensor.type.is_block():
+        return tl.tensor(semantic.builder.create_broadcast(tensor.handle, type.shape), type)
+    return tl.tensor(semantic.builder.create_splat(type, tensor.handle), type)
+
+
 def keep_what_broadcasts_give() -> None:
     original, kept = TritonSemantic.broadcast_impl_value, {}
-
-    def spread(self, tensor, type):
-        if type is None:
-            return tensor
-        if tensor.type.is_block():
-            return tl.tensor(self.builder.create_broadcast(tensor.handle, type.shape), type)
-        return tl.tensor(self.builder.create_splat(type, tensor.handle), type)
 
     def broadcast(self, lhs, rhs):
         if lhs.shape is rhs.shape:
@@ -147,21 +149,31 @@ def keep_what_broadcasts_give() -> None:
 
 
 def keep_what_operands_become() -> None:
-    """Types tell whether operands stay as they are, and what a constant becomes beside one that does."""
+    """Types tell what operands are cast to and spread over, and what a constant becomes beside the other operand."""
     original, kept = TritonSemantic.binary_op_type_checking_impl, {}
 
     def told(operand):
         return operand.type.name if operand.__class__ is tl.tensor else (operand.__class__, repr(operand))
 
+    def step(given, new):
+        """None: it stays; a type: it becomes one of it; a tensor: this one."""
+        if given.__class__ is not tl.tensor:
+            return new
+        return None if new is given else new.type
+
+    def become(self, given, new):
+        if new is None or new.__class__ is tl.tensor:
+            return given if new is None else new
+        cast = self.cast(given, new.scalar)
+        return cast if cast.type.name == new.name else spread(self, cast, new)
+
     def operands(self, lhs, rhs, *options, **named):
         key = told(lhs), told(rhs), options, *named.items()
         if key in kept:
             one, other = kept[key]
-            return lhs if one is None else one, rhs if other is None else other
+            return become(self, lhs, one), become(self, rhs, other)
         one, other = original(self, lhs, rhs, *options, **named)
-        pairs = (lhs, one), (rhs, other)
-        if all(new is given or given.__class__ is not tl.tensor for given, new in pairs):
-            kept[key] = [None if new is given else new for given, new in pairs]
+        kept[key] = step(lhs, one), step(rhs, other)
         return one, other
 
     TritonSemantic.binary_op_type_checking_impl = operands

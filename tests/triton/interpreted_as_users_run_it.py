@@ -1,6 +1,6 @@
 """Triton's interpreter as it is, without the repair of bfloat16 that other tests make: what users of TRITON_INTERPRET=1 get.
 
-Run by test_interpreter.py in a process of its own.
+Run by test_interpreter.py, before the others, which make the repair for the rest of the process.
 """
 
 import pytest
@@ -37,8 +37,15 @@ def test_bfloat16_is_served_by_another_backend(op):
         function(*args, **kwargs, backend="triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [
+        *((op, torch.float32) for op in OPS),
+        ("linear_logprobs", torch.float16),
+        ("grouped_gemm", torch.float16),
+    ],
+    ids=str,
+)
 def test_other_dtypes_are_served_by_the_interpreter(op, dtype):
     args, kwargs = examples.calls("cpu", dtype)[op]
     function = getattr(r1kernels, op)

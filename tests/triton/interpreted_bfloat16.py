@@ -1,6 +1,6 @@
 """The repair of bfloat16 in Triton's interpreter, against PyTorch, and the check of overflow, which is made quicker there.
 
-Run by test_interpreter.py in a process of its own.
+Run by test_interpreter.py.
 """
 
 import operator

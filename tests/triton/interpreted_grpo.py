@@ -1,11 +1,9 @@
-"""The Triton kernels of GRPO in Triton's interpreter. Run by test_interpreter.py in a process of its own."""
-
-import itertools
+"""The Triton kernels of GRPO in Triton's interpreter. Run by test_interpreter.py."""
 
 import pytest
 import torch
 
-from r1kernels import group_advantages, grpo_loss, linear_grpo_loss
+from r1kernels import group_advantages, linear_grpo_loss
 from r1kernels.grpo import grpo_preset, triton_advantages
 from r1kernels.grpo import triton as kernels
 from r1kernels.grpo.metrics import NAMES
@@ -19,7 +17,6 @@ from tests.support.grpo_loss_kernel import (
     on_backend,
     random_call,
 )
-from tests.support.numerics import same_bits
 
 interpreter_bfloat16.repair()
 
@@ -37,9 +34,13 @@ def backend():
 
 
 class TestGrpoLossTriton(GrpoLossKernel):
-    """The interpreter is slow: half of the larger products, padded and packed by turns."""
+    """The interpreter is slow: half of the larger products, padded and packed by turns.
 
-    long = 200
+    That a call is one op is asked on the CPU, and the interpreter, one program after the other, has the same bits each time.
+    """
+
+    test_a_loss_and_its_gradient_are_one_op_each = None
+    test_the_same_bits_every_time = None
 
     @pytest.mark.parametrize(("variant", "ratio"), TERMS)
     def test_every_variant(self, backend, variant, ratio):
@@ -56,8 +57,13 @@ class TestGrpoLossTriton(GrpoLossKernel):
         arguments, keywords = random_call(number, 3, packed=number % 4 < 2)
         self.check(backend, arguments, keywords | {"kl": kl, "ratio": ratio})
 
-    @pytest.mark.parametrize("packed", [False, True])
-    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    @pytest.mark.parametrize(("place", "term"), [(place, TERMS[place]) for place in (0, 1, 2, 3, 12, 13, 14)])
+    def test_tokens_that_neither_policy_can_make(self, backend, place, term):
+        super().test_tokens_that_neither_policy_can_make(backend, place, term)
+
+    @pytest.mark.parametrize(
+        ("reduction", "packed"), [*((name, name != "sequence") for name in REDUCTIONS), ("constant", False)]
+    )
     def test_every_reduction(self, backend, reduction, packed):
         arguments, keywords = random_call(5, 3, packed=packed)
         total = {"num_tokens": torch.tensor(33)} if reduction == "token" and packed else {}
@@ -139,7 +145,7 @@ def test_the_ops_keep_their_schemas(entropy):
     torch.library.opcheck(ops.group_advantages_triton.default, call, test_utils=SCHEMA)
 
 
-SCHEMA = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+SCHEMA = ("test_schema", "test_faketensor")
 
 
 @pytest.mark.parametrize("by_id", [False, True])
@@ -148,7 +154,7 @@ SCHEMA = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 )
 def test_group_advantages(scale, leave_one_out, by_id):
     generator = torch.Generator().manual_seed(0)
-    for size, group_size in ((12, 4), (20, 20), (3, 1), (0, 2)):
+    for size, group_size in ((6, 3), (10, 10), (2, 1), (0, 2)):
         rewards = torch.randint(0, 3, (size,), generator=generator).float()
         ids = torch.randint(-2, 3, (size,), generator=generator) * 10**12
         groups = {"group_ids": ids} if by_id else {"group_size": group_size}
@@ -201,14 +207,3 @@ def test_a_small_weight_of_a_token_costs_no_digits_of_float16_gradients(entropy_
     for ours, exact in zip(*grads, strict=True):
         assert ours.dtype == torch.float16
         assert (ours.double() - exact).norm() / exact.norm() < 2e-3
-
-
-def test_a_compiled_call_holds_the_op():
-    arguments, keywords = random_call(5)
-    compiled = torch.compile(grpo_loss, fullgraph=True, backend="aot_eager")
-    expected, gradient = gradients(lambda *v, **o: on_backend("triton", *v, **o), arguments, keywords)
-    output, compiled_gradient = gradients(
-        lambda *v, **o: compiled(*v, **o, backend="triton"), arguments, keywords
-    )
-    assert same_bits(output.metrics.tensor, expected.metrics.tensor)
-    assert all(itertools.starmap(same_bits, zip(compiled_gradient, gradient, strict=True)))

@@ -1,4 +1,4 @@
-"""The Triton kernels of kept rows of the head in Triton's interpreter. Run by test_interpreter.py in a process of its own."""
+"""The Triton kernels of kept rows of the head in Triton's interpreter. Run by test_interpreter.py."""
 
 import pytest
 import torch
@@ -22,6 +22,12 @@ class TestKeptProductsTriton(KeptProductsKernel):
     @pytest.fixture
     def kernel(self):
         return InterpretedKernel
+
+    @pytest.mark.parametrize(
+        ("width", "dtype"), [(1, torch.float32), (37, torch.float16), (300, torch.bfloat16)]
+    )
+    def test_products_and_gradients(self, kernel, width, dtype):
+        super().test_products_and_gradients(kernel, width, dtype)
 
 
 def test_the_public_op_and_its_gradients():

@@ -1,6 +1,6 @@
 """linear_logprobs on Triton in Triton's interpreter: the forward that writes no tile, the tile loop, completions.
 
-Run by test_interpreter.py in a process of its own. N tokens, V vocabulary, H hidden, G completions a prompt.
+Run by test_interpreter.py. N tokens, V vocabulary, H hidden, G completions a prompt.
 """
 
 import math
@@ -38,11 +38,15 @@ HEADS = {
 }
 
 
-@pytest.fixture(params=[POINTERS, DESCRIPTORS, WIDE], ids=["pointers", "descriptors", "wide"])
+TILES = {"pointers": POINTERS, "descriptors": DESCRIPTORS, "wide": WIDE}
+
+
+@pytest.fixture(params=TILES)
 def tile(request, monkeypatch):
     """Small tiles, so that a small call has many; and one so wide that its terms are folded."""
-    monkeypatch.setattr(tuning, "linear_forward", lambda device, kind, tokens: request.param)
-    return request.param
+    found = TILES[request.param]
+    monkeypatch.setattr(tuning, "linear_forward", lambda device, kind, tokens: found)
+    return found
 
 
 def random_case(tokens, vocabulary, width, dtype=torch.bfloat16, scale=1.0):
@@ -97,14 +101,25 @@ def test_several_targets_a_token(how):
 
 class TestForwardWithoutATile:
     @pytest.mark.parametrize(
-        ("head", "dtype"),
-        [*((head, torch.bfloat16) for head in HEADS), ("plain", torch.float16), ("all", torch.float16)],
+        ("tile", "head", "dtype"),
+        [
+            ("pointers", "plain", torch.bfloat16),
+            ("descriptors", "plain", torch.float16),
+            ("wide", "plain", torch.bfloat16),
+            ("descriptors", "bias", torch.bfloat16),
+            ("pointers", "scale", torch.bfloat16),
+            ("wide", "softcap", torch.bfloat16),
+            ("pointers", "all", torch.float16),
+            ("descriptors", "all", torch.bfloat16),
+            ("wide", "all", torch.bfloat16),
+        ],
         ids=str,
+        indirect=["tile"],
     )
     def test_as_exact_as_eager(self, tile, head, dtype):
         """Against float64, with eager's logits in the dtype of the inputs as the peer."""
-        hidden, weight, targets = random_case(19, 203, 40, dtype, scale=0.4)
-        head = head_of(head, 203, dtype)
+        hidden, weight, targets = random_case(19, 107, 40, dtype, scale=0.4)
+        head = head_of(head, 107, dtype)
         logp, entropy = linear_logprobs(
             hidden, weight, targets, temperature=0.8, return_entropy=True, **KERNEL, **head
         )
@@ -239,7 +254,7 @@ class TestForwardWithoutATile:
         assert logp.shape == entropy.shape == (0,)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_batch_invariance_by_bytes(dtype):
     """The same bits for any N, order, chunk size and layout, with and without a gradient, twice.
 
@@ -271,9 +286,9 @@ def test_batch_invariance_by_bytes(dtype):
 def test_gradients_of_the_tile_loop(monkeypatch, save_logits, dtype):
     """Several slabs and blocks; against the reference, which accumulates in float32 too."""
     monkeypatch.setattr(tiles, "tiling_of", lambda *unused: tiles.Tiling(4, 64, 0))
-    hidden, weight, targets = random_case(11, 150, 16, dtype)
+    hidden, weight, targets = random_case(6, 100, 16, dtype)
     targets[2] = IGNORED
-    bias = torch.randn(150, generator=torch.Generator().manual_seed(2)).to(dtype)
+    bias = torch.randn(100, generator=torch.Generator().manual_seed(2)).to(dtype)
     results = []
     for name in ("triton", "reference"):
         leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
@@ -298,18 +313,18 @@ def test_gradients_of_the_tile_loop(monkeypatch, save_logits, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("columns", [64, 150], ids=["slabs", "whole"])
+@pytest.mark.parametrize("columns", [64, 100], ids=["slabs", "whole"])
 def test_a_frozen_head(monkeypatch, columns, dtype):
     """The slope from the forward, against the gradient that the reference computes."""
     monkeypatch.setattr(tiles, "tiling_of", lambda *unused: tiles.Tiling(4, columns, 0))
-    hidden, weight, targets = random_case(11, 150, 16, dtype)
+    hidden, weight, targets = random_case(6, 100, 16, dtype)
     targets[2] = IGNORED
     results = []
     for name in ("triton", "reference"):
         x = hidden.clone().requires_grad_()
         options = {"softcap": 6.0, "logit_scale": 0.8, "temperature": 0.9, "backend": name}
         logp = linear_logprobs(x, weight, targets, **options)
-        results.append((logp.detach(), torch.autograd.grad((logp * torch.arange(11)).sum(), x)[0]))
+        results.append((logp.detach(), torch.autograd.grad((logp * torch.arange(6)).sum(), x)[0]))
     for ours, expected in zip(*results, strict=True):
         allowed = 2.0**-7 if ours.dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(ours, expected, rtol=allowed, atol=allowed * float(expected.abs().max()))
@@ -362,8 +377,7 @@ def test_the_gradient_of_a_float32_tile_in_16_bits(dtype):
     assert narrow.dtype == dtype and same_bits(narrow.contiguous(), wide.to(dtype))
 
 
-@pytest.mark.parametrize("reduce", ["sum", "mean", "none"])
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(("packed", "reduce"), [(False, "mean"), (True, "sum"), (True, "none")])
 def test_completions(packed, reduce):
     """grouped and linear_grouped: values and gradients as the reference gives them."""
     hidden, weight, targets = random_case(12, 40, 8, torch.float32)

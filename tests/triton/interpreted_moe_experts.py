@@ -1,5 +1,5 @@
-"""The Triton kernels of moe_experts and grouped_gemm in Triton's interpreter. Run by test_interpreter.py in a process of its
-own. T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows."""
+"""The Triton kernels of moe_experts and grouped_gemm in Triton's interpreter. Run by test_interpreter.py.
+T tokens, H hidden size, I intermediate size, E experts, K experts per token, S = T * K routed rows."""
 
 import pytest
 import torch
@@ -21,16 +21,16 @@ SMALL = tuning.Tile(16, 32, 32, group=2, warps=4, stages=2, descriptors=False)
 ops = torch.ops.r1kernels
 SILU = (0, 1.0, float("inf"), 0.0, False)  # activation, alpha, limit, shift, batch_invariant
 SMALL_SHAPES = {  # as SHAPES
-    "odd, prime E": (7, 37, 19, 7, 3),
-    "2I == H": (9, 64, 32, 3, 2),
-    "K = E": (3, 40, 33, 3, 3),
-    "K = 1": (20, 32, 48, 2, 1),
-    "one token": (1, 34, 19, 5, 2),
-    "one expert": (18, 24, 48, 1, 1),
-    "idle experts": (2, 16, 24, 11, 2),
+    "odd, prime E": (7, 33, 9, 5, 3),
+    "2I == H": (9, 48, 24, 3, 2),
+    "K = E": (3, 24, 17, 3, 3),
+    "K = 1": (20, 16, 24, 2, 1),
+    "one token": (1, 18, 9, 3, 2),
+    "one expert": (18, 24, 16, 1, 1),
+    "idle experts": (2, 16, 8, 9, 2),
     "one of everything": (1, 1, 1, 1, 1),
-    "several row blocks": (40, 32, 16, 2, 2),
-    "several column blocks": (4, 72, 40, 2, 1),
+    "several row blocks": (20, 32, 16, 2, 2),
+    "several column blocks": (4, 40, 36, 2, 1),
 }
 assert set(SMALL_SHAPES) == set(SHAPES)
 
@@ -55,13 +55,32 @@ def backend():
 
 
 class TestMoeExpertsTriton(MoeExpertsKernel):
-    """The interpreter is slow: small sizes, and half of the larger products."""
+    """The interpreter is slow: small sizes, and half of the larger products.
+
+    What the layer above the kernels of all backends does (r1kernels/op.py: gradients, dtypes, strides, what is saved, shapes under
+    torch.compile) is asked of the backends of the CPU; and the interpreter, one program after the other, has the same bits each time.
+    """
 
     shapes = SMALL_SHAPES
-    tokens = 8
-    long = (110, 200)
-    wide = (12, 40, 40, 3, 2)
-    saved_tokens = 12
+    tokens = 4
+    draws = 3
+    long = (40, 72)
+
+    test_repeated_runs_agree_bit_for_bit = None
+    test_what_is_saved_for_the_backward = None
+    test_no_copy_of_the_weights_is_saved = None
+    test_weights_computed_from_other_parameters = None
+    test_strides_do_not_matter = None
+    test_saving_nothing_and_checkpoints_give_the_same_bits = None
+    test_autocast_is_that_of_linear = None
+    test_routing_weights_of_another_dtype = None
+    test_compiled = None
+    test_lora_that_adds_nothing_moves_no_bit = None
+    test_what_lora_saves_for_the_backward = None
+    test_lora_under_a_checkpoint_and_with_nothing_saved_gives_the_same_bits = None
+    test_lora_compiled = None
+    test_a_second_derivative_is_refused = None
+    test_grouped_gemm_compiled_and_derived_once = None
 
     @pytest.mark.parametrize(
         ("shape", "dtype"), [(shape, DTYPES[place % 3]) for place, shape in enumerate(SHAPES)], ids=str
@@ -69,9 +88,9 @@ class TestMoeExpertsTriton(MoeExpertsKernel):
     def test_values_and_gradients_are_as_exact_as_eager(self, backend, shape, dtype):
         super().test_values_and_gradients_are_as_exact_as_eager(backend, shape, dtype)
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-    def test_what_is_saved_for_the_backward(self, backend, dtype):
-        super().test_what_is_saved_for_the_backward(backend, dtype)
+    @pytest.mark.parametrize("dtype", [torch.float32], ids=str)
+    def test_clamped_and_shifted_gates(self, backend, dtype):
+        super().test_clamped_and_shifted_gates(backend, dtype)
 
     @pytest.mark.parametrize(("dtype", "all_rows", "save"), [
         (torch.float32, False, "nothing"), (torch.bfloat16, True, "hidden"), (torch.float16, False, "hidden"),
@@ -79,13 +98,8 @@ class TestMoeExpertsTriton(MoeExpertsKernel):
     def test_sentinels_of_expert_parallelism(self, backend, all_rows, dtype, save):
         super().test_sentinels_of_expert_parallelism(backend, all_rows, dtype, save)
 
-    @pytest.mark.parametrize("few", [False])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-    def test_repeated_runs_agree_bit_for_bit(self, backend, dtype, few):
-        super().test_repeated_runs_agree_bit_for_bit(backend, dtype, few)
-
     @pytest.mark.parametrize(
-        ("live", "save"), [(1, "hidden"), (2, "nothing"), (4, "hidden"), (8, "nothing"), (6, "hidden")]
+        ("live", "save"), [(1, "nothing"), (2, "nothing"), (4, "nothing"), (8, "nothing")]
     )
     def test_frozen_arguments(self, backend, live, save):
         super().test_frozen_arguments(backend, live, save)
@@ -95,11 +109,6 @@ class TestMoeExpertsTriton(MoeExpertsKernel):
     ], ids=str)  # fmt: skip
     def test_lora_is_as_exact_as_eager(self, backend, shape, dtype):
         super().test_lora_is_as_exact_as_eager(backend, shape, dtype)
-
-    # what these ask of the autograd function is asked on the backends of the CPU
-    test_lora_that_adds_nothing_moves_no_bit = None
-    test_lora_under_a_checkpoint_and_with_nothing_saved_gives_the_same_bits = None
-    test_lora_compiled = None
 
     @pytest.mark.parametrize(("live", "save"), [((1, 7), "nothing")], ids=str)
     def test_lora_of_frozen_arguments(self, backend, live, save):
@@ -130,29 +139,12 @@ class TestMoeExpertsTriton(MoeExpertsKernel):
     def test_nothing_leaks_between_rows_and_experts(self, backend, dtype):
         super().test_nothing_leaks_between_rows_and_experts(backend, dtype)
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-    def test_saving_nothing_and_checkpoints_give_the_same_bits(self, backend, dtype):
-        super().test_saving_nothing_and_checkpoints_give_the_same_bits(backend, dtype)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-    def test_strides_do_not_matter(self, backend, dtype):
-        super().test_strides_do_not_matter(backend, dtype)
-
-    @pytest.mark.parametrize("weights_dtype", [torch.bfloat16])
-    def test_routing_weights_of_another_dtype(self, backend, weights_dtype):
-        super().test_routing_weights_of_another_dtype(backend, weights_dtype)
-
-    @pytest.mark.parametrize("save", ["nothing"])
-    def test_compiled(self, backend, save):
-        super().test_compiled(backend, save)
-
     @pytest.mark.parametrize(
         ("counts", "dtype"),
         [
             ([2, 0, 20, 1], torch.bfloat16),
             ([0, 0, 0, 8], torch.float32),
-            ([0, 0, 0, 0], torch.bfloat16),
-            ([1, 1, 1, 1], torch.float16),
+            ([0, 0, 0, 0], torch.float16),
         ],
         ids=str,
     )
@@ -174,11 +166,14 @@ def test_the_tiles_of_a_gpu_give_the_same_numbers(monkeypatch):
             assert_as_exact_as(ours, eager, exact, torch.bfloat16)
 
 
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 40), (torch.float16, 37)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "size", "offset"),
+    [(torch.bfloat16, 40, 0), (torch.bfloat16, 40, 1), (torch.float16, 37, 1)],
+    ids=str,
+)
 def test_nothing_outside_the_arguments_is_read_or_written(monkeypatch, dtype, size, offset):
     """Arguments between NaN, at aligned addresses and at odd ones, give the bits of plain arguments."""
-    case = LoraCase(5, size, 24, 3, 2, ranks=(16, 3), dtype=dtype)
+    case = LoraCase(3, size, 24, 2, 2, ranks=(16, 3), dtype=dtype)
     hidden, indices, weights, gate_up, down = (argument.detach() for argument in case.arguments())
     plain = (hidden, indices, weights.float(), gate_up, down, *(matrix.detach() for matrix in case.matrices))
     zones = Redzones()
@@ -264,7 +259,7 @@ def test_the_ops_keep_their_schemas(keep):
     hidden, indices, weights, gate_up, down = (argument.detach() for argument in case.arguments())
     lora = (*(matrix.detach() for matrix in case.matrices), case.scale)
     arguments = (hidden, indices, weights, gate_up, down, *SILU, keep, *lora)
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.moe_experts_triton.default, arguments, test_utils=checks)
     _, *saved = ops.moe_experts_triton(*arguments)
     backward = (case.grad, hidden, weights, gate_up, down, *saved, *SILU, *(True, keep) * 4, *lora)

