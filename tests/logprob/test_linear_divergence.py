@@ -63,12 +63,11 @@ class Problem:
         )
 
 
-def textbook(student, teacher, *, kind, targets, beta=0.5, **options):
+def textbook(student, teacher, *, kind, targets, beta=0.5, linear=F.linear, **options):
     """By kl_div of log_softmax."""
 
     def log_probs(head, whose):
-        x, weight, bias = head
-        logits = (x @ weight.T + bias) * options.get(f"{whose}logit_scale", 1.0)
+        logits = linear(*head) * options.get(f"{whose}logit_scale", 1.0)
         cap = options.get(f"{whose}softcap")
         logits = cap * torch.tanh(logits / cap) if cap else logits
         temperature = options.get(f"{whose}temperature", options.get("temperature", 1.0))
@@ -156,10 +155,10 @@ def test_several_blocks_of_tokens_and_slabs_of_the_vocabulary(place, dtype):
     backend, device = place
     if backend == "reference":
         pytest.skip("the reference knows no slabs")
-    problem = Problem(310, 5, 16400, dtype, device)
+    problem = Problem(140, 5, 16400, dtype, device)
     exact = problem.exact("jsd")
     for save_logits in (False, True):
-        call = problem.call(kind="jsd", backend=backend, save_logits=save_logits, chunk_size=300)
+        call = problem.call(kind="jsd", backend=backend, save_logits=save_logits, chunk_size=130)
         ours = values_and_gradients(call, problem.student)
         assert_close(ours[:1], exact[:1])
         assert_close(ours[1:], exact[1:], 1e-5 if dtype == torch.float32 else 2e-2)
@@ -173,8 +172,8 @@ def test_beta_is_exact_in_float64():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck_of_the_reference(kind):
-    problem = Problem(4, 3, 5, dtype=torch.float64)
-    call = problem.call(kind=kind, chunk_size=3, **RICH)
+    problem = Problem(3, 2, 5, dtype=torch.float64)
+    call = problem.call(kind=kind, chunk_size=2, **RICH)
     assert torch.autograd.gradcheck(call, problem.student)
 
 
@@ -211,7 +210,8 @@ def test_it_keeps_its_digits_where_logits_lead(place, kind, lead, save_logits):
     """One logit leads by so many nats: of both, of the teacher, of the student, or another one of each; one call each."""
     backend, device = place
     generator = torch.Generator().manual_seed(lead)
-    for beta, (of_student, of_teacher) in product((0.5, 0.1), ((3, 3), (None, 3), (3, None), (3, 7))):
+    betas = (0.5, 0.1) if kind == "jsd" else (0.5,)
+    for beta, (of_student, of_teacher) in product(betas, ((3, 3), (None, 3), (3, None), (3, 7))):
         student, teacher = torch.randn(2, 2, 24, generator=generator).unbind(0)
         for logits, leader in ((student, of_student), (teacher, of_teacher)):
             if leader is not None:
@@ -233,7 +233,7 @@ def test_it_keeps_its_digits_where_logits_lead(place, kind, lead, save_logits):
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_it_is_0_where_teacher_and_student_agree(place, kind, scale):
     backend, device = place
-    logits = scale * torch.randn(5, 3000, generator=torch.Generator().manual_seed(0)).to(device)
+    logits = scale * torch.randn(5, 2100, generator=torch.Generator().manual_seed(0)).to(device)
     leaf = logits.clone().requires_grad_()
     # the teacher's logits are the same but for a constant, as those of another temperature and scale may be
     for teacher, options in ((logits, {}), (logits + 2, {}), (2 * logits, {"teacher_temperature": 2.0})):
@@ -347,10 +347,13 @@ def test_low_precision_inputs_are_as_exact_as_eager(place, kind, dtype):
     ours = values_and_gradients(problem.call(kind=kind, backend=backend), problem.student)
 
     def eager(*student):
-        widen = [(F.linear(x, w, b).float(),) for x, w, b in (student, problem.teacher)]
-        eye, zero = torch.eye(2100, device=device), torch.zeros(2100, device=device)
-        heads = [(logits, eye, zero) for (logits,) in widen]
-        return textbook(*heads, kind=kind, targets=problem.targets)
+        return textbook(
+            student,
+            problem.teacher,
+            kind=kind,
+            targets=problem.targets,
+            linear=lambda *head: F.linear(*head).float(),
+        )
 
     theirs = values_and_gradients(eager, problem.student)
     assert [value.dtype for value in ours] == [torch.float32, dtype, dtype, dtype]
@@ -382,22 +385,22 @@ def test_a_teacher_of_another_dtype(place):
 
 
 @pytest.mark.parametrize("save_logits", [False, True])
-@pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1)], ids=str)
-def test_only_what_needs_a_gradient_gets_one(place, needed, save_logits):
+def test_only_what_needs_a_gradient_gets_one(place, save_logits):
     backend, device = place
     problem = Problem(300, 7, 1003, device=device)
-    leaves = [
-        leaf.detach().requires_grad_(wanted == 1)
-        for leaf, wanted in zip(problem.student, needed, strict=True)
-    ]
-    problem.call(kind="jsd", save_logits=save_logits, backend=backend)(*leaves).sum().backward()
     full = torch.autograd.grad(
         problem.call(kind="jsd", backend="reference")(*problem.student).sum(), problem.student
     )
-    for leaf, whole, wanted in zip(leaves, full, needed, strict=True):
-        assert (leaf.grad is not None) == wanted
-        if wanted:
-            assert_close([leaf.grad], [whole.cpu().double()])
+    for needed in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1)):
+        leaves = [
+            leaf.detach().requires_grad_(wanted == 1)
+            for leaf, wanted in zip(problem.student, needed, strict=True)
+        ]
+        problem.call(kind="jsd", save_logits=save_logits, backend=backend)(*leaves).sum().backward()
+        for leaf, whole, wanted in zip(leaves, full, needed, strict=True):
+            assert (leaf.grad is not None) == wanted, needed
+            if wanted:
+                assert_close([leaf.grad], [whole.cpu().double()])
 
 
 def test_the_teacher_gets_no_gradient(place):
@@ -488,7 +491,7 @@ def test_any_strides(place, layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_runs_agree_bit_for_bit(place, dtype):
     backend, device = place
-    problem = Problem(300, 40, 4099, dtype, device)
+    problem = Problem(300, 40, 2100, dtype, device)
     first, second = (
         values_and_gradients(problem.call(kind="jsd", backend=backend), problem.student) for _ in range(2)
     )

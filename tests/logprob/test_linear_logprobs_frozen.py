@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -13,11 +15,11 @@ OP = "linear_logprobs"
 HEADS = {
     "plain": {},
     "everything": {"temperature": 1.3, "softcap": 5.0, "logit_scale": -0.7},
-    "temperatures": {"temperature": torch.linspace(0.5, 2, 1100)},
+    "temperatures": {"temperature": torch.linspace(0.5, 2, 1030)},
 }
 
 
-def problem(tokens=1100, hidden=6, vocabulary=4099, dtype=torch.float32, device="cpu"):
+def problem(tokens=1030, hidden=6, vocabulary=4099, dtype=torch.float32, device="cpu"):
     """(hidden, weight, bias, targets): on a CPU two blocks of tokens and three slabs of the vocabulary."""
     generator = torch.Generator().manual_seed(0)
     sizes = (tokens, hidden), (vocabulary, hidden), (vocabulary,)
@@ -40,26 +42,31 @@ def exact(x, weight, bias, targets, temperature=1.0, softcap=None, logit_scale=1
     return logp.detach(), torch.autograd.grad((logp * upstream(len(logp)).double()).sum(), leaf)[0]
 
 
-@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+@functools.cache  # every backend and chunk size asks for the same
+def exact_of(head):
+    return exact(*problem(), **HEADS[head])
+
+
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("chunk_size", [None, 300])
-def test_every_head(place, options, chunk_size):
+def test_every_head(place, head, chunk_size):
     backend, device = place
     x, weight, bias, targets = problem(device=device)
     moved = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in options.items()
+        for name, value in HEADS[head].items()
     }
     logp, stats = linear_logprobs(
         x, weight, targets, bias=bias, chunk_size=chunk_size, stats=("is_top1",), backend=backend, **moved
     )
-    (grad,) = torch.autograd.grad((logp * upstream(1100, device)).sum(), x)
+    (grad,) = torch.autograd.grad((logp * upstream(1030, device)).sum(), x)
     with torch.no_grad():
         plain, same = linear_logprobs(
             x, weight, targets, bias=bias, stats=("is_top1",), backend=backend, **moved
         )
     torch.testing.assert_close(logp.detach(), plain, rtol=1e-6, atol=1e-6)
     assert torch.equal(stats["is_top1"], same["is_top1"])
-    for ours, truth in zip((logp.detach(), grad), exact(x, weight, bias, targets, **options), strict=True):
+    for ours, truth in zip((logp.detach(), grad), exact_of(head), strict=True):
         scale = float(truth.abs().max())
         torch.testing.assert_close(ours.cpu().double(), truth, rtol=1e-5, atol=1e-5 * scale)
     assert (grad[1::4] == 0).all()
@@ -100,12 +107,12 @@ def test_the_gradient_of_a_leading_target_does_not_cancel(place, lead, target):
     column = torch.arange(4099).remainder(13).float() / 8
     column[target] = column.max() + lead
     weight = column.unsqueeze(1).to(device)
-    x = torch.ones(1100, 1, device=device, requires_grad=True)
-    targets = torch.full((1100,), target, device=device)
+    x = torch.ones(1030, 1, device=device, requires_grad=True)
+    targets = torch.full((1030,), target, device=device)
     (grad,) = torch.autograd.grad(linear_logprobs(x, weight, targets, backend=backend).sum(), x)
     z = column.double()
     probs = torch.softmax(z, 0)
-    expected = (probs * (z[target] - z)).sum().expand(1100, 1)
+    expected = (probs * (z[target] - z)).sum().expand(1030, 1)
     torch.testing.assert_close(grad.cpu().double(), expected, rtol=2e-5, atol=0)
 
 
@@ -177,7 +184,7 @@ def test_no_logits_are_kept(place, dtype):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
         linear_logprobs(x, weight, targets, bias=bias, backend=backend)
-    assert sum(kept) <= 1100 * 6 * (4 + x.element_size())
+    assert sum(kept) <= 1030 * 6 * (4 + x.element_size())
 
 
 def test_it_compiles_in_one_graph(place):

@@ -12,7 +12,7 @@ from torch import Tensor
 def row(logits: list[float], target: int, temperature: float = 1.0) -> tuple[float, float]:
     """(log-prob, entropy) of one row of logits."""
     with mpmath.workdps(60):
-        _, logs, entropy = _softmax(tuple(logits), temperature)
+        _, logs, entropy = softmax(tuple(logits), temperature)
         return float(logs[target]), float(entropy)
 
 
@@ -20,28 +20,37 @@ def gradient(
     logits: list[float], target: int, grad_logp: float, grad_entropy: float, temperature: float = 1.0
 ) -> list[float]:
     """d (grad_logp logp + grad_entropy H) / d logits of one row, from the derivatives of the textbook formulas."""
+    return list(_gradient(tuple(logits), target, grad_logp, grad_entropy, temperature))
+
+
+@functools.lru_cache(maxsize=64)  # every backend asks for the same rows
+def _gradient(
+    logits: tuple[float, ...], target: int, grad_logp: float, grad_entropy: float, temperature: float
+) -> list[float]:
     with mpmath.workdps(60):
-        probs, logs, entropy = _softmax(tuple(logits), temperature)
-        result = []
-        for index, (p, log) in enumerate(zip(probs, logs, strict=True)):
-            value = grad_logp * ((1 if index == target else 0) - p)
-            if p > 0:
-                value -= grad_entropy * p * (log + entropy)
-            result.append(float(value / mpmath.mpf(temperature)))
-        return result
+        probs, logs, entropy = softmax(logits, temperature)
+        of_logp, of_entropy = (mpmath.mpf(value) / temperature for value in (grad_logp, grad_entropy))
+        # d logp / d z_v = 1[v = y] - p_v, d H / d z_v = -p_v (log p_v + H)
+        result = [
+            -p * (of_logp + of_entropy * (log + entropy)) if p > 0 else p
+            for p, log in zip(probs, logs, strict=True)
+        ]
+        result[target] += of_logp
+        return [float(value) for value in result]
 
 
-@functools.lru_cache(maxsize=64)  # every backend, the values and the gradients ask for the same rows
-def _softmax(
+@functools.lru_cache(maxsize=128)  # every backend, the values and the gradients ask for the same rows
+def softmax(
     logits: tuple[float, ...], temperature: float
 ) -> tuple[list[mpmath.mpf], list[mpmath.mpf], mpmath.mpf]:
     """The distribution of a row, its logarithms and its entropy."""
     x = [mpmath.mpf(value) / mpmath.mpf(temperature) for value in logits]
     largest = max(x)
-    weights = [mpmath.e ** (value - largest) if value != mpmath.mpf("-inf") else mpmath.mpf(0) for value in x]
+    weights = [mpmath.exp(value - largest) for value in x]
     total = mpmath.fsum(weights)
     probs = [weight / total for weight in weights]
-    logs = [mpmath.log(p) if p > 0 else mpmath.mpf("-inf") for p in probs]
+    log_sum = largest + mpmath.log(total)
+    logs = [value - log_sum for value in x]
     entropy = -mpmath.fsum(p * log for p, log in zip(probs, logs, strict=True) if p > 0)
     return probs, logs, entropy
 

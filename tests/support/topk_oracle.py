@@ -8,6 +8,8 @@ import mpmath
 import torch
 from torch import Tensor
 
+from tests.support import logprob_oracle
+
 # the least that a teacher's rest counts
 LEAST_REST = 2.0**-24
 
@@ -24,17 +26,12 @@ def row(
 ) -> tuple[float, list[float]]:
     """(divergence, its gradient in the logits); kept holds ids and the teacher's log-probs of them."""
     with mpmath.workdps(60):
-        x = [mpmath.mpf(value) / mpmath.mpf(temperature) for value in logits]
-        largest = max(x)
-        weights = [
-            mpmath.e ** (value - largest) if value != mpmath.mpf("-inf") else mpmath.mpf(0) for value in x
-        ]
-        total = mpmath.fsum(weights)
-        student = [weights[v] / total for v, _ in kept]
-        teacher = [mpmath.e ** mpmath.mpf(logp) for _, logp in kept]
+        probs, _, _ = logprob_oracle.softmax(logits, temperature)
+        student = [probs[v] for v, _ in kept]
+        teacher = [mpmath.exp(logp) for _, logp in kept]
         if tail == "bucket":
             listed = {v for v, _ in kept}
-            student.append(mpmath.fsum(w for v, w in enumerate(weights) if v not in listed) / total)
+            student.append(mpmath.fsum(p for v, p in enumerate(probs) if v not in listed))
             teacher.append(max(1 - mpmath.fsum(teacher), mpmath.mpf(LEAST_REST)))
             sum_of_teacher = mpmath.fsum(teacher)
             teacher = [p / sum_of_teacher for p in teacher]
@@ -53,16 +50,12 @@ def row(
                 slopes.append((1 - beta) * q * mpmath.log(q / mean))
         # d log p_e / d x_v = 1[v in e] p_v / p_e - p_v
         together = mpmath.fsum(slopes)
-        gradient = [-w / total * together for w in weights]
+        of_rest = slopes[-1] / student[-1] if tail == "bucket" else 0
+        common = (of_rest - together) / temperature
+        gradient = [float(p * common) for p in probs]
         for (v, _), slope in zip(kept, slopes, strict=False):
-            gradient[v] += slope
-        if tail == "bucket":
-            share = slopes[-1] / student[-1]
-            gradient = [
-                g + share * w / total if v not in listed else g
-                for v, (g, w) in enumerate(zip(gradient, weights, strict=True))
-            ]
-        return float(value), [float(g / mpmath.mpf(temperature)) for g in gradient]
+            gradient[v] = float((slope - probs[v] * together) / temperature)
+        return float(value), gradient
 
 
 def rows(
