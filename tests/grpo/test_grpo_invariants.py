@@ -11,7 +11,7 @@ from r1kernels.grpo import grpo_loss, reduction_weights
 from tests.support.grpo_calls import PRESETS, gradients_of, keywords_of, loss_and_gradients, loss_of
 
 REDUCTIONS = ("sequence", "token", "constant", "sequence-sum")
-quick = settings(max_examples=12, deadline=None)
+quick = settings(max_examples=8, deadline=None)
 shapes = {"seed": st.integers(0, 10_000), "sequences": st.integers(1, 6), "tokens": st.integers(0, 11)}
 
 

@@ -184,9 +184,10 @@ def test_loss_and_gradient_of_every_variant(batch_of, name, level):
         sequence_weights = torch.rand(shape[0], 1, generator=generator, dtype=torch.float64) * 2
         sequence_weights[1] = 0
         w = reduction_weights(batch.mask, reduction).double()
-        for policy_weights, kl in itertools.product(
-            (None, token_weights, sequence_weights), (None, *estimators)
-        ):
+        # over the seeds every estimator meets every kind of weights
+        kinds = (None, token_weights, sequence_weights)
+        for place, kl in enumerate((None, *estimators), start=seed):
+            policy_weights = kinds[place % 3]
             keywords = {} if kl is None else {"ref_logp": batch.ref_logp, "kl_coef": 0.3, "kl": kl}
             loss = grpo_loss(
                 batch.logp, batch.old_logp, batch.advantages, batch.mask, **KEYWORDS[name], ratio=level,

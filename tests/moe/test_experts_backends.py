@@ -42,16 +42,16 @@ def test_repeated_runs_agree_bit_for_bit_on_any_number_of_threads(backend, dtype
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_larger_than_caches(backend, dtype, hidden):
     """The gradient of an expert has the same bits among many experts as among few, whose gradients caches hold."""
-    many, few = 72, 3
-    large = Case(20, hidden, 256, many, 2, dtype=dtype, indices=torch.arange(40).view(20, 2) % few)
-    small = Case(20, hidden, 256, few, 2, dtype=dtype, indices=large.indices)
-    small.hidden, small.weights, small.grad = large.hidden, large.weights, large.grad
-    small.gate_up, small.down = (
-        weight.detach()[:few].clone().requires_grad_() for weight in (large.gate_up, large.down)
+    many, few = 144 // dtype.itemsize, 3
+    case = Case(20, hidden, 256, few, 2, dtype=dtype, indices=torch.arange(40).view(20, 2) % few)
+    among_few = case.run(moe_experts)[3:]
+    case.gate_up, case.down = (
+        torch.cat((weight.detach(), weight.new_zeros(many - few, *weight.shape[1:]))).requires_grad_()
+        for weight in (case.gate_up, case.down)
     )
-    *_, gate_up, down = large.run(moe_experts)
-    assert gate_up.numel() * gate_up.element_size() > 32 << 20
-    for ours, expected in zip((gate_up, down), small.run(moe_experts)[3:], strict=True):
+    *_, gate_up, down = case.run(moe_experts)
+    assert all(grad.nbytes > 16 << 20 for grad in (gate_up, down))
+    for ours, expected in zip((gate_up, down), among_few, strict=True):
         assert same_bits(ours[:few], expected) and (ours[few:] == 0).all()
 
 

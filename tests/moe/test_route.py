@@ -29,6 +29,7 @@ def test_worked_example():
     torch.testing.assert_close(softmax.weights, torch.tensor([[0.375, 0.375]]))
 
 
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)  # the only one that serves float64
 @families
 @pytest.mark.parametrize("replay", [False, True])
 def test_gradients_in_float64(options, replay):

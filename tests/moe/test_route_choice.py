@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -106,18 +108,31 @@ def test_choice_among_many(experts, score, top_k):
             check_choice((2 * normal(12, experts)).round(), None, grouped)
 
 
-@families
-@pytest.mark.parametrize("start", [0.0, 1.0, -3.0, 12.0, 20.0, -90.0])
-@pytest.mark.parametrize("lift", [None, 0.0, 15.0, 1e4], ids=str)
-def test_scores_that_nearly_tie(options, start, lift):
-    # logits a few bits apart: some have the same score in float32, some do not; so do sums of two scores
+def nearly_tied(start):
+    """Logits a few bits apart: some have the same score in float32, some do not; so do sums of two scores."""
     logits = normal(60, 64, seed=1).sign() * 2.0**-22 * normal(60, 64).mul(3).round() + start
     logits[::2] += 4 * normal(30, 64, seed=2)[:, :1] * (normal(30, 64, seed=3) > 1.5)
-    bias = None if lift is None else lift + (normal(64, seed=4) / 100).round(decimals=2)
-    expected = route(logits, bias=bias, **options, backend="reference")
-    assert torch.equal(route(logits, bias=bias, **options).indices, expected.indices)
-    if "n_group" not in options and lift is None:
-        check_choice(logits, None, options)
+    return logits
+
+
+STARTS = (0.0, 1.0, -3.0, 12.0, 20.0, -90.0)
+
+
+@families
+def test_scores_that_nearly_tie(options):
+    ungrouped = {name: value for name, value in options.items() if "group" not in name}
+    for start in STARTS:
+        check_choice(nearly_tied(start), None, ungrouped)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@families
+def test_scores_that_nearly_tie_are_chosen_as_by_the_reference(options):
+    near = (normal(64, seed=4) / 100).round(decimals=2)
+    for start, lift in product(STARTS, (None, 0.0, 15.0, 1e4)):
+        logits, bias = nearly_tied(start), None if lift is None else lift + near
+        expected = route(logits, bias=bias, **options, backend="reference")
+        assert torch.equal(route(logits, bias=bias, **options).indices, expected.indices), (start, lift)
 
 
 def test_extreme_selection_scores():

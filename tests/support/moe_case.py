@@ -26,6 +26,11 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return values.to(torch.get_default_device(), dtype)
 
 
+def chosen(indices: Tensor, experts: int) -> list[int]:
+    """The experts that a token goes to, sentinels left out; the first one in any case, by which gradients have a graph."""
+    return sorted({0, *indices.flatten().tolist()} & set(range(experts)))
+
+
 class Case:
     """Arguments of one call, leaves with gradient, with a gradient of the output."""
 
@@ -79,7 +84,7 @@ class Case:
         wide = [leaf.detach().double().requires_grad_() for leaf in self.leaves]
         hidden, weights, gate_up, down = self.whole(*wide)
         out = torch.zeros_like(hidden)
-        for expert in range(gate_up.shape[0]):
+        for expert in chosen(self.indices, len(gate_up)):
             token, place = torch.where(self.indices == expert)
             gate, up = (hidden[token] @ gate_up[expert].T).chunk(2, dim=-1)
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + shift
@@ -178,7 +183,7 @@ def check_no_tokens(experts: Callable[..., Tensor], dtype: torch.dtype) -> None:
 def in_eager(hidden: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """A loop over the experts as transformers' modules have it: gather, two linears, index_add in the tokens' dtype."""
     out = torch.zeros_like(hidden)
-    for expert in range(gate_up.shape[0]):
+    for expert in chosen(indices, len(gate_up)):
         token, place = torch.where(indices == expert)
         gate, up = F.linear(hidden[token], gate_up[expert]).chunk(2, -1)
         rows = F.linear(F.silu(gate) * up, down[expert]) * weights[token, place, None]
