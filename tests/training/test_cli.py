@@ -79,9 +79,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, message, run_dir, capsys
 
 def test_settings_may_stand_before_and_after_options(capsys, tmp_path):
     folder = str(tmp_path / "run")
-    assert (
-        main(["run", "tiny", "zero.steps=7", "--run", folder, "zero.prompts=3", "--dry-run", "seed=4"]) == 0
-    )
+    words = ["zero.steps=7", "--run", folder, "zero.prompts=3", "--dry-run", "stages=[base,zero]"]
+    assert main(["run", "tiny", *words]) == 0
     assert "7 rollouts of 48" in lines(capsys)[0]
 
 
@@ -165,9 +164,10 @@ def test_the_plan_of_the_paper(capsys):
 
 
 def test_reward_models_are_estimated_by_the_responses_that_they_read():
+    base = ["stages=[base,reward_models]", "reward_models.start=base", "reward_models.samples_from=[base]"]
+
     def tokens(*words):
-        rows = estimate(load("smoke", words))
-        return [row.trained_tokens for row in rows if row.stage == "reward_models"]
+        return [row.trained_tokens for row in estimate(load("smoke", [*base, *words]))][1:]
 
     assert tokens("reward_models.max_length=8") == tokens()
     assert tokens("reward_models.max_new_tokens=128")[0] == pytest.approx(
@@ -255,11 +255,10 @@ def test_the_cost_of_grpo_by_hand(shared):
 
 def test_a_group_that_no_micro_batch_holds_is_read_again_in_each():
     words = ["zero.prompts=3", "zero.group_size=4", "zero.max_new_tokens=80", "zero.minibatches=1"]
+    words += ["stages=[base,zero]", "zero.steps=1"]
 
     def cost(*more):
-        (row,) = [
-            row for row in estimate(load("tiny", [*words, "zero.steps=1", *more])) if row.stage == "zero"
-        ]
+        (_, row) = estimate(load("tiny", [*words, *more]))
         return row.training_flops
 
     whole, halves, single, repeated = (
