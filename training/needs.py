@@ -120,11 +120,11 @@ def _remarks(name: str, recipe: Recipe, pools: Pools) -> Iterator[str]:
 def _pools(recipe: Recipe) -> Pools:
     """Split that a stage asks -> kind -> problems of all tasks."""
     splits = dict.fromkeys(("train", "test", *recipe.evaluate.splits))
-    found = {split: responses.problems(recipe, split, KINDS) for split in splits}
-    return {
-        split: {kind: [each for each in found[split] if each.kind == kind] for kind in KINDS}
-        for split in splits
-    }
+    pools: Pools = {split: {kind: [] for kind in KINDS} for split in splits}
+    for split, of_kinds in pools.items():
+        for each in responses.problems(recipe, split, KINDS):
+            of_kinds[each.kind].append(each)
+    return pools
 
 
 def _needs(recipe: Recipe, order: list[str]) -> Iterator[Need]:

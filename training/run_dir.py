@@ -39,6 +39,7 @@ from training.recipe import STAGE_NAMES, Recipe, load, to_dict
 
 APPEND_ONLY = ("metrics.jsonl", "samples.jsonl")
 PROFILE = "profile.txt"
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # PyYAML in C, where it was built so
 _WARNINGS = "warnings.jsonl"
 _TENSOR_FOLDERS = ("state-0", "state-1")  # taken in turn, so that one is always whole
 _PIECES = "pieces"
@@ -409,7 +410,8 @@ class RunDir:
     def write_recipe(self, recipe: Recipe) -> None:
         """Writes recipe.yaml, the resolved recipe."""
         files.write_text(
-            self.path / "recipe.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+            self.path / "recipe.yaml",
+            yaml.dump(to_dict(recipe), Dumper=_DUMPER, sort_keys=False, allow_unicode=True),
         )
 
     def read_recipe(self, overrides: Sequence[str] = ()) -> Recipe:

@@ -97,23 +97,23 @@ def test_all_run_once_in_order_then_nothing_runs(run, works):
     assert all(work.steps == list(range(10)) for work in works.values())
 
 
-@pytest.mark.parametrize("stage", ["base", "sft1"])
-@pytest.mark.parametrize("moment", [0, 2, 3, 5, 9])
-def test_a_killed_run_ends_like_one_that_was_not(run, works, tmp_path, stage, moment):
+def test_a_killed_run_ends_like_one_that_was_not(run, works, tmp_path):
     run(folder="whole")
-    works[stage].die_at = moment
-    works[stage].steps.clear()
-    with pytest.raises(Killed):
-        run()
-    run()
-    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
-    # At most the steps since the last resume point are done twice.
-    assert len(works[stage].steps) == 10 + moment % 3
+    for stage, moment in (("base", 0), ("base", 3), ("sft1", 2), ("sft1", 5), ("sft1", 9)):
+        folder = f"{stage} {moment}"
+        works[stage].die_at = moment
+        works[stage].steps.clear()
+        with pytest.raises(Killed):
+            run(folder=folder)
+        run(folder=folder)
+        assert contents(tmp_path / folder) == contents(tmp_path / "whole"), folder
+        # At most the steps since the last resume point are done twice.
+        assert len(works[stage].steps) == 10 + moment % 3, folder
 
 
 def test_a_run_killed_many_times_ends_the_same(run, works, tmp_path):
     run(folder="whole")
-    for stage in works:
+    for stage in ("base", "rl_reasoning"):
         for moment in (0, 2, 4, 4, 9):
             works[stage].die_at = moment
             with pytest.raises(Killed):

@@ -18,7 +18,7 @@ POLICIES = ("base", "zero", "sft1", "rl_reasoning", "sft2", "rl_all", "distill-q
 NASTY = '<script>alert("1")</script> & <think> 1 plus 2 </think> <answer> 3 </answer>'
 
 
-def grpo_row(step, steps):
+def grpo_row(step, steps, levels=()):
     done = step / steps
     return {
         "step": step,
@@ -29,8 +29,8 @@ def grpo_row(step, steps):
         "format": 0.3 + 0.65 * done,
         "language_consistency": 0.4 + 0.2 * done,
         "length": 40 - 8 * done,
-        **{f"accuracy/{times} times": min(1.0, 0.2 + 1.5 * done / times) for times in (2, 5)},
-        **{f"length/{times} times": 12 + 3 * times * done for times in (2, 5)},
+        **{f"accuracy/{times} times": min(1.0, 0.2 + 1.5 * done / times) for times in levels},
+        **{f"length/{times} times": 12 + 3 * times * done for times in levels},
         "entropy": 1.2 - done,
         "kl": 0.02 * done,
         "zero_std_groups": 0.6 * done,
@@ -91,7 +91,9 @@ def whole_run(path):
             sample(step % 7, name, step=step, reward=1.0 + step / 60, advantage=0.5) for step in range(60)
         ]
         unseen = {"unseen/helpful/before": 0.61, "unseen/helpful/after": 0.875} if name == "rl_all" else {}
-        finish(run, name, {"reward": 1.9, **unseen}, [grpo_row(step, 60) for step in range(60)], rolled)
+        levels = (2, 5) if name == "zero" else ()
+        steps = [grpo_row(step, 60, levels) for step in range(60)]
+        finish(run, name, {"reward": 1.9, **unseen}, steps, rolled)
     routes = {
         f"{route}/{key}": value
         for route in ("few_shot", "reflect", "refine")

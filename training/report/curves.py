@@ -236,7 +236,8 @@ def _draw(axis: Axes, panel: Panel, lines: list[tuple[str, list[tuple[float, flo
 
 def _svg(figure: Any, label: str) -> str:
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    # `savefig` draws the figure once more, to lay it out, which drawing does itself
+    figure.canvas.print_svg(text, metadata={"Date": None, "Creator": None})
     plt.close(figure)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
