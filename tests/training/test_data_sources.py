@@ -221,10 +221,10 @@ def test_every_set_of_numbers_that_the_package_lists_is_drawn_and_no_other(packa
     lines = list(template._get_all_possible_assignments(template.constrained_lines, words).values())
     rng = random.Random(0)
     drawn = Counter(
-        tuple(sorted(symbolic._allowed(template, lines, rng).items())) for _ in range(30 * len(listed))
+        tuple(sorted(symbolic._allowed(template, lines, rng).items())) for _ in range(15 * len(listed))
     )
     assert set(drawn) == {tuple(sorted(each.items())) for each in listed}
-    assert min(drawn.values()) > 5 and max(drawn.values()) < 70  # each about 30 times
+    assert min(drawn.values()) > 2 and max(drawn.values()) < 40  # each about 15 times
 
 
 def test_every_choice_of_names_that_the_package_lists_is_drawn_and_no_other(package, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -73,13 +74,19 @@ def heard(work):
     return found
 
 
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """family -> its folder as `write_folder` makes it, written once; not to be changed."""
+    return cache(lambda family: write_folder(tmp_path_factory.mktemp(family), family))
+
+
 # --- families ---
 
 
 @pytest.mark.parametrize("family", SERVED)
-def test_greedy_sampling_is_what_transformers_generates(tmp_path, family):
-    model, tokenizer = load(write_folder(tmp_path / "own", family))
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "own")
+def test_greedy_sampling_is_what_transformers_generates(own, family):
+    model, tokenizer = load(own(family))
+    plain = AutoModelForCausalLM.from_pretrained(own(family))
     for completion in sample(
         TransformersEngine(model, tokenizer), ASKED, temperature=0.0, max_new_tokens=8, seed_parts=(0,)
     ):
@@ -95,23 +102,21 @@ def test_greedy_sampling_is_what_transformers_generates(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", SERVED)
-def test_a_step_of_grpo_and_one_of_sft(tmp_path, family):
-    model, tokenizer = load(write_folder(tmp_path / "own", family, positions=64))
+def test_a_step_of_grpo_and_one_of_sft(own, tmp_path, family):
+    model, tokenizer = load(own(family))
     metrics = one_step(model, tokenizer, tmp_path / "zero")
     assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0 and metrics["entropy"] > 0
-    documents = [Document("<think> 1 </think> <answer> 46 </answer>", prompts.ask("What is 12 plus 34?"))] * 4
-    config = NextToken(steps=20, batch_size=4, lr=1e-2, max_length=0)
+    documents = [Document("<think> 1 </think> <answer> 46 </answer>", prompts.ask("What is 12 plus 34?"))] * 2
+    config = NextToken(steps=8, batch_size=2, lr=1e-2, max_length=0)
     at = context(tmp_path / "sft", config)
     next_token.train(model, tokenizer, documents, config, at)
     rows = at.stage.metrics()
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_dry_run_counts_every_parameter(tmp_path, family):
-    folder = write_folder(tmp_path / "own", family)
-    if family in UNSERVED:
-        return
+@pytest.mark.parametrize("family", SERVED)
+def test_a_dry_run_counts_every_parameter(own, family):
+    folder = own(family)
     model = AutoModelForCausalLM.from_pretrained(folder)
     counted = count(pretrained_config(str(folder)))
     assert counted.total == sum(parameter.numel() for parameter in model.parameters())
@@ -130,11 +135,10 @@ def test_a_dry_run_of_a_missing_folder_is_an_error(tmp_path, capsys, spec):
     ("family", "named"),
     [("mamba", "mamba is a state-space"), ("qwen3_next", "qwen3_next .*linear_attention")],
 )
-def test_models_without_a_cache_of_keys_and_values_are_refused_by_name(tmp_path, family, named):
-    folder = write_folder(tmp_path / "own", family)
+def test_models_without_a_cache_of_keys_and_values_are_refused_by_name(own, family, named):
     for asked in (load_pretrained, pretrained_config):
         with pytest.raises(UserError, match=named) as caught:
-            asked(str(folder))
+            asked(str(own(family)))
         assert "\n" not in str(caught.value)
 
 
@@ -154,8 +158,8 @@ def test_a_selection_bias_of_any_name_evens_the_load(family):
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_the_routing_of_a_rollout_is_replayed_in_every_mixture(tmp_path, family):
-    model, tokenizer = load(write_folder(tmp_path / "own", family))
+def test_the_routing_of_a_rollout_is_replayed_in_every_mixture(own, family):
+    model, tokenizer = load(own(family))
     assert is_patched(model) and integration.has_selection_bias(model) == (family == "deepseek_v3")
     drawn = sample(
         TransformersEngine(model, tokenizer),
@@ -189,10 +193,9 @@ def test_a_qwen3_moe_goes_through_the_zero_stage_with_replay(tmp_path):
     assert saved.dtype == torch.bfloat16 and type(saved).__name__ == "Qwen3MoeForCausalLM"
 
 
-def test_a_mixture_that_cannot_be_patched_still_trains_and_says_so(tmp_path):
-    folder = write_folder(tmp_path / "own", "phimoe")
+def test_a_mixture_that_cannot_be_patched_still_trains_and_says_so(own, tmp_path):
     loaded = []
-    (said,) = heard(lambda: loaded.append(load(folder)))
+    (said,) = heard(lambda: loaded.append(load(own("phimoe"))))
     assert "PhimoeForCausalLM" in said and "without routing replay" in said and "\n" not in said
     metrics = one_step(*loaded[0], tmp_path / "zero")
     assert metrics["skipped"] == 0 and "replay_agreement" not in metrics
@@ -404,9 +407,7 @@ def test_rates_of_the_small_models_are_warned_of_for_a_pretrained_one(tmp_path, 
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "qwen3_moe"])
-def test_recomputed_activations_and_small_micro_batches_take_the_same_step(tmp_path, family):
-    folder = write_folder(tmp_path / "own", family)
-
+def test_recomputed_activations_and_small_micro_batches_take_the_same_step(own, tmp_path, family):
     in_backward = []
 
     def count_recomputed(module, inputs):
@@ -416,7 +417,7 @@ def test_recomputed_activations_and_small_micro_batches_take_the_same_step(tmp_p
     def weights(name, config, **settings):
         in_backward.clear()
         with placed(replace(load_recipe("smoke"), **settings)):
-            model, tokenizer = load(folder)
+            model, tokenizer = load(own(family))
             one_step(model, tokenizer, tmp_path / name, config)
         return model.state_dict(), len(in_backward)
 

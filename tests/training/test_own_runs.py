@@ -42,7 +42,7 @@ def context(folder, config, name="sft1"):
     return StageContext(name, load_recipe("smoke"), config, stage, {}, Progress(quiet=True))
 
 
-@pytest.mark.parametrize("template", ["chatml", "chatml_think", "llama3", None])
+@pytest.mark.parametrize("template", ["chatml_think", "llama3", None])
 def test_what_sft_teaches_is_what_the_model_then_says(tmp_path, template):
     """A folder without pad and with an eos that is not its end of turn learns three answers by heart."""
     folder = write_folder(tmp_path / "own", template=template, eos="<|endoftext|>", dtype="bfloat16")
@@ -161,8 +161,15 @@ def test_a_dry_run_says_what_a_parameter_costs(run, capsys):
 # --- reward models ---
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt2", "qwen3_moe"])
-@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize(
+    ("family", "eos"),
+    [
+        ("qwen2", "<|im_end|>"),
+        ("qwen2", "<|endoftext|>"),
+        ("gpt2", "<|im_end|>"),
+        ("qwen3_moe", "<|endoftext|>"),
+    ],
+)
 def test_reward_models_of_a_folder_without_pad_and_bos_learn(tmp_path, family, eos):
     language_model, tokenizer = load(write_folder(tmp_path / "own", family, eos=eos, dtype="bfloat16"))
     model = reward_model.from_language_model(language_model)
@@ -172,7 +179,7 @@ def test_reward_models_of_a_folder_without_pad_and_bos_learn(tmp_path, family, e
         for problem in PROBLEMS
         for text, good in ((response(problem), True), ("no", False))
     ]
-    config = NextToken(steps=25, batch_size=6, lr=1e-2, lr_end=1e-3)
+    config = NextToken(steps=12, batch_size=6, lr=1e-2, lr_end=1e-3)
     for data in (pairs, points):
         reward_model.train(model, tokenizer, data, config, context(tmp_path / type(data[0]).__name__, config))
         assert reward_model.accuracy(model, tokenizer, data) == 1.0

@@ -72,7 +72,7 @@ def test_distill_teaches_a_student_what_the_teacher_said(brought, capsys, monkey
 
 
 def test_students_from_random_weights_read_responses_to_their_end(brought):
-    words = ["samples=1", "max_new_tokens=160", "filters=[]"]
+    words = ["samples=1", "prompts=2", "max_new_tokens=160", "filters=[]"]
     words += [f"distill.students.{name}.steps=1" for name in ("qwen2", "llama")]
     assert train("distill", *words) == 0
     stage = RunDir("run").stage("distill")

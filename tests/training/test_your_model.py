@@ -26,7 +26,7 @@ def place(tmp_path):
     write_folder(tmp_path / "my-student", "llama", seed=1)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
-    more = [{"question": f"What is 8 plus {n}?", "answer": 8 + n} for n in range(60)]
+    more = [{"question": f"What is 8 plus {n}?", "answer": 8 + n} for n in range(27)]
     with (tmp_path / "questions.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in more)
     return tmp_path
