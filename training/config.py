@@ -177,7 +177,7 @@ def check_range(place: str, metadata: Mapping[str, Any], value: Any) -> None:
 def _value(kind: Any, value: Any, where: str, root: type, pretrained: bool) -> Any:
     origin = get_origin(kind)
     if kind is Any:
-        return value
+        return copy.deepcopy(value)
     if is_section(kind):
         return build(kind, value, where, root, pretrained)
     if origin in (Union, types.UnionType):
@@ -226,25 +226,24 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
 
 
 def merge(cls: type, below: dict[str, Any], above: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """`above` laid over `below`: sections are merged key by key, everything else is replaced whole."""
-    merged = copy.deepcopy(below)
+    """`above` laid over `below`: sections are merged key by key, everything else is replaced whole. Neither is changed."""
+    merged = {**below}
     kinds = field_types(cls)
     for name, value in above.items():
         kind = kinds.get(name)
         if kind is not None and is_section(kind) and isinstance(value, Mapping):
-            merged[name] = merge(kind, merged.get(name, {}), value, f"{where}{name}.")
-        else:
-            merged[name] = copy.deepcopy(value)
+            value = merge(kind, merged.get(name, {}), value, f"{where}{name}.")
+        merged[name] = value
     return merged
 
 
 def override(cls: type, values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """`values` with one dotted `key` replaced; every key but the last of a plain table must exist.
+    """`values` with one dotted `key` replaced, themselves unchanged; every key but the last of a plain table must exist.
 
     Raises:
         UserError: the key does not exist; the nearest one is named.
     """
-    changed = copy.deepcopy(values)
+    changed = {**values}
     parts = key.split(".")
     table: Any = changed
     kind: Any = cls
@@ -265,5 +264,5 @@ def override(cls: type, values: dict[str, Any], key: str, value: Any) -> dict[st
         if depth == len(parts) - 1:
             table[part] = value
         else:
-            table = table.setdefault(part, {})
+            table[part] = table = copy.copy(table.get(part, {}))
     return changed

@@ -5,7 +5,6 @@ overrides over that and builds a `Recipe`. A YAML file may start with `extends: 
 differs. An unknown key is an error that names the nearest one.
 """
 
-import copy
 import dataclasses
 import functools
 import json
@@ -214,6 +213,7 @@ def remarks(recipe: Recipe) -> list[str]:
     ]
 
 
+@functools.cache
 def _defaults(pretrained: bool) -> dict[str, Any]:
     return to_dict(build(Recipe, {}, pretrained=pretrained))
 
@@ -225,7 +225,7 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
         if not equals or not key:
             raise UserError(f"{word!r}: expected key=value, as in zero.steps=10")
         try:
-            value = copy.deepcopy(_parsed(text))
+            value = _parsed(text)
         except yaml.YAMLError as error:
             raise UserError(f"{word!r}: the value is not YAML: {getattr(error, 'problem', error)}") from None
         values = override(Recipe, values, key, value)
@@ -252,7 +252,7 @@ def _read(path: Path, seen: tuple[Path, ...], pretrained: bool) -> dict[str, Any
     if path in seen:
         raise UserError(f"{path}: extends itself")
     try:
-        written = copy.deepcopy(_parsed(path.read_text(encoding="utf-8")))
+        written = _parsed(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         problem = getattr(error, "problem", None)  # in the words of PyYAML
@@ -265,8 +265,8 @@ def _read(path: Path, seen: tuple[Path, ...], pretrained: bool) -> dict[str, Any
     written = {} if written is None else written
     if not isinstance(written, dict):
         raise UserError(f"{path}: expected keys with values")
+    written = {"name": path.stem, **written}
     parent = written.pop("extends", None)
-    written.setdefault("name", path.stem)
     below = _defaults(pretrained) if parent is None else _read(_find(str(parent)), (*seen, path), pretrained)
     try:
         build(Recipe, written)  # unknown keys are reported before they are merged
