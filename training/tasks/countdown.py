@@ -186,12 +186,15 @@ def _write(numbers: Sequence[int], signs: Sequence[str]) -> str:
 def _make(count: int, largest: int, operators: str, size: int, seed: int) -> list[tuple[Problem, str]]:
     """Solvable problems, each with the split of its numbers and target; targets are 1 to 100."""
     made: list[tuple[Problem, str]] = []
-    seen = set()
+    tried, seen = set(), set()
     rng = numpy_rng(NAME, seed, count, largest, operators)
     for _ in range(20 * size):  # small settings have fewer different problems than `size`
         numbers = [int(number) for number in rng.integers(1, largest + 1, count)]
         signs = [operators[int(index)] for index in rng.integers(0, len(operators), count - 1)]
         solution = _write(numbers, signs)
+        if solution in tried:
+            continue
+        tried.add(solution)
         target = _value(solution)
         key = f"{NAME} {sorted(numbers)} {target}"
         if target is None or not 1 <= target <= 100 or target.denominator != 1 or key in seen:
