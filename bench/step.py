@@ -46,7 +46,7 @@ _SIZES = {"H": "hidden_size", "I": "moe_intermediate_size", "E": "experts"}
 
 
 def measure(case: Case, seconds: float) -> list[Row]:
-    """Rows of both sides; their phases are the parts of the step, and "step" is the whole of it.
+    """Rows of both sides; their phases are the parts of the step, and "step" is the whole of it. seconds: as in ``measure``.
 
     Errors are those of the log-probs that the policy gives its own samples, against the same model in float64.
     """
@@ -61,7 +61,7 @@ def measure(case: Case, seconds: float) -> list[Row]:
             first = bench.step(row.backend)
         row.peak_bytes = peak.bytes
     judge(rows, case)
-    rounds = max(3, min(_MOST_ROUNDS, int(seconds / (2 * first["step"]))))
+    rounds = max(3, min(_MOST_ROUNDS, int(seconds / (2 * first["step"])))) if seconds else 1
     timed = paired({row.peer: partial(bench.step, row.backend) for row in rows if row.status == "ok"}, rounds)
     for row in rows:
         row.rounds = timed.get(row.peer, {})
