@@ -1,19 +1,20 @@
 """Several ranks: what they exchange, and that an optimizer step of any kind is that of one rank to rounding.
 
-The ranks of the everyday tests are forked once, do everything that is compared, and so does this process alone.
+The ranks of the everyday tests are forked once and do one work after another; so does this process alone.
 """
 
 import math
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from r1kernels.grpo.reductions import REDUCTIONS
-from tests.support.ranks import on_ranks
+from tests.support.ranks import on_ranks, ranks_for
 from tests.training.test_loops import share_of_even_ids, without_times
 from training import adapters, checkpoint, files, notices, prompts, responses, reward_model, student
 from training.context import StageContext
@@ -53,10 +54,28 @@ GRPO = Grpo(
     steps=1, prompts=3, group_size=4, minibatches=2, lr=1e-4, max_new_tokens=8, kl_coef=0.1, bias_rate=2e-3,
     micro_batch_tokens=160,
 )  # fmt: skip
-STEP = NextToken(steps=2, batch_size=11, lr=2e-4, bias_rate=2e-3, micro_batch_tokens=64)
+STEP = NextToken(steps=1, batch_size=11, lr=2e-4, bias_rate=2e-3, micro_batch_tokens=64)
 
 
 words = []  # settings of the recipe
+
+
+@cache
+def built():
+    """The mixture that most kinds begin with, built and tried once in a process, and its weights."""
+    model = build_model(SIZES, TOKENIZER, 0)
+    return model, cloned(model.state_dict())
+
+
+def mixture():
+    model, weights = built()
+    model.load_state_dict(weights)
+    model.zero_grad()
+    return model
+
+
+def cloned(state):
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def context(folder, config, name="stage"):
@@ -65,7 +84,7 @@ def context(folder, config, name="stage"):
     return StageContext(name, load("smoke", words), config, stage, {}, Progress(quiet=True))
 
 
-def after_next_token(folder, documents, config=STEP, build=lambda: build_model(SIZES, TOKENIZER, 0)):
+def after_next_token(folder, documents, config=STEP, build=mixture):
     at = context(folder, config)
     with placed(at.recipe):
         model = build()
@@ -73,7 +92,7 @@ def after_next_token(folder, documents, config=STEP, build=lambda: build_model(S
     return model.state_dict(), without_times(at.stage.metrics())
 
 
-def after_grpo(folder, build=lambda: build_model(SIZES, TOKENIZER, 0), **changes):
+def after_grpo(folder, build=mixture, **changes):
     config = replace(GRPO, **changes)
     at, model = context(folder, config), build()
     grpo.train(model, TOKENIZER, lambda step: PROBLEMS, prompts.chat, share_of_even_ids, config, at)
@@ -81,9 +100,9 @@ def after_grpo(folder, build=lambda: build_model(SIZES, TOKENIZER, 0), **changes
 
 
 def after_reward_model(folder, data):
-    config = RewardModels(steps=2, batch_size=7, lr=2e-4, micro_batch_tokens=64)
+    config = RewardModels(steps=1, batch_size=7, lr=2e-4, micro_batch_tokens=64)
     at = context(folder, config)
-    model = reward_model.from_language_model(build_model(SIZES, TOKENIZER, 0))
+    model = reward_model.from_language_model(mixture())
     generator = torch.Generator().manual_seed(1)
     torch.nn.init.normal_(model.score.weight, std=0.1, generator=generator)
     reward_model.train(model, TOKENIZER, data, config, at)
@@ -91,18 +110,21 @@ def after_reward_model(folder, data):
     return model.state_dict(), [*without_times(at.stage.metrics()), row]
 
 
+# with each reduction something else that does not depend on it
+REDUCED = {
+    "sequence": {},
+    "token": {"fused_loss": True},
+    "constant": {"top_p": 0.9, "old_logprobs": "sampler"},
+    "sequence-sum": {"replay": False, "kl_coef": 0.0, "keep_groups": "spread"},
+}
 KINDS = {
-    "next token": lambda path: after_next_token(path, TEXTS),
+    "next token": lambda path: after_next_token(path, TEXTS, replace(STEP, steps=2)),
     "responses that share prompts": lambda path: after_next_token(path, ANSWERS),
-    "a document for one rank alone": lambda path: after_next_token(
-        path, TEXTS, replace(STEP, steps=1, batch_size=1)
-    ),
+    "a document for one rank alone": lambda path: after_next_token(path, TEXTS, replace(STEP, batch_size=1)),
     **{
-        f"grpo, {each}": lambda path, each=each: after_grpo(path, reduction=each, fused_loss=each == "token")
+        f"grpo, {each}": lambda path, each=each: after_grpo(path, reduction=each, **REDUCED[each])
         for each in REDUCTIONS
     },
-    "grpo, cut, by the sampler": lambda path: after_grpo(path, top_p=0.9, old_logprobs="sampler"),
-    "grpo without replay": lambda path: after_grpo(path, replay=False, kl_coef=0.0, keep_groups="spread"),
     "pairs": lambda path: after_reward_model(
         path, [Pair(p, f"it is {p.reference} {p.reference}", "i cannot tell it") for p in CAPITALS[:9]]
     ),
@@ -122,6 +144,11 @@ def tied():
     )[0]
 
 
+@cache
+def teacher():
+    return build_model(SIZES, TOKENIZER, 0).requires_grad_(False).eval()
+
+
 def adapted():
     """A mixture with adapters, those of its experts too."""
     model = build_model(SIZES, TOKENIZER, 0)
@@ -133,7 +160,7 @@ def adapted():
 def after_distillation(folder, own_responses=False):
     """A student with a tied head, from the divergence of a mixture that reads what it reads."""
     at, model = context(folder, STEP), tied()
-    loss = OfTeacher(build_model(SIZES, TOKENIZER, 0).requires_grad_(False).eval(), "forward_kl", 0.5)
+    loss = OfTeacher(teacher(), "forward_kl", 0.5)
     if own_responses:
         asked = [Prompt(problem, prompts.chat(problem)) for problem in PROBLEMS]
         how = Distill(max_new_tokens=8)
@@ -153,8 +180,7 @@ DIVIDED = (
     "a document for one rank alone",
     "grpo, sequence",
     "pairs",
-    "a tied head",
-    "distillation",
+    "distillation",  # of a student with a tied head
     "distillation on policy",
 )
 
@@ -164,7 +190,9 @@ def everything(folder, settings=(), kinds=KINDS):
     found = {}
     for name in kinds:
         with noted_gradients() as gradients:
-            found[name] = (*KINDS[name](folder / name), gradients)
+            state, rows = KINDS[name](folder / name)
+        found[name] = cloned(state), rows, gradients
+    words.clear()
     return found
 
 
@@ -191,11 +219,19 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def compared(alone, tmp_path_factory):
+def two(tmp_path_factory):
+    """Two ranks that do what is named."""
+    works = (everything, resumed, exchanged, calls_apart, students)
+    meeting = tmp_path_factory.mktemp("two") / "meeting"
+    with ranks_for(2, meeting, {each.__name__: each for each in works}) as does:
+        yield does
+
+
+@pytest.fixture(scope="module")
+def compared(alone, two, tmp_path_factory):
     """Kind of step -> what one rank, and each of two, have after it."""
-    folder = tmp_path_factory.mktemp("two")
-    two = on_ranks(2, lambda: everything(folder), folder / "meeting")
-    return {name: (alone[name], two[0][name], two[1][name]) for name in KINDS}
+    first, second = two("everything", tmp_path_factory.mktemp("two"))
+    return {name: (alone[name], first[name], second[name]) for name in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,11 +239,11 @@ def test_a_step_of_two_ranks_is_that_of_one(compared, kind):
     assert_same(*compared[kind])
 
 
-def test_a_step_of_a_model_that_two_ranks_divide_is_that_of_one(alone, tmp_path):
+def test_a_step_of_a_model_that_two_ranks_divide_is_that_of_one(alone, two, tmp_path):
     settings = ["parallel.shard=2", "gradient_checkpointing=true"]
-    two = on_ranks(2, lambda: everything(tmp_path / "two", settings, DIVIDED), tmp_path / "meeting")
+    first, second = two("everything", tmp_path, settings, DIVIDED)
     for kind in DIVIDED:
-        assert_same(alone[kind], two[0][kind], two[1][kind])
+        assert_same(alone[kind], first[kind], second[kind])
 
 
 class Stop(Exception):
@@ -231,36 +267,54 @@ def resumed(folder, settings, steps, stop_at=None):
         next_token.train(model, TOKENIZER, ANSWERS, config, at)
     except Stop:
         return None
+    finally:
+        words.clear()
     return model.state_dict(), without_times(at.stage.metrics())
 
 
 @pytest.fixture(scope="module")
 def unstopped(tmp_path_factory):
-    """What one rank has after five steps."""
-    return resumed(tmp_path_factory.mktemp("whole"), ["parallel.shard=1"], 5)
+    """What one rank has after four steps."""
+    return resumed(tmp_path_factory.mktemp("whole"), ["parallel.shard=1"], 4)
+
+
+def in_layout(two, layout, *arguments):
+    """`resumed` on so many ranks, so many of which divide a model."""
+    count, shard = layout
+    given = (arguments[0], [f"parallel.shard={shard}"], *arguments[1:])
+    return resumed(*given) if count == 1 else two("resumed", *given)[0]
+
+
+@pytest.fixture(scope="module")
+def cut(two, tmp_path_factory):
+    """Layout -> the folder of a run that ended behind its resume point of step 2; each is made once."""
+
+    @cache
+    def of(layout):
+        folder = tmp_path_factory.mktemp("cut") / "cut"
+        in_layout(two, layout, folder, 4, 2)
+        return folder
+
+    return of
 
 
 @pytest.mark.parametrize(
     ("before", "after"), [((1, 1), (2, 2)), ((2, 2), (2, 2)), ((2, 2), (1, 1)), ((2, 1), (2, 2))]
 )
-def test_a_run_goes_on_with_another_number_of_ranks_and_another_division(unstopped, tmp_path, before, after):
-    """before, after: ranks and how many of them divide a model; step 3 is after the resume point of step 2."""
-
-    def at(layout, folder, stop_at=None):
-        count, shard = layout
-        work = lambda: resumed(folder, [f"parallel.shard={shard}"], 5, stop_at)  # noqa: E731
-        return work() if count == 1 else on_ranks(count, work, tmp_path / f"meeting{stop_at}{folder.name}")[0]
-
+def test_a_run_goes_on_with_another_number_of_ranks_and_another_division(
+    unstopped, cut, two, tmp_path, before, after
+):
+    """before, after: ranks and how many of them divide a model."""
     expected, rows = unstopped
-    at(before, tmp_path / "cut", stop_at=3)
+    shutil.copytree(cut(before), tmp_path / "cut")
     assert len(list((tmp_path / "cut").glob("state-*/*.safetensors"))) == before[0]
-    found, rows_after = at(after, tmp_path / "cut")
-    assert [row["step"] for row in rows_after] == [0, 1, 2, 3, 4]
+    found, rows_after = in_layout(two, after, tmp_path / "cut", 4)
+    assert [row["step"] for row in rows_after] == [0, 1, 2, 3]
     assert [row["loss"] for row in rows_after] == pytest.approx([row["loss"] for row in rows], rel=1e-4)
     for name, tensor in expected.items():
         assert (found[name] - tensor).norm() <= 2e-5 * tensor.norm().clamp(min=1e-3), name
     if before == after:
-        same, _ = at(before, tmp_path / "same")
+        same, _ = in_layout(two, before, tmp_path / "same", 4)
         assert all(torch.equal(found[name], tensor) for name, tensor in same.items())
 
 
@@ -390,11 +444,12 @@ def own_reward(folder):
     return found
 
 
-def test_what_two_ranks_exchange(tmp_path):
-    def work():
-        return exchanges(tmp_path / "stage"), skipped(tmp_path), own_reward(tmp_path)
+def exchanged(folder):
+    return exchanges(folder / "stage"), skipped(folder), own_reward(folder)
 
-    found = on_ranks(2, work, tmp_path / "meeting")
+
+def test_what_two_ranks_exchange(two, tmp_path):
+    found = two("exchanged", tmp_path)
     (first, skip, _), (second, skip_too, _) = found
     same = ("once", "sums", "spread", "apart", "has", "rows", "state")
     assert {name: first[name] for name in same} == {name: second[name] for name in same}
@@ -416,7 +471,7 @@ def test_what_two_ranks_exchange(tmp_path):
     assert [own for _, _, own in found] == [[5, 5], [5, 5, 5]]
 
 
-def calls_apart(folder, monkeypatch):
+def calls_apart(folder):
     """Responses of three calls, two of which are as much as the third; what is warned of, and the pieces that are kept; how many
     ranks made a call, and that where it is too long to be made apart."""
     at = context(folder, None)
@@ -430,32 +485,33 @@ def calls_apart(folder, monkeypatch):
         worlds.add(ranks.world())
         return draw(**call)
 
-    monkeypatch.setattr(responses, "draw", noted)
-    with notices.listening(lambda kind, text: heard.append(text)):
-        drawn = responses.draw_each(calls, context=at, **how)
-    pieces = sorted(each.name for each in at.stage.piece("").iterdir())
-    apart = worlds.copy()
-    worlds.clear()
-    monkeypatch.setattr(responses, "APART", 60)  # the second call may be of 72 tokens
-    responses.draw_each(calls, context=None, **how)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(responses, "draw", noted)
+        with notices.listening(lambda kind, text: heard.append(text)):
+            drawn = responses.draw_each(calls, context=at, **how)
+        pieces = sorted(each.name for each in at.stage.piece("").iterdir())
+        apart = worlds.copy()
+        worlds.clear()
+        patch.setattr(responses, "APART", 60)  # the second call may be of 72 tokens
+        responses.draw_each(calls, context=None, **how)
     return (drawn, heard, pieces), (apart, worlds)
 
 
-def test_calls_that_ranks_make_apart_are_those_of_one(tmp_path, monkeypatch):
-    two = on_ranks(2, lambda: calls_apart(tmp_path / "two", monkeypatch), tmp_path / "meeting")
-    alone, _ = calls_apart(tmp_path / "one", monkeypatch)
-    assert [found for found, _ in two] == [alone, alone]
-    assert [made_by for _, made_by in two] == [({1}, {2})] * 2
+def test_calls_that_ranks_make_apart_are_those_of_one(two, tmp_path):
+    found = two("calls_apart", tmp_path / "two")
+    alone, _ = calls_apart(tmp_path / "one")
+    assert [drawn for drawn, _ in found] == [alone, alone]
+    assert [made_by for _, made_by in found] == [({1}, {2})] * 2
     drawn, heard, pieces = alone
     assert [len(each) for each in drawn] == [6, 12, 6]
     assert len(heard) == 1 and "did not end within 6 tokens" in heard[0]
     assert len(pieces) == 3
 
 
-def students(folder, operations=(3.0, 2.0), stop_at=None):
+def students(folder, operations=(3.0, 2.0), steps=4, stop_at=None):
     """Two students of a stage, what they are warned of and where they are saved: metrics, lines, warnings, hashes, and the parts
     that were begun here; None where one ends at `stop_at`, a part and a step, and the other rank with it."""
-    at, began = context(folder, replace(STEP, steps=4, save_every=2)), []
+    at, began = context(folder, replace(STEP, steps=steps, save_every=2)), []
 
     def work(part, name):
         log = part.stage.log
@@ -484,11 +540,16 @@ def students(folder, operations=(3.0, 2.0), stop_at=None):
     return found, lines, written, began
 
 
-def test_parts_that_ranks_do_apart_are_those_of_one(tmp_path):
-    two = on_ranks(2, lambda: students(tmp_path / "two"), tmp_path / "meeting")
-    *alone, began = students(tmp_path / "one")
-    assert began == ["a", "b"] and sorted(name for *_, began in two for name in began) == ["a", "b"]
-    assert [list(found) for *found, _ in two] == [alone, alone]
+@pytest.fixture(scope="module")
+def students_of_one(tmp_path_factory):
+    return students(tmp_path_factory.mktemp("students") / "one")
+
+
+def test_parts_that_ranks_do_apart_are_those_of_one(two, students_of_one, tmp_path):
+    found = two("students", tmp_path / "two")
+    *alone, began = students_of_one
+    assert began == ["a", "b"] and sorted(name for *_, began in found for name in began) == ["a", "b"]
+    assert [list(each) for *each, _ in found] == [alone, alone]
     _, (rows, samples, warned), written = alone
     assert [(row["part"], row["step"]) for row in rows] == [
         (name, step) for name in "ab" for step in range(4)
@@ -499,28 +560,27 @@ def test_parts_that_ranks_do_apart_are_those_of_one(tmp_path):
 
 
 @pytest.mark.parametrize("operations", [(3.0, 1.0), (2.0**43, 2.0**43)])
-def test_parts_of_which_one_is_too_large_are_done_together(tmp_path, operations):
-    two = on_ranks(2, lambda: students(tmp_path / "two", operations), tmp_path / "meeting")
-    assert [began for *_, began in two] == [["a", "b"]] * 2
-    assert all(metrics[name]["world"] == 2 for metrics, *_ in two for name in "ab")
+def test_parts_of_which_one_is_too_large_are_done_together(two, tmp_path, operations):
+    found = two("students", tmp_path / "two", operations, 1)
+    assert [began for *_, began in found] == [["a", "b"]] * 2
+    assert all(metrics[name]["world"] == 2 for metrics, *_ in found for name in "ab")
 
 
-@pytest.mark.parametrize("again", [1, 2])
-def test_parts_that_were_cut_off_apart_go_on(tmp_path, again):
-    """One has ended, the other is behind its resume point of step 2."""
+def test_parts_that_were_cut_off_apart_go_on(two, students_of_one, tmp_path):
+    """On one rank and on two: one has ended, the other is behind its resume point of step 2."""
 
     def cut():
-        return students(tmp_path / "run", stop_at=("b", 3))
+        return students(tmp_path / "cut", stop_at=("b", 3))
 
-    def ended():
-        return (tmp_path / "run/parts/a/ended.json").is_file()
-
-    assert on_ranks(2, cut, tmp_path / "meeting") == [None, None] and ended()
-    work = lambda: students(tmp_path / "run")  # noqa: E731
-    found = [work()] if again == 1 else on_ranks(2, work, tmp_path / "meeting again")
-    *alone, _ = students(tmp_path / "one")
-    assert [list(each) for *each, _ in found] == [alone] * again
-    assert [name for *_, began in found for name in began] == ["b"]
+    assert on_ranks(2, cut, tmp_path / "meeting") == [None, None]
+    assert (tmp_path / "cut/parts/a/ended.json").is_file()
+    *alone, _ = students_of_one
+    for again in (1, 2):
+        run = tmp_path / f"run on {again}"
+        shutil.copytree(tmp_path / "cut", run)
+        found = [students(run)] if again == 1 else two("students", run)
+        assert [list(each) for *each, _ in found] == [alone] * again
+        assert [name for *_, began in found for name in began] == ["b"]
 
 
 def test_one_process_exchanges_nothing():
