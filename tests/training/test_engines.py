@@ -137,11 +137,14 @@ def test_greedy_is_what_transformers_generates(family):
 @pytest.mark.parametrize("family", ["deepseek_v3", "gemma2", "bloom", "mamba"])
 def test_a_response_is_the_same_in_every_batch(family):
     model = build(family, OTHERS[family][0] if family in OTHERS else None)
-    asked = requests_of(texts(1, 9, 4, 2, 30), samples=4)
+    asked = requests_of(texts(1, 9, 4, 2, 30), samples=3, most=6 if family in OTHERS else 12)
     expected = draw(model, asked)
     assert len({output.token_ids for output in expected}) > 10
     shuffled = random.Random(1).sample(asked, len(asked))
-    for requests, size in ((asked, 1), (asked, 3), (shuffled, 64), (shuffled, 3), (asked[5:8], 64)):
+    batches = [(asked, 1), (shuffled, 3)]
+    if family in MODELS:  # in which prompts of different lengths stand beside each other
+        batches += [(asked, 3), (shuffled, 64), (asked[5:8], 64)]
+    for requests, size in batches:
         found = dict(zip(requests, draw(model, requests, batch_size=size), strict=True))
         for request, output in zip(asked, expected, strict=True):
             if request in found:

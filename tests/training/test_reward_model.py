@@ -92,26 +92,28 @@ def test_training_on_points_tells_unsafe_from_safe(tmp_path):
 
 
 def test_a_training_that_is_cut_off_goes_on_to_the_same_weights(tmp_path):
+    def of(name):
+        return context(tmp_path / name, save_every=3, steps=8)
+
     whole = start()
-    reward_model.train(whole, TOKENIZER, pairs(), context(tmp_path / "a").config, context(tmp_path / "a"))
-    cut = context(tmp_path / "b", save_every=10)
+    reward_model.train(whole, TOKENIZER, pairs(), of("a").config, of("a"))
+    cut = of("b")
 
     class Stop(Exception):
         pass
 
-    log, seen = cut.stage.log, []
+    log = cut.stage.log
 
-    def log_until_14(**metrics):
-        if metrics["step"] == 14:
+    def log_until_4(**metrics):
+        if metrics["step"] == 4:
             raise Stop
-        seen.append(metrics["step"])
         log(**metrics)
 
-    cut.stage.log = log_until_14
+    cut.stage.log = log_until_4
     with pytest.raises(Stop):
         reward_model.train(start(), TOKENIZER, pairs(), cut.config, cut)
     resumed = start()
-    again = context(tmp_path / "b", save_every=10)
+    again = of("b")
     reward_model.train(resumed, TOKENIZER, pairs(), again.config, again)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name

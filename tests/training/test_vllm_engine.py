@@ -1,9 +1,9 @@
 """The engine behind a vLLM server, against a stand-in that answers as the real one did: updates, versions, every fault."""
 
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -534,23 +534,20 @@ def test_a_server_that_does_not_start_tells_its_last_error(tmp_path, program, sa
 
 
 def test_a_server_ends_with_the_process_that_started_it(tmp_path):
-    program = (
-        "import sys, time, pathlib\n"
-        "from training.engines.server import Server\n"
-        "from training.sections import Rollout\n"
-        "here = pathlib.Path(sys.argv[1])\n"
-        "s = Server(Rollout(python=str(here / 'python'), timeout=20.0), here, here / 'log', None)\n"
-        "print(s.service.url, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    a_server(tmp_path, SERVES)
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    service = Service(process.stdout.readline().strip(), 5.0)
+    rollout = a_server(tmp_path, SERVES)
+    told, tell = multiprocessing.Pipe(duplex=False)
+
+    def starts():
+        tell.send(Server(rollout, tmp_path, tmp_path / "log", None).service.url)
+        time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(target=starts, daemon=True)
+    process.start()
+    assert told.poll(60)
+    service = Service(told.recv(), 5.0)
     assert listens(service)
     process.kill()
-    process.wait()
+    process.join()
     for _ in range(100):
         if not listens(service):
             return
