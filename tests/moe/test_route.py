@@ -33,8 +33,8 @@ def test_worked_example():
 @families
 @pytest.mark.parametrize("replay", [False, True])
 def test_gradients_in_float64(options, replay):
-    logits = normal(6, 8, dtype=torch.float64).requires_grad_()
-    indices = torch.randint(0, 8, (6, options["top_k"]), generator=torch.Generator().manual_seed(3))
+    logits = normal(3, 8, dtype=torch.float64).requires_grad_()
+    indices = torch.randint(0, 8, (3, options["top_k"]), generator=torch.Generator().manual_seed(3))
     recorded = indices if replay else None
     assert torch.autograd.gradcheck(lambda z: route(z, indices=recorded, **options).weights, logits)
     assert torch.autograd.gradgradcheck(lambda z: route(z, indices=recorded, **options).weights, logits)
