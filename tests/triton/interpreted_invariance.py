@@ -26,11 +26,11 @@ MANY = tuning.Tile(32, 32, 32, group=2, warps=4, stages=2, descriptors=False)
 
 
 class TestInvarianceTriton(InvarianceKernel):
-    """All tokens are MANY; three of them, and one, are FEW."""
+    """All tokens are MANY; three of them, and one, are FEW. In float32, for bfloat16 rounds away what another order of a sum gives."""
 
     tokens, sizes, dims = 20, (3,), (40, 16, 3)
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32], ids=str)
     def test_a_token_has_the_same_bits_in_any_company(self, backend, dtype):
         super().test_a_token_has_the_same_bits_in_any_company(backend, dtype)
 
