@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 
 import r1kernels
 from r1kernels import backends
+from tests.support import fresh
 
 X = torch.zeros(3)
 
@@ -134,25 +133,15 @@ def test_an_unknown_name_is_an_error(name):
         r1kernels.explain("no_such_op")
 
 
-def run_python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PATH": "", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_the_environment_chooses():
     code = (
         "import torch, r1kernels; from r1kernels import backends;"
         "arguments = (torch.zeros(1, 2, 3), torch.zeros(2, dtype=torch.int64), None, 1.0, -100, False, False);"
         "print(backends.choose('token_logprobs', None, *arguments).name)"
     )
-    result = run_python(code, R1KERNELS_BACKEND="token_logprobs:reference,*:auto")
+    result = fresh.run(code, {"R1KERNELS_BACKEND": "token_logprobs:reference,*:auto"})
     assert result.stdout.strip() == "reference", result.stderr
-    result = run_python(code, R1KERNELS_BACKEND="token_logprobs:fast")
+    result = fresh.run(code, {"R1KERNELS_BACKEND": "token_logprobs:fast"})
     assert result.returncode != 0 and "R1KERNELS_BACKEND: expected one of" in result.stderr
 
 
@@ -162,7 +151,7 @@ def test_import_is_light():
         "names = ('triton', 'transformers', 'trl', 'training');"
         "print([name for name in names if name in sys.modules], torch.cuda.is_initialized())"
     )
-    result = run_python(code)
+    result = fresh.run(code, {})
     assert result.stdout.strip() == "[] False", result.stdout + result.stderr
 
 

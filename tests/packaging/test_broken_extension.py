@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import torch
 
 import r1kernels
 from r1kernels import extension
+from tests.support import fresh
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 USE = """
@@ -28,17 +28,6 @@ except r1kernels.BackendError as error:
     print(error)
 print(__main__.report())
 """
-# imports torch once, and uses the package of each folder that it reads in a fork
-FORKS = f"""
-import os, sys, torch
-for folder in map(str.strip, sys.stdin):
-    if os.fork() == 0:
-        sys.path.insert(0, folder)
-        with open(os.path.join(folder, "said"), "w") as sys.stdout:
-            exec({USE!r})
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
 
 
 @pytest.fixture
@@ -51,24 +40,14 @@ def package(tmp_path):
     return copy
 
 
-@pytest.fixture(scope="module")
-def forks():
-    # -S: no .pth file is read, so that an editable install of r1kernels does not answer for what a copy lacks
-    paths = sysconfig.get_path("purelib"), sysconfig.get_path("platlib")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command, pipe = [sys.executable, "-S", "-c", FORKS], subprocess.PIPE
-    with subprocess.Popen(command, env=environment, cwd="/", stdin=pipe, stdout=pipe, text=True) as process:
-        yield process
-
-
 @pytest.fixture
-def assert_reported(package, forks):
+def assert_reported(package):
     """The reference serves, the cpu backend refuses with the reason, and the report shows it."""
 
     def check(*texts):
-        print(package.parent, file=forks.stdin, flush=True)
-        assert forks.stdout.readline() == "0\n"
-        failure, value, refusal, report = (package.parent / "said").read_text().split("\n", 3)
+        result = fresh.run(USE, path=package.parent)
+        assert result.returncode == 0, result.stderr
+        failure, value, refusal, report = result.stdout.split("\n", 3)
         for text in texts:
             assert text in failure
         assert value == "-1.3863"  # -log 4

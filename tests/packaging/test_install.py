@@ -17,11 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support import fresh
+
 ROOT = Path(__file__).parents[2]
 HERE = Path(sysconfig.get_path("purelib"))
 
 CHECK = """
-import torch, r1kernels
+import site, sys, torch
+site.addsitedir(sys.path[0])  # reads the .pth file of an editable install
+import r1kernels
 from r1kernels import extension
 print(r1kernels.__file__)
 print(extension.missing())
@@ -38,11 +42,17 @@ def environment(tmp_path):
     """The interpreter of a new virtual environment that finds this one's packages, torch as if installed there."""
     folder = tmp_path / "environment"
     venv.create(folder)  # its pip is this one's too
-    packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    python = folder / "bin" / "python"
+    packages = packages_of(python)
     (packages / "torch").symlink_to(Path(torch.__file__).parent)
     # one line that is a path: the .pth files over there, an editable r1kernels among them, are not read
     (packages / "dependencies.pth").write_text(f"{HERE}\n")
-    return folder / "bin" / "python"
+    return python
+
+
+def packages_of(python):
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    return python.parents[1] / "lib" / version / "site-packages"
 
 
 @pytest.fixture(scope="session")
@@ -76,10 +86,10 @@ def pip_install(python, *arguments, **variables):
     )
 
 
-def installed(result, python, cwd):
-    """(path, missing, value) as the installed package answers from a folder that is not a checkout."""
+def installed(result, python):
+    """(path, missing) as the installed package answers from a folder that is not a checkout."""
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    answer = subprocess.run([python, "-I", "-c", CHECK], cwd=cwd, capture_output=True, text=True)
+    answer = fresh.run(CHECK, path=packages_of(python))
     assert answer.returncode == 0, answer.stderr
     path, missing, value = answer.stdout.splitlines()
     assert value == "-1.3863"  # -log 4
@@ -97,20 +107,27 @@ def test_the_sdist_holds_what_a_build_needs_and_nothing_built(sdist):
     assert not [name for name in names if name.startswith(("training/", "bench/"))]
 
 
-@pytest.mark.parametrize("why", ["asked for", "no compiler"])
-def test_a_python_only_install(environment, source, tmp_path, why):
-    variables = {"R1KERNELS_NO_EXTENSION": "1"} if why == "asked for" else {"CXX": "/no/such/compiler"}
-    result = pip_install(environment, "--no-build-isolation", source, **variables)
-    path, missing = installed(result, environment, tmp_path)
+def test_a_python_only_install(environment, source):
+    result = pip_install(environment, "--no-build-isolation", source, R1KERNELS_NO_EXTENSION="1")
+    path, missing = installed(result, environment)
     assert path.is_relative_to(environment.parents[1])
     assert "installed without a C++ compiler or with R1KERNELS_NO_EXTENSION=1" in missing
-    if why == "no compiler":
-        assert (
-            "no C++ compiler was found, the Python part alone is installed" in result.stdout + result.stderr
-        )
     assert not list(path.parent.glob("*.so"))
     assert {folder.name for folder in path.parents[1].iterdir()} >= {"r1kernels"}
     assert not (path.parents[1] / "training").exists() and not (path.parents[1] / "csrc").exists()
+
+
+def setup(source, command, **variables):
+    environment = {**os.environ, **variables}
+    arguments = [sys.executable, "setup.py", command]
+    return subprocess.run(arguments, cwd=source, env=environment, capture_output=True, text=True)
+
+
+def test_without_a_compiler_the_python_part_alone_is_built(source):
+    result = setup(source, "build", CXX="/no/such/compiler")
+    assert result.returncode == 0, result.stderr
+    assert "no C++ compiler was found, the Python part alone is installed" in result.stderr
+    assert list(source.glob("build/lib*/r1kernels/__init__.py")) and not list(source.rglob("*.so"))
 
 
 @pytest.mark.parametrize(
@@ -130,13 +147,7 @@ def test_a_python_only_install(environment, source, tmp_path, why):
     ],
 )
 def test_bad_settings_of_a_build_are_one_clear_line(source, variables, text):
-    result = subprocess.run(
-        [sys.executable, "setup.py", "build_ext"],
-        cwd=source,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-    )
+    result = setup(source, "build_ext", **variables)
     assert result.returncode != 0
     assert text in result.stderr and "Traceback" not in result.stderr
 
@@ -144,7 +155,7 @@ def test_bad_settings_of_a_build_are_one_clear_line(source, variables, text):
 @pytest.mark.slow
 def test_the_sdist_builds_without_isolation(environment, sdist, tmp_path):
     result = pip_install(environment, "--no-build-isolation", sdist, R1KERNELS_CUDA="OFF")
-    path, missing = installed(result, environment, tmp_path)
+    path, missing = installed(result, environment)
     assert missing == "None" and path.is_relative_to(environment.parents[1])
     text = subprocess.run(
         [environment, "-m", "r1kernels"], cwd=tmp_path, capture_output=True, text=True, check=True
@@ -154,11 +165,11 @@ def test_the_sdist_builds_without_isolation(environment, sdist, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("editable", [False, True], ids=["copied", "editable"])
-def test_an_isolated_build_finds_the_torch_that_is_installed(environment, source, tmp_path, editable):
+def test_an_isolated_build_finds_the_torch_that_is_installed(environment, source, editable):
     result = pip_install(environment, *(["-e"] if editable else []), source, R1KERNELS_CUDA="OFF")
     if "No matching distribution found for" in result.stdout + result.stderr:
         pytest.skip("no package index here that has the build's requirements")
-    path, missing = installed(result, environment, tmp_path)
+    path, missing = installed(result, environment)
     assert missing == "None"
     assert path.is_relative_to(source if editable else environment.parents[1])
 
@@ -172,11 +183,5 @@ def test_a_second_build_compiles_nothing_again(environment, source):
 
 
 def test_cuda_asked_for_without_an_nvcc_is_an_error(source):
-    result = subprocess.run(
-        [sys.executable, "setup.py", "build_ext"],
-        cwd=source,
-        env={**os.environ, "R1KERNELS_CUDA": "ON", "CUDACXX": "/no/such/nvcc"},
-        capture_output=True,
-        text=True,
-    )
+    result = setup(source, "build_ext", R1KERNELS_CUDA="ON", CUDACXX="/no/such/nvcc")
     assert result.returncode != 0 and "R1KERNELS_CUDA=ON, and no nvcc was found" in result.stderr

@@ -12,6 +12,7 @@ import pytest
 
 import r1kernels
 from r1kernels import extension
+from tests.support import fresh
 
 AUDIT = "import sys; from torch_abi_audit.cli import main; sys.exit(main())"
 
@@ -24,8 +25,8 @@ def library():
     return found
 
 
-def output(*command, **options):
-    return subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout
+def output(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_it_needs_torch_and_the_system_alone_and_holds_no_absolute_path(library):
@@ -84,7 +85,7 @@ assert r1kernels.token_logprobs(torch.zeros(1, 2), torch.tensor([0]), backend="c
 maps = open("/proc/self/maps").read()
 print([name for name in ("libcuda.so", "libcudart.so") if name in maps])
 """
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    answer = output(sys.executable, "-c", program, env=environment)
+    result = fresh.run(program, {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 0, result.stderr
     if "+cpu" in extension.build_info()["torch"]:
-        assert answer.strip() == "[]"
+        assert result.stdout.strip() == "[]"

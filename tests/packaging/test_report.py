@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import platform
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import r1kernels
 from r1kernels import backends, examples, extension
+from tests.support import fresh
+
+
+def report(**environment):
+    """What ``python -m r1kernels`` says."""
+    program = "import runpy; runpy.run_module('r1kernels', run_name='__main__', alter_sys=True)"
+    result = fresh.run(program, {**os.environ, **environment})
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_every_op_has_an_example_that_runs_and_can_be_explained():
@@ -22,9 +30,7 @@ def test_every_op_has_an_example_that_runs_and_can_be_explained():
 
 
 def test_the_report_says_what_is_here():
-    text = subprocess.run(
-        [sys.executable, "-m", "r1kernels"], capture_output=True, text=True, check=True
-    ).stdout
+    text = report()
     assert f"r1kernels {r1kernels.__version__}, Python {platform.python_version()}" in text
     assert f"torch {torch.__version__}" in text
     for op in backends.ops():
@@ -40,10 +46,7 @@ def test_the_report_says_what_is_here():
 
 
 @pytest.mark.parametrize("preference", ["reference", "token_logprobs:reference"])
-def test_the_report_follows_the_environment(preference, monkeypatch):
-    monkeypatch.setenv("R1KERNELS_BACKEND", preference)
-    text = subprocess.run(
-        [sys.executable, "-m", "r1kernels"], capture_output=True, text=True, check=True
-    ).stdout
+def test_the_report_follows_the_environment(preference):
+    text = report(R1KERNELS_BACKEND=preference)
     part = text.split("token_logprobs (preference: reference)")[-1].split("\n  ")
     assert any(line.strip().startswith("reference") and line.endswith("runs") for line in part)
