@@ -81,11 +81,11 @@ def of_cuda(source: Path, folder: Path) -> dict[str, dict[str, Any]]:
     target = ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}", "-O3", "-DNDEBUG", "-cubin"]
     places = ["-I", str(ROOT / "csrc"), *(["-isystem", str(cutlass())] if hopper else [])]
     subprocess.run([str(nvcc()), "-std=c++17", *target, *places, "-o", cubin, source], check=True)
-    from .offline_triton import cuobjdump
+    from .offline_triton import tool
 
-    usage = dict(re.findall(r"Function (\S+):\s*(REG:.*)", cuobjdump("-res-usage", cubin)))
+    usage = dict(re.findall(r"Function (\S+):\s*(REG:.*)", tool("cuobjdump", "-res-usage", cubin)))
     found = {}
-    for code in cuobjdump("-sass", cubin).split("Function : ")[1:]:
+    for code in tool("cuobjdump", "-sass", cubin).split("Function : ")[1:]:
         name = code.splitlines()[0].strip()
         needs = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage[name])}
         found[plain(name)] = {
@@ -117,9 +117,10 @@ def of_products() -> list[Any]:
             logits, row = torch.empty(2, 3, 4096, dtype=torch.bfloat16), torch.zeros(6)
             rows.forward(logits, rows.rows_of(4096), True, False)
             rows.backward(logits, rows.rows_of(4096), row, row)
+            head.launch(CAPABILITY, "plain", None)
     finally:
         tuning.tile = chosen
-    return [*compiled, *head.compile_kernel(CAPABILITY, "plain", None)[0]]
+    return compiled
 
 
 def of_others() -> list[Any]:
@@ -151,9 +152,8 @@ def needs_of(compiled: list[Any], folder: Path) -> dict[str, dict[str, Any]]:
     from . import offline_triton
 
     found: dict[str, dict[str, Any]] = {}
-    for kernel in compiled:
-        needs = offline_triton.resources(kernel, folder)
-        name = kernel.name
+    for needs in offline_triton.resources(compiled, folder):
+        name = needs.name
         while name in found:  # another use of one kernel
             name += "'"
         found[name] = {
@@ -169,7 +169,7 @@ def counts(code: str) -> dict[str, int]:
     """Instructions of a disassembled kernel."""
     from .offline_triton import serialised
 
-    instructions = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
     products = [place for place, name in enumerate(instructions) if name.startswith("HGMMA")]
     epilogue = []
     if products:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import re
+import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ SHARED_BYTES = {
 CAPABILITIES = {number: divmod(number, 10) for number in SHARED_BYTES}
 # the tensor cores' instruction for tiles of 64 rows and more; fewer rows, and other GPUs, take HMMA
 WIDE_PRODUCTS = {90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA"}
+INSTRUCTION_BYTES = 16
+SHF_EXECINSTR = 4  # of the flags of an ELF section
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -63,9 +66,12 @@ class OfflineDriver(DriverBase):
 
 
 @contextmanager
-def compile_only(capability: int) -> Iterator[list]:
-    """Inside the block, launches compile for this capability (90: sm_90) and run nothing; yields the compiled kernels."""
-    with launched_on(OfflineDriver(capability, device=capability)) as compiled:
+def compile_only(capability: int, left_out: Sequence[str] = ()) -> Iterator[list]:
+    """Inside the block, launches compile for this capability (90: sm_90) and run nothing; yields the compiled kernels.
+
+    Those whose names are left out are not compiled.
+    """
+    with launched_on(OfflineDriver(capability, device=capability), left_out) as compiled:
         yield compiled
 
 
@@ -84,7 +90,7 @@ def specialise_only(capability: int) -> Iterator[list]:
 
 
 @contextmanager
-def launched_on(driver: OfflineDriver) -> Iterator[list]:
+def launched_on(driver: OfflineDriver, left_out: Sequence[str] = ()) -> Iterator[list]:
     compiled = []
     run, active = (
         triton.JITFunction.run,
@@ -94,7 +100,8 @@ def launched_on(driver: OfflineDriver) -> Iterator[list]:
     def compile_instead(self, *args, grid, warmup, **kwargs):
         # Triton's own choice of whether a product and a sum are rounded once changes with its version
         assert kwargs.get("enable_fp_fusion") is True, f"{self.fn.__name__}: fusion is left to Triton"
-        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        if self.fn.__name__ not in left_out:
+            compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
     triton.runtime.driver.set_active(driver)
     triton.JITFunction.run = compile_instead
@@ -107,18 +114,22 @@ def launched_on(driver: OfflineDriver) -> Iterator[list]:
 
 @dataclass(frozen=True)
 class Resources:
-    cubin: Path
+    """What a compiled kernel needs on its GPU."""
+
+    name: str
     registers: int
     stack_bytes: int
     shared_bytes: int
+    listing: Callable[[], list[str]]  # of all kernels that were asked for with this one
+    lines: slice  # of the listing: this kernel's
 
     @functools.cached_property
     def instructions(self) -> str:
-        return cuobjdump("-sass", self.cubin)
+        return "\n".join(self.listing()[self.lines])
 
     @property
     def spill_instructions(self) -> int:
-        """They go to the stack: where there is none, a quarter of a second of disassembling is saved."""
+        """They go to the stack: where there is none, the second of disassembling is saved."""
         return len(re.findall(r"\b(?:LDL|STL)\b", self.instructions)) if self.stack_bytes else 0
 
     def widest_load_bits(self) -> int:
@@ -136,16 +147,47 @@ def serialised(instructions: str) -> int:
     )
 
 
-@functools.cache
-def resources(compiled, folder: Path) -> Resources:
-    """What a compiled kernel needs on its GPU."""
-    cubin = folder / f"{compiled.name}-{compiled.hash}.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = cuobjdump("-res-usage", cubin)
-    needs = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    return Resources(cubin, needs["REG"], needs["STACK"] + needs["LOCAL"], compiled.metadata.shared)
+def resources(compiled: Sequence, folder: Path) -> list[Resources]:
+    """What kernels that were compiled for one capability need. They are disassembled together: the tool takes a second to start."""
+    codes = [machine_code(kernel.asm["cubin"]) for kernel in compiled]
+
+    @functools.cache
+    def listing() -> list[str]:
+        return disassembled(b"".join(codes), compiled[0].metadata.target.arch, folder)
+
+    found, start = [], 0
+    for kernel, code in zip(compiled, codes, strict=True):
+        cubin, stop = folder / f"{kernel.hash}.cubin", start + len(code) // INSTRUCTION_BYTES
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", cubin))
+        needs = {name: int(number) for name, number in usage}
+        stack, shared = needs["STACK"] + needs["LOCAL"], kernel.metadata.shared
+        found.append(Resources(kernel.name, needs["REG"], stack, shared, listing, slice(start, stop)))
+        start = stop
+    return found
 
 
-def cuobjdump(option: str, cubin: Path) -> str:
-    command = [str(TOOLS / "cuobjdump"), option, str(cubin)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def machine_code(cubin: bytes) -> bytes:
+    """The sections of an ELF file that hold instructions."""
+    (first,), (size, count) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HH", cubin, 0x3A)
+    found = b""
+    for header in range(first, first + size * count, size):
+        flags, _, offset, length = struct.unpack_from("<4Q", cubin, header + 8)
+        if flags & SHF_EXECINSTR:
+            found += cubin[offset : offset + length]
+    return found
+
+
+def disassembled(code: bytes, capability: int, folder: Path) -> list[str]:
+    """A line for each instruction."""
+    file, architecture = folder / "code", f"SM{capability}{'a' if capability >= 90 else ''}"
+    file.write_bytes(code)
+    lines = re.findall(
+        r"^ */\*[0-9a-f]+\*/.*", tool("nvdisasm", "--binary", architecture, file), re.MULTILINE
+    )
+    assert len(lines) == len(code) // INSTRUCTION_BYTES
+    return lines
+
+
+def tool(name: str, *arguments: str | Path) -> str:
+    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout

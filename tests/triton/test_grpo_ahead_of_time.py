@@ -67,11 +67,10 @@ def launch(variant, ratio, kl, count, packed, sequences=3, length=700, factor=1.
 
 
 def assert_light(compiled, folder, capability):
-    for kernel in compiled:
-        needs = offline_triton.resources(kernel, folder)
+    for needs in offline_triton.resources(compiled, folder):
         # on sm_100 a predicate of the advantages, written and read once
-        most = 8 if capability == 100 and kernel.name == "advantages_kernel" else 0
-        assert needs.stack_bytes <= most and needs.spill_instructions <= most // 4, kernel.name
+        most = 8 if capability == 100 and needs.name == "advantages_kernel" else 0
+        assert needs.stack_bytes <= most and needs.spill_instructions <= most // 4, needs.name
         assert needs.shared_bytes <= offline_triton.SHARED_BYTES[capability]
         assert needs.registers <= 128, "less than 4 programs fit on a processor"
 

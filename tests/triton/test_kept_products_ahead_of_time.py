@@ -37,9 +37,8 @@ def test_every_kernel_fits_and_does_not_spill(tmp_path, capability, dtype):
         launch(dtype, 896)
         launch(dtype, 37, bias=False)
     assert len(compiled) == 6
-    for kernel in compiled:
-        needs = offline_triton.resources(kernel, tmp_path)
-        assert needs.stack_bytes == 0 and needs.spill_instructions == 0, kernel.name
+    for needs in offline_triton.resources(compiled, tmp_path):
+        assert needs.stack_bytes == 0 and needs.spill_instructions == 0, needs.name
         assert needs.shared_bytes <= offline_triton.SHARED_BYTES[capability]
         assert needs.registers <= 128, "less than 16 warps fit on a processor"
 

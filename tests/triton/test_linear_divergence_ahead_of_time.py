@@ -32,13 +32,12 @@ def launch(vocabulary, kind, batch=2, tokens=3, **given):
 @pytest.mark.parametrize(("capability", "vocabulary"), MATRIX)
 def test_every_kernel_fits_and_does_not_spill(tmp_path, capability, vocabulary):
     with offline_triton.compile_only(capability) as compiled:
-        for kind in range(3):
-            launch(vocabulary, kind)
+        launch(vocabulary, 0)
+        launch(vocabulary, 1)
         launch(vocabulary, 2, temperatures=torch.zeros(6), **HEAD)
-    assert len(compiled) == 8
-    for kernel in compiled:
-        needs = offline_triton.resources(kernel, tmp_path)
-        assert needs.stack_bytes == 0 and needs.spill_instructions == 0, kernel.name
+    assert len(compiled) == 6
+    for needs in offline_triton.resources(compiled, tmp_path):
+        assert needs.stack_bytes == 0 and needs.spill_instructions == 0, needs.name
         assert needs.shared_bytes <= offline_triton.SHARED_BYTES[capability]
         assert needs.registers <= 128, "less than 16 warps fit on a processor"
         if vocabulary % 4 == 0:

@@ -39,9 +39,8 @@ def launch(experts, top_k, score, n_group, normalize, tokens=3, dtype=torch.bflo
 
 
 def assert_light(compiled, folder, capability):
-    for kernel in compiled:
-        needs = offline_triton.resources(kernel, folder)
-        assert needs.stack_bytes == 0 and needs.spill_instructions == 0, kernel.name
+    for needs in offline_triton.resources(compiled, folder):
+        assert needs.stack_bytes == 0 and needs.spill_instructions == 0, needs.name
         assert needs.shared_bytes <= 48 << 10 <= offline_triton.SHARED_BYTES[capability]
 
 

@@ -13,10 +13,18 @@ from tests.support import offline_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABULARIES = (4096, 4099, 3 * SEGMENT)  # rows on a vector's boundary, and not; rows in segments
-FEW = ((80, torch.float32, 4099), (90, torch.bfloat16, 3 * SEGMENT))
+KINDS = ("plain", "temperatures", "headed", "slab")
+# every kind once, and the one that needs most registers at vectors and without
+FEW = (
+    (80, torch.float32, 4099, ("temperatures", "headed", "slab")),
+    (90, torch.bfloat16, 3 * SEGMENT, ("plain", "headed")),
+)
 MATRIX = [
-    pytest.param(*variant, marks=[] if variant in FEW else pytest.mark.slow)
-    for variant in itertools.product(offline_triton.SHARED_BYTES, DTYPES, VOCABULARIES)
+    *FEW,
+    *(
+        pytest.param(*point, KINDS, marks=pytest.mark.slow)
+        for point in itertools.product(offline_triton.SHARED_BYTES, DTYPES, VOCABULARIES)
+    ),
 ]
 HEAD = {"bias": torch.zeros(1), "logit_scale": 0.5, "softcap": 30.0}
 
@@ -39,28 +47,39 @@ def backward(logits, rows, grad_logp, grad_entropy, sequences=None, dtype=None):
     backend.backward_into(grad, logits, rows, upstream)
 
 
-@pytest.mark.parametrize(("capability", "dtype", "vocabulary"), MATRIX)
-def test_every_kernel_fits_and_does_not_spill(tmp_path, capability, dtype, vocabulary):
-    logits, row = torch.empty(2, 3, vocabulary, dtype=dtype), torch.zeros(6)
-    plain, of_tokens = rows_of(vocabulary), rows_of(vocabulary, temperatures=row)
-    headed = rows_of(vocabulary, **HEAD)
-    slab = rows_of(2 * vocabulary, first=vocabulary)
+def launch(kind, logits):
+    vocabulary, row = logits.shape[2], torch.zeros(6)
+    if kind == "plain":
+        rows = rows_of(vocabulary)
+        forward(logits, rows, False, False)
+        backward(logits, rows, row, None)
+    elif kind == "temperatures":
+        rows = rows_of(vocabulary, temperatures=row)
+        forward(logits, rows, True, False)
+        backward(logits, rows, None, row)
+    elif kind == "headed":
+        rows = rows_of(vocabulary, **HEAD)
+        forward(logits, rows, True, True)
+        backward(logits, rows, row, row)
+        if logits.dtype == torch.float32:
+            backward(logits, rows, row, row, dtype=torch.bfloat16)
+    elif kind == "slab":
+        rows = rows_of(2 * vocabulary, first=vocabulary)
+        forward(logits, rows, True, False)
+        backward(logits, rows, row, row, sequences=row.int())
+
+
+@pytest.mark.parametrize(("capability", "dtype", "vocabulary", "kinds"), MATRIX)
+def test_every_kernel_fits_and_does_not_spill(tmp_path, capability, dtype, vocabulary, kinds):
+    logits = torch.empty(2, 3, vocabulary, dtype=dtype)
     with offline_triton.compile_only(capability) as compiled:
-        for rows, entropy, extra in ((plain, False, False), (of_tokens, True, False), (headed, True, True)):
-            forward(logits, rows, entropy, extra)
-        forward(logits, slab, True, False)
-        backward(logits, plain, row, None)
-        backward(logits, of_tokens, None, row)
-        backward(logits, headed, row, row)
-        backward(logits, slab, row, row, sequences=row.int())
-        if dtype == torch.float32:
-            backward(logits, headed, row, row, dtype=torch.bfloat16)
-    for kernel in compiled:
-        needs = offline_triton.resources(kernel, tmp_path)
-        assert needs.stack_bytes == 0 and needs.spill_instructions == 0, kernel.name
+        for kind in kinds:
+            launch(kind, logits)
+    for needs in offline_triton.resources(compiled, tmp_path):
+        assert needs.stack_bytes == 0 and needs.spill_instructions == 0, needs.name
         assert needs.shared_bytes <= offline_triton.SHARED_BYTES[capability]
         assert needs.registers <= 128, "less than 16 warps fit on a processor"
-        if vocabulary % 8 == 0 and kernel.name != "finish_kernel":
+        if vocabulary % 8 == 0 and needs.name != "finish_kernel":
             assert needs.widest_load_bits() == 128, "the loads of aligned rows are not vectors"
 
 
