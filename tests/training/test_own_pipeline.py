@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.finished import is_done
 from tests.support.own_models import write_folder
-from training import prompts
+from training import pipeline, prompts
 from training.checkpoint import load_model
 from training.cli import main
 from training.encoder import Encoder
-from training.recipe import STAGE_NAMES
+from training.progress import Progress
+from training.recipe import STAGE_NAMES, load
 from training.run_dir import RunDir
 from training.tasks.problem import Problem
 
@@ -48,16 +49,16 @@ RECIPE = {
         **SFT,
         "samples": 8,
         "held_out": 1.0,
-        "steps": 60,
+        "steps": 120,
         "epochs": 0,
         "lr": 1e-2,
-        "batch_size": 16,
     },
     "rejection": {**FEW, "filters": ["bad_format"]},
     "sft2": SFT,
     "reward_models": {**FEW, **SFT, "steps": 4, "epochs": 0},
     "rl_all": GRPO,
     "distill": {
+        "prompts": 16,
         "samples": 2,
         "max_new_tokens": 24,
         "filters": ["bad_format"],
@@ -238,6 +239,7 @@ def test_the_words_of_the_check_run_what_reasoning_problems_alone_can_feed(tmp_p
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["run", "own.yaml"]) == 2
     words = shlex.split(capsys.readouterr().err.partition("run without: ")[2])
-    assert main(["run", "own.yaml", *words]) == 0
-    done = [name for name in STAGE_NAMES if is_done(RunDir(tmp_path / "runs/own").stage(name))]
+    run_dir = RunDir(tmp_path / "run")
+    pipeline.run(load("own.yaml", words), run_dir, progress=Progress(quiet=True))
+    done = [name for name in STAGE_NAMES if is_done(run_dir.stage(name))]
     assert done == [name for name in STAGE_NAMES if name != "reward_models"]
