@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.characters import ALL
 from training import answers
 from training.answers import check_of, check_reference, choice_of, chosen, labelled, right, short_answer
 from training.tasks.problem import DataError
@@ -421,7 +422,7 @@ def test_a_reference_is_parsed_once(monkeypatch):
     assert parsed.count(reference) == 1
 
 
-@given(st.text(max_size=60), st.sampled_from(["5 km", "Paris", "B", "50%"]))
+@given(st.text(ALL, max_size=60), st.sampled_from(["5 km", "Paris", "B", "50%"]))
 def test_any_answer_is_judged_without_an_error(answer, reference):
     assert right(check_of(reference, {}), reference, answer) in (True, False)
     assert choice_of(answer, CHOICES) in (None, *CHOICES)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.characters import ALL
 from training import mathematics
 from training.errors import UserError
 from training.mathematics import check_reference, equal, looks_mathematical
@@ -106,7 +107,7 @@ def test_looks_mathematical(text, expected):
     assert looks_mathematical(text) is expected
 
 
-@given(st.text(max_size=50))
+@given(st.text(ALL, max_size=50))
 def test_any_answer_to_a_number_is_judged_without_an_error(answer):
     assert equal("5", answer) in (True, False)
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.characters import ALL
 from training.response import FLAGS, last_box, parse
 
 RIGHT = "<think> 2 plus 3 makes 5 </think> the sum is <answer> 5 </answer>"
@@ -189,7 +190,7 @@ pieces = st.sampled_from(
 
 
 @settings(max_examples=500)
-@given(st.one_of(st.text(), st.lists(pieces, max_size=12).map("".join)))
+@given(st.one_of(st.text(ALL), st.lists(pieces, max_size=12).map("".join)))
 def test_parse_never_raises_and_agrees_with_the_second_definition(text):
     response = parse(text)
     assert response.text == text
@@ -255,7 +256,7 @@ def test_answers_without_answer_tags(response_format, text, answer, flags):
     assert response.well_formed == (not flags)
 
 
-@given(st.text(), st.sampled_from(["boxed", "free"]))
+@given(st.text(ALL), st.sampled_from(["boxed", "free"]))
 def test_other_formats_never_raise_and_are_well_formed_only_with_thinking_and_answer(text, response_format):
     response = parse(text, response_format)
     assert response.well_formed == (not response.flags)
