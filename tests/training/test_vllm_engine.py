@@ -384,7 +384,8 @@ def numbers(folder):
     return [{k: v for k, v in row.items() if not k.endswith(timed)} for row in rows]
 
 
-def test_a_run_whose_server_dies_draws_the_step_again(brought, tmp_path, capsys):
+def test_a_run_whose_server_dies_draws_the_step_again(brought, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("training.cli.run.write_report", lambda run_dir: run_dir.path)  # not looked at here
     with StandIn(computes=True) as whole:
         assert main([*brought, "--run", "whole", f"rollout.url={whole.url}"]) == 0
     capsys.readouterr()
