@@ -118,7 +118,7 @@ nb::dict described(const Boxes& boxes) {
 NB_MODULE(moe_hopper, m) {
     m.def("set_seed", [](uint64_t seed) {
         emulator::set_seed(seed);
-        machine::coin.seed(seed);
+        machine::coin = {seed};
     });
     m.def("takes_product", [](const nb::dict& call) { return takes(product_of(call)); });
     m.def("takes_weight_product", [](const nb::dict& call) { return takes(weight_product_of(call)); });

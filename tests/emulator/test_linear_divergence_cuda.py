@@ -68,7 +68,7 @@ def rows(emulated):
 
 
 class Case:
-    def __init__(self, dtype=torch.float32, tokens=37, vocabulary=600):
+    def __init__(self, dtype=torch.float32, tokens=19, vocabulary=600):
         generator = torch.Generator().manual_seed(0)
 
         def normal(*size):
@@ -115,16 +115,26 @@ def assert_close(ours, exact, tolerance):
     assert (ours.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 
+# the kernels take float32 of any dtype
 @pytest.mark.parametrize("save_logits", [False, True])
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("forward_kl", torch.float32),
+        ("reverse_kl", torch.float32),
+        ("jsd", torch.float32),
+        ("forward_kl", torch.bfloat16),
+        ("jsd", torch.float16),
+    ],
+    ids=str,
+)
 def test_tiles_give_the_whole(rows, monkeypatch, dtype, kind, save_logits):
     case = Case(dtype)
     options = {"kind": kind, "beta": 0.2, "temperature": 1.2, "softcap": 9.0, "teacher_logit_scale": 0.5}
-    ours = case.run(monkeypatch, save_logits=save_logits, **options)
-    for mine, truth in zip(ours[:2], case.run(**options)[:2], strict=True):
+    ours, exact = case.run(monkeypatch, save_logits=save_logits, **options), case.run(**options)
+    for mine, truth in zip(ours[:2], exact[:2], strict=True):
         assert_close(mine, truth, 1e-5)
-    for mine, truth in zip(ours[2:], case.run(**options)[2:], strict=True):
+    for mine, truth in zip(ours[2:], exact[2:], strict=True):
         assert_close(mine, truth, 2 * CAP[dtype])
 
 

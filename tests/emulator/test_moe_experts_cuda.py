@@ -7,7 +7,7 @@ T tokens, H hidden size, I intermediate size, E experts, K experts per token, S 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ from tests.support.moe_case import (
 from tests.support.numerics import assert_as_exact_as, same_bits
 from tests.support.unchecked_offsets import assert_every_row_is_written
 
-HALF = (torch.bfloat16, torch.float16)
+OF_EACH_SIZE = (torch.float32, torch.bfloat16)  # float16 differs from bfloat16 in how values are converted
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ SHAPES = {  # tokens, hidden, intermediate, experts, top_k
     "odd, prime E": (37, 45, 23, 7, 3),
     "2I == H": (19, 64, 32, 5, 2),
     "K = E": (6, 40, 33, 5, 5),
-    "idle experts": (4, 32, 40, 31, 2),
+    "idle experts": (4, 32, 40, 13, 2),
     "one of everything": (1, 1, 1, 1, 1),
     "several column tiles": (9, 136, 72, 2, 1),
 }
@@ -108,8 +108,8 @@ def test_several_row_tiles_and_long_sums(dtype):
     assert_exact(Case(148, 24, 8, 2, 1, dtype=dtype, indices=indices), dtype)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_a_row_has_the_same_bits_in_tiles_of_any_size(module, dtype):
+def test_a_row_has_the_same_bits_in_tiles_of_any_size(module):
+    dtype = torch.bfloat16
     many = Case(140, 56, 24, 1, 1, dtype=dtype)
     few = Case(140, 56, 24, 1, 1, dtype=dtype)
     few.hidden, few.grad = few.hidden.detach()[:20].requires_grad_(), few.grad[:20]
@@ -122,7 +122,7 @@ def test_a_row_has_the_same_bits_in_tiles_of_any_size(module, dtype):
 
 
 @pytest.mark.parametrize("indices", ["all on one", "duplicates"])
-@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("dtype", OF_EACH_SIZE, ids=str)
 def test_uneven_choices(indices, dtype):
     chosen = {"all on one": torch.full((12, 2), 3), "duplicates": torch.tensor([[1, 1], [0, 1]] * 6)}[indices]
     results = assert_exact(Case(12, 33, 17, 5, 2, dtype=dtype, indices=chosen), dtype)
@@ -138,7 +138,7 @@ def test_gelu():
         torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", OF_EACH_SIZE, ids=str)
 def test_clamped_and_shifted_gates(dtype):
     check_clamped_gates(experts, dtype)
 
@@ -153,7 +153,7 @@ def test_no_tokens(dtype):
     check_no_tokens(experts, dtype)
 
 
-@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("dtype", OF_EACH_SIZE, ids=str)
 @pytest.mark.parametrize("away", ["some", "all"])
 @pytest.mark.parametrize("save", ["hidden", "nothing"])
 def test_sentinels_of_expert_parallelism(away, dtype, save):
@@ -190,7 +190,7 @@ def test_indices_out_of_range_count_as_sentinels():
         assert same_bits(ours, expected)
 
 
-@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("dtype", OF_EACH_SIZE, ids=str)
 def test_nothing_leaks_between_rows_and_experts(dtype):
     chosen = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 4]] * 3)
     case = Case(12, 35, 19, 6, 2, dtype=dtype, indices=chosen)
@@ -208,17 +208,16 @@ def test_nothing_leaks_between_rows_and_experts(dtype):
         assert ours[3:5].isnan().any() and (ours[5] == 0).all()
 
 
-@pytest.mark.parametrize("live", range(1, 15))
-def test_frozen_arguments(live):
+def test_frozen_arguments():
     case = Case(7, 12, 9, 3, 2, dtype=torch.float32)
     expected = case.run(experts)[1:]
-    for place, leaf in enumerate(case.leaves):
-        leaf.requires_grad_(bool(live >> place & 1))
-    leaves = [leaf for leaf in case.leaves if leaf.requires_grad]
-    wanted = [grad for place, grad in enumerate(expected) if live >> place & 1]
-    for save in ("hidden", "nothing"):
+    for live, save in product(range(1, 15), ("hidden", "nothing")):
+        for place, leaf in enumerate(case.leaves):
+            leaf.requires_grad_(bool(live >> place & 1))
+        leaves = [leaf for leaf in case.leaves if leaf.requires_grad]
+        wanted = [grad for place, grad in enumerate(expected) if live >> place & 1]
         grads = torch.autograd.grad(experts(*case.arguments(), save=save), leaves, case.grad)
-        assert all(same_bits(ours, grad) for ours, grad in zip(grads, wanted, strict=True))
+        assert all(same_bits(ours, grad) for ours, grad in zip(grads, wanted, strict=True)), (live, save)
 
 
 LORA_SHAPES = {  # as SHAPES, the ranks of both additions, and a dtype
@@ -241,18 +240,17 @@ def test_lora_is_as_exact_as_eager(shape):
         assert same_bits(ours, again)
 
 
-@pytest.mark.parametrize("live", [(4,), (5,), (6,), (7,), (0, 5), (1, 6)], ids=str)
-def test_lora_of_frozen_arguments_and_sentinels(live):
+def test_lora_of_frozen_arguments_and_sentinels():
     case = LoraCase(7, 12, 9, 3, 2, dtype=torch.float32)
     case.indices = case.indices.masked_fill(case.indices == 1, 3)
     expected = case.with_lora(experts)[1:]
-    for place, leaf in enumerate(case.leaves):
-        leaf.requires_grad_(place in live)
-    leaves = [case.leaves[place] for place in live]
-    for save in ("hidden", "nothing"):
+    for live, save in product([(4,), (5,), (6,), (7,), (0, 5), (1, 6)], ("hidden", "nothing")):
+        for place, leaf in enumerate(case.leaves):
+            leaf.requires_grad_(place in live)
+        leaves = [case.leaves[place] for place in live]
         out = experts(*case.arguments(), lora=case.lora, save=save)
         for place, grad in zip(live, torch.autograd.grad(out, leaves, case.grad), strict=True):
-            assert same_bits(grad, expected[place])
+            assert same_bits(grad, expected[place]), (live, save)
             assert place < 3 or (grad[1] == 0).all()
 
 
@@ -264,7 +262,7 @@ def test_no_order_of_threads_moves_a_bit_of_lora(module):
 
 
 @pytest.mark.parametrize("sizes", [(32, 16), (34, 18)], ids=["whole rows", "odd rows"])
-@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("dtype", OF_EACH_SIZE, ids=str)
 def test_no_alignment_moves_a_bit(kernels, dtype, sizes):
     case = Case(9, *sizes, 2, 2, dtype=dtype)
     expected = case.run(experts)
@@ -273,7 +271,7 @@ def test_no_alignment_moves_a_bit(kernels, dtype, sizes):
         assert all(same_bits(ours, plain) for ours, plain in zip(case.run(experts), expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", OF_EACH_SIZE, ids=str)
 def test_no_order_of_threads_blocks_and_copies_moves_a_bit(module, dtype):
     """A missing barrier, or a copy that no one waits for, shows as a difference between two orders."""
     case = Case(11, 136, 40, 3, 2, dtype=dtype)
@@ -296,8 +294,11 @@ def test_against_the_backend_cpu(dtype):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
-@pytest.mark.parametrize("counts", [[2, 0, 20, 1], [0, 0, 0, 0], [70, 6, 0, 7]])
+@pytest.mark.parametrize(
+    ("counts", "dtype"),
+    [*product(([2, 0, 20, 1], [0, 0, 0, 0]), OF_EACH_SIZE), *(([70, 6, 0, 7], dtype) for dtype in ELEMENTS)],
+    ids=str,
+)
 def test_grouped_gemm(counts, dtype, transposed):
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
     rows = int(offsets[-1]) + 3  # three rows of no expert, which are not even finite
@@ -313,10 +314,10 @@ def test_grouped_gemm(counts, dtype, transposed):
         out = function(*leaves, offsets)
         return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
-    def product(*call):
+    def of_gemm(*call):
         return gemm(*call, transposed=transposed)
 
-    ours = run(product, (x, weight), grad)
+    ours = run(of_gemm, (x, weight), grad)
     peers, truth = (
         run(lambda *call: reference.grouped_gemm(GemmCall(*call, transposed, False)), (x, weight), grad),
         run(lambda *call: reference.grouped_gemm(GemmCall(*call, transposed, False)), wide, grad.double()),
@@ -327,7 +328,7 @@ def test_grouped_gemm(counts, dtype, transposed):
     assert (ours[0][owned:] == 0).all() and (ours[1][owned:] == 0).all()
     for live, expected in ((x, ours[1]), (weight, ours[2])):
         leaves = [leaf if leaf is live else leaf.detach() for leaf in (x, weight)]
-        assert same_bits(torch.autograd.grad(product(*leaves, offsets), live, grad)[0], expected)
+        assert same_bits(torch.autograd.grad(of_gemm(*leaves, offsets), live, grad)[0], expected)
 
 
 def test_offsets_that_nobody_checked():

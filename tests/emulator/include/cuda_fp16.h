@@ -3,6 +3,7 @@
 
 #include <math.h>
 
+#include <bit>
 #include <cstdint>
 
 struct __half {
@@ -10,16 +11,11 @@ struct __half {
 };
 
 inline float __half2float(__half value) {
-    const int exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
-    float result;
-    if (exponent == 31) {
-        result = fraction ? NAN : INFINITY;
-    } else if (exponent == 0) {
-        result = ldexpf(static_cast<float>(fraction), -24);
-    } else {
-        result = ldexpf(static_cast<float>(fraction + 1024), exponent - 25);
-    }
-    return copysignf(result, value.bits >> 15 ? -1.0f : 1.0f);
+    // the exponent's bias is 15 instead of 127; infinity and NaN have the largest one in both
+    const uint32_t size = (value.bits & 0x7fffu) << 13;
+    const float scaled = std::bit_cast<float>(size) * 0x1p112f;
+    const uint32_t bits = size < 0x1fu << 23 ? std::bit_cast<uint32_t>(scaled) : size | 0x7f800000u;
+    return std::bit_cast<float>(bits | (value.bits & 0x8000u) << 16);
 }
 
 inline __half __float2half_rn(float value) {

@@ -66,7 +66,7 @@ Value __shfl_xor_sync(unsigned mask, Value value, int lanes) {
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-    const emulator::WarpValues all = emulator::exchange(mask, predicate != 0, "__ballot_sync");
+    const emulator::WarpValues& all = emulator::exchange(mask, predicate != 0, "__ballot_sync");
     unsigned ballot = 0;
     for (int lane = 0; lane < emulator::kWarpSize; ++lane) {
         if (mask >> lane & 1u && all[lane]) ballot |= 1u << lane;
@@ -79,7 +79,7 @@ template <class Value>
 unsigned __match_any_sync(unsigned mask, Value value) {
     uint64_t bits = 0;
     memcpy(&bits, &value, sizeof(Value));
-    const emulator::WarpValues all = emulator::exchange(mask, bits, "__match_any_sync");
+    const emulator::WarpValues& all = emulator::exchange(mask, bits, "__match_any_sync");
     unsigned same = 0;
     for (int lane = 0; lane < emulator::kWarpSize; ++lane) {
         if (mask >> lane & 1u && all[lane] == bits) same |= 1u << lane;
@@ -91,7 +91,7 @@ unsigned __match_any_sync(unsigned mask, Value value) {
 template <class Value, class Combine>
 Value emulated_reduce_sync(unsigned mask, Value value, const char* operation, Combine combine) {
     static_assert(sizeof(Value) == 4, "32 bits");
-    const emulator::WarpValues all = emulator::exchange(mask, static_cast<uint32_t>(value), operation);
+    const emulator::WarpValues& all = emulator::exchange(mask, static_cast<uint32_t>(value), operation);
     for (int lane = 0; lane < emulator::kWarpSize; ++lane) {
         if (mask >> lane & 1u) value = combine(value, static_cast<Value>(static_cast<uint32_t>(all[lane])));
     }

@@ -43,13 +43,28 @@ using LanePointers = std::array<const void*, kWarpSize>;
 // A launch gets at most this many blocks, as at the limit of a grid: kernels must stride over the rest.
 inline unsigned max_blocks = ~0u;
 
+// SplitMix64: quicker to compile and to seed than what <random> has.
+struct Random {
+    using result_type = uint64_t;
+    uint64_t state = 0;
+
+    static constexpr uint64_t min() { return 0; }
+    static constexpr uint64_t max() { return UINT64_MAX; }
+    uint64_t operator()() {
+        uint64_t z = state += 0x9e3779b97f4a7c15;
+        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+        z = (z ^ z >> 27) * 0x94d049bb133111eb;
+        return z ^ z >> 31;
+    }
+};
+
 void set_seed(uint64_t seed);
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
 // What a kernel calls.
 void sync_threads(const char* place);
-// Waits until all lanes of `mask` have come; every lane's value.
-WarpValues exchange(uint32_t mask, uint64_t value, const char* operation);
+// Waits until all lanes of `mask` have come; every lane's value, until the thread waits again.
+const WarpValues& exchange(uint32_t mask, uint64_t value, const char* operation);
 int lane();
 // Waits until `ready`, which is asked when no one else can run; `what`: for the error that says that it never came.
 void wait_until(const char* what, const std::function<bool()>& ready);
@@ -66,7 +81,7 @@ Value shuffle(uint32_t mask, Value value, int source, const char* operation) {
     static_assert(sizeof(Value) <= sizeof(uint64_t), "a shuffle moves at most 8 bytes");
     uint64_t bits = 0;
     std::memcpy(&bits, &value, sizeof(Value));
-    const WarpValues all = exchange(mask, bits, operation);
+    const WarpValues& all = exchange(mask, bits, operation);
     std::memcpy(&value, &all[source], sizeof(Value));
     return value;
 }

@@ -5,10 +5,10 @@
 
 #include <deque>
 #include <map>
-#include <random>
 #include <vector>
 
 #include "common/elements.cuh"
+#include "common/warp.cuh"
 #include "moe/hopper_plan.h"
 
 #define __grid_constant__
@@ -65,7 +65,7 @@ struct BarrierState {
 };
 
 inline std::map<Barrier*, BarrierState> barriers;
-inline std::mt19937_64 coin;
+inline emulator::Random coin;
 
 inline BarrierState& state_of(Barrier* barrier) {
     const auto found = barriers.find(barrier);
@@ -113,51 +113,62 @@ void registers_give() {}
 template <int kCount>
 void registers_take() {}
 
+// A warp multiplies together: its 16 rows of A with all columns of B.
 template <class Scalar, bool kMnMajorA, bool kMnMajorB>
 struct Multiplier {
     struct Pending {
         const unsigned char *a, *b;
         bool first;
-        int thread;
+        int row;
     };
 
     float accumulators[kBlockM * kBlockN / (32 * kConsumerWarps)];
-    std::deque<Pending> pending;
+    std::deque<Pending> pending;  // of lane 0, for all
 
     float operator[](int i) const { return accumulators[i]; }
     void clear() { std::fill(std::begin(accumulators), std::end(accumulators), 0.0f); }
 
     void start(unsigned char* a, unsigned char* b, int stage, bool first, int thread) {
-        __syncwarp();  // a warpgroup multiplies together
-        pending.push_back({a + stage * kStageBytesA, b + stage * kStageBytesB, first, thread});
-        if (machine::coin() % 2) run(0);
+        const Pending product = {a + stage * kStageBytesA, b + stage * kStageBytesB, first, thread / 32 * 16};
+        emulator::together(this, "wgmma", [=](const emulator::LanePointers& lanes) {
+            of(lanes[0]).pending.push_back(product);
+            if (machine::coin() % 2) run(lanes, 0);
+        });
     }
     template <int kPending>
     void wait() {
-        run(kPending);
+        emulator::together(this, "wgmma.wait", [](const emulator::LanePointers& lanes) { run(lanes, kPending); });
     }
 
 private:
+    static Multiplier& of(const void* lane) { return *static_cast<Multiplier*>(const_cast<void*>(lane)); }
+
     static float at(const unsigned char* tile, bool mn_major, int mn, int k) {
         Scalar value;
         memcpy(&value, tile + (mn_major ? mn_major_offset(mn, k) : k_major_offset(mn, k)), sizeof(value));
         return to_float(value);
     }
 
-    void run(size_t left) {
+    static void run(const emulator::LanePointers& lanes, size_t left) {
+        static float sums[16][kBlockN], a[kBlockK][16], b[kBlockK][kBlockN];
+        std::deque<Pending>& pending = of(lanes[0]).pending;
         for (; pending.size() > left; pending.pop_front()) {
             const Pending& product = pending.front();
-            if (product.first) clear();
-            const int q = product.thread % 4, row = product.thread / 32 * 16 + product.thread % 32 / 4;
             for (int k = 0; k < kBlockK; ++k) {
-                const float a[2] = {at(product.a, kMnMajorA, row, k), at(product.a, kMnMajorA, row + 8, k)};
-                for (int j = 0; j < kBlockN / 8; ++j) {
-                    for (int i = 0; i < 2; ++i) {
-                        const float b = at(product.b, kMnMajorB, 8 * j + 2 * q + i, k);
-                        for (int h = 0; h < 2; ++h) accumulators[4 * j + 2 * h + i] += a[h] * b;
+                for (int row = 0; row < 16; ++row) a[k][row] = at(product.a, kMnMajorA, product.row + row, k);
+                for (int column = 0; column < kBlockN; ++column) b[k][column] = at(product.b, kMnMajorB, column, k);
+            }
+            const auto each = [&](auto act) {
+                for (int lane = 0; lane < kWarpSize; ++lane) {
+                    float* values = of(lanes[lane]).accumulators;
+                    for (int i = 0; i < kBlockN / 2; ++i) {
+                        act(values[i], sums[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2]);
                     }
                 }
-            }
+            };
+            each([&](float& value, float& sum) { sum = product.first ? 0.0f : value; });
+            emulator::add_product(sums, a, b);
+            each([](float& value, float& sum) { value = sum; });
         }
     }
 };
