@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import threading
+from unittest import TestCase
 
 import pytest
 import torch
@@ -83,10 +83,10 @@ def test_use_backend_ends_with_an_exception_and_stays_in_its_thread(op):
     assert seen == ["cpu"] and backends.dispatch(op, None, X) == "cpu"
 
 
-def test_a_preference_that_refuses_falls_back_with_one_line(op, caplog):
-    with caplog.at_level(logging.INFO, logger="r1kernels"), r1kernels.use_backend("triton", op=op):
+def test_a_preference_that_refuses_falls_back_with_one_line(op):
+    with TestCase().assertLogs("r1kernels") as log, r1kernels.use_backend("triton", op=op):
         assert [backends.dispatch(op, None, X) for _ in range(3)] == ["cpu"] * 3
-    assert [record.getMessage() for record in caplog.records] == [
+    assert [record.getMessage() for record in log.records] == [
         f"backend 'triton' cannot serve this call of {op}: not a CUDA tensor; another backend runs"
     ]
 
