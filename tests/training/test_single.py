@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -18,11 +19,16 @@ from training.tasks import get_task
 SHORT = ["zero.steps=1", "prompts=2", "group_size=2", "max_new_tokens=8"]
 
 
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("made") / "own", "qwen2", bos=None, dtype="bfloat16")
+
+
 @pytest.fixture
-def brought(tmp_path, monkeypatch):
+def brought(own, tmp_path, monkeypatch):
     """A folder `own` and a file q.jsonl in the working folder."""
     monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "own", "qwen2", bos=None, dtype="bfloat16")
+    shutil.copytree(own, tmp_path / "own")
     rows = [{"question": f"What is {n} plus 3?", "answer": str(n + 3)} for n in range(20)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
