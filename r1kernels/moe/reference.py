@@ -281,10 +281,11 @@ def _gemm_by_expert(x: Tensor, weight: Tensor, offsets: Tensor, batch_invariant:
 
 
 def _gemm_by_tile(x: Tensor, weight: Tensor, offsets: Tensor, batch_invariant: bool) -> Tensor:
-    """The rows of each expert start a new tile of ``height`` rows; at most S / height + E tiles are needed."""
+    """The rows of each expert start a new tile of ``height`` rows; at most S // height + E tiles are needed."""
     rows, experts = x.shape[0], weight.shape[0]
-    height = _INVARIANT_ROWS if batch_invariant else max(1, -(-rows // experts))
-    tiles = -(-rows // height) + experts
+    # plain: with symbolic sizes torch.compile reasons long about each rounding
+    height = _INVARIANT_ROWS if batch_invariant else rows // experts + 1
+    tiles = rows // height + experts
     # no one could check them: an offset below an earlier one counts as that one
     offsets = offsets.to(torch.int64).clamp(0, rows).cummax(0).values
 
@@ -299,7 +300,7 @@ def _gemm_by_tile(x: Tensor, weight: Tensor, offsets: Tensor, batch_invariant: b
     spread = x.new_zeros(tiles * height + 1, x.shape[1]).index_copy(0, slot, x)[:-1]
     tile = torch.arange(tiles, device=x.device)
     owner = torch.searchsorted(last_tile, tile, right=True).clamp(max=experts - 1)
-    out = torch.bmm(spread.view(tiles, height, -1), weight.index_select(0, owner).transpose(1, 2))
+    out = torch.bmm(spread.view(tiles, height, x.shape[1]), weight.index_select(0, owner).transpose(1, 2))
     return torch.cat((out.flatten(0, 1), out.new_zeros(1, weight.shape[1]))).index_select(0, slot)
 
 
