@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import os
+import sys
 
 # The keys of these caches do not hold the shapes that an op gives: a graph compiled before an op changed would be found again.
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
@@ -62,6 +63,15 @@ seed = torch.manual_seed if torch.backends.cuda.is_built() else torch.default_ge
 def fixed_seed():
     """Fresh random inputs that are the same in every run."""
     seed(0)
+
+
+@pytest.fixture(autouse=True)
+def compiled_alone():
+    """What a test compiles is forgotten: met again with other sizes it would be compiled with symbolic ones, at many times the price."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.convert_frame.FRAME_COUNTER:
+        dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

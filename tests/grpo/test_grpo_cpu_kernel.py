@@ -105,7 +105,6 @@ def test_opcheck(ratio):
 @pytest.mark.slow
 def test_compiled_it_is_one_graph_and_no_number_recompiles_it():
     """With the compiler that fixes every number it can: an op with a float argument would be compiled again for each."""
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(grpo_loss, fullgraph=True, backend=counter)
     for k in range(4):
@@ -123,7 +122,6 @@ def test_compiled_it_is_one_graph_and_no_number_recompiles_it():
             *(torch.autograd.grad(loss, arguments[0])[0] for loss in (output.loss, expected.loss))
         )
     assert counter.frame_count <= 2
-    torch._dynamo.reset()
 
 
 def test_a_second_derivative_is_refused():

@@ -315,9 +315,9 @@ def test_the_op_itself_checks_what_the_kernel_trusts(change, text):
         ops.token_logprobs_cpu(**(call | change))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    logits = torch.randn(2, 4, 33).to(dtype)[:, :-1]
+def test_opcheck():
+    # not float32, which the other results are in
+    logits = torch.randn(2, 4, 33).bfloat16()[:, :-1]
     targets = torch.tensor([0, 1, 2, -100, 4, 32])
     for temperature, entropy in ((None, True), (torch.rand(6) + 0.5, False)):
         rows = plain_rows(logits, targets, temperature, 0.7, -100)

@@ -308,12 +308,13 @@ def test_it_compiles_in_one_graph_and_lengths_do_not_recompile(place):
     compiled = torch.compile(
         lambda z, y: token_logprobs(z * 1.0, y, temperature=0.9, return_entropy=True, backend=backend),
         fullgraph=True,
-        dynamic=True,
         backend=count,
     )
     for tokens in (3, 5, 8):
         z = torch.randn(tokens, 30, device=device, requires_grad=True)
         y = torch.randint(0, 30, (tokens,), device=device)
+        for of_tokens in (z, y):
+            torch._dynamo.mark_dynamic(of_tokens, 0)
         logp, entropy = compiled(z, y)
         (grad,) = torch.autograd.grad(logp.sum() + entropy.sum(), z)
         plain = z.detach().requires_grad_()

@@ -186,8 +186,8 @@ def test_the_op_itself_checks_what_the_kernels_trust(change, text):
         ops.moe_experts_cpu(**(call | change))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
+def test_opcheck():
+    dtype = torch.bfloat16  # not float32, which the weights and their gradients are in
     case = LoraCase(9, 8, 6, 4, 2, dtype=dtype)
     arguments = forward_arguments(case)
     hidden, indices, *others = arguments
