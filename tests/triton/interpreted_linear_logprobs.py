@@ -77,7 +77,7 @@ def kernel_and_reference(hidden, weight, targets, **options):
     )
 
 
-@pytest.mark.parametrize("how", [{}, {"batch_invariant": True}, {"save_logits": True}], ids=str)
+@pytest.mark.parametrize("how", [{"batch_invariant": True}, {"save_logits": True}], ids=str)
 def test_several_targets_a_token(how):
     """By tiles in every case: log-probs, entropy, a divergence from two ids, gradients; an ignored target, one that is there twice, a token without any."""
     hidden, weight, _ = random_case(6, 150, 16, torch.float32)
@@ -139,7 +139,7 @@ class TestForwardWithoutATile:
         for one, other in zip(ours, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
 
-    @pytest.mark.parametrize("lead", [20.0, 24.0, 30.0])
+    @pytest.mark.parametrize("lead", [20.0, 30.0])
     def test_nothing_cancels_where_one_logit_leads(self, tile, lead):
         """Hidden states of one number, so that the logits are those numbers exactly."""
         column = torch.arange(100).remainder(13).float() / 8

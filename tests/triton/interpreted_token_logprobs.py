@@ -74,11 +74,19 @@ class TestTokenLogprobsTriton(TokenLogprobsKernel):
 
 
 class TestRowOpsTriton(RowOpsKernel):
-    """Each size and each cut in one dtype."""
+    """Each size, each cut and each transform in one dtype."""
 
     @pytest.fixture
     def long_row(self):
         return 9001
+
+    @pytest.mark.parametrize(
+        ("name", "dtype"),
+        [("bias", torch.float16), ("scale", torch.bfloat16), *(("all", dtype) for dtype in DTYPES)],
+        ids=str,
+    )
+    def test_a_transformed_logit_is_as_exact_as_eager(self, kernel, name, dtype):
+        super().test_a_transformed_logit_is_as_exact_as_eager(kernel, name, dtype)
 
     @pytest.mark.parametrize(("shape", "dtype"), [
         ((1, 1, 1), torch.float32), ((2, 2, 19), torch.bfloat16), ((1, 2, 1031), torch.float16),
