@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from tests.support.restored import cloned
 from tests.training.test_engines import build, draw, requests_of, texts
 from tests.training.test_loops import (
     CONFIG,
     PROBLEMS,
     TOKENIZER,
     Stop,
-    cloned,
     context,
     run_grpo,
     same_model,

@@ -3,13 +3,13 @@
 import json
 import math
 from dataclasses import replace
-from functools import cache
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 import r1kernels
+from tests.support.restored import cloned, restored
 from training import prompts, rewards
 from training.context import StageContext
 from training.document import Document
@@ -38,23 +38,7 @@ def model(seed=0):
     return build_model(SIZES, TOKENIZER, seed)
 
 
-@cache
-def built():
-    """A model that is built and tried once, and its weights."""
-    policy = model()
-    return policy, cloned(policy.state_dict())
-
-
-def same_model():
-    """`model()` for whoever has done with it before the next one asks: one module, with its first weights again."""
-    policy, weights = built()
-    policy.load_state_dict(weights)
-    policy.zero_grad()
-    return policy
-
-
-def cloned(state):
-    return {name: tensor.clone() for name, tensor in state.items()}
+same_model = restored(model)
 
 
 def context(folder, config, name="stage"):

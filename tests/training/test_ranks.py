@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from r1kernels.grpo.reductions import REDUCTIONS
 from tests.support.ranks import on_ranks, ranks_for
+from tests.support.restored import cloned, restored
 from tests.training.test_loops import share_of_even_ids, without_times
 from training import adapters, checkpoint, files, notices, prompts, responses, reward_model, student
 from training.context import StageContext
@@ -60,22 +61,8 @@ STEP = NextToken(steps=1, batch_size=11, lr=2e-4, bias_rate=2e-3, micro_batch_to
 words = []  # settings of the recipe
 
 
-@cache
-def built():
-    """The mixture that most kinds begin with, built and tried once in a process, and its weights."""
-    model = build_model(SIZES, TOKENIZER, 0)
-    return model, cloned(model.state_dict())
-
-
-def mixture():
-    model, weights = built()
-    model.load_state_dict(weights)
-    model.zero_grad()
-    return model
-
-
-def cloned(state):
-    return {name: tensor.clone() for name, tensor in state.items()}
+# that most kinds begin with
+mixture = restored(lambda: build_model(SIZES, TOKENIZER, 0))
 
 
 def context(folder, config, name="stage"):
